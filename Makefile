@@ -1,0 +1,31 @@
+# Two commands matter: `make demo` and `make test`. Each sets up everything it needs.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-slow check clean
+
+demo: .venv/.base
+	$(BIN)/receptance run "Once upon a time, a little rabbit" --max-tokens 200 --seed 1
+
+test: .venv/.dev
+	$(BIN)/python -m pytest -n 2
+
+test-slow: .venv/.dev
+	$(BIN)/python -m pytest -n 2 -m "slow or not slow"
+
+check: .venv/.dev
+	scripts/check
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.base: .venv/bin/python pyproject.toml constraints.txt
+	$(BIN)/pip install -q -c constraints.txt -e ".[torch]"
+	touch $@
+
+.venv/.dev: .venv/bin/python pyproject.toml constraints.txt
+	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+	touch $@ .venv/.base
+
+clean:
+	rm -rf .venv

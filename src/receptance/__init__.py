@@ -1,0 +1,36 @@
+"""receptance: RWKV-4, 5, 6 and 7 — train, tune, run, serve, evaluate and look inside.
+
+The names below are loaded on first use, so that `import receptance` stays quick and never imports torch by itself.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .checkpoint import load, save
+    from .generation import SamplingParams, generate
+    from .models import State
+    from .tokenizers import tokenizer
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "load": "checkpoint",
+    "save": "checkpoint",
+    "tokenizer": "tokenizers",
+    "generate": "generation",
+    "SamplingParams": "generation",
+    "State": "models",
+}
+
+__all__ = ["SamplingParams", "State", "__version__", "generate", "load", "save", "tokenizer"]
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOME:
+        return getattr(import_module(f"receptance.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'receptance' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,54 @@
+"""Who may import whom: one direction only, so that a change to one room never surprises the ones below it."""
+
+import ast
+from pathlib import Path
+
+SOURCE = Path(__file__).resolve().parents[1] / "src" / "receptance"
+
+MAY_IMPORT = {
+    "errors": set(),
+    "ops": {"errors"},
+    "tokenizers": {"errors"},
+    "models": {"errors", "ops"},
+    "checkpoint": {"errors", "models"},
+    "data": {"errors", "tokenizers"},
+    "engine": {"errors", "models", "checkpoint"},
+    "generation": {"errors", "engine", "models", "tokenizers"},
+    "training": {"errors", "models", "data", "checkpoint"},
+    "cli": None,  # the top of the house
+    "__init__": None,
+    "__main__": None,
+}
+
+
+def rooms_imported_by(path: Path) -> set[str]:
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level <= 1, f"{path}: import from the package's root, not with '..'"
+            if node.level == 1 and path.parent == SOURCE:
+                names = [f"receptance.{node.module or alias.name}" for alias in node.names]
+            else:
+                names = [f"{node.module}.{alias.name}" for alias in node.names] if node.level == 0 else []
+        else:
+            continue
+        rooms |= {name.split(".")[1] for name in names if name.startswith("receptance.")}
+    return rooms
+
+
+def test_imports_go_one_way():
+    for path in sorted(SOURCE.rglob("*.py")):
+        room = path.relative_to(SOURCE).parts[0].removesuffix(".py")
+        assert room in MAY_IMPORT, f"{path}: add the room '{room}' to MAY_IMPORT"
+        allowed = MAY_IMPORT[room]
+        if allowed is not None:
+            wrong = rooms_imported_by(path) - allowed - {room}
+            assert not wrong, f"{path} imports {sorted(wrong)}; '{room}' may import only {sorted(allowed)}"
+
+
+def test_nothing_imports_the_command_line():
+    for path in SOURCE.rglob("*.py"):
+        if path.relative_to(SOURCE).parts[0] not in ("cli", "__main__.py"):
+            assert "cli" not in rooms_imported_by(path), path
