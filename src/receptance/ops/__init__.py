@@ -1,0 +1,135 @@
+"""The WKV operators: pure functions on tensors that know no model.
+
+    wkv4(w, k, v, u, state)           RWKV-4: [B, T, C]
+    wkv6(r, w, k, v, u, state)        RWKV-5 and 6: [B, T, H, N]
+    wkv7(r, w, k, v, a, b, state)     RWKV-7: [B, T, H, N]
+
+`w` is always the log-decay (≤ 0). States are explicit, go in and come out, and carry gradients both ways. Arithmetic is
+float64 when an input is float64 and float32 otherwise; y comes back in v's dtype, the state in the arithmetic's.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from receptance.ops.wkv4 import chunk as chunk4
+from receptance.ops.wkv4 import naive as naive4
+from receptance.ops.wkv4.naive import EMPTY, State4
+from receptance.ops.wkv6 import chunk as chunk6
+from receptance.ops.wkv6 import naive as naive6
+from receptance.ops.wkv7 import chunk as chunk7
+from receptance.ops.wkv7 import naive as naive7
+
+__all__ = ["BACKENDS", "EMPTY", "State4", "choose_backend", "wkv4", "wkv6", "wkv7"]
+
+# The one table of back ends: operator → name → function.
+BACKENDS: dict[str, dict[str, Callable[..., Any]]] = {
+    "wkv4": {"naive": naive4.wkv4, "chunk": chunk4.wkv4},
+    "wkv6": {"naive": naive6.wkv6, "chunk": chunk6.wkv6},
+    "wkv7": {"naive": naive7.wkv7, "chunk": chunk7.wkv7},
+}
+
+
+def choose_backend(op: str, backend: str, n_tokens: int) -> str:
+    """The back end that `backend` ("auto" or a name of the table) means for this many tokens."""
+    if backend == "auto":
+        return "naive" if n_tokens == 1 else "chunk"
+    if backend not in BACKENDS[op]:
+        raise ValueError(f"{op} has no back end {backend!r}; it has {sorted(BACKENDS[op])} and 'auto'")
+    return backend
+
+
+def _compute_dtype(*inputs: Tensor) -> torch.dtype:
+    return torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32
+
+
+def wkv4(
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    u: Tensor,
+    state: State4 | None = None,
+    *,
+    lengths: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, State4]:
+    """RWKV-4's exponentially weighted average (RWKV paper, eq. 16).
+
+    w, u [C]; k, v [B, T, C]; state (numerator, denominator, exponent), [B, C] each, true numerator = num·e^exp; None = empty.
+    lengths [B]: rows are padded at the end; the state is the one after each row's own last token.
+    Returns y [B, T, C] and the state. The exponent is a normaliser and carries no gradient.
+    """
+    dtype = _compute_dtype(w, k, v, u)
+    out = v.dtype
+    w, k, v, u = (x.to(dtype) for x in (w, k, v, u))
+    if state is None:
+        zero = k.new_zeros(k.shape[0], k.shape[2])
+        state = zero, zero, torch.full_like(zero, EMPTY)
+    num, den, exp = (x.to(dtype) for x in state)
+    function = BACKENDS["wkv4"][choose_backend("wkv4", backend, k.shape[1])]
+    y, state = function(w, k, v, u, (num, den, exp), lengths)
+    return y.to(out), state
+
+
+def _padding(k: Tensor, lengths: Tensor) -> Tensor:
+    return (torch.arange(k.shape[1], device=k.device) >= lengths[:, None])[:, :, None, None]  # [B, T, 1, 1]
+
+
+def wkv6(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    u: Tensor,
+    state: Tensor | None = None,
+    *,
+    lengths: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Matrix-valued WKV of RWKV-5 and 6 (Eagle and Finch paper, section 4).
+
+    r, k, v [B, T, H, N]; w [B, T, H, N], or [H, N] when the decay is constant (RWKV-5); u [H, N];
+    state [B, H, N, N], value × key; None = zeros. Returns y [B, T, H, N] and the state.
+    """
+    dtype = _compute_dtype(r, w, k, v, u)
+    out = v.dtype
+    r, w, k, v, u = (x.to(dtype) for x in (r, w, k, v, u))
+    w = w.expand_as(k)
+    if lengths is not None:  # padding: decays nothing, writes nothing
+        pad = _padding(k, lengths)
+        w, k = w.masked_fill(pad, 0), k.masked_fill(pad, 0)
+    state = k.new_zeros(k.shape[0], *k.shape[2:], k.shape[3]) if state is None else state.to(dtype)
+    function = BACKENDS["wkv6"][choose_backend("wkv6", backend, k.shape[1])]
+    y, state = function(r, w, k, v, u, state)
+    return y.to(out), state
+
+
+def wkv7(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor | None = None,
+    *,
+    lengths: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Generalised delta rule of RWKV-7 (Goose paper, eq. 17).
+
+    r, w, k, v, a, b [B, T, H, N]; w log-decay; a = -kk, b = kk·iclr; state [B, H, N, N], value × key; None = zeros.
+    Returns y [B, T, H, N] and the state.
+    """
+    dtype = _compute_dtype(r, w, k, v, a, b)
+    out = v.dtype
+    r, w, k, v, a, b = (x.to(dtype) for x in (r, w, k, v, a, b))
+    if lengths is not None:  # padding: decays nothing, erases nothing, writes nothing
+        pad = _padding(k, lengths)
+        w, k, b = w.masked_fill(pad, 0), k.masked_fill(pad, 0), b.masked_fill(pad, 0)
+    state = k.new_zeros(k.shape[0], *k.shape[2:], k.shape[3]) if state is None else state.to(dtype)
+    function = BACKENDS["wkv7"][choose_backend("wkv7", backend, k.shape[1])]
+    y, state = function(r, w, k, v, a, b, state)
+    return y.to(out), state
