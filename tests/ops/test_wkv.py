@@ -1,6 +1,5 @@
 """Every back end of every operator against the independent reference outputs, and against the naive form."""
 
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -207,7 +206,9 @@ def test_ragged_gradients_equal_naive(op, backend):
         y, end = call(op, inputs, state, backend=name, lengths=lengths)
         valid = (torch.arange(40) < lengths[:, None]).view(4, 40, *[1] * (y.dim() - 2))
         loss = (torch.where(valid, y, 0) * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum()
-        loss = loss + sum((x * torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x)).sum() for x in true_state(op, end))
+        loss = loss + sum(
+            (x * torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x)).sum() for x in true_state(op, end)
+        )
         return list(torch.autograd.grad(loss, [x for x in [*inputs, *state] if x.requires_grad]))
 
     for a, b in zip(run(backend), run("naive")):
@@ -252,7 +253,7 @@ def test_wkv6_is_finite_for_extreme_decays(backend):
 
 def test_an_unknown_back_end_is_named():
     inputs, state = draw("wkv7", 3)
-    with pytest.raises(ValueError, match="no back end 'cuda9'.*chunk"):
+    with pytest.raises(ValueError, match=r"no back end 'cuda9'.*chunk"):
         call("wkv7", inputs, state, backend="cuda9")
 
 
@@ -262,5 +263,3 @@ def test_an_empty_state_is_the_default():
     got, _ = call("wkv4", inputs, None)
     expected, _ = call("wkv4", inputs, [zero, zero, torch.full_like(zero, EMPTY)])
     assert torch.equal(got, expected)
-
-

@@ -57,7 +57,7 @@ def wkv4(
 ) -> tuple[Tensor, State4]:
     """RWKV-4's exponentially weighted average (RWKV paper, eq. 16).
 
-    w, u [C]; k, v [B, T, C]; state (numerator, denominator, exponent), [B, C] each, true numerator = num·e^exp; None = empty.
+    w, u [C]; k, v [B, T, C]; state (num, den, exp), [B, C] each, true numerator = num·e^exp; None = empty.
     lengths [B]: rows are padded at the end; the state is the one after each row's own last token.
     Returns y [B, T, C] and the state. The exponent is a normaliser and carries no gradient.
     """

@@ -75,16 +75,17 @@ class _WKV4(torch.autograd.Function):
         return y, end[0].clone(), end[1].clone(), end[2].clone()
 
     @staticmethod
-    def backward(ctx: Any, gy: Tensor, gnum: Tensor, gden: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gy: Tensor, gnum: Tensor, gden: Tensor, gexp: Tensor) -> tuple[Tensor | None, ...]:
         w, k, v, u, num, den, exp, exp0, top, norm, y, exp_end, lengths = ctx.saved_tensors
-        b, t, c = k.shape
+        b, t, _ = k.shape
         rows = torch.arange(b, device=k.device)
         if lengths is None:
             lengths = torch.full((b,), t, device=k.device)
-        q = gy / norm  # the output's gradient is q·e^{-top} w.r.t. the true numerator, -q·y·e^{-top} w.r.t. the denominator
+        # The output's gradient is q·e^{-top} w.r.t. the true numerator and -q·y·e^{-top} w.r.t. the denominator.
+        q = gy / norm
         q = q.masked_fill((torch.arange(t, device=k.device) >= lengths[:, None])[:, :, None], 0)
-        # G_t, the gradient w.r.t. the state after token t, obeys G_{t-1} = e^w G_t + (token t's share): the same scan run
-        # from the end. The final state's own gradient enters as the share of the position after each row's last token.
+        # G_t, the gradient w.r.t. the state after token t, obeys G_{t-1} = e^w G_t + (token t's share): the same scan
+        # run from the end. The final state's own gradient enters as the share of the position after a row's last token.
         extra = (0, 0, 0, 1)
         gp, gr, ge = (torch.nn.functional.pad(z, extra) for z in (q, -q * y, -top))
         gp[rows, lengths], gr[rows, lengths], ge[rows, lengths] = gnum, gden, -exp_end

@@ -7,7 +7,7 @@ from torch import Tensor
 def wkv6(r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """y = (S + v (u∘k)ᵀ) r;  S ← S·diag(eʷ) + v kᵀ.  Reads the old state plus a bonus for the current token.
 
-    r, w, k, v [B, T, H, N]; w is log-decay (RWKV-5: the same for all tokens); u [H, N]; state [B, H, N, N], value × key.
+    r, w, k, v [B, T, H, N]; w is log-decay (RWKV-5: one for all tokens); u [H, N]; state [B, H, N, N], value × key.
     """
     ys = []
     for t in range(r.shape[1]):

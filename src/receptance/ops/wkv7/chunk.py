@@ -1,7 +1,7 @@
-"""RWKV-7's WKV in parallel over time, in plain torch: chunks of 32 tokens, one N×N matrix product per chunk in sequence.
+"""RWKV-7's WKV in parallel over time, in plain torch: chunks of 32 tokens, one N×N product per chunk in sequence.
 
-Inside a chunk with start state S₀ and cumulative decay W_t, the erased vectors u_t = S_{t-1} a_t solve a unit triangular
-system; eliminating them leaves a map that is affine in S₀, S_end = S₀ P + Q, with P and Q known before S₀ is
+Inside a chunk with start state S₀ and cumulative decay W_t, the erased vectors u_t = S_{t-1} a_t solve a unit
+triangular system; eliminating them leaves a map that is affine in S₀, S_end = S₀ P + Q, with P and Q known before S₀ is
 (docs/maths.md). Decays are factored around the middle of the chunk: exact in float32 while the log-decay stays above
 about -5 per token; the model's own bound is -e^{-1/2} = -0.61.
 """

@@ -1,0 +1,300 @@
+"""What all versions share: the frame around the blocks, the token shift, and the words of a recipe."""
+
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from receptance.models.state import State
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+class Config(Protocol):
+    """What every version's Config has; each version adds its own fields."""
+
+    @property
+    def version(self) -> str: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def n_layer(self) -> int: ...
+    @property
+    def n_embd(self) -> int: ...
+    @property
+    def dim_ffn(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Call:
+    """How one forward call runs, the same for every layer. lengths [B]: rows are padded at the end."""
+
+    lengths: Tensor | None = None
+    backend: str = "auto"
+
+
+def token_shift(x: Tensor, last: Tensor) -> Tensor:
+    """The previous position's vector, [B, T, C]; `last` [B, C] stands before position 0."""
+    return torch.cat([last[:, None].to(x.dtype), x[:, :-1]], 1)
+
+
+def carry(x: Tensor, last: Tensor, call: Call) -> Tensor:
+    """The vector that the next call's token shift needs, [B, C]: each row's last valid one."""
+    if call.lengths is None:
+        return x[:, -1]
+    index = (call.lengths - 1).clamp(min=0)[:, None, None].expand(-1, 1, x.shape[2])
+    return torch.where((call.lengths > 0)[:, None], x.gather(1, index).squeeze(1), last.to(x.dtype))
+
+
+def upcast(x: Tensor) -> Tensor:
+    """float32, unless already float64: the precision of decays, states and norms."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def group_norm(x: Tensor, norm: nn.GroupNorm) -> Tensor:
+    """GroupNorm over heads of [B, T, A], in at least float32, returned in x's dtype."""
+    y = nn.functional.group_norm(
+        upcast(x).flatten(0, 1), norm.num_groups, upcast(norm.weight), upcast(norm.bias), norm.eps
+    )
+    return y.view_as(x).to(x.dtype)
+
+
+class Block(nn.Module):
+    """x + TimeMix(ln1(x)), then x + ChannelMix(ln2(x)). Versions 4 to 6; `v_first` passes through unused."""
+
+    ln0: nn.LayerNorm
+
+    def __init__(self, config: Config, layer: int, att: nn.Module, ffn: nn.Module):
+        super().__init__()
+        self.ln1 = nn.LayerNorm(config.n_embd)
+        self.ln2 = nn.LayerNorm(config.n_embd)
+        if layer == 0:
+            self.ln0 = nn.LayerNorm(config.n_embd)
+        self.att = att
+        self.ffn = ffn
+
+    def forward(
+        self, x: Tensor, v_first: Tensor | None, state: dict[str, Tensor], call: Call
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        mixed, after = self.att(self.ln1(x), state, call)
+        x = x + mixed
+        mixed, shift = self.ffn(self.ln2(x), state["ffn_shift"], call)
+        return x + mixed, v_first, {**after, "ffn_shift": shift}
+
+
+class RWKV(nn.Module):
+    """Embedding, ln0, blocks, ln_out, head; the parameters bear the official checkpoint's names.
+
+    `forward(tokens, state)` is one function for training, prefill and decoding: any T, any split of T, same result.
+    """
+
+    config: Any
+    blocks: nn.ModuleList
+
+    def __init__(self, config: Any, blocks: list[nn.Module]):
+        super().__init__()
+        self.config = config
+        self.emb = nn.Embedding(config.vocab_size, config.n_embd)
+        self.blocks = nn.ModuleList(blocks)
+        self.ln_out = nn.LayerNorm(config.n_embd)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.activation_checkpointing = False  # recompute each block in the backward pass instead of keeping it
+        self._fingerprint: str | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.emb.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.emb.weight.dtype
+
+    @property
+    def fingerprint(self) -> str:
+        """A short hash of shapes and sampled values, the same in every lossless format; states are bound to it."""
+        return self._fingerprint or fingerprint(self.config.version, self.state_dict())
+
+    @fingerprint.setter
+    def fingerprint(self, value: str | None) -> None:
+        self._fingerprint = value
+
+    def state_shapes(self, batch: int) -> Shapes:
+        """Name → shape of each state tensor; RWKV-5 to 7. RWKV-4 overrides it."""
+        c = self.config
+        heads = c.n_embd // c.head_size
+        return {
+            "att_shift": (c.n_layer, batch, c.n_embd),
+            "wkv": (c.n_layer, batch, heads, c.head_size, c.head_size),
+            "ffn_shift": (c.n_layer, batch, c.n_embd),
+        }
+
+    def zero_state(self, batch: int = 1) -> State:
+        """The state before any token: zeros, or the tuned initial state when the checkpoint carries `time_state`."""
+        tensors = {}
+        for name, shape in self.state_shapes(batch).items():
+            dtype = self.dtype if name.endswith("shift") or self.dtype == torch.float64 else torch.float32
+            tensors[name] = torch.zeros(shape, dtype=dtype, device=self.device)
+        if getattr(self.config, "time_state", False):
+            tuned = torch.stack([upcast(block.att.time_state) for block in self.blocks])  # type: ignore[union-attr,arg-type]
+            tensors["wkv"] = tuned[:, None].expand(self.state_shapes(batch)["wkv"])
+        return State(tensors)
+
+    def check_state(self, state: State, source: str = "state") -> None:
+        """Raise ValueError unless the state has this model's fields and shapes."""
+        expected = self.state_shapes(state.batch if "att_shift" in state else 1)
+        found = {name: tuple(x.shape) for name, x in state.items()}
+        if found != expected:
+            raise ValueError(f"{source}: a state with {found}; this RWKV-{self.config.version} model needs {expected}")
+
+    def forward(
+        self,
+        tokens: list[int] | Tensor,
+        state: State | None = None,
+        *,
+        lengths: Tensor | None = None,
+        last_only: bool = False,
+        backend: str = "auto",
+    ) -> tuple[Tensor, State]:
+        """Run T tokens on from `state` (None: from the start).
+
+        tokens: list or LongTensor [T] → logits [T, V]; LongTensor [B, T] → [B, T, V].
+        lengths [B]: row i has lengths[i] tokens and padding of any id after them; the returned state is the one after
+        its own last token, and logits beyond it mean nothing.
+        last_only: logits of each row's last token alone, [V] or [B, V].
+        backend: "auto", or a name of `receptance.ops.BACKENDS`.
+        The returned state always has a batch axis (B = 1 for [T]). Raises ValueError on an empty or out-of-range input.
+        """
+        x, state, single, lengths = self.hidden(tokens, state, lengths=lengths, backend=backend)
+        if last_only:
+            x = carry(x, x[:, 0], Call(lengths))
+        logits = self.head(x)
+        return (logits[0] if single else logits), state
+
+    def hidden(
+        self, tokens: list[int] | Tensor, state: State | None, *, lengths: Tensor | None, backend: str
+    ) -> tuple[Tensor, State, bool, Tensor | None]:
+        """Everything below the head: ([B, T, C] after ln_out, state, whether tokens had no batch axis, lengths)."""
+        tokens = torch.as_tensor(tokens, dtype=torch.long, device=self.device)
+        if tokens.dim() not in (1, 2) or tokens.numel() == 0:
+            raise ValueError(f"tokens must be [T] or [B, T] with at least one token, got shape {tuple(tokens.shape)}")
+        single = tokens.dim() == 1
+        if single:
+            tokens = tokens[None]
+        batch, t = tokens.shape
+        if tokens.device.type == "cpu" and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.config.vocab_size:
+            raise ValueError(
+                f"token ids must be in [0, {self.config.vocab_size}), got {int(tokens.min())}..{int(tokens.max())}"
+            )
+        if lengths is not None:
+            lengths = torch.as_tensor(lengths, device=self.device)
+            if lengths.shape != (batch,) or not bool(((lengths >= 0) & (lengths <= t)).all()):
+                raise ValueError(f"lengths must be [{batch}] with values in [0, {t}], got {lengths.tolist()}")
+        if state is None:
+            state = self.zero_state(batch)
+        elif state.batch != batch:
+            raise ValueError(f"a state of {state.batch} rows for {batch} rows of tokens")
+        else:
+            self.check_state(state)
+
+        call = Call(lengths, backend)
+        x = self.blocks[0].ln0(self.emb(tokens))  # type: ignore[operator]
+        v_first: Tensor | None = None
+        after = []
+        for i, block in enumerate(self.blocks):
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x, v_first, new = checkpoint(block, x, v_first, state.layer(i), call, use_reentrant=False)
+            else:
+                x, v_first, new = block(x, v_first, state.layer(i), call)
+            after.append(new)
+        return self.ln_out(x), State({name: torch.stack([n[name] for n in after]) for name in state}), single, lengths
+
+
+def fingerprint(version: str, tensors: dict[str, Tensor]) -> str:
+    """Sixteen bytes of SHA-256 over the version and, per tensor, its name, shape and first 256 values as float32."""
+    digest = hashlib.sha256(f"rwkv-{version}".encode())
+    for name in sorted(tensors):
+        x = tensors[name]
+        digest.update(f"\n{name} {list(x.shape)} ".encode())
+        digest.update(x.detach().reshape(-1)[:256].float().cpu().numpy().astype("<f4").tobytes())
+    return digest.hexdigest()[:32]
+
+
+# A recipe: the initial value, learning-rate multiplier and weight-decay membership of every tensor.
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One tensor's recipe. `init`: a tensor of values, ("uniform", bound), ("orthogonal", gain) or ("zero",).
+
+    lr multiplies the learning rate; lr_stage2 does in the reference's second Pile stage; decay: weight decay applies.
+    """
+
+    init: Tensor | tuple[str, float]
+    lr: float = 1.0
+    lr_stage2: float = 1.0
+    decay: bool = False
+
+
+Recipe = dict[str, Rule]
+
+ZERO = ("zero", 0.0)
+ADAM_BETAS = (0.9, 0.99)
+ADAM_EPS = 1e-18
+
+
+def tall_gain(rows: int, cols: int) -> float:
+    """Orthogonal gain of the reference: a tall matrix [rows, cols] grows by the root of its aspect."""
+    return math.sqrt(rows / cols) if rows > cols else 1.0
+
+
+def ramp(n: int) -> Tensor:
+    """0, 1/n, …, (n-1)/n in float64."""
+    return torch.arange(n, dtype=torch.float64) / n
+
+
+def frame_recipe(config: Config, emb: float, head: float) -> Recipe:
+    """emb, head, ln0 and ln_out."""
+    one, zero = torch.ones(config.n_embd), torch.zeros(config.n_embd)
+    return {
+        "emb.weight": Rule(("uniform", emb), decay=True),
+        "head.weight": Rule(("orthogonal", head), decay=True),
+        "blocks.0.ln0.weight": Rule(one),
+        "blocks.0.ln0.bias": Rule(zero),
+        "ln_out.weight": Rule(one),
+        "ln_out.bias": Rule(zero),
+    }
+
+
+def norm_recipe(config: Config, layer: int, heads_norm: bool) -> Recipe:
+    """ln1, ln2 and (versions 5 to 7) att.ln_x of one block, without the block's prefix."""
+    one, zero = torch.ones(config.n_embd), torch.zeros(config.n_embd)
+    rules = {"ln1.weight": Rule(one), "ln1.bias": Rule(zero), "ln2.weight": Rule(one), "ln2.bias": Rule(zero)}
+    if heads_norm:
+        rules["att.ln_x.weight"] = Rule(one * ((1 + layer) / config.n_layer) ** 0.7)
+        rules["att.ln_x.bias"] = Rule(zero)
+    return rules
+
+
+def depth(config: Config, layer: int) -> tuple[float, float]:
+    """(ρ, θ): ρ runs 0 → 1 over the layers, θ from 1 down to 1/L. A one-layer model counts as its first layer."""
+    return layer / max(config.n_layer - 1, 1), 1 - layer / config.n_layer
+
+
+@torch.no_grad()
+def apply_recipe(module: nn.Module, recipe: Recipe, generator: torch.Generator | None = None) -> None:
+    """Set every parameter of `module` to its rule's initial value. Raises KeyError for a parameter without a rule."""
+    for name, parameter in module.named_parameters():
+        init = recipe[name].init
+        if isinstance(init, Tensor):
+            value = init.reshape(parameter.shape)
+        elif init[0] == "zero":
+            value = torch.zeros(parameter.shape)
+        elif init[0] == "uniform":
+            value = torch.empty(parameter.shape).uniform_(-init[1], init[1], generator=generator)
+        else:
+            value = nn.init.orthogonal_(torch.empty(parameter.shape), init[1], generator=generator)
+        parameter.copy_(value)

@@ -1,0 +1,236 @@
+"""RWKV-7 "Goose" (2025): the state follows a generalised delta rule with an in-context learning rate."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from receptance.models.base import (
+    RWKV,
+    ZERO,
+    Call,
+    Recipe,
+    Rule,
+    Shapes,
+    carry,
+    depth,
+    frame_recipe,
+    group_norm,
+    norm_recipe,
+    ramp,
+    tall_gain,
+    token_shift,
+    upcast,
+)
+from receptance.ops import wkv7
+
+MIN_LOG_DECAY = -math.exp(-0.5)  # a channel keeps at least e^-0.61 = 54.5 % per token
+
+
+def rank(x: float) -> int:
+    """A low-rank width: the nearest multiple of 32, at least 32."""
+    return max(32, 32 * round(x / 32))
+
+
+@dataclass(frozen=True)
+class Config:
+    """The ranks are the widths of the low-rank maps for decay (w), in-context rate (a), value residual (v), gate (g).
+
+    first_value: the first layer carries v0, v1, v2 too. It never uses them; released files have them, others do not.
+    time_state: a tuned initial state is present.
+    """
+
+    vocab_size: int
+    n_layer: int
+    n_embd: int
+    dim_ffn: int
+    decay_rank: int
+    rate_rank: int
+    value_rank: int
+    gate_rank: int
+    head_size: int = 64
+    first_value: bool = True
+    time_state: bool = False
+    version: ClassVar[str] = "7"
+
+    @classmethod
+    def make(cls, vocab_size: int, n_layer: int, n_embd: int, head_size: int = 64) -> "Config":
+        """The usual shape for a width: dim_ffn = 4C and the reference trainer's current ranks."""
+        root = math.sqrt(n_embd)
+        ranks = rank(2.5 * root), rank(2.5 * root), rank(1.7 * root), rank(5 * root)
+        return cls(vocab_size, n_layer, n_embd, 4 * n_embd, *ranks, head_size)
+
+    @classmethod
+    def from_shapes(cls, shapes: Shapes) -> "Config":
+        """Read every field from the official tensor names and shapes. KeyError when a needed one is missing."""
+        vocab_size, n_embd = shapes["emb.weight"]
+        n_layer = 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks."))
+        first_value = "blocks.0.att.v1" in shapes
+        value_rank = shapes[f"blocks.{int(n_layer > 1)}.att.v1"][1] if first_value or n_layer > 1 else 32
+        return cls(
+            vocab_size,
+            n_layer,
+            n_embd,
+            dim_ffn=shapes["blocks.0.ffn.key.weight"][0],
+            decay_rank=shapes["blocks.0.att.w1"][1],
+            rate_rank=shapes["blocks.0.att.a1"][1],
+            value_rank=value_rank,
+            gate_rank=shapes["blocks.0.att.g1"][1],
+            head_size=shapes["blocks.0.att.r_k"][1],
+            first_value=first_value,
+            time_state="blocks.0.att.time_state" in shapes,
+        )
+
+
+class TimeMix(nn.Module):
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        c, n = config.n_embd, config.head_size
+        self.layer = layer
+        self.n_head = h = c // n
+        for name in ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "w0", "a0", "k_k", "k_a"):
+            self.register_parameter(name, nn.Parameter(torch.empty(1, 1, c)))
+        self.w1 = nn.Parameter(torch.empty(c, config.decay_rank))
+        self.w2 = nn.Parameter(torch.empty(config.decay_rank, c))
+        self.a1 = nn.Parameter(torch.empty(c, config.rate_rank))
+        self.a2 = nn.Parameter(torch.empty(config.rate_rank, c))
+        if layer > 0 or config.first_value:
+            self.v0 = nn.Parameter(torch.empty(1, 1, c))
+            self.v1 = nn.Parameter(torch.empty(c, config.value_rank))
+            self.v2 = nn.Parameter(torch.empty(config.value_rank, c))
+        self.g1 = nn.Parameter(torch.empty(c, config.gate_rank))
+        self.g2 = nn.Parameter(torch.empty(config.gate_rank, c))
+        self.r_k = nn.Parameter(torch.empty(h, n))
+        if config.time_state:
+            self.time_state = nn.Parameter(torch.empty(h, n, n))  # value × key
+        self.receptance = nn.Linear(c, c, bias=False)
+        self.key = nn.Linear(c, c, bias=False)
+        self.value = nn.Linear(c, c, bias=False)
+        self.output = nn.Linear(c, c, bias=False)
+        self.ln_x = nn.GroupNorm(h, c, eps=64e-5)  # for any head size
+
+    def forward(
+        self, x: Tensor, v_first: Tensor | None, state: dict[str, Tensor], call: Call
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        b, t, c = x.shape
+        heads = (b, t, self.n_head, c // self.n_head)
+        dx = token_shift(x, state["att_shift"]) - x  # [B, T, C]
+        r = self.receptance(x + dx * self.x_r)
+        k = self.key(x + dx * self.x_k)
+        xv = x + dx * self.x_v
+        v = self.value(xv)
+        if v_first is None:
+            v_first = v
+        else:
+            v = v + (v_first - v) * torch.sigmoid(self.v0 + (xv @ self.v1) @ self.v2)
+        w = upcast(self.w0) + upcast(torch.tanh((x + dx * self.x_w) @ self.w1) @ self.w2)
+        w = MIN_LOG_DECAY * torch.sigmoid(w)  # log-decay; the chunked form relies on its bound
+        a = torch.sigmoid(self.a0 + ((x + dx * self.x_a) @ self.a1) @ self.a2)  # in-context learning rate
+        g = torch.sigmoid((x + dx * self.x_g) @ self.g1) @ self.g2
+
+        kk = nn.functional.normalize(
+            upcast(k * self.k_k).view(heads), dim=-1
+        )  # removal key, from k before its rescaling
+        k = k * (1 + (a - 1) * self.k_a)
+        r, k, v_, a = (z.view(heads) for z in (r, k, v, a))
+        y, wkv = wkv7(r, w.view(heads), k, v_, -kk, kk * a, state["wkv"], lengths=call.lengths, backend=call.backend)
+        y = group_norm(y.reshape(b, t, c), self.ln_x)
+        y = y + ((r * k * self.r_k).sum(-1, keepdim=True) * v_).view(
+            b, t, c
+        )  # bonus of the current token, after the norm
+        return self.output(y * g), v_first, {"att_shift": carry(x, state["att_shift"], call), "wkv": wkv}
+
+
+class ChannelMix(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.x_k = nn.Parameter(torch.empty(1, 1, config.n_embd))
+        self.key = nn.Linear(config.n_embd, config.dim_ffn, bias=False)
+        self.value = nn.Linear(config.dim_ffn, config.n_embd, bias=False)
+
+    def forward(self, x: Tensor, shift: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        k = self.key(x + (token_shift(x, shift) - x) * self.x_k)  # [B, T, F]
+        return self.value(k.relu().square()), carry(x, shift, call)
+
+
+class Block(nn.Module):
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        self.ln1 = nn.LayerNorm(config.n_embd)
+        self.ln2 = nn.LayerNorm(config.n_embd)
+        if layer == 0:
+            self.ln0 = nn.LayerNorm(config.n_embd)
+        self.att = TimeMix(config, layer)
+        self.ffn = ChannelMix(config)
+
+    def forward(
+        self, x: Tensor, v_first: Tensor | None, state: dict[str, Tensor], call: Call
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        mixed, v_first, after = self.att(self.ln1(x), v_first, state, call)
+        x = x + mixed
+        mixed, shift = self.ffn(self.ln2(x), state["ffn_shift"], call)
+        return x + mixed, v_first, {**after, "ffn_shift": shift}
+
+
+class RWKV7(RWKV):
+    Config = Config
+    config: Config
+
+    def __init__(self, config: Config, device: str | None = None, dtype: torch.dtype | None = None):
+        with torch.device(device or "cpu"):
+            super().__init__(config, [Block(config, i) for i in range(config.n_layer)])
+        if dtype is not None:
+            self.to(dtype)
+
+    @staticmethod
+    def recipe(config: Config, lr: float = 6e-4) -> Recipe:
+        """The reference v7 trainer. `lr` is unused: it is there for RWKV-4, whose embedding needs it."""
+        c, n = config.n_embd, config.head_size
+        rules = frame_recipe(config, emb=1e-4, head=0.5 * tall_gain(config.vocab_size, c))
+        i = torch.arange(c, dtype=torch.float64)
+        linear = i / (c - 1) - 0.5
+        side = (i % n - (n - 1) / 2) / ((n - 1) / 2)
+        zigzag = side * side.abs()
+        low_rank = lambda rows, cols: Rule(("orthogonal", 0.1 * tall_gain(rows, cols)))
+        for layer in range(config.n_layer):
+            rho, theta = depth(config, layer)
+            p = ramp(c)
+            block = {
+                **norm_recipe(config, layer, heads_norm=True),
+                "att.x_r": Rule(1 - p ** (0.2 * theta)),
+                "att.x_w": Rule(1 - p ** (0.9 * theta)),
+                "att.x_k": Rule(1 - p ** (0.7 * theta)),
+                "att.x_v": Rule(1 - p ** (0.7 * theta)),
+                "att.x_a": Rule(1 - p ** (0.9 * theta)),
+                "att.x_g": Rule(1 - p ** (0.2 * theta)),
+                "att.w0": Rule(-6 + 6 * (i / (c - 1)) ** (1 + rho**0.3) + 0.5 + 2.5 * zigzag, lr=2.0, lr_stage2=5.0),
+                "att.a0": Rule(-0.19 + 0.3 * zigzag + 0.4 * linear),
+                "att.k_k": Rule(0.71 - 0.1 * linear),
+                "att.k_a": Rule(torch.full((c,), 1.02)),
+                "att.r_k": Rule(torch.full((c,), -0.04)),
+                "att.w1": Rule(ZERO),
+                "att.w2": low_rank(config.decay_rank, c),
+                "att.a1": Rule(ZERO),
+                "att.a2": low_rank(config.rate_rank, c),
+                "att.g1": Rule(ZERO),
+                "att.g2": low_rank(config.gate_rank, c),
+                "att.receptance.weight": Rule(("orthogonal", 1.0), decay=True),
+                "att.key.weight": Rule(("orthogonal", 0.1), decay=True),
+                "att.value.weight": Rule(("orthogonal", 1.0), decay=True),
+                "att.output.weight": Rule(ZERO, decay=True),
+                "ffn.x_k": Rule(1 - p ** (theta**4)),
+                "ffn.key.weight": Rule(("orthogonal", 1.0), decay=True),
+                "ffn.value.weight": Rule(ZERO, decay=True),
+            }
+            if layer > 0 or config.first_value:
+                block |= {
+                    "att.v0": Rule(0.73 - 0.4 * linear),
+                    "att.v1": Rule(ZERO),
+                    "att.v2": low_rank(config.value_rank, c),
+                }
+            if config.time_state:
+                block["att.time_state"] = Rule(ZERO)
+            rules |= {f"blocks.{layer}.{name}": rule for name, rule in block.items()}
+        return rules
