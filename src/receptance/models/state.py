@@ -137,4 +137,4 @@ class State(Mapping[str, Tensor]):
 
 
 def _crc(x: Tensor) -> int:
-    return zlib.crc32(x.contiguous().view(torch.uint8).numpy() if x.numel() else b"")
+    return zlib.crc32(x.contiguous().view(torch.uint8).numpy().tobytes())

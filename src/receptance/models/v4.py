@@ -29,7 +29,7 @@ from receptance.ops import EMPTY, wkv4
 
 
 @dataclass(frozen=True)
-class Config:
+class RWKV4Config:
     """pre_ffn: the first block has a channel mix (`ffnPre`) in place of its time mix."""
 
     vocab_size: int
@@ -41,12 +41,12 @@ class Config:
     version: ClassVar[str] = "4"
 
     @classmethod
-    def make(cls, vocab_size: int, n_layer: int, n_embd: int) -> "Config":
+    def make(cls, vocab_size: int, n_layer: int, n_embd: int) -> "RWKV4Config":
         """The usual shape for a width: dim_att = C, dim_ffn = 4C."""
         return cls(vocab_size, n_layer, n_embd, dim_att=n_embd, dim_ffn=4 * n_embd)
 
     @classmethod
-    def from_shapes(cls, shapes: Shapes) -> "Config":
+    def from_shapes(cls, shapes: Shapes) -> "RWKV4Config":
         """Read every field from the official tensor names and shapes. KeyError when a needed one is missing."""
         vocab_size, n_embd = shapes["emb.weight"]
         n_layer = 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks."))
@@ -59,7 +59,7 @@ class Config:
 
 
 class TimeMix(nn.Module):
-    def __init__(self, config: Config):
+    def __init__(self, config: RWKV4Config):
         super().__init__()
         c, a = config.n_embd, config.dim_att
         self.time_decay = nn.Parameter(torch.empty(a))  # log-decay per step is -exp(time_decay)
@@ -111,7 +111,7 @@ class ChannelMix(nn.Module):
 class PreBlock(nn.Module):
     """The first block of a pre_ffn model: two channel mixes. The first one's shift is kept in att_shift."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: RWKV4Config):
         super().__init__()
         self.ln1 = nn.LayerNorm(config.n_embd)
         self.ln2 = nn.LayerNorm(config.n_embd)
@@ -127,10 +127,10 @@ class PreBlock(nn.Module):
 
 
 class RWKV4(RWKV):
-    Config = Config
-    config: Config
+    Config = RWKV4Config
+    config: RWKV4Config
 
-    def __init__(self, config: Config, device: str | None = None, dtype: torch.dtype | None = None):
+    def __init__(self, config: RWKV4Config, device: str | None = None, dtype: torch.dtype | None = None):
         with torch.device(device or "cpu"):
             blocks: list[nn.Module] = [
                 PreBlock(config)
@@ -152,7 +152,7 @@ class RWKV4(RWKV):
         return State({**tensors, "exp": torch.full_like(tensors["exp"], EMPTY)})
 
     @staticmethod
-    def recipe(config: Config, lr: float = 6e-4) -> Recipe:
+    def recipe(config: RWKV4Config, lr: float = 6e-4) -> Recipe:
         """RWKV-v4neo. The embedding starts as U(-lr, lr), lr being the initial learning rate."""
         c, a, f = config.n_embd, config.dim_att, config.dim_ffn
         rules = frame_recipe(config, emb=lr, head=0.5 * tall_gain(config.vocab_size, c))

@@ -28,7 +28,7 @@ from receptance.ops import wkv6
 
 
 @dataclass(frozen=True)
-class Config:
+class RWKV5Config:
     """version: "5.0", "5.1" or "5.2". time_state: the checkpoint carries a tuned initial state."""
 
     vocab_size: int
@@ -40,13 +40,15 @@ class Config:
     version: str = "5.2"
 
     @classmethod
-    def make(cls, vocab_size: int, n_layer: int, n_embd: int, head_size: int = 64, version: str = "5.2") -> "Config":
+    def make(
+        cls, vocab_size: int, n_layer: int, n_embd: int, head_size: int = 64, version: str = "5.2"
+    ) -> "RWKV5Config":
         """The usual shape for a width: dim_ffn = 4C for 5.0, 3.5C rounded down to a multiple of 32 after it."""
         dim_ffn = 4 * n_embd if version == "5.0" else int(3.5 * n_embd) // 32 * 32
         return cls(vocab_size, n_layer, n_embd, dim_ffn, head_size, version=version)
 
     @classmethod
-    def from_shapes(cls, shapes: Shapes) -> "Config":
+    def from_shapes(cls, shapes: Shapes) -> "RWKV5Config":
         """Read every field from the official tensor names and shapes. KeyError when a needed one is missing."""
         vocab_size, n_embd = shapes["emb.weight"]
         n_layer = 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks."))
@@ -63,7 +65,7 @@ class Config:
 
 
 class TimeMix(nn.Module):
-    def __init__(self, config: Config):
+    def __init__(self, config: RWKV5Config):
         super().__init__()
         c, n = config.n_embd, config.head_size
         self.n_head = h = c // n
@@ -108,10 +110,10 @@ class TimeMix(nn.Module):
 
 
 class RWKV5(RWKV):
-    Config = Config
-    config: Config
+    Config = RWKV5Config
+    config: RWKV5Config
 
-    def __init__(self, config: Config, device: str | None = None, dtype: torch.dtype | None = None):
+    def __init__(self, config: RWKV5Config, device: str | None = None, dtype: torch.dtype | None = None):
         with torch.device(device or "cpu"):
             super().__init__(
                 config,
@@ -124,7 +126,7 @@ class RWKV5(RWKV):
             self.to(dtype)
 
     @staticmethod
-    def recipe(config: Config, lr: float = 6e-4) -> Recipe:
+    def recipe(config: RWKV5Config, lr: float = 6e-4) -> Recipe:
         """5.0 and 5.1 start as RWKV-v4neo does (embedding U(-lr, lr)), 5.2 as the RWKV-v5 trainer."""
         c, f, n = config.n_embd, config.dim_ffn, config.head_size
         h = c // n

@@ -28,7 +28,7 @@ from receptance.ops import wkv6
 
 
 @dataclass(frozen=True)
-class Config:
+class RWKV6Config:
     """mix_rank, decay_rank: widths of the two low-rank maps. time_state: a tuned initial state is present."""
 
     vocab_size: int
@@ -42,13 +42,13 @@ class Config:
     version: ClassVar[str] = "6"
 
     @classmethod
-    def make(cls, vocab_size: int, n_layer: int, n_embd: int, head_size: int = 64) -> "Config":
+    def make(cls, vocab_size: int, n_layer: int, n_embd: int, head_size: int = 64) -> "RWKV6Config":
         """The usual shape for a width: dim_ffn = 3.5C rounded down to a multiple of 32; ranks double at 4096."""
         ranks = (64, 128) if n_embd >= 4096 else (32, 64)
         return cls(vocab_size, n_layer, n_embd, int(3.5 * n_embd) // 32 * 32, head_size, *ranks)
 
     @classmethod
-    def from_shapes(cls, shapes: Shapes) -> "Config":
+    def from_shapes(cls, shapes: Shapes) -> "RWKV6Config":
         """Read every field from the official tensor names and shapes. KeyError when a needed one is missing."""
         vocab_size, n_embd = shapes["emb.weight"]
         n_layer = 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks."))
@@ -65,7 +65,7 @@ class Config:
 
 
 class TimeMix(nn.Module):
-    def __init__(self, config: Config):
+    def __init__(self, config: RWKV6Config):
         super().__init__()
         c, n = config.n_embd, config.head_size
         self.n_head = h = c // n
@@ -110,7 +110,7 @@ class TimeMix(nn.Module):
 
 
 class ChannelMix(nn.Module):
-    def __init__(self, config: Config):
+    def __init__(self, config: RWKV6Config):
         super().__init__()
         c, f = config.n_embd, config.dim_ffn
         self.time_maa_k = nn.Parameter(torch.empty(1, 1, c))
@@ -127,10 +127,10 @@ class ChannelMix(nn.Module):
 
 
 class RWKV6(RWKV):
-    Config = Config
-    config: Config
+    Config = RWKV6Config
+    config: RWKV6Config
 
-    def __init__(self, config: Config, device: str | None = None, dtype: torch.dtype | None = None):
+    def __init__(self, config: RWKV6Config, device: str | None = None, dtype: torch.dtype | None = None):
         with torch.device(device or "cpu"):
             super().__init__(
                 config, [Block(config, i, TimeMix(config), ChannelMix(config)) for i in range(config.n_layer)]
@@ -139,7 +139,7 @@ class RWKV6(RWKV):
             self.to(dtype)
 
     @staticmethod
-    def recipe(config: Config, lr: float = 6e-4) -> Recipe:
+    def recipe(config: RWKV6Config, lr: float = 6e-4) -> Recipe:
         """RWKV-v5 trainer. `lr` is unused: it is there for RWKV-4, whose embedding needs it."""
         c = config.n_embd
         rules = frame_recipe(config, emb=1e-4, head=0.5 * tall_gain(config.vocab_size, c))

@@ -35,7 +35,7 @@ def rank(x: float) -> int:
 
 
 @dataclass(frozen=True)
-class Config:
+class RWKV7Config:
     """The ranks are the widths of the low-rank maps for decay (w), in-context rate (a), value residual (v), gate (g).
 
     first_value: the first layer carries v0, v1, v2 too. It never uses them; released files have them, others do not.
@@ -56,14 +56,14 @@ class Config:
     version: ClassVar[str] = "7"
 
     @classmethod
-    def make(cls, vocab_size: int, n_layer: int, n_embd: int, head_size: int = 64) -> "Config":
+    def make(cls, vocab_size: int, n_layer: int, n_embd: int, head_size: int = 64) -> "RWKV7Config":
         """The usual shape for a width: dim_ffn = 4C and the reference trainer's current ranks."""
         root = math.sqrt(n_embd)
         ranks = rank(2.5 * root), rank(2.5 * root), rank(1.7 * root), rank(5 * root)
         return cls(vocab_size, n_layer, n_embd, 4 * n_embd, *ranks, head_size)
 
     @classmethod
-    def from_shapes(cls, shapes: Shapes) -> "Config":
+    def from_shapes(cls, shapes: Shapes) -> "RWKV7Config":
         """Read every field from the official tensor names and shapes. KeyError when a needed one is missing."""
         vocab_size, n_embd = shapes["emb.weight"]
         n_layer = 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks."))
@@ -85,15 +85,21 @@ class Config:
 
 
 class TimeMix(nn.Module):
-    def __init__(self, config: Config, layer: int):
+    def __init__(self, config: RWKV7Config, layer: int):
         super().__init__()
         c, n = config.n_embd, config.head_size
         self.layer = layer
         self.n_head = h = c // n
-        for name in ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "w0", "a0", "k_k", "k_a"):
-            self.register_parameter(name, nn.Parameter(torch.empty(1, 1, c)))
+        self.x_r = nn.Parameter(torch.empty(1, 1, c))
+        self.x_w = nn.Parameter(torch.empty(1, 1, c))
+        self.x_k = nn.Parameter(torch.empty(1, 1, c))
+        self.x_v = nn.Parameter(torch.empty(1, 1, c))
+        self.x_a = nn.Parameter(torch.empty(1, 1, c))
+        self.x_g = nn.Parameter(torch.empty(1, 1, c))
+        self.w0 = nn.Parameter(torch.empty(1, 1, c))
         self.w1 = nn.Parameter(torch.empty(c, config.decay_rank))
         self.w2 = nn.Parameter(torch.empty(config.decay_rank, c))
+        self.a0 = nn.Parameter(torch.empty(1, 1, c))
         self.a1 = nn.Parameter(torch.empty(c, config.rate_rank))
         self.a2 = nn.Parameter(torch.empty(config.rate_rank, c))
         if layer > 0 or config.first_value:
@@ -102,6 +108,8 @@ class TimeMix(nn.Module):
             self.v2 = nn.Parameter(torch.empty(config.value_rank, c))
         self.g1 = nn.Parameter(torch.empty(c, config.gate_rank))
         self.g2 = nn.Parameter(torch.empty(config.gate_rank, c))
+        self.k_k = nn.Parameter(torch.empty(1, 1, c))
+        self.k_a = nn.Parameter(torch.empty(1, 1, c))
         self.r_k = nn.Parameter(torch.empty(h, n))
         if config.time_state:
             self.time_state = nn.Parameter(torch.empty(h, n, n))  # value × key
@@ -144,7 +152,7 @@ class TimeMix(nn.Module):
 
 
 class ChannelMix(nn.Module):
-    def __init__(self, config: Config):
+    def __init__(self, config: RWKV7Config):
         super().__init__()
         self.x_k = nn.Parameter(torch.empty(1, 1, config.n_embd))
         self.key = nn.Linear(config.n_embd, config.dim_ffn, bias=False)
@@ -156,7 +164,7 @@ class ChannelMix(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: Config, layer: int):
+    def __init__(self, config: RWKV7Config, layer: int):
         super().__init__()
         self.ln1 = nn.LayerNorm(config.n_embd)
         self.ln2 = nn.LayerNorm(config.n_embd)
@@ -175,17 +183,17 @@ class Block(nn.Module):
 
 
 class RWKV7(RWKV):
-    Config = Config
-    config: Config
+    Config = RWKV7Config
+    config: RWKV7Config
 
-    def __init__(self, config: Config, device: str | None = None, dtype: torch.dtype | None = None):
+    def __init__(self, config: RWKV7Config, device: str | None = None, dtype: torch.dtype | None = None):
         with torch.device(device or "cpu"):
             super().__init__(config, [Block(config, i) for i in range(config.n_layer)])
         if dtype is not None:
             self.to(dtype)
 
     @staticmethod
-    def recipe(config: Config, lr: float = 6e-4) -> Recipe:
+    def recipe(config: RWKV7Config, lr: float = 6e-4) -> Recipe:
         """The reference v7 trainer. `lr` is unused: it is there for RWKV-4, whose embedding needs it."""
         c, n = config.n_embd, config.head_size
         rules = frame_recipe(config, emb=1e-4, head=0.5 * tall_gain(config.vocab_size, c))
