@@ -1,0 +1,347 @@
+"""Text from a model: the plain generator. One request or a list of them, streamed, with nothing hidden.
+
+It runs every row to its end without ever admitting a new one; the batched engine is judged by it.
+"""
+
+import secrets
+import time
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Unpack
+
+import torch
+from torch import Tensor
+
+from receptance.engine.params import SamplingFields, SamplingParams
+from receptance.engine.sampling import Counts, ParamRows, digit_weight, log_probabilities, sample, uniform
+from receptance.errors import ReceptanceError
+from receptance.models import RWKV, State
+from receptance.tokenizers import StopMatcher, Tokenizer
+
+__all__ = [
+    "Generation",
+    "GenerationError",
+    "SamplingParams",
+    "Token",
+    "generate",
+    "generate_batch",
+    "generate_tokens",
+    "prefill",
+]
+
+PREFILL_CHUNK = 512  # tokens fed at once: bounds the memory of a long prompt
+
+Prompt = str | Sequence[int]
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+class GenerationError(ReceptanceError):
+    """A prompt cannot be continued, or the model gives no usable probabilities."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """One drawn token. `text` is what became certain with it: "" inside a character or a possible stop string.
+
+    logprob and top (ids and log-probabilities of the most probable tokens) are there when `logprobs` was asked for.
+    """
+
+    id: int
+    text: str
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def generate(
+    model: RWKV,
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    *,
+    params: SamplingParams | None = None,
+    state: State | None = None,
+    **fields: Unpack[SamplingFields],
+) -> Iterator[str]:
+    """Stream the continuation of `prompt` in pieces of whole characters, none of them empty.
+
+    `fields` override `params`, e.g. `generate(model, tok, "Once", max_tokens=200, temperature=0.8)`. It ends before a
+    stop string, at the end of document, or after max_tokens. `state` continues what it has read; it is not changed.
+    An empty prompt without a state starts a new document. Raises ConfigError and GenerationError.
+    """
+    tokens = generate_tokens(model, tokenizer, prompt, params=params, state=state, **fields)
+    return (token.text for token in tokens if token.text)
+
+
+def generate_tokens(
+    model: RWKV,
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    *,
+    params: SamplingParams | None = None,
+    state: State | None = None,
+    chunk: int = PREFILL_CHUNK,
+    **fields: Unpack[SamplingFields],
+) -> "Generation":
+    """As `generate`, but iterate over `Token`s and find text, finish reason, final state and speed in the result."""
+    return Generation(model, tokenizer, prompt, replace(params or SamplingParams(), **fields), state, chunk)
+
+
+def generate_batch(
+    model: RWKV,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    params: SamplingParams | Sequence[SamplingParams] | None = None,
+    *,
+    state: State | None = None,
+    chunk: int = PREFILL_CHUNK,
+) -> list["Generation"]:
+    """Run all prompts at once; each row's result is that of running it alone (up to rounding in the matrix products).
+
+    params: one for all (each row then uses the same seed) or one per prompt. state: one row per prompt, or a single row
+    that all continue.
+    """
+    if not prompts:
+        return []
+    if params is None or isinstance(params, SamplingParams):
+        params = [params or SamplingParams()] * len(prompts)
+    if len(params) != len(prompts):
+        raise GenerationError(
+            f"{len(params)} sampling parameters for {len(prompts)} prompts; give one, or one for each"
+        )
+    if state is not None and state.batch == 1:
+        state = state.select([0] * len(prompts))
+    if state is not None and state.batch != len(prompts):
+        raise GenerationError(
+            f"a state of {state.batch} rows for {len(prompts)} prompts; give one row, or one for each"
+        )
+    of_row = [None if state is None else state.select(i) for i in range(len(prompts))]
+    rows = [Generation(model, tokenizer, *of, chunk) for of in zip(prompts, params, of_row)]
+    for _ in _decode(model, tokenizer, rows, state, chunk):
+        pass
+    return rows
+
+
+class Generation:
+    """A request and what has come of it so far: an iterator over its tokens.
+
+    tokens: all drawn, with the one that ended it. text: the pieces so far. finish_reason: None while it runs.
+    seed: the one used, also when none was given. prompt_ids: what was fed.
+    state: once finished, the state after exactly the prompt and `text`: a stop string or end of document that ended it
+    has left no trace, so that any further text can follow.
+    """
+
+    def __init__(
+        self,
+        model: RWKV,
+        tokenizer: Tokenizer,
+        prompt: Prompt,
+        params: SamplingParams,
+        state: State | None,
+        chunk: int = PREFILL_CHUNK,
+    ):
+        self.params = params
+        self.prompt_ids = _prompt_ids(model, tokenizer, prompt, state)
+        self.seed = secrets.randbits(63) if params.seed is None else params.seed
+        self.tokens: list[Token] = []
+        self.finish_reason: FinishReason | None = None
+        self.state: State | None = None
+        self.prefill_seconds = 0.0
+        self.decode_seconds = 0.0
+        self._model = model
+        self._tokenizer = tokenizer
+        self._decoder = tokenizer.stream()
+        self._stop = StopMatcher(params.stop_strings)
+        self._marks: list[tuple[int, State]] = []  # (characters of text, state) at ends of tokens; see _mark
+        self._decoded = 0  # characters that the tokens so far have given, with those held back
+        self._passed = 0  # characters passed on in tokens
+        self._unmarked: list[int] = []  # ids since the last mark, to see whether a character is open
+        self._unmarked_text = 0  # their characters so far
+        self._steps = _decode(model, tokenizer, [self], state, chunk)
+
+    @property
+    def text(self) -> str:
+        return "".join(token.text for token in self.tokens)
+
+    @property
+    def ids(self) -> list[int]:
+        return [token.id for token in self.tokens]
+
+    @property
+    def prefill_speed(self) -> float:
+        """Prompt tokens per second."""
+        return len(self.prompt_ids) / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def decode_speed(self) -> float:
+        """Generated tokens per second."""
+        return len(self.tokens) / self.decode_seconds if self.decode_seconds else 0.0
+
+    def __iter__(self) -> Iterator[Token]:
+        return self
+
+    def __next__(self) -> Token:
+        if self.finish_reason is not None:
+            raise StopIteration
+        return next(self._steps)
+
+    def cancel(self) -> None:
+        """End here: the finish reason is "cancelled", and the state is the one after `text`. Between tokens only."""
+        self._steps.close()
+        if self.finish_reason is None and self._marks:
+            self._finish("cancelled")
+
+    def _accept(self, token: int, logprob: float | None, top: tuple[tuple[int, float], ...]) -> Token:
+        """Take a drawn token; decide whether the text ends with it."""
+        reason: FinishReason | None = None
+        piece = ""
+        if token == self._tokenizer.eos_id or token in self.params.stop_tokens:
+            reason, text = "stop", self._stop.finish()
+        else:
+            piece = self._decoder.push(token)
+            text = self._stop.push(piece)
+            if self._stop.matched is not None:
+                reason = "stop"
+            elif len(self.tokens) + 1 >= self.params.max_tokens:
+                reason, text = "length", text + self._stop.finish()
+            self._decoded += len(piece)
+            self._unmarked.append(token)
+            self._unmarked_text += len(piece)
+        self._passed += len(text)
+        self.tokens.append(Token(token, text, logprob, top))
+        if reason:
+            self._finish(reason)
+        return self.tokens[-1]
+
+    def _mark(self, state: State) -> None:
+        """Remember the state after all tokens so far, and forget those that the text can no longer be cut back to."""
+        if self._is_whole():
+            self._marks.append((self._decoded, state))
+            self._unmarked, self._unmarked_text = [], 0
+        while len(self._marks) > 1 and self._marks[1][0] <= self._passed:
+            del self._marks[0]
+
+    def _is_whole(self) -> bool:
+        """No character is unfinished: where one is, decoding to the end shows U+FFFD after the characters so far."""
+        return len(self._tokenizer.decode(self._unmarked)) == self._unmarked_text
+
+    def _finish(self, reason: FinishReason) -> None:
+        """Set the state: the last one within the text, fed with what the text has beyond it."""
+        self.finish_reason = reason
+        while self._marks[-1][0] > self._passed:
+            self._marks.pop()
+        characters, state = self._marks[-1]
+        if self._decoded == self._passed and self._is_whole():
+            missing = self._unmarked
+        else:  # the text ends within a token
+            missing = self._tokenizer.encode(self.text[characters:])
+        if missing:
+            _, state = prefill(self._model, [missing], state)
+        self.state = state.clone()
+        self._marks = []
+
+
+def _prompt_ids(model: RWKV, tokenizer: Tokenizer, prompt: Prompt, state: State | None) -> list[int]:
+    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+    if not ids:
+        if state is not None:
+            raise GenerationError("the prompt is empty; a state goes on only from at least one more token of text")
+        ids = [tokenizer.eos_id]  # how a document begins
+    vocab = model.config.vocab_size
+    wrong = next((i for i in ids if not 0 <= i < vocab), None)
+    if wrong is not None:
+        raise GenerationError(
+            f"the prompt has token id {wrong}, but the model's ids are 0 to {vocab - 1}; "
+            f"does the tokenizer '{tokenizer.name}' belong to this model?"
+        )
+    return ids
+
+
+@torch.inference_mode()
+def prefill(
+    model: RWKV, prompts: Sequence[Sequence[int]], state: State | None = None, *, chunk: int = PREFILL_CHUNK
+) -> tuple[Tensor, State]:
+    """Feed each row its own non-empty prompt, `chunk` tokens at a time: logits after the last token [B, V], state."""
+    logits: Tensor | None = None
+    for start in range(0, max(map(len, prompts)), chunk):
+        pieces = [prompt[start : start + chunk] for prompt in prompts]
+        lengths = torch.tensor([len(piece) for piece in pieces])
+        width = int(lengths.max())
+        tokens = torch.tensor([[*piece, *[0] * (width - len(piece))] for piece in pieces])  # [B, width]
+        ragged = bool((lengths < width).any())
+        new, state = model.forward(tokens, state, lengths=lengths if ragged else None, last_only=True)
+        has_tokens = (lengths > 0).to(new.device)[:, None]
+        logits = new if logits is None else torch.where(has_tokens, new, logits)
+    if logits is None or state is None:
+        raise GenerationError("there is nothing to feed: every prompt is empty")
+    return logits, state
+
+
+@torch.inference_mode()
+def _step(model: RWKV, tokens: list[int], state: State) -> tuple[Tensor, State]:
+    """One token for each row: logits [B, V], state."""
+    return model.forward(torch.tensor(tokens)[:, None], state, last_only=True)
+
+
+def _decode(
+    model: RWKV, tokenizer: Tokenizer, rows: list[Generation], state: State | None, chunk: int
+) -> Generator[Token, None, None]:
+    """Run all rows to their ends in lockstep, giving each token as it is drawn.
+
+    The model's calls alone run under inference mode: a mode around a `yield` would leak into the caller.
+    """
+    clock = time.perf_counter()
+    logits, state = prefill(model, [row.prompt_ids for row in rows], state, chunk=chunk)
+    vocab = min(tokenizer.vocab_size, logits.shape[1])  # ids above are padding of the embedding
+    params = ParamRows.of([row.params for row in rows], vocab, tokenizer.eos_id, logits.device)
+    counts: Counts | None = None
+    if params.has_penalties:
+        weight = digit_weight(map(tokenizer.token_bytes, range(vocab))).to(logits.device)
+        counts = Counts.start([row.prompt_ids for row in rows], weight)
+    for i, row in enumerate(rows):
+        row.prefill_seconds = time.perf_counter() - clock
+        row._mark(state.select(i))
+        if row.params.max_tokens == 0:
+            row._finish("length")
+    tokens: list[int] = []
+    while True:
+        clock = time.perf_counter()
+        alive = [i for i, row in enumerate(rows) if row.finish_reason is None]
+        if not alive:
+            return
+        if len(alive) < len(rows):
+            rows, tokens = [rows[i] for i in alive], [tokens[i] for i in alive if tokens]
+            logits, state, counts = logits[alive], state.select(alive), counts.select(alive) if counts else None
+            params = ParamRows.of([row.params for row in rows], vocab, tokenizer.eos_id, logits.device)
+        if tokens:
+            logits, state = _step(model, tokens, state)
+            for i, row in enumerate(rows):
+                row._mark(state.select(i))
+        drawn, reports = _draw(logits[:, :vocab], rows, params, counts)
+        counts = counts.after(drawn, params) if counts else None
+        tokens = drawn.tolist()
+        seconds = time.perf_counter() - clock
+        for row, token, report in zip(rows, tokens, reports):
+            row.decode_seconds += seconds
+            yield row._accept(token, *report)
+
+
+Report = tuple[float | None, tuple[tuple[int, float], ...]]  # a token's log-probability, and the most probable ones
+
+
+@torch.inference_mode()
+def _draw(
+    logits: Tensor, rows: list[Generation], params: ParamRows, counts: Counts | None
+) -> tuple[Tensor, list[Report]]:
+    """The next token of each row, [B], and what its `logprobs` asked for."""
+    if bool(logits.isnan().any()):
+        raise GenerationError(
+            "the model's logits are not numbers (NaN); are its weights damaged, or too large for its dtype? "
+            "Try float32, and check the file it came from"
+        )
+    drawn = sample(logits, params, [uniform(row.seed, len(row.tokens)) for row in rows], counts)
+    asked = [row.params.logprobs for row in rows]
+    if all(n is None for n in asked):
+        return drawn, [(None, ())] * len(rows)
+    chosen, ids, values = log_probabilities(logits, drawn, max(n or 0 for n in asked))
+    pairs = [list(zip(*row)) for row in zip(ids.tolist(), values.tolist())]
+    reports = zip(chosen.tolist(), pairs, asked)
+    return drawn, [(None, ()) if n is None else (logprob, tuple(top[:n])) for logprob, top, n in reports]
