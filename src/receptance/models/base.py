@@ -35,6 +35,10 @@ class Call:
 
     lengths: Tensor | None = None
     backend: str = "auto"
+    dropout: float = 0.0
+
+    def drop(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, self.dropout) if self.dropout else x
 
 
 def token_shift(x: Tensor, last: Tensor) -> Tensor:
@@ -81,9 +85,9 @@ class Block(nn.Module):
         self, x: Tensor, v_first: Tensor | None, state: dict[str, Tensor], call: Call
     ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
         mixed, after = self.att(self.ln1(x), state, call)
-        x = x + mixed
+        x = call.drop(x + mixed)
         mixed, shift = self.ffn(self.ln2(x), state["ffn_shift"], call)
-        return x + mixed, v_first, {**after, "ffn_shift": shift}
+        return call.drop(x + mixed), v_first, {**after, "ffn_shift": shift}
 
 
 class RWKV(nn.Module):
@@ -103,6 +107,7 @@ class RWKV(nn.Module):
         self.ln_out = nn.LayerNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.activation_checkpointing = False  # recompute each block in the backward pass instead of keeping it
+        self.dropout = 0.0  # in training mode: after the embedding and on the residual after each half block
         self._fingerprint: str | None = None
 
     @property
@@ -200,8 +205,8 @@ class RWKV(nn.Module):
         else:
             self.check_state(state)
 
-        call = Call(lengths, backend)
-        x = self.blocks[0].ln0(self.emb(tokens))  # type: ignore[operator]
+        call = Call(lengths, backend, self.dropout if self.training else 0.0)
+        x = call.drop(self.blocks[0].ln0(self.emb(tokens)))  # type: ignore[operator]
         v_first: Tensor | None = None
         after = []
         for i, block in enumerate(self.blocks):

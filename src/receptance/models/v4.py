@@ -121,9 +121,9 @@ class PreBlock(nn.Module):
 
     def forward(self, x: Tensor, v_first: None, state: dict[str, Tensor], call: Call) -> tuple[Any, ...]:
         mixed, first = self.ffnPre(self.ln1(x), state["att_shift"], call)
-        x = x + mixed
+        x = call.drop(x + mixed)
         mixed, shift = self.ffn(self.ln2(x), state["ffn_shift"], call)
-        return x + mixed, v_first, {**state, "att_shift": first, "ffn_shift": shift}
+        return call.drop(x + mixed), v_first, {**state, "att_shift": first, "ffn_shift": shift}
 
 
 class RWKV4(RWKV):
@@ -160,7 +160,6 @@ class RWKV4(RWKV):
         for layer in range(config.n_layer):
             rho, theta = depth(config, layer)
             p = ramp(c)
-            mix = lambda values: Rule(values, lr_stage2=5.0)
             block = {
                 **norm_recipe(config, layer, heads_norm=False),
                 **mix_recipe("att.", p, rho, theta),
@@ -170,8 +169,8 @@ class RWKV4(RWKV):
                 "att.receptance.weight": Rule(ZERO, decay=True),
                 "att.value.weight": Rule(("orthogonal", tall_gain(a, c)), decay=True),
                 "att.output.weight": Rule(ZERO, decay=True),
-                "ffn.time_mix_k": mix(p**theta),
-                "ffn.time_mix_r": mix(p**theta),
+                "ffn.time_mix_k": Rule(p**theta, lr_stage2=5.0),
+                "ffn.time_mix_r": Rule(p**theta, lr_stage2=5.0),
                 "ffn.key.weight": Rule(("orthogonal", tall_gain(f, c)), decay=True),
                 "ffn.receptance.weight": Rule(ZERO, decay=True),
                 "ffn.value.weight": Rule(ZERO, decay=True),

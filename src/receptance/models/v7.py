@@ -34,6 +34,10 @@ def rank(x: float) -> int:
     return max(32, 32 * round(x / 32))
 
 
+def low_rank(rows: int, cols: int) -> Rule:
+    return Rule(("orthogonal", 0.1 * tall_gain(rows, cols)))
+
+
 @dataclass(frozen=True)
 class RWKV7Config:
     """The ranks are the widths of the low-rank maps for decay (w), in-context rate (a), value residual (v), gate (g).
@@ -177,9 +181,9 @@ class Block(nn.Module):
         self, x: Tensor, v_first: Tensor | None, state: dict[str, Tensor], call: Call
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         mixed, v_first, after = self.att(self.ln1(x), v_first, state, call)
-        x = x + mixed
+        x = call.drop(x + mixed)
         mixed, shift = self.ffn(self.ln2(x), state["ffn_shift"], call)
-        return x + mixed, v_first, {**after, "ffn_shift": shift}
+        return call.drop(x + mixed), v_first, {**after, "ffn_shift": shift}
 
 
 class RWKV7(RWKV):
@@ -201,7 +205,6 @@ class RWKV7(RWKV):
         linear = i / (c - 1) - 0.5
         side = (i % n - (n - 1) / 2) / ((n - 1) / 2)
         zigzag = side * side.abs()
-        low_rank = lambda rows, cols: Rule(("orthogonal", 0.1 * tall_gain(rows, cols)))
         for layer in range(config.n_layer):
             rho, theta = depth(config, layer)
             p = ramp(c)

@@ -1,0 +1,96 @@
+"""The community's token files: `name.bin` holds all tokens one after another, `name.idx` where each document lies.
+
+Layout (little endian): magic, u64 version 1, u8 dtype, u64 items, u64 document marks, int32 sizes, int64 byte pointers,
+int64 document marks. Every document ends in token 0.
+"""
+
+import os
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from receptance.errors import ConfigError
+
+MAGIC = b"MMIDIDX\x00\x00"
+DTYPES: dict[int, type] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+HEADER = struct.Struct("<9sQBQQ")
+
+
+class BinIdx:
+    """A memory-mapped token file. `tokens` is the whole stream, `sizes` and `starts` its documents in tokens."""
+
+    def __init__(self, prefix: str | Path):
+        """Raises ConfigError when a file is missing or its index does not fit its data."""
+        self.prefix = Path(prefix)
+        idx, data = self.prefix.with_name(self.prefix.name + ".idx"), self.prefix.with_name(self.prefix.name + ".bin")
+        for path in (idx, data):
+            if not path.is_file():
+                raise ConfigError(f"{path}: no such file; a token file is a pair NAME.bin and NAME.idx")
+        raw = idx.read_bytes()
+        if len(raw) < HEADER.size:
+            raise ConfigError(f"{idx}: {len(raw)} bytes is too short for an index")
+        magic, version, code, items, marks = HEADER.unpack_from(raw)
+        expected = HEADER.size + 12 * items + 8 * marks
+        if magic != MAGIC or version != 1 or code not in DTYPES or len(raw) != expected:
+            raise ConfigError(
+                f"{idx}: not an index of version 1 (magic {magic!r}, version {version}, dtype code {code}, "
+                f"{len(raw)} bytes where {items} items and {marks} marks need {expected})"
+            )
+        dtype = np.dtype(DTYPES[code])
+        self.sizes = np.frombuffer(raw, "<i4", items, HEADER.size).astype(np.int64)
+        pointers = np.frombuffer(raw, "<i8", items, HEADER.size + 4 * items)
+        size = data.stat().st_size
+        if (
+            items == 0
+            or (self.sizes < 0).any()
+            or (pointers < 0).any()
+            or int((pointers + self.sizes * dtype.itemsize).max()) > size
+        ):
+            raise ConfigError(f"{idx}: the index points beyond the {size} bytes of {data.name}, or is empty")
+        self.starts = pointers // dtype.itemsize
+        self.tokens = np.memmap(data, dtype, "r")
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, document: int) -> np.ndarray:
+        start = int(self.starts[document])
+        return self.tokens[start : start + int(self.sizes[document])]
+
+
+class BinIdxWriter:
+    """Appends documents to `prefix.bin`; `close` puts both files in place, so an interrupted pair is never seen."""
+
+    def __init__(self, prefix: str | Path, vocab_size: int):
+        self.prefix = Path(prefix)
+        self.dtype: type = np.uint16 if vocab_size <= 1 << 16 else np.int32
+        self._bin = self.prefix.with_name(self.prefix.name + ".bin")
+        self._part = self.prefix.with_name(self.prefix.name + ".bin.part")
+        self._part.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self._part, "wb")  # noqa: SIM115
+        self._sizes: list[int] = []
+
+    def add(self, tokens: Sequence[int]) -> None:
+        """One document; the end-of-document token is the caller's."""
+        np.asarray(tokens, self.dtype).tofile(self._file)
+        self._sizes.append(len(tokens))
+
+    def close(self) -> None:
+        sizes = np.asarray(self._sizes, "<i4")
+        item = np.dtype(self.dtype).itemsize
+        pointers = np.concatenate([[0], np.cumsum(sizes[:-1], dtype=np.int64)]).astype("<i8") * item
+        code = next(code for code, dtype in DTYPES.items() if dtype == self.dtype)
+        idx = self.prefix.with_name(self.prefix.name + ".idx")
+        with open(idx.with_name(idx.name + ".part"), "wb") as file:
+            file.write(HEADER.pack(MAGIC, 1, code, len(sizes), len(sizes) + 1))
+            for part in (sizes, pointers[: len(sizes)], np.arange(len(sizes) + 1, dtype="<i8")):
+                file.write(part.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(self._part, self._bin)
+        os.replace(idx.with_name(idx.name + ".part"), idx)

@@ -1,0 +1,207 @@
+"""A run's configuration: frozen dataclasses, TOML on disk, dotted overrides on the command line."""
+
+import json
+import tomllib
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import TypeVar, Union, get_args, get_origin, get_type_hints
+
+from receptance.errors import ConfigError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model to train. init: a checkpoint to start from; its shape then replaces the numbers here."""
+
+    version: str = "7"
+    n_layer: int = 6
+    n_embd: int = 256
+    head_size: int = 64
+    init: str | None = None
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What to train on. Paths are relative to `root`, which is relative to the config file.
+
+    train: .txt, .jsonl (also .xz, .gz), or NAME of a NAME.bin and .idx. repeat: how often each file goes in, per epoch.
+    tokenizer: "bpe" (trained on the training text, up to `vocab_size` ids), "world", "byte", or a path.
+    order: "shuffled" windows, or the community trainer's "cubic" order.
+    """
+
+    train: tuple[str, ...] = ()
+    root: str = "."
+    valid: dict[str, str] = field(default_factory=dict)
+    repeat: tuple[int, ...] = ()
+    tokenizer: str = "bpe"
+    vocab_size: int = 4096
+    order: str = "shuffled"
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW as the recipe of the version says, and the learning-rate schedule of the reference trainer.
+
+    schedule: "cosine", "exponential" or "linear", from lr to lr_final over the run; warm-up multiplies it.
+    dropout: after the embedding and on the residual after each half block (0 in the reference's large runs).
+    """
+
+    lr: float = 6e-4
+    lr_final: float = 6e-5
+    schedule: str = "cosine"
+    warmup_steps: int = 10
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.99
+    eps: float = 1e-18
+    grad_clip: float = 1.0
+    logit_penalty: float = 1e-4
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How long, where and how.
+
+    tokens: length of the run. batch_size: rows of ctx_len tokens per step, over `accumulate` passes.
+    device, precision: "auto" takes a GPU with bfloat16 matrix products when there is one, else the CPU in float32.
+    valid_tokens: upper bound per validation file (0: all of it). keep: finished checkpoints left on disk.
+    save_dtype: of the finished model in `out`/model.
+    """
+
+    out: str = "runs/run"
+    tokens: int = 1_000_000
+    ctx_len: int = 256
+    batch_size: int = 16
+    accumulate: int = 1
+    seed: int = 1
+    device: str = "auto"
+    precision: str = "auto"
+    compile: bool = False
+    activation_checkpointing: bool = False
+    save_dtype: str = "float32"
+    log_every: int = 10
+    valid_every: int = 200
+    valid_tokens: int = 200_000
+    save_every: int = 200
+    keep: int = 2
+    sample: tuple[str, ...] = ()
+    sample_tokens: int = 120
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    @property
+    def steps(self) -> int:
+        return -(-self.run.tokens // (self.run.batch_size * self.run.ctx_len))
+
+
+def read_config(path: str | Path | None, overrides: Sequence[str] = ()) -> TrainConfig:
+    """The TOML file at `path` with `section.key=value` overrides on top (TOML values; bare words are strings).
+
+    Raises ConfigError naming the unknown key, or the value's found and expected type.
+    """
+    raw: dict[str, object] = {}
+    folder = Path.cwd()
+    if path is not None:
+        try:
+            raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"{path}: no such file") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: not valid TOML: {error}") from None
+        folder = Path(path).resolve().parent
+    config = _build(TrainConfig, raw, "")
+    config = replace(config, data=replace(config.data, root=str(folder / config.data.root)))
+    for override in overrides:
+        config = _override(config, override)
+    check(config)
+    return config
+
+
+def _override(config: TrainConfig, text: str) -> TrainConfig:
+    name, equals, value = text.removeprefix("--").partition("=")
+    section, dot, key = name.partition(".")
+    if not (equals and dot):
+        raise ConfigError(f"override {text!r}: expected section.key=value, for example optim.lr=1e-3")
+    try:
+        parsed = tomllib.loads(f"x = {value}")["x"]
+    except tomllib.TOMLDecodeError:
+        parsed = value
+    if not hasattr(config, section):
+        raise ConfigError(f"override {text!r}: no section {section!r}; there are {[f.name for f in fields(config)]}")
+    old = getattr(config, section)
+    new = _build(type(old), {**asdict(old), key: parsed}, section + ".")
+    return replace(config, **{section: new})
+
+
+def _build(cls: type[T], raw: Mapping[str, object], where: str) -> T:
+    hints = get_type_hints(cls)
+    values = {}
+    for key, value in raw.items():
+        if key not in hints:
+            raise ConfigError(f"unknown setting {where}{key}; there are {', '.join(sorted(hints))}")
+        values[key] = _convert(hints[key], value, where + key)
+    return cls(**values)
+
+
+def _convert(kind: object, value: object, where: str) -> object:
+    if is_dataclass(kind) and isinstance(kind, type):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where}: expected a table [{where}], found {value!r}")
+        return _build(kind, value, where + ".")
+    origin = get_origin(kind)
+    if origin in (Union, types.UnionType):
+        return None if value is None else _convert(get_args(kind)[0], value, where)
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(_convert(get_args(kind)[0], item, where) for item in value)
+    if origin is dict and isinstance(value, Mapping):
+        return {str(k): _convert(str, v, f"{where}.{k}") for k, v in value.items()}
+    if kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)  # version = 7
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(kind, type) and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        return value
+    raise ConfigError(f"{where}: expected {getattr(kind, '__name__', kind)}, found {value!r}")
+
+
+def check(config: TrainConfig) -> None:
+    """Raise ConfigError for a value out of range."""
+    rules = [
+        ("model.version", config.model.version, config.model.version in ("4", "5.0", "5.1", "5.2", "6", "7")),
+        ("model.n_layer", config.model.n_layer, config.model.n_layer >= 1),
+        ("model.n_embd", config.model.n_embd, config.model.n_embd >= 2),
+        ("model.head_size", config.model.head_size, config.model.n_embd % max(config.model.head_size, 1) == 0
+         or config.model.version == "4"),
+        ("data.train", config.data.train, bool(config.data.train)),
+        ("data.order", config.data.order, config.data.order in ("shuffled", "cubic")),
+        ("optim.lr", config.optim.lr, config.optim.lr > 0),
+        ("optim.lr_final", config.optim.lr_final, config.optim.lr_final >= 0),
+        ("optim.schedule", config.optim.schedule, config.optim.schedule in ("cosine", "exponential", "linear")),
+        ("optim.dropout", config.optim.dropout, 0 <= config.optim.dropout < 1),
+        ("run.tokens", config.run.tokens, config.run.tokens >= 1),
+        ("run.ctx_len", config.run.ctx_len, config.run.ctx_len >= 1),
+        ("run.batch_size", config.run.batch_size, config.run.batch_size >= 1),
+        ("run.accumulate", config.run.accumulate, config.run.accumulate >= 1
+         and config.run.batch_size % config.run.accumulate == 0),
+        ("run.precision", config.run.precision, config.run.precision in ("auto", "float32", "bfloat16")),
+        ("run.save_dtype", config.run.save_dtype, config.run.save_dtype in ("float32", "bfloat16", "float16")),
+        ("run.keep", config.run.keep, config.run.keep >= 1),
+    ]  # fmt: skip
+    for name, value, good in rules:
+        if not good:
+            raise ConfigError(f"{name} = {value!r} is out of range; see the defaults and limits in docs/training.md")
+
+
+def to_json(config: TrainConfig) -> str:
+    return json.dumps(asdict(config), indent=2, sort_keys=True)

@@ -1,0 +1,314 @@
+"""One training run on one device: a pure function of its configuration and data, interruptible at any moment."""
+
+import json
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from receptance.checkpoint import load, save
+from receptance.data import ORDERS, BinIdx, CubicWindows, ShuffledWindows, documents, prepare
+from receptance.errors import ConfigError
+from receptance.models import RWKV, VERSIONS, apply_recipe
+from receptance.tokenizers import tokenizer as open_tokenizer
+from receptance.tokenizers import train_bpe
+from receptance.tokenizers.base import Tokenizer
+from receptance.training.config import TrainConfig, to_json
+from receptance.training.evaluate import Loss, evaluate
+from receptance.training.loss import language_model_loss
+from receptance.training.optim import build_optimizer, set_learning_rate
+from receptance.training.resume import load_checkpoint, save_checkpoint, saved_config
+from receptance.training.schedule import learning_rate
+
+Sampler = Callable[[RWKV, Tokenizer, str, int], str]  # (model, tokenizer, prompt, tokens) → continuation
+
+
+class Reporter(Protocol):
+    """Where a run's news goes; the command line shows a progress bar, tests listen."""
+
+    def message(self, text: str) -> None: ...
+    def step(self, row: dict[str, float]) -> None: ...
+
+
+@dataclass
+class Run:
+    """Everything a step needs."""
+
+    config: TrainConfig
+    out: Path
+    device: torch.device
+    tokenizer: Tokenizer
+    train: BinIdx
+    valid: dict[str, BinIdx]
+    order: ShuffledWindows | CubicWindows
+    model: RWKV
+    optimizer: Optimizer
+
+    def autocast(self) -> AbstractContextManager[object]:
+        precision = self.config.run.precision
+        if precision == "auto":
+            precision = "bfloat16" if self.device.type == "cuda" else "float32"
+        return torch.autocast(self.device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of one step, [B, T] each on the device."""
+        size, t = self.config.run.batch_size, self.config.run.ctx_len
+        starts = [self.order.start(step * size + row) for row in range(size)]
+        rows = np.stack([np.asarray(self.train.tokens[s : s + t + 1], np.int64) for s in starts])
+        tokens = torch.from_numpy(rows)
+        if self.device.type == "cuda":
+            tokens = tokens.pin_memory().to(self.device, non_blocking=True)
+        return tokens[:, :-1], tokens[:, 1:]
+
+
+def train(config: TrainConfig, reporter: Reporter, sampler: Sampler | None = None) -> Path:
+    """Train as configured, continuing the run in `run.out` if there is one. Returns the finished model's folder.
+
+    Raises ConfigError when `run.out` holds a run of another configuration, or the loss stops being finite.
+    """
+    run = set_up(config, reporter)
+    first, warnings = load_checkpoint(run.out, run.model, run.optimizer)
+    for warning in warnings:
+        reporter.message(warning)
+    if first:
+        reporter.message(f"continuing from step {first} of {config.steps}")
+    log = Log(run.out / "log.jsonl", first)
+    forward = torch.compile(run.model) if config.run.compile else run.model
+    started, seen = time.perf_counter(), 0
+    for step in range(first, config.steps):
+        loss = take_step(run, forward, step)
+        seen += config.run.batch_size * config.run.ctx_len
+        done = step + 1
+        if done % config.run.log_every == 0 or done == config.steps:
+            row = _row(run, step, loss, seen / (time.perf_counter() - started))
+            log.write(row)
+            reporter.step(row)
+        if done % config.run.valid_every == 0 and done < config.steps:
+            pause = time.perf_counter()
+            _look(run, done, log, reporter, sampler)
+            started += time.perf_counter() - pause
+        if done % config.run.save_every == 0 or done == config.steps:
+            pause = time.perf_counter()
+            save_checkpoint(run.out, done, run.model, run.optimizer, to_json(config), config.run.keep)
+            started += time.perf_counter() - pause
+    return finish(run, log, reporter, sampler)
+
+
+def set_up(config: TrainConfig, reporter: Reporter) -> Run:
+    """Tokenizer, token files, model and optimizer; what is already in `run.out` is reused."""
+    out = Path(config.run.out)
+    _refuse_other_run(out, config)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.json").write_text(to_json(config))
+    device = torch.device(
+        ("cuda" if torch.cuda.is_available() else "cpu") if config.run.device == "auto" else config.run.device
+    )
+    tokenizer = _tokenizer(config, out, reporter)
+    data = _data(config, out, tokenizer, reporter)
+    train_data = data.pop("train")
+    torch.manual_seed(config.run.seed)
+    model = _model(config, tokenizer, device)
+    model.dropout = config.optim.dropout
+    model.activation_checkpointing = config.run.activation_checkpointing
+    optim = config.optim
+    recipe = type(model).recipe(model.config, optim.lr)  # type: ignore[attr-defined]
+    optimizer = build_optimizer(
+        model, recipe, weight_decay=optim.weight_decay, betas=(optim.beta1, optim.beta2), eps=optim.eps
+    )
+    order = ORDERS[config.data.order](len(train_data.tokens), config.run.ctx_len, config.run.seed)
+    size = sum(p.numel() for p in model.parameters())
+    reporter.message(
+        f"RWKV-{model.config.version} with {size:,} parameters on {device}; {len(train_data.tokens):,} training "
+        f"tokens, {config.steps:,} steps of {config.run.batch_size} × {config.run.ctx_len}"
+    )
+    return Run(config, out, device, tokenizer, train_data, data, order, model.train(), optimizer)
+
+
+def take_step(run: Run, forward: Callable[..., tuple[Tensor, object]], step: int) -> Tensor:
+    """One optimiser step; returns the batch's mean loss (a tensor on the device, not synchronised)."""
+    config, optim = run.config.run, run.config.optim
+    torch.manual_seed(config.seed * 1_000_003 + step)  # dropout depends on the step alone, so a resumed run repeats it
+    set_learning_rate(
+        run.optimizer,  # type: ignore[arg-type]
+        learning_rate(step, run.config.steps, lr=optim.lr, lr_final=optim.lr_final,
+                      warmup_steps=optim.warmup_steps, kind=optim.schedule),
+    )  # fmt: skip
+    inputs, targets = run.batch(step)
+    total = torch.zeros((), device=run.device)
+    for part, wanted in zip(inputs.chunk(config.accumulate), targets.chunk(config.accumulate)):
+        with run.autocast():
+            logits, _ = forward(part)
+        loss = language_model_loss(logits.float(), wanted, optim.logit_penalty) / config.accumulate
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += loss.detach()
+    if optim.grad_clip:
+        torch.nn.utils.clip_grad_norm_(run.model.parameters(), optim.grad_clip)
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    return total
+
+
+def finish(run: Run, log: "Log", reporter: Reporter, sampler: Sampler | None) -> Path:
+    """Round to the stored precision, measure that, and write the model folder: weights, config and tokenizer."""
+    dtype = getattr(torch, run.config.run.save_dtype)
+    with torch.no_grad():
+        for parameter in run.model.parameters():
+            parameter.copy_(parameter.to(dtype))
+    results = _look(run, run.config.steps, log, reporter, sampler)
+    folder = run.out / "model"
+    folder.mkdir(exist_ok=True)
+    weights = {name: x.detach().to(dtype) for name, x in run.model.state_dict().items()}
+    save(weights, folder / "model.safetensors")
+    run.tokenizer.save(folder)
+    report = {
+        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "tokens_seen": run.config.steps * run.config.run.batch_size * run.config.run.ctx_len,
+        "validation": {name: {"bits_per_byte": x.bits_per_byte, "nats_per_token": x.per_token, "tokens": x.tokens,
+                              "bytes": x.n_bytes} for name, x in results.items()},
+        "config": json.loads(to_json(run.config)),
+    }  # fmt: skip
+    (folder / "training.json").write_text(json.dumps(report, indent=2))
+    return folder
+
+
+class Log:
+    """The run's history, one JSON object a line; rows beyond the step we resume from are dropped."""
+
+    def __init__(self, path: Path, first: int):
+        self.path = path
+        kept = []
+        if first and path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    row = json.loads(line)
+                except ValueError:  # the line being written when the run was killed
+                    continue
+                if row["step"] <= first:
+                    kept.append(line + "\n")
+        path.write_text("".join(kept))
+
+    def write(self, row: dict[str, float]) -> None:
+        with open(self.path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def _row(run: Run, step: int, loss: Tensor, tokens_per_second: float) -> dict[str, float]:
+    value = loss.item()
+    if not np.isfinite(value):
+        raise ConfigError(
+            f"the loss became {value} at step {step + 1}; the last good checkpoint is in {run.out / 'checkpoints'}. "
+            "Lower optim.lr or raise optim.warmup_steps"
+        )
+    lr = min(group["lr"] / group["lr_scale"] for group in run.optimizer.param_groups)
+    return {"step": step + 1, "loss": value, "lr": lr, "tokens_per_second": tokens_per_second}
+
+
+def _look(run: Run, step: int, log: Log, reporter: Reporter, sampler: Sampler | None) -> dict[str, Loss]:
+    """Validation losses and sample texts."""
+    results = {}
+    for name, data in run.valid.items():
+        with run.autocast() if step < run.config.steps else nullcontext():
+            results[name] = loss = evaluate(run.model, run.tokenizer, data, run.config.run.valid_tokens)
+        log.write({"step": step, f"{name}_bits_per_byte": loss.bits_per_byte, f"{name}_loss": loss.per_token})
+        reporter.message(
+            f"step {step}: {name} {loss.bits_per_byte:.4f} bits per byte ({loss.per_token:.4f} nats per token)"
+        )
+    if sampler is not None:
+        run.model.eval()
+        for prompt in run.config.run.sample:
+            text = sampler(run.model, run.tokenizer, prompt, run.config.run.sample_tokens)
+            reporter.message(f"step {step}: {prompt}{text}")
+        run.model.train()
+    return results
+
+
+def _refuse_other_run(out: Path, config: TrainConfig) -> None:
+    old = saved_config(out)
+    if old is None:
+        return
+    new = json.loads(to_json(config))
+    free = {
+        "log_every",
+        "valid_every",
+        "save_every",
+        "keep",
+        "sample",
+        "sample_tokens",
+        "device",
+        "out",
+        "valid_tokens",
+    }
+    for section in new:
+        for key, value in new[section].items():
+            before = old.get(section, {}).get(key)  # type: ignore[attr-defined]
+            if key not in free and key != "root" and before != value:
+                raise ConfigError(
+                    f"{out} holds a run with {section}.{key} = {before!r}, this configuration says {value!r}; "
+                    "choose another run.out, or delete that folder to start over"
+                )
+
+
+def _tokenizer(config: TrainConfig, out: Path, reporter: Reporter) -> Tokenizer:
+    folder = out / "tokenizer"
+    if folder.is_dir() and any(folder.iterdir()):
+        return open_tokenizer(folder)
+    data = config.data
+    if data.tokenizer == "bpe":
+        reporter.message(f"training a tokenizer with {data.vocab_size:,} ids on the training text")
+        files = [Path(data.root) / name for name in data.train]
+        tokenizer: Tokenizer = train_bpe((text for path in files for text in documents(path)), data.vocab_size)
+    elif data.tokenizer in ("world", "pile", "byte"):
+        tokenizer = open_tokenizer(data.tokenizer)
+    else:
+        tokenizer = open_tokenizer(Path(data.root) / data.tokenizer)
+    tokenizer.save(folder)
+    return tokenizer
+
+
+def _data(config: TrainConfig, out: Path, tokenizer: Tokenizer, reporter: Reporter) -> dict[str, BinIdx]:
+    """The training stream under "train", the validation sets under their names; tokenised once into `out`/data."""
+    data, root = config.data, Path(config.data.root)
+    wanted = {"train": list(data.train), **{name: [path] for name, path in data.valid.items()}}
+    files = {}
+    for name, paths in wanted.items():
+        sources = [root / path for path in paths]
+        if len(sources) == 1 and sources[0].with_name(sources[0].name + ".idx").exists():
+            files[name] = BinIdx(sources[0])
+            continue
+        prefix = out / "data" / name
+        if not prefix.with_name(name + ".idx").exists():
+            reporter.message(f"tokenising {name}: {', '.join(paths)}")
+            prepare(sources, tokenizer, prefix, repeat=data.repeat if name == "train" else ())
+        files[name] = BinIdx(prefix)
+    return files
+
+
+def _model(config: TrainConfig, tokenizer: Tokenizer, device: torch.device) -> RWKV:
+    if config.model.init is not None:
+        model: RWKV = load(config.model.init, dtype="float32")
+        if model.config.vocab_size < tokenizer.vocab_size:
+            raise ConfigError(
+                f"{config.model.init} has {model.config.vocab_size} token rows, "
+                f"the tokenizer {tokenizer.vocab_size} ids"
+            )
+        return model.to(device)
+    cls, shape = VERSIONS[config.model.version], config.model
+    arguments: dict[str, object] = {
+        "vocab_size": tokenizer.vocab_size,
+        "n_layer": shape.n_layer,
+        "n_embd": shape.n_embd,
+    }
+    if shape.version != "4":
+        arguments["head_size"] = shape.head_size
+    if shape.version.startswith("5"):
+        arguments["version"] = shape.version
+    model = cls(cls.Config.make(**arguments))  # type: ignore[arg-type]
+    apply_recipe(model, cls.recipe(model.config, config.optim.lr), torch.Generator().manual_seed(config.run.seed))  # type: ignore[arg-type]
+    return model.to(device)
