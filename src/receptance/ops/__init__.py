@@ -41,6 +41,11 @@ def choose_backend(op: str, backend: str, n_tokens: int) -> str:
     return backend
 
 
+def _full_precision(like: Tensor) -> torch.autocast:
+    """The operators choose their own precision; autocast would run their inner products in bfloat16."""
+    return torch.autocast(like.device.type, enabled=False)
+
+
 def _compute_dtype(*inputs: Tensor) -> torch.dtype:
     return torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32
 
@@ -69,7 +74,8 @@ def wkv4(
         state = zero, zero, torch.full_like(zero, EMPTY)
     num, den, exp = (x.to(dtype) for x in state)
     function = BACKENDS["wkv4"][choose_backend("wkv4", backend, k.shape[1])]
-    y, state = function(w, k, v, u, (num, den, exp), lengths)
+    with _full_precision(k):
+        y, state = function(w, k, v, u, (num, den, exp), lengths)
     return y.to(out), state
 
 
@@ -102,7 +108,8 @@ def wkv6(
         w, k = w.masked_fill(pad, 0), k.masked_fill(pad, 0)
     state = k.new_zeros(k.shape[0], *k.shape[2:], k.shape[3]) if state is None else state.to(dtype)
     function = BACKENDS["wkv6"][choose_backend("wkv6", backend, k.shape[1])]
-    y, state = function(r, w, k, v, u, state)
+    with _full_precision(k):
+        y, state = function(r, w, k, v, u, state)
     return y.to(out), state
 
 
@@ -131,5 +138,6 @@ def wkv7(
         w, k, b = w.masked_fill(pad, 0), k.masked_fill(pad, 0), b.masked_fill(pad, 0)
     state = k.new_zeros(k.shape[0], *k.shape[2:], k.shape[3]) if state is None else state.to(dtype)
     function = BACKENDS["wkv7"][choose_backend("wkv7", backend, k.shape[1])]
-    y, state = function(r, w, k, v, a, b, state)
+    with _full_precision(k):
+        y, state = function(r, w, k, v, a, b, state)
     return y.to(out), state
