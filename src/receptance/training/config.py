@@ -81,7 +81,6 @@ class RunConfig:
     seed: int = 1
     device: str = "auto"
     precision: str = "auto"
-    compile: bool = False
     activation_checkpointing: bool = False
     save_dtype: str = "float32"
     log_every: int = 10

@@ -80,10 +80,9 @@ def train(config: TrainConfig, reporter: Reporter, sampler: Sampler | None = Non
     if first:
         reporter.message(f"continuing from step {first} of {config.steps}")
     log = Log(run.out / "log.jsonl", first)
-    forward = torch.compile(run.model) if config.run.compile else run.model
     started, seen = time.perf_counter(), 0
     for step in range(first, config.steps):
-        loss = take_step(run, forward, step)
+        loss = take_step(run, step)
         seen += config.run.batch_size * config.run.ctx_len
         done = step + 1
         if done % config.run.log_every == 0 or done == config.steps:
@@ -131,7 +130,7 @@ def set_up(config: TrainConfig, reporter: Reporter) -> Run:
     return Run(config, out, device, tokenizer, train_data, data, order, model.train(), optimizer)
 
 
-def take_step(run: Run, forward: Callable[..., tuple[Tensor, object]], step: int) -> Tensor:
+def take_step(run: Run, step: int) -> Tensor:
     """One optimiser step; returns the batch's mean loss (a tensor on the device, not synchronised)."""
     config, optim = run.config.run, run.config.optim
     torch.manual_seed(config.seed * 1_000_003 + step)  # dropout depends on the step alone, so a resumed run repeats it
@@ -144,7 +143,7 @@ def take_step(run: Run, forward: Callable[..., tuple[Tensor, object]], step: int
     total = torch.zeros((), device=run.device)
     for part, wanted in zip(inputs.chunk(config.accumulate), targets.chunk(config.accumulate)):
         with run.autocast():
-            logits, _ = forward(part)
+            logits, _ = run.model.forward(part)
         loss = language_model_loss(logits.float(), wanted, optim.logit_penalty) / config.accumulate
         loss.backward()  # type: ignore[no-untyped-call]
         total += loss.detach()

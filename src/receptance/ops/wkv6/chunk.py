@@ -52,8 +52,8 @@ def wkv6(r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor) -
     new = v.mT @ (k * (end - upto).exp())  # what each chunk adds to the state: [B, H, n, N, N]
     decay = end.exp()  # [B, H, n, 1, N]
     starts = []
-    for i in range(new.shape[2]):
+    for decay_, new_ in zip(decay.unbind(2), new.unbind(2)):
         starts.append(state)
-        state = state * decay[:, :, i] + new[:, :, i]
+        state = state * decay_ + new_
     y = y + (r * before.exp()) @ torch.stack(starts, 2).mT
     return y.permute(0, 2, 3, 1, 4).reshape(b, -1, h, n)[:, :t], state

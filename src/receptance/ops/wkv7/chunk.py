@@ -37,8 +37,8 @@ def wkv7(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state
     p = torch.diag_embed(end.squeeze(-2).exp()) + ua.mT @ b_end  # [B, H, n, N, N]
     q = uv.mT @ b_end + v.mT @ k_end
     starts = []
-    for i in range(p.shape[2]):
+    for p_, q_ in zip(p.unbind(2), q.unbind(2)):  # unbind: indexing would cost a full-size zero fill each, backwards
         starts.append(state)
-        state = state @ p[:, :, i] + q[:, :, i]
+        state = state @ p_ + q_
     y = (r * upto.exp() + rb @ ua) @ torch.stack(starts, 2).mT + rk @ v + rb @ uv
     return y.permute(0, 2, 3, 1, 4).reshape(batch, -1, h, n)[:, :t], state

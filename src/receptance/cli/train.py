@@ -1,0 +1,90 @@
+"""`receptance train`: a run from a TOML file, with a progress bar, continued where it stopped."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from receptance.models import RWKV
+    from receptance.tokenizers import Tokenizer
+
+HELP = """Train a model from text.
+
+CONFIG is a TOML file; docs/training.md lists every setting. Overrides are section.key=value:
+
+    receptance train examples/stories/rwkv7.toml run.tokens=2_000_000 optim.lr=1e-3
+
+An interrupted run continues when the same command is given again. The finished model is the folder OUT/model.
+"""
+
+
+def train(
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", show_default=False)] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", show_default=False)] = None,
+    text: Annotated[
+        list[Path] | None, typer.Option(help="Train on these text or jsonl files; no CONFIG needed.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run (run.out).")] = None,
+    show: Annotated[bool, typer.Option("--show", help="Print the whole configuration and stop.")] = False,
+) -> None:
+    from receptance.training.config import read_config, to_json
+
+    settings = list(overrides or [])
+    if config is not None and "=" in str(config):  # no CONFIG: the first word is an override already
+        settings.insert(0, str(config))
+        config = None
+    if text:
+        files = ", ".join(f'"{path.resolve()}"' for path in text)
+        settings.append(f"data.train=[{files}]")
+    if out is not None:
+        settings.append(f'run.out="{out}"')
+    chosen = read_config(config, settings)
+    if show:
+        typer.echo(to_json(chosen))
+        return
+
+    from receptance.training import train as run
+
+    with Progress(chosen.steps) as progress:
+        folder = run(chosen, progress, sample)
+    typer.echo(f"finished: {folder}\ntry it: receptance run {folder} 'Once upon a time'")
+
+
+def sample(model: "RWKV", tokenizer: "Tokenizer", prompt: str, n_tokens: int) -> str:
+    from receptance.generation import generate
+
+    return "".join(generate(model, tokenizer, prompt, max_tokens=n_tokens, temperature=0.8, top_p=0.9, seed=1))
+
+
+class Progress:
+    """A rich progress bar; on a pipe, plain lines."""
+
+    def __init__(self, steps: int):
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        self._console = Console(stderr=True)
+        self._bar = Bar(
+            TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(),
+            TextColumn("{task.description}"), console=self._console, disable=not self._console.is_terminal,
+        )  # fmt: skip
+        self._task = self._bar.add_task("", total=steps)
+        self._steps = steps
+
+    def __enter__(self) -> "Progress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def message(self, text: str) -> None:
+        self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def step(self, row: dict[str, float]) -> None:
+        line = f"loss {row['loss']:.4f} · lr {row['lr']:.2e} · {row['tokens_per_second']:,.0f} tokens/s"
+        self._bar.update(self._task, completed=row["step"], description=line)
+        if not self._console.is_terminal:
+            self.message(f"step {row['step']:.0f}/{self._steps} · {line}")
