@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from receptance.errors import CheckpointError
 
-from .source import show
+from .source import MAX_TENSORS, show
 
 if TYPE_CHECKING:
     from receptance.models import RWKV
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 Shapes = dict[str, tuple[int, ...]]
 
 MAX_LAYERS = 1024
-MAX_TENSORS = 50_000  # released models have at most 2,200
+MAX_SIZE = 1 << 40
 PREFIX = re.compile(r"(_forward_module\.|_orig_mod\.|module\.|model\.){1,4}")
 
 # part of a tensor's name -> the experiment it belongs to; first match wins
@@ -99,7 +99,7 @@ def outline(shapes: Shapes) -> "tuple[str, Config, RWKV]":
     from receptance.models import VERSIONS
 
     version = version_of(shapes)
-    check_layers(shapes)
+    check_sizes(shapes)
     cls = VERSIONS[version]
     try:
         config = cls.Config.from_shapes(shapes)
@@ -118,8 +118,11 @@ def outline(shapes: Shapes) -> "tuple[str, Config, RWKV]":
     return version, config, model
 
 
-def check_layers(shapes: Shapes) -> None:
-    """Before anything is built: layers 0 to L-1 without gaps, and not absurdly many."""
+def check_sizes(shapes: Shapes) -> None:
+    """Before anything is built: sizes that can be, and layers 0 to L-1 without gaps, not absurdly many."""
+    for name, shape in shapes.items():
+        if not all(0 < size <= MAX_SIZE for size in shape):
+            raise CheckpointError(f"tensor {show(name)} has the impossible shape {list(shape)}")
     try:
         layers = {int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")}
     except (ValueError, IndexError):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path, PurePosixPath
@@ -57,7 +58,8 @@ def load(
         raise CheckpointError(f"{source.path}: {error}") from error
     source.verify()
 
-    identity = source.metadata.get(f"{OURS}fingerprint") or fingerprint(tensors)
+    stored = source.metadata.get(f"{OURS}fingerprint", "")
+    identity = stored if re.fullmatch("[0-9a-f]{32}", stored) else fingerprint(tensors)
     wanted = wanted or common_dtype(tensors)
     for name in tensors:
         tensors[name] = tensors[name].to(place, wanted)
@@ -216,6 +218,6 @@ def torch_device(device: "str | torch.device | None") -> "torch.device":
     import torch
 
     try:
-        return torch.device(device or "cpu")
-    except RuntimeError as error:
-        raise ConfigError(f"device {str(device)!r} is unknown: {str(error).splitlines()[0]}") from error
+        return torch.empty(0, device=device or "cpu").device
+    except (RuntimeError, AssertionError) as error:  # no such word, or no such device on this machine
+        raise ConfigError(f"device {str(device)!r} is unknown here: {str(error).splitlines()[0]}") from error

@@ -21,7 +21,7 @@ from .source import ITEM_SIZE, MappedFile, Record, StoredTensor, TensorSource, c
 if TYPE_CHECKING:
     import torch
 
-MAX_DIRECTORY = 4 << 20  # bytes of zip directory read at once: some 40,000 records
+MAX_DIRECTORY = 2 << 20  # bytes of zip directory read at once; a model of 2,000 tensors needs a tenth of it
 MAX_PICKLE = 16 << 20
 MAX_INSTRUCTIONS = 500_000  # a model of 2,000 tensors needs 80,000
 
@@ -221,8 +221,9 @@ def run(file: MappedFile, program: bytes) -> object:
             f"its pickle {error}; refusing to run code from a file. If you trust its origin, "
             "load it with torch yourself and save its state_dict() again"
         ) from None
-    # what a damaged program leads to: an empty stack, an absent memo entry, an argument of the wrong type
-    except (IndexError, KeyError, ValueError, TypeError, AttributeError, EOFError) as error:
+    # what a damaged program leads to: an empty stack, an absent memo entry, an argument of the wrong type;
+    # and where warnings are errors, an odd escape in a string
+    except (IndexError, KeyError, ValueError, TypeError, AttributeError, EOFError, Warning) as error:
         raise file.error(
             f"its pickle is damaged ({type(error).__name__}: {str(error)[:100]}); get the file again"
         ) from None

@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, BinaryIO
 
-from .source import MappedFile, Record, StoredTensor, TensorSource, check_total, show
+from .source import MAX_TENSORS, MappedFile, Record, StoredTensor, TensorSource, check_total, show
 
 if TYPE_CHECKING:
     import torch
@@ -67,6 +67,8 @@ def read_header(file: MappedFile) -> tuple[int, dict[str, object]]:
         raise file.error(f"its header is damaged ({str(error)[:200]}); get the file again") from None
     if not isinstance(header, dict):
         raise file.error("its header is not a table")
+    if len(header) > MAX_TENSORS:
+        raise file.error(f"names {len(header)} tensors, more than {MAX_TENSORS}; refusing it")
     return 8 + length, header
 
 

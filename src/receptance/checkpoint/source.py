@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from receptance.errors import CheckpointError
 
@@ -25,6 +25,7 @@ ITEM_SIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 ITEM_SIZE |= {"int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1}
 
 MAX_DIMS = 8
+MAX_TENSORS = 50_000  # released models have at most 2,200
 
 
 def show(name: object) -> str:
@@ -59,7 +60,7 @@ def map_file(path: Path) -> MappedFile:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
 
 
-def open_regular(path: Path):  # type: ignore[no-untyped-def]
+def open_regular(path: Path) -> BinaryIO:
     """Open for reading, but never wait on a pipe or a device."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise CheckpointError(f"{path}: is not a regular file")
