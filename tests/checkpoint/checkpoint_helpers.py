@@ -2,13 +2,16 @@
 
 import io
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from receptance.models import RWKV, VERSIONS, RWKV4Config, RWKV5Config, RWKV6Config, RWKV7Config
 
-CONFIGS = {
+Config = RWKV4Config | RWKV5Config | RWKV6Config | RWKV7Config
+
+CONFIGS: dict[str, Config] = {
     "4": RWKV4Config(vocab_size=11, n_layer=2, n_embd=8, dim_att=12, dim_ffn=20),
     "5.0": RWKV5Config(vocab_size=11, n_layer=2, n_embd=8, dim_ffn=20, head_size=4, version="5.0"),
     "5.1": RWKV5Config(vocab_size=11, n_layer=2, n_embd=8, dim_ffn=20, head_size=4, version="5.1"),
@@ -29,8 +32,12 @@ CONFIGS = {
 }
 
 
-def tiny_model(version: str, dtype: torch.dtype = torch.bfloat16, config: object = None) -> RWKV:
-    model = VERSIONS[version](config or CONFIGS[version], dtype=dtype)
+def changed(version: str, **changes: int | bool) -> Config:
+    return replace(CONFIGS[version], **changes)  # type: ignore[arg-type]
+
+
+def tiny_model(version: str, dtype: torch.dtype = torch.bfloat16, config: Config | None = None) -> RWKV:
+    model = VERSIONS[version](config or CONFIGS[version], dtype=dtype)  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

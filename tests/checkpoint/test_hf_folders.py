@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from checkpoint_helpers import CONFIGS, assert_same, tiny_model
+from checkpoint_helpers import assert_same, changed, tiny_model
 from safetensors.torch import load_file, save_file
 
 from receptance.checkpoint import load, save
@@ -13,10 +13,9 @@ from receptance.errors import CheckpointError
 
 def test_transformers_loads_our_rwkv4_strictly_and_computes_the_same(tmp_path):
     transformers = pytest.importorskip("transformers")
-    from dataclasses import replace
 
     # its op mixes batches up and ignores dim_att != n_embd; eight layers exercise its rescaling
-    model = tiny_model("4", torch.float32, replace(CONFIGS["4"], dim_att=8, n_layer=8))
+    model = tiny_model("4", torch.float32, changed("4", dim_att=8, n_layer=8))
     save(model, tmp_path, format="hf")
     theirs, info = transformers.RwkvForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values()), info

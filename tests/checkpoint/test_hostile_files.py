@@ -51,7 +51,7 @@ def dict_of(**entries: bytes) -> bytes:
 
 
 @pytest.fixture
-def canary(tmp_path) -> Path:
+def canary(tmp_path: Path) -> Path:
     return tmp_path / "canary"
 
 
@@ -266,8 +266,10 @@ def test_damaged_and_deceitful_archives(weights, tmp_path):
     refused(archive(path, program, {**records, "byteorder": b"big"}), "byte order is 'big'")
     refused(archive(path, program, {**records, "constants.pkl": b""}), "TorchScript")
     refused(archive(path, program, {name: records[name] for name in records if name != "data/3"}), "record data/'3'")
-    with zipfile.ZipFile(path, "w") as file, pytest.warns(UserWarning, match="Duplicate"):
-        [file.writestr("archive/data.pkl", content) for content in (program, b"N.")]
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("archive/data.pkl", program)
+        with pytest.warns(UserWarning, match="Duplicate"):
+            file.writestr("archive/data.pkl", b"N.")
     refused(path, "'archive/data.pkl' occurs twice")
     archive(path, program, records)
     with zipfile.ZipFile(path, "a") as file:
@@ -290,7 +292,7 @@ def test_zip64_archives_are_read(weights, tmp_path, monkeypatch):
     assert_same(load(path).state_dict(), weights)
 
 
-def test_lying_zip_directories(weights, tmp_path):
+def test_lying_zip_directories(weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
     path = tmp_path / "m.pth"
     good = saved_by_torch(weights)
     central = good.index(b"PK\x01\x02")

@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -80,9 +81,13 @@ def test_a_failing_sync_or_rename_leaves_the_previous_file(call, weights, tmp_pa
 
 def test_the_file_is_on_disk_before_it_takes_its_name(weights, tmp_path, monkeypatch):
     events = []
+
+    def recorded(call: str, real: Callable[..., None], *args: object) -> None:
+        events.append(call)
+        real(*args)
+
     for call in ("fsync", "replace"):
-        real = getattr(os, call)
-        monkeypatch.setattr(os, call, lambda *a, call=call, real=real: (events.append(call), real(*a)))
+        monkeypatch.setattr(os, call, partial(recorded, call, getattr(os, call)))
     save(weights, tmp_path / "model.safetensors")
     assert events == ["fsync", "replace", "fsync"]
 

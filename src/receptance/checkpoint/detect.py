@@ -9,6 +9,8 @@ from receptance.errors import CheckpointError
 from .source import MAX_TENSORS, show
 
 if TYPE_CHECKING:
+    from torch.overrides import TorchFunctionMode
+
     from receptance.models import RWKV
     from receptance.models.base import Config
 
@@ -106,7 +108,8 @@ def outline(shapes: Shapes) -> "tuple[str, Config, RWKV]":
         head_size = getattr(config, "head_size", 1)
         if config.n_embd % head_size:
             raise ValueError(f"a head size of {head_size} does not divide the width {config.n_embd}")
-        model = cls(config, device="meta")  # type: ignore[arg-type]  # each class has its own Config
+        with without_normal_init():
+            model = cls(config, device="meta")  # type: ignore[arg-type]  # each class has its own Config
     except KeyError as error:
         raise CheckpointError(f"looks like RWKV-{version}, but tensor {error.args[0]} is missing") from error
     # nonsense shapes: too few axes to unpack, sizes that overflow, heads that do not divide
@@ -116,6 +119,19 @@ def outline(shapes: Shapes) -> "tuple[str, Config, RWKV]":
         ) from error
     compare({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, shapes, version)
     return version, config, model
+
+
+def without_normal_init() -> "TorchFunctionMode":
+    """On the meta device there is nothing to initialise, and normal_ would import torch's compiler there (1 s)."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            kwargs = kwargs or {}
+            return kwargs["tensor"] if function is torch.nn.init.normal_ else function(*args, **kwargs)
+
+    return Mode()
 
 
 def check_sizes(shapes: Shapes) -> None:
