@@ -1,0 +1,62 @@
+"""The command line: one file per verb, each thin. Nothing here imports torch before a verb needs it."""
+
+from importlib import import_module
+from typing import Annotated
+
+import typer
+
+from receptance import __version__
+from receptance.cli import train
+from receptance.cli.errors import guarded
+
+# A verb is a module of this package with a function `command`; its docstring is the help text.
+VERBS = ("run", "chat", "inspect", "convert", "pull", "list", "doctor")
+
+
+def build() -> typer.Typer:
+    app = typer.Typer(
+        name="receptance",
+        rich_markup_mode=None,  # help texts are plain: [MODEL] is no markup
+        pretty_exceptions_enable=False,
+        no_args_is_help=True,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_receptance)
+    for verb in VERBS:
+        app.command(verb)(guarded(import_module(f"receptance.cli.{verb}").command))
+    app.command("train", help=train.HELP)(guarded(train.train))
+    return app
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"receptance {__version__}")
+        raise typer.Exit
+
+
+def _receptance(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """RWKV-4, 5, 6 and 7: train, tune, run and look inside.
+
+    \b
+    Examples:
+      receptance run "Once upon a time"            the small model inside the package
+      receptance run model.pth "Once upon a time"
+      receptance chat model.pth
+      receptance pull org/name:file.pth
+      receptance VERB --help
+
+    \b
+    Exit codes:
+      0    done
+      1    something about a file, a value or this machine is wrong; one line on stderr says what
+      2    the command line itself is wrong
+      130  interrupted with Ctrl-C
+    """
+
+
+def main() -> None:
+    build()()

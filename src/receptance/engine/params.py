@@ -125,17 +125,22 @@ def _is_number(value: object) -> bool:
 
 
 def _checked_bias(bias: object) -> tuple[tuple[int, float], ...]:
-    pairs = tuple(bias.items()) if isinstance(bias, Mapping) else tuple(cast(Iterable[tuple[int, float]], bias))
-    for token, value in pairs:
+    try:
+        pairs = dict(cast(Iterable[tuple[int, float]], bias))
+    except (TypeError, ValueError):
+        raise ConfigError(f"logit_bias is {bias!r}, expected token ids with the values to add") from None
+    for token, value in pairs.items():
         if not _is_int(token) or token < 0:
             raise ConfigError(f"logit_bias has the token id {token!r}, expected a whole number from 0")
         if not _is_number(value) or math.isnan(value) or value == math.inf:
             raise ConfigError(f"logit_bias of token {token} is {value!r}, expected a number, or -inf to ban the token")
-    return tuple(sorted((token, float(value)) for token, value in dict(pairs).items()))
+    return tuple(sorted((token, float(value)) for token, value in pairs.items()))
 
 
 def _checked_stop(stop: object) -> tuple[str, ...]:
-    strings = (stop,) if isinstance(stop, str) else tuple(cast(Iterable[str], stop))
+    if not isinstance(stop, Iterable):
+        raise ConfigError(f"stop is {stop!r}, expected a string or several")
+    strings = (stop,) if isinstance(stop, str) else tuple(stop)
     if len(strings) > MAX_STOPS:
         raise ConfigError(f"stop has {len(strings)} strings, expected at most {MAX_STOPS}")
     for text in strings:
@@ -144,8 +149,10 @@ def _checked_stop(stop: object) -> tuple[str, ...]:
     return strings
 
 
-def _checked_ids(tokens: Iterable[int]) -> tuple[int, ...]:
-    tokens = tuple(tokens)
+def _checked_ids(stop_tokens: object) -> tuple[int, ...]:
+    if not isinstance(stop_tokens, Iterable):
+        raise ConfigError(f"stop_tokens is {stop_tokens!r}, expected token ids")
+    tokens = tuple(stop_tokens)
     for token in tokens:
         if not _is_int(token) or token < 0:
             raise ConfigError(f"stop_tokens has {token!r}, expected token ids from 0")

@@ -1,0 +1,131 @@
+"""`receptance doctor`: what this machine can run, and why not."""
+
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from typing import Annotated, Literal
+
+import typer
+
+from receptance import __version__
+from receptance.cli import hub
+from receptance.cli.errors import USER_ERROR
+from receptance.cli.model_source import DEFAULT_MODEL, embedded_models
+from receptance.cli.terminal import write_json
+
+PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "huggingface_hub", "transformers")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report. "no" is an absence that limits, "bad" one that stops everything."""
+
+    what: str
+    result: Literal["ok", "no", "bad"]
+    detail: str
+
+
+def command(as_json: Annotated[bool, typer.Option("--json", help="A JSON list of checks.")] = False) -> None:
+    """Check this machine: Python, PyTorch, devices, back ends, cache, disk and the embedded model.
+
+    Each line says ok, or no with the reason. Exit code 1 when no model can run at all.
+
+    \b
+    Examples:
+      receptance doctor
+      receptance doctor --json
+    """
+    checks = [*machine(), *torch_and_devices(), *back_ends(), *models()]
+    if as_json:
+        write_json([asdict(check) for check in checks])
+    else:
+        for check in checks:
+            colour = {"ok": "green", "no": "yellow", "bad": "red"}[check.result]
+            typer.echo(f"{typer.style(check.result.ljust(4), fg=colour)} {check.what.ljust(18)} {check.detail}")
+    if any(check.result == "bad" for check in checks):
+        raise typer.Exit(USER_ERROR)
+
+
+def machine() -> Iterator[Check]:
+    yield Check("receptance", "ok", f"{__version__}, Python {platform.python_version()} at {sys.executable}")
+    yield Check("machine", "ok", f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores")
+    versions = [f"{name} {version}" for name in PACKAGES if (version := _version(name))]
+    yield Check("packages", "ok", ", ".join(versions))
+
+
+def torch_and_devices() -> Iterator[Check]:
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # OSError: a library of it is missing
+        yield Check("torch", "bad", f"{error}; pip install 'receptance[torch]'")
+        return
+    yield Check("torch", "ok", f"{torch.__version__}, {torch.get_num_threads()} threads")
+    features = torch.backends.cpu.get_cpu_capability()
+    yield Check("cpu", "ok", f"float32, bfloat16, float16, float64; {features}")
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            memory = torch.cuda.get_device_properties(i).total_memory
+            yield Check(f"cuda:{i}", "ok", f"{torch.cuda.get_device_name(i)}, {memory / 2**30:.0f} GiB")
+    elif torch.version.cuda is None and torch.version.hip is None:
+        yield Check("cuda", "no", "this PyTorch is built without it; see pytorch.org for a build with CUDA or ROCm")
+    else:
+        yield Check("cuda", "no", "PyTorch is built with it, but finds no GPU or no driver (try nvidia-smi)")
+    if platform.system() == "Darwin":
+        has_mps = torch.backends.mps.is_available()
+        yield Check("mps", "ok" if has_mps else "no", "" if has_mps else "this machine or PyTorch lacks it")
+
+
+def back_ends() -> Iterator[Check]:
+    """The forms in which the WKV operators can run here."""
+    if find_spec("torch") is None:
+        return
+    import torch
+
+    from receptance.ops import BACKENDS
+
+    names = sorted({name for forms in BACKENDS.values() for name in forms})
+    for name in names:
+        operators = ", ".join(op for op, forms in BACKENDS.items() if name in forms)
+        if name == "triton" and find_spec("triton") is None:
+            yield Check(f"back end {name}", "no", "the package triton is not installed (it comes with CUDA PyTorch)")
+        elif name == "triton" and not torch.cuda.is_available():
+            yield Check(f"back end {name}", "no", "it needs a GPU")
+        else:
+            yield Check(f"back end {name}", "ok", operators)
+    for name in ("triton", "native"):
+        if name not in names:
+            yield Check(f"back end {name}", "no", f"not part of receptance {__version__}")
+
+
+def models() -> Iterator[Check]:
+    if DEFAULT_MODEL in embedded_models():
+        yield Check("embedded model", "ok", ", ".join(embedded_models()))
+    else:
+        yield Check("embedded model", "no", f"'{DEFAULT_MODEL}' is missing from this installation; name a MODEL")
+    folder = hub.cache_folder()
+    cached = hub.cached_models()
+    yield Check("model cache", "ok", f"{folder}, {len(cached)} models" + (", offline" if _is_offline() else ""))
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    writable = os.access(existing, os.W_OK)
+    yield Check(
+        "disk", "ok" if writable else "no", f"{free / 1e9:.1f} GB free" + ("" if writable else ", not writable")
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _is_offline() -> bool:
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)

@@ -1,0 +1,103 @@
+"""`receptance inspect`: what a checkpoint is."""
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from receptance.cli.model_source import ModelSource, find_model, load_model
+from receptance.cli.terminal import write_json
+
+if TYPE_CHECKING:
+    from receptance.models import RWKV
+
+
+def command(
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="Path, name or org/name[:file].")] = None,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor, not one block for all.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object with everything.")] = False,
+) -> None:
+    """Show a model's architecture, parameters, types and the size of its state.
+
+    \b
+    Examples:
+      receptance inspect
+      receptance inspect model.pth --tensors
+      receptance inspect org/name:file.pth --json
+    """
+    source = find_model(model)
+    rwkv = load_model(source)
+    summary = describe(source, rwkv)
+    rows = [
+        {"name": name, "shape": list(x.shape), "dtype": str(x.dtype).removeprefix("torch."), "parameters": x.numel()}
+        for name, x in rwkv.state_dict().items()
+    ]
+    if as_json:
+        write_json({**summary, "tensors": rows})
+    else:
+        _print(summary, rows if tensors else fold_blocks(rows, rwkv.config.n_layer))
+
+
+def describe(source: ModelSource, model: "RWKV") -> dict[str, object]:
+    """The facts above the table; sizes in bytes."""
+    from receptance.checkpoint import open_checkpoint
+
+    stored = open_checkpoint(source.path)
+    state = model.zero_state()
+    return {
+        "model": source.name,
+        "path": str(source.path),
+        "version": model.config.version,
+        "config": asdict(model.config),
+        "parameters": sum(x.numel() for x in model.parameters()),
+        "stored_dtypes": sorted(set(stored.dtypes.values())),
+        "stored_bytes": sum(tensor.nbytes for tensor in stored.tensors.values()),
+        "has_checksums": bool(stored.records),
+        "state": {name: list(x.shape) for name, x in state.items()},
+        "state_bytes": state.nbytes,
+        "fingerprint": model.fingerprint,
+    }
+
+
+def fold_blocks(rows: list[dict[str, object]], n_layer: int) -> list[dict[str, object]]:
+    """Tensors that every layer has, under `blocks.*`, with the parameters of all layers together."""
+    groups: dict[tuple[str, str, str], list[dict[str, object]]] = {}
+    for row in rows:
+        head, _, tail = str(row["name"]).partition(".")
+        layer, _, rest = tail.partition(".")
+        name = f"blocks.*.{rest}" if head == "blocks" and layer.isdigit() else str(row["name"])
+        groups.setdefault((name, str(row["shape"]), str(row["dtype"])), []).append(row)
+    folded = []
+    for (name, _, _), members in groups.items():
+        total = sum(int(str(row["parameters"])) for row in members)
+        several = name.startswith("blocks.*") and len(members) > 1
+        folded.append({**members[0], "name": name if several else members[0]["name"], "parameters": total})
+        if several and len(members) < n_layer:
+            folded[-1]["name"] = f"{name}  ({len(members)} of {n_layer} layers)"
+    return folded
+
+
+def _print(summary: dict[str, object], rows: list[dict[str, object]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    config = summary["config"]
+    assert isinstance(config, dict)
+    facts = [
+        f"RWKV-{summary['version']}  {summary['path']}",
+        "  ".join(f"{name} {value}" for name, value in config.items() if name != "version"),
+        f"{summary['parameters']:,} parameters, {summary['stored_bytes']:,} bytes stored as "
+        f"{', '.join(map(str, summary['stored_dtypes']))}"  # type: ignore[call-overload]
+        f"{', with checksums' if summary['has_checksums'] else ''}",
+        f"state: {summary['state_bytes']:,} bytes, whatever the length of the text",
+        f"fingerprint: {summary['fingerprint']}",
+    ]
+    table = Table("tensor", "shape", "dtype", box=None, header_style="bold")
+    table.add_column("parameters", justify="right")
+    for row in rows:
+        table.add_row(Text(str(row["name"])), Text(str(row["shape"])), str(row["dtype"]), f"{row['parameters']:,}")
+    console = Console(highlight=False)
+    for fact in facts:
+        console.print(Text(fact))
+    console.print(table)

@@ -1,0 +1,59 @@
+"""The flags that `run` and `chat` share, and how they become SamplingParams."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from receptance.engine.params import SamplingParams
+from receptance.errors import ConfigError
+
+Temperature = Annotated[float | None, typer.Option("--temperature", "-t", help="0 = greedy.")]
+TopK = Annotated[int | None, typer.Option("--top-k", help="Keep the K most probable tokens; 0 = all.")]
+TopP = Annotated[float | None, typer.Option("--top-p", help="Keep the most probable tokens that sum to P; 1 = all.")]
+MinP = Annotated[float | None, typer.Option("--min-p", help="Drop tokens below P times the most probable one.")]
+Presence = Annotated[float | None, typer.Option("--presence-penalty", help="Off the logit of each token used.")]
+Frequency = Annotated[float | None, typer.Option("--frequency-penalty", help="Off the logit, times its uses.")]
+Repetition = Annotated[float | None, typer.Option("--repetition-penalty", help="As in HF transformers; 1 = off.")]
+Decay = Annotated[float | None, typer.Option("--penalty-decay", help="By which uses fade with each token.")]
+LogitBias = Annotated[list[str] | None, typer.Option("--logit-bias", metavar="ID=VALUE", help="-inf bans; repeatable.")]
+Stop = Annotated[
+    list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before it; \\n is a newline; repeatable.")
+]
+MaxTokens = Annotated[int | None, typer.Option("--max-tokens", "-n", help="At most so many tokens.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Same seed, same text.")]
+Dtype = Annotated[
+    str | None, typer.Option("--dtype", help="float32, bfloat16, float16 or float64; default: the file's.")
+]
+Device = Annotated[str | None, typer.Option("--device", help="cpu (default), cuda, cuda:1, ...")]
+TokenizerName = Annotated[
+    str | None, typer.Option("--tokenizer", metavar="NAME|PATH", help="world, pile, byte, or a file; default: told.")
+]
+StateFile = Annotated[Path | None, typer.Option("--state", metavar="FILE", help="Go on from a saved state.")]
+
+
+def sampling_params(
+    defaults: SamplingParams,
+    preset: Mapping[str, object],
+    flags: Mapping[str, object],
+    logit_bias: Sequence[str] | None,
+    stop: Sequence[str] | None,
+) -> SamplingParams:
+    """Flags win over the model's preset, which wins over the verb's defaults. `flags` that are None were not given."""
+    given: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
+    if logit_bias:
+        given["logit_bias"] = dict(map(_bias, logit_bias))
+    if stop:
+        given["stop"] = [text.replace("\\n", "\n").replace("\\t", "\t") for text in stop]
+    # one step each, so that an error names a value as the user wrote it
+    return replace(replace(defaults, **dict[str, Any](preset)), **given)
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token, _, value = text.partition("=")
+    try:
+        return int(token), float(value)
+    except ValueError:
+        raise ConfigError(f"--logit-bias is {text!r}, expected ID=VALUE, such as 42=-3 or 42=-inf") from None

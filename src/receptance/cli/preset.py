@@ -1,0 +1,77 @@
+"""`model.toml` in a model's folder: what its makers recommend.
+
+template = "world"            # chat template: world, g1, raven, plain
+thinking = "off"              # g1 alone: off, fast, on
+system = "You are a fox."     # system prompt of a chat
+state = "fox.state"           # initial state, a file in the same folder
+[sampling]                    # any field of SamplingParams
+temperature = 0.8
+"""
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from receptance.engine.params import SamplingParams
+from receptance.errors import ConfigError
+
+PRESET_FILE = "model.toml"
+WORDS = ("template", "thinking", "system", "state")
+
+
+@dataclass(frozen=True)
+class Preset:
+    template: str | None = None
+    thinking: str | None = None
+    system: str | None = None
+    state: Path | None = None
+    sampling: Mapping[str, object] = field(default_factory=dict)
+
+
+def read_preset(folder: Path) -> Preset:
+    """The folder's preset, empty when it has none. Raises ConfigError naming file, key and what was expected."""
+    path = folder / PRESET_FILE
+    if not path.is_file():
+        return Preset()
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML ({error})") from None
+    if unknown := table.keys() - {*WORDS, "sampling"}:
+        raise ConfigError(f"{path}: unknown key {min(unknown)!r}; expected {', '.join(WORDS)} or [sampling]")
+    for word in WORDS:
+        if not isinstance(table.get(word, ""), str):
+            raise ConfigError(f"{path}: {word} is {table[word]!r}, expected a string")
+    return Preset(
+        template=table.get("template"),
+        thinking=table.get("thinking"),
+        system=table.get("system"),
+        state=_inside(path, table["state"]) if "state" in table else None,
+        sampling=_checked_sampling(path, table.get("sampling", {})),
+    )
+
+
+def _inside(path: Path, name: str) -> Path:
+    """A downloaded preset must not reach for other files of the user."""
+    if Path(name).name != name or name in ("", ".", ".."):
+        raise ConfigError(f"{path}: state is {name!r}, expected the name of a file in the same folder")
+    return path.parent / name
+
+
+def _checked_sampling(path: Path, table: object) -> Mapping[str, object]:
+    if not isinstance(table, dict):
+        raise ConfigError(f"{path}: sampling is {table!r}, expected a table")
+    known = {f.name for f in fields(SamplingParams)}
+    if unknown := table.keys() - known:
+        raise ConfigError(
+            f"{path}: unknown sampling field {min(unknown)!r}; expected one of {', '.join(sorted(known))}"
+        )
+    bias = table.get("logit_bias")
+    try:
+        if isinstance(bias, dict):  # keys are strings in TOML
+            table = {**table, "logit_bias": {int(token): value for token, value in bias.items()}}
+        SamplingParams(**table)
+    except (ConfigError, ValueError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return table

@@ -1,0 +1,27 @@
+"""Writing a state where the user asked for it, with the errors that a path can cause."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from receptance.errors import ReceptanceError
+
+if TYPE_CHECKING:
+    from receptance.models import RWKV, State
+
+
+def check_target(path: Path) -> None:
+    """Refuse a path that cannot be written before minutes of work are spent on what should go there."""
+    if not path.parent.is_dir():
+        raise ReceptanceError(f"{path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise ReceptanceError(f"{path}: is a folder; name a file for the state")
+
+
+def save_state(state: "State", path: Path, model: "RWKV") -> None:
+    from safetensors import SafetensorError
+
+    check_target(path)
+    try:
+        state.save(path, model)
+    except SafetensorError as error:  # a full disk or a missing right, from the library that writes
+        raise ReceptanceError(f"{path}: cannot be written ({error})") from None

@@ -1,0 +1,46 @@
+"""What stands between generated text and a terminal: whole output, no control codes, and a Ctrl-C that only stops."""
+
+import json
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import typer
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def write(text: str) -> None:
+    """To stdout at once. On a terminal without control codes: a model's text must not move the cursor or worse."""
+    typer.echo(CONTROL.sub("", text) if sys.stdout.isatty() else text, nl=False)
+    sys.stdout.flush()
+
+
+def write_json(value: object) -> None:
+    typer.echo(json.dumps(value, ensure_ascii=False, indent=2))
+
+
+def read_stdin() -> str:
+    """All of standard input as UTF-8, broken bytes replaced, without the newline that ends its last line."""
+    return sys.stdin.buffer.read().decode("utf-8", "replace").removesuffix("\n").removesuffix("\r")
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Within it the first Ctrl-C only makes the given function true; a second one interrupts as usual."""
+    pressed = False
+
+    def on_interrupt(_signal: int, _frame: FrameType | None) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    before = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,106 @@
+"""The frame of the command line: help without torch, exit codes, one clear line for every error."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from receptance.cli import VERBS
+
+RECEPTANCE = [sys.executable, "-m", "receptance"]
+QUICK = 0.3  # seconds; measured about 0.1 on an idle machine
+
+
+def test_help_is_quick_and_imports_no_torch():
+    code = (
+        "import sys, receptance.cli as c\n"
+        "sys.argv = ['receptance', '--help']\n"
+        "try: c.main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'numpy', 'safetensors', 'huggingface_hub', 'tokenizers'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    seconds = []
+    for _ in range(3):  # the best of three: others may be using the machine
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        seconds.append(time.perf_counter() - start)
+        assert done.returncode == 0, done.stderr
+    assert min(seconds) < QUICK or os.getloadavg()[0] > 1
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself_with_examples(cli, verb):
+    result = cli(verb, "--help")
+    assert result.exit_code == 0
+    assert "Examples:" in result.stdout
+    assert f"receptance {verb}" in result.stdout
+
+
+def test_exit_codes_are_documented(cli):
+    assert "130  interrupted" in cli("--help").stdout
+
+
+def test_version(cli):
+    assert cli("--version").stdout.startswith("receptance 0.")
+
+
+@pytest.mark.parametrize(
+    "arguments, code, words",
+    [
+        (["run", "nowhere.pth", "x"], 1, "unknown model 'nowhere.pth'"),
+        (["run", "TINY", "x", "-t", "-1"], 1, "temperature is -1.0, expected a number from 0 to 100"),
+        (["run", "TINY", "x", "--dtype", "int3"], 1, "int3"),
+        (["run", "TINY", "x", "--state", "no.state"], 1, "no.state"),
+        (["run", "TINY", "x", "--logit-bias", "x"], 1, "--logit-bias is 'x'"),
+        (["run", "TINY", "x", "--tokenizer", "nope"], 1, "no tokenizer 'nope'"),
+        (["run", "TINY", "x", "--save-state", "no/such/folder/x"], 1, "no/such/folder"),
+        (["run", "TINY", "x", "-n", "many"], 2, "--max-tokens"),
+        (["chat", "TINY", "--template", "zzz"], 1, "unknown chat template 'zzz'"),
+        (["convert", "TINY", "x.zip"], 1, "suffix .zip"),
+        (["convert", "TINY", "x.pth", "--format", "zip"], 2, "--format is 'zip'"),
+        (["frobnicate"], 2, "frobnicate"),
+    ],
+)
+def test_errors_are_one_line_with_an_exit_code(folder, tmp_path, arguments, code, words):
+    arguments = [str(folder) if a == "TINY" else a for a in arguments]
+    done = subprocess.run(
+        [*RECEPTANCE, *arguments], capture_output=True, text=True, cwd=tmp_path, stdin=subprocess.DEVNULL
+    )
+    assert done.returncode == code, done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    if code == 1:
+        assert done.stderr.count("\n") == 1
+        assert done.stderr.startswith("error: ")
+
+
+def test_a_damaged_model_is_one_line(cli, folder, tmp_path):
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes((folder / "model.safetensors").read_bytes()[:1000])
+    result = cli("run", broken, "x")
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"error: {broken}")
+
+
+def test_without_torch_the_line_says_what_to_install(cli, folder, monkeypatch):
+    def missing(*_args, **_kwargs):
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+    monkeypatch.setattr("receptance.cli.inspect.load_model", missing)
+    result = cli("inspect", folder)
+    assert result.exit_code == 1
+    assert "pip install 'receptance[torch]'" in result.stderr
+
+
+def test_python_m_is_the_command_line():
+    done = subprocess.run([*RECEPTANCE, "--version"], capture_output=True, text=True)
+    assert done.stdout.startswith("receptance ")
+
+
+def test_every_verb_is_one_short_file():
+    for path in Path(__file__).resolve().parents[2].glob("src/receptance/cli/*.py"):
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 220, path

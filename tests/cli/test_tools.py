@@ -1,0 +1,152 @@
+"""inspect, convert, list, doctor, and what a MODEL argument means."""
+
+import json
+
+import pytest
+import torch
+
+import receptance
+from receptance.cli.model_source import (
+    ModelSource,
+    UnknownModel,
+    find_model,
+    guess_template,
+    load_tokenizer,
+    looks_like_model,
+)
+from receptance.errors import ReceptanceError
+
+
+def test_inspect_counts_what_is_there(cli, folder, model):
+    report = json.loads(cli("inspect", folder, "--json").stdout)
+    assert report["version"] == "7"
+    assert report["parameters"] == sum(p.numel() for p in model.parameters())
+    assert report["parameters"] == sum(row["parameters"] for row in report["tensors"])
+    assert report["state_bytes"] == model.zero_state().nbytes
+    assert report["fingerprint"] == model.fingerprint
+    assert {row["name"] for row in report["tensors"]} == set(model.state_dict())
+
+
+def test_inspect_folds_the_blocks_unless_asked(cli, folder, model):
+    folded, full = cli("inspect", folder).stdout, cli("inspect", folder, "--tensors").stdout
+    assert "blocks.*.att.key.weight" in folded
+    assert "RWKV-7" in folded
+    assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in folded
+    assert "blocks.1.att.key.weight" in full
+    assert len(full.splitlines()) > len(folded.splitlines())
+
+
+@pytest.mark.parametrize("target, format", [("x.pth", None), ("x.safetensors", None), ("x", "folder"), ("x", "hf")])
+def test_convert_is_exact_both_ways(cli, folder, model, tmp_path, target, format):
+    extra = ["--format", format] if format else []
+    assert cli("convert", folder, tmp_path / target, *extra).exit_code == 0
+    assert cli("convert", tmp_path / target, tmp_path / "back.pth").exit_code == 0
+    back = receptance.load(tmp_path / "back.pth").state_dict()
+    # RWKV-7's first layer has no use for a value residual, and the HF layout no place for its tensors
+    unused = {f"blocks.0.att.v{i}" for i in range(3)} if format == "hf" else set()
+    assert set(model.state_dict()) - set(back) == unused
+    assert all(torch.equal(model.state_dict()[name], x) for name, x in back.items())
+
+
+def test_convert_takes_the_tokenizer_along_and_the_folder_runs(cli, folder, tmp_path):
+    cli("convert", folder, tmp_path / "hf", "--format", "hf")
+    expected = cli("run", folder, "Once", "--seed", "1", "-n", "9").stdout
+    assert cli("run", tmp_path / "hf", "Once", "--seed", "1", "-n", "9").stdout == expected
+
+
+def test_convert_changes_the_type_when_asked(cli, folder, tmp_path):
+    cli("convert", folder, tmp_path / "half.pth", "--dtype", "bfloat16")
+    assert receptance.load(tmp_path / "half.pth").dtype == torch.bfloat16
+
+
+def test_convert_overwrites_only_by_force(cli, folder, tmp_path):
+    target = tmp_path / "x.pth"
+    target.write_text("precious")
+    refused = cli("convert", folder, target)
+    assert refused.exit_code == 1
+    assert "--force" in refused.stderr
+    assert target.read_text() == "precious"
+    assert cli("convert", folder, target, "--force").exit_code == 0
+
+
+def test_doctor_says_what_runs_and_why_not(cli):
+    result = cli("doctor", "--json")
+    checks = {check["what"]: check for check in json.loads(result.stdout)}
+    assert result.exit_code == 0
+    assert checks["torch"]["result"] == "ok"
+    assert checks["back end chunk"]["result"] == "ok"
+    assert all(check["detail"] for check in checks.values() if check["result"] != "ok")
+    assert checks.keys() >= {"receptance", "packages", "cpu", "embedded model", "model cache", "disk"}
+    plain = cli("doctor")
+    assert all(what in plain.stdout for what in checks)
+
+
+def test_doctor_without_torch_fails_and_says_what_to_install(cli, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "torch", None)
+    monkeypatch.setattr("receptance.cli.doctor.find_spec", lambda _name: None)
+    result = cli("doctor")
+    assert result.exit_code == 1
+    assert "pip install 'receptance[torch]'" in result.stdout
+
+
+def test_list_of_nothing_tells_how_to_get_something(cli, monkeypatch, tmp_path):
+    monkeypatch.setattr("receptance.cli.list.embedded_models", lambda: [])
+    assert json.loads(cli("list", "--json").stdout) == []
+    assert "receptance pull" in cli("list").stderr
+
+
+def test_embedded_models_are_listed_and_found(cli, folder, monkeypatch):
+    monkeypatch.setattr("receptance.cli.model_source.ASSETS", folder.parent)
+    monkeypatch.setattr("receptance.cli.list.ASSETS", folder.parent)
+    (row,) = json.loads(cli("list", "--json").stdout)
+    assert (row["name"], row["kind"]) == ("tiny", "embedded")
+    assert row["bytes"] > 10_000
+    assert find_model("tiny") == ModelSource("tiny", folder, "embedded")
+    assert looks_like_model("tiny")
+    assert not looks_like_model("Once upon a time")
+    with pytest.raises(UnknownModel, match="Did you mean tiny"):
+        find_model("tinny")
+
+
+def test_a_missing_default_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr("receptance.cli.model_source.ASSETS", tmp_path)
+    with pytest.raises(UnknownModel, match="missing from this installation"):
+        find_model(None)
+
+
+def test_a_near_miss_of_a_file_is_suggested(cli, folder, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    result = cli("run", tmp_path / "modle.safetensors", "x")
+    assert f"Did you mean {tmp_path / 'model.safetensors'}?" in result.stderr
+
+
+def test_a_folder_with_one_weight_file_is_that_file(folder, tmp_path):
+    file = tmp_path / "some.safetensors"
+    file.write_bytes((folder / "model.safetensors").read_bytes())
+    assert find_model(str(tmp_path)).path == file
+    (tmp_path / "other.pth").write_bytes(b"")
+    with pytest.raises(UnknownModel, match=r"holds other\.pth, some\.safetensors; name one"):
+        find_model(str(tmp_path))
+
+
+def test_the_tokenizer_is_told_by_folder_then_vocabulary(folder, tmp_path):
+    file = ModelSource("x", tmp_path / "x.pth", "path")
+    assert load_tokenizer(ModelSource("x", folder, "path"), 257).vocab_size == 257
+    assert load_tokenizer(file, 65536).name == "world"
+    assert load_tokenizer(file, 123, "byte").name == "byte"
+    with pytest.raises(ReceptanceError, match="123 ids"):
+        load_tokenizer(file, 123)
+
+
+@pytest.mark.parametrize(
+    "name, template",
+    [
+        ("rwkv7-g1-0.4b.pth", "g1"),
+        ("RWKV-x070-World-0.4B.pth", "world"),
+        ("rwkv7-g1a-0.1b.pth", "g1"),
+        ("RWKV-4-Raven-3B.pth", "raven"),
+        ("big1.pth", "world"),
+    ],
+)
+def test_the_template_is_told_by_the_name(tmp_path, name, template):
+    assert guess_template(ModelSource(name, tmp_path / name, "path")) == template
