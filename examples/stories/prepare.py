@@ -34,7 +34,12 @@ def main(source: Path, target: Path) -> None:
     write(target / "story_books.jsonl.xz", [text for text in stories if len(text) > SHORT])
     tiny = lzma.open(source / "stories/tinystories_train_sample.txt.xz", "rt", encoding="utf-8").read()
     write(target / "tiny_stories.jsonl.xz", re.split(r"(?<!\n)\n(?!\n)", tiny))  # stories end in a single newline
-    for name in ("wikipedia/wiki_en_2021_train", "wikipedia/wiki_en_2021_valid", "stories/children_stories_valid"):
+    for name in (
+        "wikipedia/wiki_en_2021_train",
+        "wikipedia/wiki_en_2021_valid",
+        "stories/children_stories_valid",
+        "books/novels100_train",
+    ):
         shutil.copyfile(source / f"{name}.jsonl.xz", target / f"{name.split('/')[1]}.jsonl.xz")
     shutil.copyfile(source / "stories/tinystories_valid_sample.txt.xz", target / "tiny_stories_valid.txt.xz")
     shutil.copyfile(source / "books/eltec_valid.jsonl.xz", target / "novels_valid.jsonl.xz")
