@@ -125,8 +125,6 @@ class Generation:
 
     tokens: all drawn, with the one that ended it. text: the pieces so far. finish_reason: None while it runs.
     seed: the one used, also when none was given. prompt_ids: what was fed.
-    state: once finished, the state after exactly the prompt and `text`: a stop string or end of document that ended it
-    has left no trace, so that any further text can follow.
     """
 
     def __init__(
@@ -143,12 +141,12 @@ class Generation:
         self.seed = secrets.randbits(63) if params.seed is None else params.seed
         self.tokens: list[Token] = []
         self.finish_reason: FinishReason | None = None
-        self.state: State | None = None
         self.prefill_seconds = 0.0
         self.decode_seconds = 0.0
         self._model = model
         self._tokenizer = tokenizer
         self._decoder = tokenizer.stream()
+        self._end: State | None = None
         self._stop = StopMatcher(params.stop_strings)
         self._marks: list[tuple[int, State]] = []  # (characters of text, state) at ends of tokens; see _mark
         self._decoded = 0  # characters that the tokens so far have given, with those held back
@@ -164,6 +162,16 @@ class Generation:
     @property
     def ids(self) -> list[int]:
         return [token.id for token in self.tokens]
+
+    @property
+    def state(self) -> State:
+        """The state after exactly the prompt and `text`, to go on from with any further text.
+
+        A stop string or end of document that ended the text has left no trace. Raises GenerationError before the end.
+        """
+        if self._end is None:
+            raise GenerationError("the text is not finished, so there is no final state yet; iterate to its end")
+        return self._end
 
     @property
     def prefill_speed(self) -> float:
@@ -235,7 +243,7 @@ class Generation:
             missing = self._tokenizer.encode(self.text[characters:])
         if missing:
             _, state = prefill(self._model, [missing], state)
-        self.state = state.clone()
+        self._end = state.clone()
         self._marks = []
 
 

@@ -11,7 +11,7 @@ from receptance.models import RWKV, RWKV7
 from receptance.tokenizers import Tokenizer, tokenizer
 
 
-def tiny(seed: int = 1) -> RWKV7:
+def tiny(seed: int) -> RWKV7:
     """A random model that writes bytes, with all the variety that a seed can show."""
     generator = torch.Generator().manual_seed(seed)
     model = RWKV7(RWKV7.Config.make(257, n_layer=2, n_embd=32, head_size=16))
@@ -29,8 +29,17 @@ def tiny(seed: int = 1) -> RWKV7:
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder: weights, config and tokenizer."""
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    receptance.save(tiny(), path, "folder")
+    return write(tiny(seed=1), tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def other_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another model of the same shape."""
+    return write(tiny(seed=2), tmp_path_factory.mktemp("models") / "other")
+
+
+def write(model: RWKV7, path: Path) -> Path:
+    receptance.save(model, path, "folder")
     tokenizer("byte").save(path)
     return path
 

@@ -7,24 +7,29 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from typer.testing import Result
 
 from receptance.cli import chat_commands as commands
 from receptance.cli import chat_session
-from receptance.cli.chat_session import ChatSession, Position
+from receptance.cli.chat_session import ChatSession, Position, Turn
 from receptance.engine.params import SamplingParams
 from receptance.errors import ReceptanceError
 from receptance.generation import prefill
-from receptance.models import State
-from receptance.tokenizers import chat_template
+from receptance.models import RWKV, State
+from receptance.tokenizers import Tokenizer, chat_template
+
+Cli = Callable[..., Result]
+
 
 TOLERANCE = 1e-3  # float32; the tiny model's state values reach 100
 
 
 @pytest.fixture
-def session(model, tok) -> ChatSession:
+def session(model: RWKV, tok: Tokenizer) -> ChatSession:
     params = SamplingParams(max_tokens=12, seed=1, temperature=1.5)
     return ChatSession(model, tok, chat_template("world"), params)
 
@@ -36,8 +41,16 @@ def say(session: ChatSession, text: str) -> str:
     return reply.text
 
 
-def equal(a: State, b: State) -> bool:
+def equal(a: State | None, b: State | None) -> bool:
+    assert a is not None
+    assert b is not None
     return all(bool((a[name] - b[name]).abs().max() <= TOLERANCE * (1 + b[name].abs().max())) for name in b)
+
+
+def undone(session: ChatSession) -> Turn:
+    turn = session.undo()
+    assert turn is not None
+    return turn
 
 
 def is_at_the_start(session: ChatSession) -> bool:
@@ -48,30 +61,30 @@ def read_whole(session: ChatSession, text: str) -> State:
     return prefill(session.model, [session.tokenizer.encode(text)])[1]
 
 
-def test_turns_feed_the_conversation_as_one_text(session):
+def test_turns_feed_the_conversation_as_one_text(session: ChatSession) -> None:
     a, b = say(session, "hi"), say(session, "and\r\n\r\nthen?")
     text = f"User: hi\n\nAssistant:{a}\n\nUser: and\nthen?\n\nAssistant:{b}"
     assert equal(session.position.state, read_whole(session, text))
 
 
-def test_each_turn_feeds_only_its_new_tokens(session):
+def test_each_turn_feeds_only_its_new_tokens(session: ChatSession) -> None:
     say(session, "hi " * 50)
     reply = session.ask("you")
     assert session.tokenizer.decode(reply.prompt_ids) == "\n\nUser: you\n\nAssistant:"
 
 
-def test_the_system_prompt_comes_first_and_once(session):
+def test_the_system_prompt_comes_first_and_once(session: ChatSession) -> None:
     session.system = "Be brief."
     a, b = say(session, "hi"), say(session, "so")
     text = f"System: Be brief.\n\nUser: hi\n\nAssistant:{a}\n\nUser: so\n\nAssistant:{b}"
     assert equal(session.position.state, read_whole(session, text))
 
 
-def test_undo_returns_to_the_very_state_before(session):
+def test_undo_returns_to_the_very_state_before(session: ChatSession) -> None:
     say(session, "hi")
     before = session.position
     say(session, "more")
-    assert session.undo().user == "more"
+    assert undone(session).user == "more"
     assert session.position.state is before.state
     assert session.turns == before.turns
     session.undo()
@@ -79,23 +92,23 @@ def test_undo_returns_to_the_very_state_before(session):
     assert session.undo() is None
 
 
-def test_regenerate_asks_again_from_the_same_place_with_another_draw(session):
+def test_regenerate_asks_again_from_the_same_place_with_another_draw(session: ChatSession) -> None:
     say(session, "hi")
     first = say(session, "more")
     place = session.turns[-1].before
-    turn = session.undo()
+    turn = undone(session)
     second = say(session, turn.user)
     assert second != first
     assert session.turns[-1].before.state is place.state
     assert len(session.turns) == 2
 
 
-def test_the_same_seed_gives_the_same_chat(session, model, tok):
+def test_the_same_seed_gives_the_same_chat(session: ChatSession, model: RWKV, tok: Tokenizer) -> None:
     other = ChatSession(model, tok, session.template, session.params)
     assert [say(session, x) for x in "abc"] == [say(other, x) for x in "abc"]
 
 
-def test_a_fork_can_be_returned_to_any_number_of_times(session):
+def test_a_fork_can_be_returned_to_any_number_of_times(session: ChatSession) -> None:
     say(session, "hi")
     commands.fork(session, "here")
     here = session.position
@@ -106,7 +119,9 @@ def test_a_fork_can_be_returned_to_any_number_of_times(session):
         assert session.position is here
 
 
-def test_save_and_load_go_on_in_another_session(session, model, tok, tmp_path):
+def test_save_and_load_go_on_in_another_session(
+    session: ChatSession, model: RWKV, tok: Tokenizer, tmp_path: Path
+) -> None:
     say(session, "hi")
     commands.save(session, str(tmp_path / "chat.state"))
     expected = session.ask("so?")
@@ -121,7 +136,7 @@ def test_save_and_load_go_on_in_another_session(session, model, tok, tmp_path):
     assert equal(reply.state, expected.state)
 
 
-def test_reset_leads_to_the_start(session, model, tok):
+def test_reset_leads_to_the_start(session: ChatSession, model: RWKV, tok: Tokenizer) -> None:
     say(session, "hi")
     commands.reset(session, "")
     assert is_at_the_start(session)
@@ -133,7 +148,7 @@ def test_reset_leads_to_the_start(session, model, tok):
     assert tok.decode(fox.ask("x").prompt_ids) == "User: x\n\nAssistant:"
 
 
-def test_a_long_chat_keeps_few_states(session, monkeypatch):
+def test_a_long_chat_keeps_few_states(session: ChatSession, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat_session, "KEPT_TURNS", 3)
     for text in "abcdef":
         say(session, text)
@@ -141,7 +156,7 @@ def test_a_long_chat_keeps_few_states(session, monkeypatch):
     assert not any(turn.before.turns for turn in session.turns)
 
 
-def test_a_cancelled_reply_stays_as_far_as_it_came(session):
+def test_a_cancelled_reply_stays_as_far_as_it_came(session: ChatSession) -> None:
     reply = session.ask("hi")
     for _ in range(4):
         next(reply)
@@ -150,12 +165,12 @@ def test_a_cancelled_reply_stays_as_far_as_it_came(session):
     assert equal(session.position.state, read_whole(session, f"User: hi\n\nAssistant:{reply.text}"))
 
 
-def test_a_reply_that_never_began_leaves_no_trace(session):
+def test_a_reply_that_never_began_leaves_no_trace(session: ChatSession) -> None:
     session.accept("hi", session.ask("hi"))
     assert is_at_the_start(session)
 
 
-def test_set_changes_and_refuses(session):
+def test_set_changes_and_refuses(session: ChatSession) -> None:
     assert commands.change(session, "temperature 0.5") == "temperature = 0.5"
     assert commands.change(session, "top-k 7") == "top_k = 7"
     assert commands.change(session, "seed none") == "seed = None"
@@ -183,7 +198,7 @@ def test_set_changes_and_refuses(session):
 # --- through the terminal ---
 
 
-def test_a_piped_chat_runs_its_commands(cli, folder, tmp_path):
+def test_a_piped_chat_runs_its_commands(cli: Cli, folder: Path, tmp_path: Path) -> None:
     script = f"""hi
 /undo
 /undo
@@ -223,14 +238,8 @@ never read
     assert "error" not in resumed.stderr
 
 
-def test_a_state_of_another_model_is_refused(cli, folder, tmp_path):
-    import receptance
-    from conftest import tiny
-
-    other = tmp_path / "other"
-    receptance.save(tiny(seed=2), other, "folder")
-    receptance.tokenizer("byte").save(other)
-    cli("run", other, "x", "-n", "0", "--save-state", tmp_path / "x.state")
+def test_a_state_of_another_model_is_refused(cli: Cli, folder: Path, other_folder: Path, tmp_path: Path) -> None:
+    cli("run", other_folder, "x", "-n", "0", "--save-state", tmp_path / "x.state")
     result = cli("chat", folder, "--state", tmp_path / "x.state", stdin="hi\n")
     assert result.exit_code == 1
     assert "belongs to another model" in result.stderr
@@ -273,7 +282,7 @@ class Terminal:
         return code
 
 
-def test_ctrl_c_stops_the_reply_and_not_the_program(folder, tmp_path):
+def test_ctrl_c_stops_the_reply_and_not_the_program(folder: Path, tmp_path: Path) -> None:
     terminal = Terminal(tmp_path, "chat", str(folder), "-n", "1000000", "--temperature", "2", "--top-p", "1")
     terminal.wait_for("> ")
     terminal.type("hello fox\n")
@@ -292,7 +301,7 @@ def test_ctrl_c_stops_the_reply_and_not_the_program(folder, tmp_path):
     assert (tmp_path / "receptance" / "chat_history").stat().st_mode & 0o077 == 0
 
 
-def test_ctrl_c_ends_run_with_its_text_and_code_130(folder, tmp_path):
+def test_ctrl_c_ends_run_with_its_text_and_code_130(folder: Path, tmp_path: Path) -> None:
     terminal = Terminal(tmp_path, "run", str(folder), "hello", "-n", "1000000", "--stats", "-t", "2", "--top-p", "1")
     terminal.wait_for("a")
     terminal.interrupt()
@@ -300,7 +309,7 @@ def test_ctrl_c_ends_run_with_its_text_and_code_130(folder, tmp_path):
     assert terminal.close() == 130
 
 
-def test_end_of_input_leaves(folder, tmp_path):
+def test_end_of_input_leaves(folder: Path, tmp_path: Path) -> None:
     terminal = Terminal(tmp_path, "chat", str(folder))
     terminal.wait_for("> ")
     terminal.type("\x04")

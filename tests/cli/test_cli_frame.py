@@ -4,17 +4,22 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from typer.testing import Result
 
 from receptance.cli import VERBS
+
+Cli = Callable[..., Result]
+
 
 RECEPTANCE = [sys.executable, "-m", "receptance"]
 QUICK = 0.3  # seconds; measured about 0.1 on an idle machine
 
 
-def test_help_is_quick_and_imports_no_torch():
+def test_help_is_quick_and_imports_no_torch() -> None:
     code = (
         "import sys, receptance.cli as c\n"
         "sys.argv = ['receptance', '--help']\n"
@@ -33,18 +38,18 @@ def test_help_is_quick_and_imports_no_torch():
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_explains_itself_with_examples(cli, verb):
+def test_every_verb_explains_itself_with_examples(cli: Cli, verb: str) -> None:
     result = cli(verb, "--help")
     assert result.exit_code == 0
     assert "Examples:" in result.stdout
     assert f"receptance {verb}" in result.stdout
 
 
-def test_exit_codes_are_documented(cli):
+def test_exit_codes_are_documented(cli: Cli) -> None:
     assert "130  interrupted" in cli("--help").stdout
 
 
-def test_version(cli):
+def test_version(cli: Cli) -> None:
     assert cli("--version").stdout.startswith("receptance 0.")
 
 
@@ -65,7 +70,9 @@ def test_version(cli):
         (["frobnicate"], 2, "frobnicate"),
     ],
 )
-def test_errors_are_one_line_with_an_exit_code(folder, tmp_path, arguments, code, words):
+def test_errors_are_one_line_with_an_exit_code(
+    folder: Path, tmp_path: Path, arguments: list[str], code: int, words: str
+) -> None:
     arguments = [str(folder) if a == "TINY" else a for a in arguments]
     done = subprocess.run(
         [*RECEPTANCE, *arguments], capture_output=True, text=True, cwd=tmp_path, stdin=subprocess.DEVNULL
@@ -78,7 +85,7 @@ def test_errors_are_one_line_with_an_exit_code(folder, tmp_path, arguments, code
         assert done.stderr.startswith("error: ")
 
 
-def test_a_damaged_model_is_one_line(cli, folder, tmp_path):
+def test_a_damaged_model_is_one_line(cli: Cli, folder: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes((folder / "model.safetensors").read_bytes()[:1000])
     result = cli("run", broken, "x")
@@ -86,8 +93,8 @@ def test_a_damaged_model_is_one_line(cli, folder, tmp_path):
     assert result.stderr.startswith(f"error: {broken}")
 
 
-def test_without_torch_the_line_says_what_to_install(cli, folder, monkeypatch):
-    def missing(*_args, **_kwargs):
+def test_without_torch_the_line_says_what_to_install(cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_args: object, **_kwargs: object) -> None:
         raise ModuleNotFoundError("No module named 'torch'", name="torch")
 
     monkeypatch.setattr("receptance.cli.inspect.load_model", missing)
@@ -96,11 +103,11 @@ def test_without_torch_the_line_says_what_to_install(cli, folder, monkeypatch):
     assert "pip install 'receptance[torch]'" in result.stderr
 
 
-def test_python_m_is_the_command_line():
+def test_python_m_is_the_command_line() -> None:
     done = subprocess.run([*RECEPTANCE, "--version"], capture_output=True, text=True)
     assert done.stdout.startswith("receptance ")
 
 
-def test_every_verb_is_one_short_file():
+def test_every_verb_is_one_short_file() -> None:
     for path in Path(__file__).resolve().parents[2].glob("src/receptance/cli/*.py"):
         assert len(path.read_text(encoding="utf-8").splitlines()) <= 220, path

@@ -4,14 +4,18 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from typer.testing import Result
 
 from receptance.cli import hub
 from receptance.cli.hub import HubError, choose, parse
+
+Cli = Callable[..., Result]
+
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FOLDER, SINGLE, MANY = "some/folder-model", "some/one-file", "some/many-files"
@@ -114,12 +118,12 @@ def stub(folder: Path) -> Iterator[Stub]:
 
 
 @pytest.fixture
-def pull(cli, stub, monkeypatch):
+def pull(cli: Cli, stub: Stub, monkeypatch: pytest.MonkeyPatch) -> Cli:
     monkeypatch.delenv("HF_TOKEN", raising=False)
     return lambda name, *more: cli("pull", name, "--endpoint", stub.url, *more)
 
 
-def test_a_folder_model_is_pulled_listed_and_run_by_its_name(cli, pull, stub, folder):
+def test_a_folder_model_is_pulled_listed_and_run_by_its_name(cli: Cli, pull: Cli, stub: Stub, folder: Path) -> None:
     result = pull(FOLDER)
     assert result.exit_code == 0, result.output
     where = Path(result.stdout.strip().splitlines()[-1])
@@ -134,7 +138,7 @@ def test_a_folder_model_is_pulled_listed_and_run_by_its_name(cli, pull, stub, fo
     assert by_name.stdout == cli("run", folder, "Once", "--seed", "1", "-n", "9").stdout
 
 
-def test_a_single_file_comes_with_its_tokenizer(cli, pull, folder):
+def test_a_single_file_comes_with_its_tokenizer(cli: Cli, pull: Cli, folder: Path) -> None:
     expected = cli("run", folder, "Once", "--seed", "1", "-n", "9").stdout
     result = pull(f"{SINGLE}:tiny.safetensors")
     assert result.stdout.strip().endswith("tiny.safetensors")
@@ -143,14 +147,16 @@ def test_a_single_file_comes_with_its_tokenizer(cli, pull, folder):
         assert cli("run", name, "Once", "--seed", "1", "-n", "9").stdout == expected
 
 
-def test_a_second_pull_downloads_nothing(pull, stub):
+def test_a_second_pull_downloads_nothing(pull: Cli, stub: Stub) -> None:
     pull(FOLDER)
     stub.requests.clear()
     assert pull(FOLDER).exit_code == 0
     assert not [path for method, path, *_ in stub.requests if method == "GET" and "/resolve/" in path]
 
 
-def test_a_broken_connection_is_taken_up_again(pull, stub, folder, monkeypatch):
+def test_a_broken_connection_is_taken_up_again(
+    pull: Cli, stub: Stub, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 100)
@@ -162,7 +168,9 @@ def test_a_broken_connection_is_taken_up_again(pull, stub, folder, monkeypatch):
 
 
 @pytest.mark.parametrize("done", [1, 5000, None])
-def test_what_an_ended_process_had_fetched_is_not_fetched_again(pull, stub, folder, done):
+def test_what_an_ended_process_had_fetched_is_not_fetched_again(
+    pull: Cli, stub: Stub, folder: Path, done: int | None
+) -> None:
     data = (folder / "model.safetensors").read_bytes()
     blobs = hub.cache_folder() / "models--some--folder-model" / "blobs"
     blobs.mkdir(parents=True)
@@ -175,7 +183,7 @@ def test_what_an_ended_process_had_fetched_is_not_fetched_again(pull, stub, fold
     assert not list(blobs.glob("*.part"))
 
 
-def test_a_wrong_sum_deletes_the_file(cli, pull, stub):
+def test_a_wrong_sum_deletes_the_file(cli: Cli, pull: Cli, stub: Stub) -> None:
     stub.lies.add("model.safetensors")
     result = pull(FOLDER)
     assert result.exit_code == 1
@@ -185,7 +193,7 @@ def test_a_wrong_sum_deletes_the_file(cli, pull, stub):
     assert pull(FOLDER).exit_code == 0
 
 
-def test_a_choice_is_listed_with_sizes(pull):
+def test_a_choice_is_listed_with_sizes(pull: Cli) -> None:
     result = pull(MANY)
     assert result.exit_code == 1
     assert f"name one, as in {MANY}:a.pth" in result.stderr
@@ -194,20 +202,20 @@ def test_a_choice_is_listed_with_sizes(pull):
 
 
 @pytest.mark.parametrize("name, words", [("no/where", "no such model on the hub"), ("nonsense", "expected org/name")])
-def test_unknown_names(pull, name, words):
+def test_unknown_names(pull: Cli, name: str, words: str) -> None:
     result = pull(name)
     assert result.exit_code == 1
     assert words in result.stderr
 
 
-def test_the_token_is_sent(pull, stub, monkeypatch):
+def test_the_token_is_sent(pull: Cli, stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     result = pull(FOLDER)
     assert "Bearer hf_secret" in {authorization for *_, authorization in stub.requests}
     assert "hf_secret" not in result.output
 
 
-def test_offline_asks_nobody(cli, pull, stub, monkeypatch):
+def test_offline_asks_nobody(cli: Cli, pull: Cli, stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     pull(FOLDER)
@@ -220,33 +228,33 @@ def test_offline_asks_nobody(cli, pull, stub, monkeypatch):
     assert stub.requests == []
 
 
-def test_a_dead_endpoint_is_one_line(cli):
+def test_a_dead_endpoint_is_one_line(cli: Cli) -> None:
     result = cli("pull", FOLDER, "--endpoint", "http://127.0.0.1:9")
     assert result.exit_code == 1
     assert result.stderr.startswith(f"error: {FOLDER}: ")
 
 
 @pytest.mark.parametrize("name", ["../../evil.safetensors", "/etc/evil.safetensors", "..\\evil.safetensors"])
-def test_a_file_outside_the_folder_is_refused(pull, stub, name):
+def test_a_file_outside_the_folder_is_refused(pull: Cli, stub: Stub, name: str) -> None:
     stub.repositories["some/evil"] = {name: b"x"}
     result = pull("some/evil")
     assert result.exit_code == 1
     assert "does not stay inside" in result.stderr
 
 
-def test_a_model_that_is_not_cached_says_how_to_get_it(cli):
+def test_a_model_that_is_not_cached_says_how_to_get_it(cli: Cli) -> None:
     result = cli("run", "some/model", "x")
     assert result.exit_code == 1
     assert "receptance pull some/model" in result.stderr
 
 
-def test_names():
+def test_names() -> None:
     assert parse("org/name") == ("org/name", None)
     assert parse("org/name:a/b.pth") == ("org/name", "a/b.pth")
     assert parse("name") is parse("a/b/c") is parse("a b/c") is parse("") is None
 
 
-def test_shards_come_with_their_index():
+def test_shards_come_with_their_index() -> None:
     shards = {"model-00001-of-00002.safetensors": 1, "model-00002-of-00002.safetensors": 1}
     assert choose("r", None, {**shards, "model.safetensors.index.json": 1, "x.py": 1, "other.safetensors": 1}) == [
         "model.safetensors.index.json",

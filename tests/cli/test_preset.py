@@ -1,22 +1,29 @@
 import json
 import shutil
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+from typer.testing import Result
 
 from receptance.cli.options import sampling_params
 from receptance.cli.preset import read_preset
 from receptance.engine.params import SamplingParams
 from receptance.errors import ConfigError
 from receptance.generation import generate_tokens
+from receptance.models import RWKV
+from receptance.tokenizers import Tokenizer
+
+Cli = Callable[..., Result]
 
 
-def write(folder, text):
+def write(folder: Path, text: str) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / "model.toml").write_text(text)
     return folder
 
 
-def test_flags_win_over_the_preset_and_the_preset_over_the_defaults(tmp_path):
+def test_flags_win_over_the_preset_and_the_preset_over_the_defaults(tmp_path: Path) -> None:
     preset = read_preset(write(tmp_path, "[sampling]\ntemperature = 0.5\ntop_k = 3\nlogit_bias = { 7 = -1.5 }"))
     params = sampling_params(
         SamplingParams(top_p=0.3, temperature=2.0), preset.sampling, {"top_k": 9, "seed": None}, ["5=-inf"], ["a\\nb"]
@@ -27,7 +34,7 @@ def test_flags_win_over_the_preset_and_the_preset_over_the_defaults(tmp_path):
     assert sampling_params(SamplingParams(), preset.sampling, {}, None, None).logit_bias == ((7, -1.5),)
 
 
-def test_a_folder_without_a_preset_recommends_nothing(tmp_path):
+def test_a_folder_without_a_preset_recommends_nothing(tmp_path: Path) -> None:
     assert not read_preset(tmp_path).sampling
 
 
@@ -47,13 +54,15 @@ def test_a_folder_without_a_preset_recommends_nothing(tmp_path):
         ("= =", "not valid TOML"),
     ],
 )
-def test_a_bad_preset_is_named(tmp_path, text, words):
+def test_a_bad_preset_is_named(tmp_path: Path, text: str, words: str) -> None:
     with pytest.raises(ConfigError, match=r"model\.toml") as error:
         read_preset(write(tmp_path, text))
     assert words in str(error.value)
 
 
-def test_a_preset_starts_every_text_from_its_state(cli, folder, model, tok, tmp_path):
+def test_a_preset_starts_every_text_from_its_state(
+    cli: Cli, folder: Path, model: RWKV, tok: Tokenizer, tmp_path: Path
+) -> None:
     with_state = tmp_path / "fox"
     shutil.copytree(folder, with_state)
     start = generate_tokens(model, tok, "Once", max_tokens=0)

@@ -1,9 +1,12 @@
 """inspect, convert, list, doctor, and what a MODEL argument means."""
 
 import json
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import Result
 
 import receptance
 from receptance.cli.model_source import (
@@ -15,9 +18,12 @@ from receptance.cli.model_source import (
     looks_like_model,
 )
 from receptance.errors import ReceptanceError
+from receptance.models import RWKV
+
+Cli = Callable[..., Result]
 
 
-def test_inspect_counts_what_is_there(cli, folder, model):
+def test_inspect_counts_what_is_there(cli: Cli, folder: Path, model: RWKV) -> None:
     report = json.loads(cli("inspect", folder, "--json").stdout)
     assert report["version"] == "7"
     assert report["parameters"] == sum(p.numel() for p in model.parameters())
@@ -27,7 +33,7 @@ def test_inspect_counts_what_is_there(cli, folder, model):
     assert {row["name"] for row in report["tensors"]} == set(model.state_dict())
 
 
-def test_inspect_folds_the_blocks_unless_asked(cli, folder, model):
+def test_inspect_folds_the_blocks_unless_asked(cli: Cli, folder: Path, model: RWKV) -> None:
     folded, full = cli("inspect", folder).stdout, cli("inspect", folder, "--tensors").stdout
     assert "blocks.*.att.key.weight" in folded
     assert "RWKV-7" in folded
@@ -37,7 +43,9 @@ def test_inspect_folds_the_blocks_unless_asked(cli, folder, model):
 
 
 @pytest.mark.parametrize("target, format", [("x.pth", None), ("x.safetensors", None), ("x", "folder"), ("x", "hf")])
-def test_convert_is_exact_both_ways(cli, folder, model, tmp_path, target, format):
+def test_convert_is_exact_both_ways(
+    cli: Cli, folder: Path, model: RWKV, tmp_path: Path, target: str, format: str | None
+) -> None:
     extra = ["--format", format] if format else []
     assert cli("convert", folder, tmp_path / target, *extra).exit_code == 0
     assert cli("convert", tmp_path / target, tmp_path / "back.pth").exit_code == 0
@@ -48,18 +56,18 @@ def test_convert_is_exact_both_ways(cli, folder, model, tmp_path, target, format
     assert all(torch.equal(model.state_dict()[name], x) for name, x in back.items())
 
 
-def test_convert_takes_the_tokenizer_along_and_the_folder_runs(cli, folder, tmp_path):
+def test_convert_takes_the_tokenizer_along_and_the_folder_runs(cli: Cli, folder: Path, tmp_path: Path) -> None:
     cli("convert", folder, tmp_path / "hf", "--format", "hf")
     expected = cli("run", folder, "Once", "--seed", "1", "-n", "9").stdout
     assert cli("run", tmp_path / "hf", "Once", "--seed", "1", "-n", "9").stdout == expected
 
 
-def test_convert_changes_the_type_when_asked(cli, folder, tmp_path):
+def test_convert_changes_the_type_when_asked(cli: Cli, folder: Path, tmp_path: Path) -> None:
     cli("convert", folder, tmp_path / "half.pth", "--dtype", "bfloat16")
     assert receptance.load(tmp_path / "half.pth").dtype == torch.bfloat16
 
 
-def test_convert_overwrites_only_by_force(cli, folder, tmp_path):
+def test_convert_overwrites_only_by_force(cli: Cli, folder: Path, tmp_path: Path) -> None:
     target = tmp_path / "x.pth"
     target.write_text("precious")
     refused = cli("convert", folder, target)
@@ -69,7 +77,7 @@ def test_convert_overwrites_only_by_force(cli, folder, tmp_path):
     assert cli("convert", folder, target, "--force").exit_code == 0
 
 
-def test_doctor_says_what_runs_and_why_not(cli):
+def test_doctor_says_what_runs_and_why_not(cli: Cli) -> None:
     result = cli("doctor", "--json")
     checks = {check["what"]: check for check in json.loads(result.stdout)}
     assert result.exit_code == 0
@@ -81,7 +89,7 @@ def test_doctor_says_what_runs_and_why_not(cli):
     assert all(what in plain.stdout for what in checks)
 
 
-def test_doctor_without_torch_fails_and_says_what_to_install(cli, monkeypatch):
+def test_doctor_without_torch_fails_and_says_what_to_install(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
     monkeypatch.setattr("receptance.cli.doctor.find_spec", lambda _name: None)
     result = cli("doctor")
@@ -89,13 +97,13 @@ def test_doctor_without_torch_fails_and_says_what_to_install(cli, monkeypatch):
     assert "pip install 'receptance[torch]'" in result.stdout
 
 
-def test_list_of_nothing_tells_how_to_get_something(cli, monkeypatch, tmp_path):
+def test_list_of_nothing_tells_how_to_get_something(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("receptance.cli.list.embedded_models", lambda: [])
     assert json.loads(cli("list", "--json").stdout) == []
     assert "receptance pull" in cli("list").stderr
 
 
-def test_embedded_models_are_listed_and_found(cli, folder, monkeypatch):
+def test_embedded_models_are_listed_and_found(cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("receptance.cli.model_source.ASSETS", folder.parent)
     monkeypatch.setattr("receptance.cli.list.ASSETS", folder.parent)
     (row,) = json.loads(cli("list", "--json").stdout)
@@ -108,19 +116,19 @@ def test_embedded_models_are_listed_and_found(cli, folder, monkeypatch):
         find_model("tinny")
 
 
-def test_a_missing_default_says_so(monkeypatch, tmp_path):
+def test_a_missing_default_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("receptance.cli.model_source.ASSETS", tmp_path)
     with pytest.raises(UnknownModel, match="missing from this installation"):
         find_model(None)
 
 
-def test_a_near_miss_of_a_file_is_suggested(cli, folder, tmp_path):
+def test_a_near_miss_of_a_file_is_suggested(cli: Cli, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"")
     result = cli("run", tmp_path / "modle.safetensors", "x")
     assert f"Did you mean {tmp_path / 'model.safetensors'}?" in result.stderr
 
 
-def test_a_folder_with_one_weight_file_is_that_file(folder, tmp_path):
+def test_a_folder_with_one_weight_file_is_that_file(folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "some.safetensors"
     file.write_bytes((folder / "model.safetensors").read_bytes())
     assert find_model(str(tmp_path)).path == file
@@ -129,7 +137,7 @@ def test_a_folder_with_one_weight_file_is_that_file(folder, tmp_path):
         find_model(str(tmp_path))
 
 
-def test_the_tokenizer_is_told_by_folder_then_vocabulary(folder, tmp_path):
+def test_the_tokenizer_is_told_by_folder_then_vocabulary(folder: Path, tmp_path: Path) -> None:
     file = ModelSource("x", tmp_path / "x.pth", "path")
     assert load_tokenizer(ModelSource("x", folder, "path"), 257).vocab_size == 257
     assert load_tokenizer(file, 65536).name == "world"
@@ -148,5 +156,5 @@ def test_the_tokenizer_is_told_by_folder_then_vocabulary(folder, tmp_path):
         ("big1.pth", "world"),
     ],
 )
-def test_the_template_is_told_by_the_name(tmp_path, name, template):
+def test_the_template_is_told_by_the_name(tmp_path: Path, name: str, template: str) -> None:
     assert guess_template(ModelSource(name, tmp_path / name, "path")) == template

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,12 +11,14 @@ from safetensors.torch import load_file
 
 from receptance.engine.sampling import Counts, ParamRows, SamplingParams, adjusted, digit_weight, distribution, sample
 
+Oracle = dict[str, Any]
+
 PROBABILITY_TOLERANCE = 2e-6  # the reference computes in float32
 
 
 @pytest.fixture(scope="module")
-def oracle(shared: Path) -> dict:
-    return json.loads((shared / "oracles/misc/sampling.json").read_text())
+def oracle(shared: Path) -> Oracle:
+    return dict(json.loads((shared / "oracles/misc/sampling.json").read_text()))
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +26,7 @@ def stub(shared: Path) -> torch.Tensor:
     return load_file(shared / "oracles/misc/sampling_stub.safetensors")["stub_matrix"]
 
 
-def test_every_distribution_of_the_reference_in_one_batch(oracle):
+def test_every_distribution_of_the_reference_in_one_batch(oracle: Oracle) -> None:
     cases = oracle["distributions"]
     params = [SamplingParams(temperature=c["temperature"], top_p=c["top_p"], top_k=c["top_k"]) for c in cases]
     logits = torch.tensor([oracle["logits"][c["case"]] for c in cases])
@@ -38,7 +41,7 @@ def test_every_distribution_of_the_reference_in_one_batch(oracle):
         assert (row - expected).abs().max() <= PROBABILITY_TOLERANCE, case
 
 
-def test_every_penalty_run_of_the_reference(oracle, stub):
+def test_every_penalty_run_of_the_reference(oracle: Oracle, stub: torch.Tensor) -> None:
     letters = [bytes([97 + i]) for i in range(len(stub))]
     for run in oracle["penalty_runs"]:
         params = ParamRows.of(
@@ -67,7 +70,7 @@ def test_every_penalty_run_of_the_reference(oracle, stub):
         assert "".join(chr(97 + t) for t in generated) == run["generated"]
 
 
-def test_digits_are_not_counted_as_the_reference_does_not_count_them(stub):
+def test_digits_are_not_counted_as_the_reference_does_not_count_them(stub: torch.Tensor) -> None:
     """A long-hand copy of the reference's bookkeeping, on ids 0 to 9 that are digits."""
     texts = [bytes([48 + i]) if i < 10 else bytes([87 + i]) for i in range(26)]
     asked = SamplingParams(temperature=0, frequency_penalty=0.7, presence_penalty=0.3, penalty_decay=0.9)

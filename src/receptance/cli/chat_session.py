@@ -79,7 +79,7 @@ class ChatSession:
 
     def accept(self, text: str, reply: Generation) -> None:
         """Make a finished or cancelled reply part of the conversation. One that never began is dropped."""
-        if reply.state is None:
+        if reply.finish_reason is None:
             return
         # the oldest kept turn forgets what came before it, or the chain of positions would hold every state
         turns = self.turns[-(KEPT_TURNS - 1) :]

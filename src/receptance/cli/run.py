@@ -107,7 +107,7 @@ def command(
                 write(token.text)
             if interrupted():
                 generation.cancel()
-    if save_state and generation.state is not None:
+    if save_state and generation.finish_reason is not None:
         state_file.save_state(generation.state, save_state, rwkv)
     if as_json:
         write_json(_report(source.name, generation, tok))

@@ -13,8 +13,8 @@ def check_target(path: Path) -> None:
     """Refuse a path that cannot be written before minutes of work are spent on what should go there."""
     if not path.parent.is_dir():
         raise ReceptanceError(f"{path}: there is no folder {path.parent}")
-    if path.is_dir():
-        raise ReceptanceError(f"{path}: is a folder; name a file for the state")
+    if path.exists() and not path.is_file():  # replacing a device or a pipe would remove it
+        raise ReceptanceError(f"{path}: is not a regular file; name a file for the state")
 
 
 def save_state(state: "State", path: Path, model: "RWKV") -> None:
