@@ -283,7 +283,7 @@ class Terminal:
 
 
 def test_ctrl_c_stops_the_reply_and_not_the_program(folder: Path, tmp_path: Path) -> None:
-    terminal = Terminal(tmp_path, "chat", str(folder), "-n", "1000000", "--temperature", "2", "--top-p", "1")
+    terminal = Terminal(tmp_path, "chat", str(folder), "-n", "1000000", "-t", "2", "--top-p", "1", "--seed", "5")
     terminal.wait_for("> ")
     terminal.type("hello fox\n")
     terminal.wait_for("hello fox\r\n")

@@ -102,7 +102,8 @@ class RWKV(nn.Module):
     def __init__(self, config: Any, blocks: list[nn.Module]):
         super().__init__()
         self.config = config
-        self.emb = nn.Embedding(config.vocab_size, config.n_embd)
+        # given weights, because nn.Embedding's own initialisation takes a second to import torch's compiler on "meta"
+        self.emb = nn.Embedding(config.vocab_size, config.n_embd, _weight=torch.empty(config.vocab_size, config.n_embd))
         self.blocks = nn.ModuleList(blocks)
         self.ln_out = nn.LayerNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -219,9 +220,12 @@ class RWKV(nn.Module):
 
 
 def fingerprint(version: str, tensors: dict[str, Tensor]) -> str:
-    """Sixteen bytes of SHA-256 over the version and, per tensor, its name, shape and first 256 values as float32."""
+    """Sixteen bytes of SHA-256 over the version and, per tensor, its name, shape and first 256 values as float32.
+
+    RWKV-7's unused first-layer value residual is left out: some formats have no place for it.
+    """
     digest = hashlib.sha256(f"rwkv-{version}".encode())
-    for name in sorted(tensors):
+    for name in sorted(tensors.keys() - {"blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2"}):
         x = tensors[name]
         digest.update(f"\n{name} {list(x.shape)} ".encode())
         digest.update(x.detach().reshape(-1)[:256].float().cpu().numpy().astype("<f4").tobytes())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialise
 from torch import Tensor
 
 from receptance.errors import CheckpointError
@@ -38,6 +38,9 @@ class State(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+    __eq__ = object.__eq__  # comparing tensors is the caller's: exactly, or within a tolerance
+    __hash__ = object.__hash__
 
     def __repr__(self) -> str:
         parts = ", ".join(f"{name} {list(x.shape)}" for name, x in self.items())
@@ -95,12 +98,17 @@ class State(Mapping[str, Tensor]):
             "receptance.fingerprint": model.fingerprint,
             "receptance.crc32": json.dumps(sums, sort_keys=True),
         }
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path}: is not a regular file; give the name of a file to write")
         part = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
-            save_file(tensors, part, meta)
-            with open(part, "rb") as file:
+            with open(part, "wb") as file:
+                file.write(serialise(tensors, meta))
+                file.flush()
                 os.fsync(file.fileno())
             os.replace(part, path)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be written ({error})") from None
         finally:
             part.unlink(missing_ok=True)
 

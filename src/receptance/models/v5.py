@@ -29,7 +29,10 @@ from receptance.ops import wkv6
 
 @dataclass(frozen=True)
 class RWKV5Config:
-    """version: "5.0", "5.1" or "5.2". time_state: the checkpoint carries a tuned initial state."""
+    """version: "5.0", "5.1" or "5.2". time_state: the checkpoint carries a tuned initial state.
+
+    column: a 5.1 file that stores decay and bonus as [H, 1] instead of [H].
+    """
 
     vocab_size: int
     n_layer: int
@@ -38,6 +41,7 @@ class RWKV5Config:
     head_size: int = 64
     time_state: bool = False
     version: str = "5.2"
+    column: bool = False
 
     @classmethod
     def make(
@@ -61,7 +65,10 @@ class RWKV5Config:
         if rest or not head_size:
             raise ValueError(f"{decay[0]} heads do not divide a width of {shapes['blocks.0.att.key.weight'][0]}")
         dim_ffn = shapes["blocks.0.ffn.key.weight"][0]
-        return cls(vocab_size, n_layer, n_embd, dim_ffn, head_size, "blocks.0.att.time_state" in shapes, version)
+        column = len(decay) == 2 and version == "5.1"
+        return cls(
+            vocab_size, n_layer, n_embd, dim_ffn, head_size, "blocks.0.att.time_state" in shapes, version, column
+        )
 
 
 class TimeMix(nn.Module):
@@ -69,7 +76,7 @@ class TimeMix(nn.Module):
         super().__init__()
         c, n = config.n_embd, config.head_size
         self.n_head = h = c // n
-        per_head = (h, n) if config.version == "5.2" else (h,)
+        per_head = (h, n) if config.version == "5.2" else (h, 1) if config.column else (h,)
         self.time_decay = nn.Parameter(torch.empty(per_head))  # log-decay per step is -exp(time_decay)
         if config.version == "5.0":
             self.time_first = nn.Parameter(torch.empty(per_head))  # bonus is exp(time_first) …

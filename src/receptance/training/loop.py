@@ -162,9 +162,7 @@ def finish(run: Run, log: "Log", reporter: Reporter, sampler: Sampler | None) ->
             parameter.copy_(parameter.to(dtype))
     results = _look(run, run.config.steps, log, reporter, sampler)
     folder = run.out / "model"
-    folder.mkdir(exist_ok=True)
-    weights = {name: x.detach().to(dtype) for name, x in run.model.state_dict().items()}
-    save(weights, folder / "model.safetensors")
+    save({name: x.detach().to(dtype) for name, x in run.model.state_dict().items()}, folder, format="folder")
     run.tokenizer.save(folder)
     report = {
         "parameters": sum(p.numel() for p in run.model.parameters()),
@@ -297,6 +295,7 @@ def _model(config: TrainConfig, tokenizer: Tokenizer, device: torch.device) -> R
                 f"{config.model.init} has {model.config.vocab_size} token rows, "
                 f"the tokenizer {tokenizer.vocab_size} ids"
             )
+        model.fingerprint = None  # its weights are about to change
         return model.to(device)
     cls, shape = VERSIONS[config.model.version], config.model
     arguments: dict[str, object] = {

@@ -111,7 +111,7 @@ KILLED = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from test_run import Listener, configure
+from test_runs import Listener, configure
 from receptance.training import train
 train(configure(Path(sys.argv[1])), Listener())
 """
@@ -123,9 +123,13 @@ def test_kill_minus_nine_loses_nothing(tmp_path):
         (tmp_path / name).mkdir()
     whole = rc.load(train(configure(tmp_path / "one"), Listener())).state_dict()
     command = [sys.executable, "-c", KILLED, str(tmp_path / "two"), str(__file__).rsplit("/", 1)[0]]
-    for seconds in (3.2, 3.6, 4.0):
+    log = tmp_path / "two" / "run" / "log.jsonl"
+    for steps, moment in ((3, 0.0), (7, 0.01), (12, 0.02), (16, 0.005)):
         process = subprocess.Popen(command)
-        time.sleep(seconds)
+        while not log.exists() or log.read_text().count("loss") < steps:
+            assert process.poll() is None, "the run ended before it could be killed"
+            time.sleep(0.002)
+        time.sleep(moment)
         process.send_signal(signal.SIGKILL)
         process.wait()
     end = rc.load(train(configure(tmp_path / "two"), Listener())).state_dict()
