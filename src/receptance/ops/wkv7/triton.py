@@ -1,0 +1,324 @@
+"""RWKV-7's WKV on a GPU: chunks of 64 tokens in parallel, tensor-core products, one small serial pass over chunk states.
+
+Per chunk with start state S₀ (docs/maths.md; all tiles [L, N], exponents relative to the middle of the chunk):
+
+    T = (I - tril₋(a bᵀ))⁻¹        u = T (tril₋(a kᵀ) v + a₀ S₀ᵀ)        a₀, r₀: relative to the chunk's start
+    y = r₀ S₀ᵀ + tril(r kᵀ) v + tril(r bᵀ) u                              b₁, k₁: relative to its end
+    S₁ = S₀ diag(e^end) + uᵀ b₁ + vᵀ k₁ = S₀ diag(e^end) + S₀ P + Q
+
+Forward: `_prepare` (T, P, Q of every chunk) → `_scan` (S₀ of every chunk, written over Q) → `_outputs`. Backward:
+`_prepare_backward` (P again and G, what the outputs send to S₀) → `_scan` from the end (dS₁ of every chunk, over G) →
+`_gradients`. Saved between the passes: the inputs, T and S₀ in float32. The diagonal of the decay is applied outside the
+products, so that a long-lived state is never rounded to the products' precision.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+CHUNK = 64
+BLOCK = tl.constexpr(16)  # the triangular inverse substitutes inside blocks of 16 and merges them by products
+
+
+@triton.jit
+def _load(ptr, base, t, n, stride, mask):  # a tile [L, N] as float32, zero outside
+    return tl.load(ptr + base + t[:, None] * stride + n[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _row(x, index, L: tl.constexpr):  # row `index` of a tile [L, N]
+    return tl.sum(tl.where((tl.arange(0, L) == index)[:, None], x, 0.0), 0)
+
+
+@triton.jit
+def _inverse(ab, L: tl.constexpr, PRECISION: tl.constexpr):
+    """(I - ab)⁻¹ of a strictly lower triangular [L, L]."""
+    M: tl.constexpr = L // BLOCK
+    i = tl.arange(0, M)
+    j = tl.arange(0, BLOCK)
+    diagonal = i[:, None, None, None] == i[None, None, :, None]  # [M, 1, M, 1]
+    d = tl.sum(tl.where(diagonal, tl.reshape(ab, [M, BLOCK, M, BLOCK]), 0.0), 2)  # [M, 16, 16]
+    x = tl.where((j[:, None] == j[None, :])[None, :, :], 1.0, 0.0) + tl.zeros([M, BLOCK, BLOCK], tl.float32)
+    for step in range(1, BLOCK):  # row `step` of every block: x_step = Σ_j d[step, j] x_j + e_step
+        here = (j == step)[None, :, None]
+        row = tl.sum(tl.where(here, d, 0.0), 1)  # [M, 16]
+        new = tl.sum(row[:, :, None] * x, 1)
+        x = tl.where(here, new[:, None, :] + x, x)
+    inner = tl.reshape(tl.where(diagonal, x[:, :, None, :], 0.0), [L, L])
+    if M == 1:
+        return inner
+    same = (tl.arange(0, L)[:, None] // BLOCK) == (tl.arange(0, L)[None, :] // BLOCK)
+    m = tl.dot(inner, tl.where(same, 0.0, ab), input_precision=PRECISION)  # nilpotent over blocks
+    total = inner + tl.dot(m, inner, input_precision=PRECISION)  # (I + m) inner
+    power = m
+    reach: tl.constexpr = M // 2
+    if reach > 1:  # four blocks: (I + m²)(I + m)
+        power = tl.dot(m, m, input_precision=PRECISION)
+        total = total + tl.dot(power, total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def _decays(w, L: tl.constexpr):
+    """Inclusive and exclusive cumulative log-decays [L, N], their value in mid-chunk and at the end [N]."""
+    upto = tl.cumsum(w, 0)
+    return upto, upto - w, _row(upto, L // 2 - 1, L), _row(upto, L - 1, L)
+
+
+@triton.jit
+def _prepare(
+    w_ptr, k_ptr, v_ptr, a_ptr, b_ptr, t_ptr, p_ptr, q_ptr, d_ptr, T, H, chunks,
+    N: tl.constexpr, BN: tl.constexpr, L: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    chunk, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    base, stride = (bh // H) * T * H * N + (bh % H) * N, H * N
+    t, n = chunk * L + tl.arange(0, L), tl.arange(0, BN)
+    mask = (t[:, None] < T) & (n[None, :] < N)
+    w = _load(w_ptr, base, t, n, stride, mask)
+    upto, before, mid, end = _decays(w, L)
+    a = _load(a_ptr, base, t, n, stride, mask) * tl.exp(before - mid[None, :])
+    fall = tl.exp(mid[None, :] - upto)
+    b = _load(b_ptr, base, t, n, stride, mask) * fall
+    k = _load(k_ptr, base, t, n, stride, mask) * fall
+    v = _load(v_ptr, base, t, n, stride, mask)
+
+    i = tl.arange(0, L)
+    lower = i[:, None] > i[None, :]
+    ab = tl.where(lower, tl.dot(a, tl.trans(b), input_precision=PRECISION), 0.0)
+    inverse = _inverse(ab, L, PRECISION)
+    ak = tl.where(lower, tl.dot(a, tl.trans(k), input_precision=PRECISION), 0.0)
+    uv = tl.dot(inverse, tl.dot(ak, v, input_precision=PRECISION), input_precision=PRECISION)
+    ua = tl.dot(inverse, a * tl.exp(mid)[None, :], input_precision=PRECISION)
+    rest = tl.exp(end - mid)[None, :]
+    p = tl.dot(tl.trans(ua), b * rest, input_precision=PRECISION)
+    q = tl.dot(tl.trans(uv), b * rest, input_precision=PRECISION)
+    q += tl.dot(tl.trans(v), k * rest, input_precision=PRECISION)
+
+    where = bh * chunks + chunk
+    tl.store(t_ptr + where * L * L + i[:, None] * L + i[None, :], inverse)
+    square = where * N * N + n[:, None] * N + n[None, :]
+    inside = (n[:, None] < N) & (n[None, :] < N)
+    tl.store(p_ptr + square, p, mask=inside)
+    tl.store(q_ptr + square, q, mask=inside)
+    tl.store(d_ptr + where * N + n, tl.exp(end), mask=n < N)
+
+
+@triton.jit
+def _scan(
+    p_ptr, q_ptr, d_ptr, start_ptr, end_ptr, chunks,
+    N: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """S ← S diag(d) + S P + Q over chunks, writing each chunk's S from before the update over its Q; backwards with Pᵀ."""
+    bh, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    rows, n = block * BV + tl.arange(0, BV), tl.arange(0, BN)
+    mask = (rows[:, None] < N) & (n[None, :] < N)
+    tile = rows[:, None] * N + n[None, :]
+    square = n[None, :] * N + n[:, None] if REVERSE else n[:, None] * N + n[None, :]
+    inside = (n[:, None] < N) & (n[None, :] < N)
+    state = tl.load(start_ptr + bh * N * N + tile, mask=mask, other=0.0)
+    for step in range(chunks):
+        where = bh * chunks + (chunks - 1 - step if REVERSE else step)
+        p = tl.load(p_ptr + where * N * N + square, mask=inside, other=0.0)
+        q = tl.load(q_ptr + where * N * N + tile, mask=mask, other=0.0)
+        d = tl.load(d_ptr + where * N + n, mask=n < N, other=0.0)
+        tl.store(q_ptr + where * N * N + tile, state, mask=mask)
+        state = state * d[None, :] + q + tl.dot(state, p, input_precision=PRECISION)
+    tl.store(end_ptr + bh * N * N + tile, state, mask=mask)
+
+
+@triton.jit
+def _outputs(
+    r_ptr, w_ptr, k_ptr, v_ptr, a_ptr, b_ptr, t_ptr, s_ptr, y_ptr, T, H, chunks,
+    N: tl.constexpr, BN: tl.constexpr, L: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    chunk, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    base, stride = (bh // H) * T * H * N + (bh % H) * N, H * N
+    t, n, i = chunk * L + tl.arange(0, L), tl.arange(0, BN), tl.arange(0, L)
+    mask = (t[:, None] < T) & (n[None, :] < N)
+    w = _load(w_ptr, base, t, n, stride, mask)
+    upto, before, mid, _ = _decays(w, L)
+    a = _load(a_ptr, base, t, n, stride, mask) * tl.exp(before - mid[None, :])
+    r = _load(r_ptr, base, t, n, stride, mask) * tl.exp(upto - mid[None, :])
+    fall = tl.exp(mid[None, :] - upto)
+    k = _load(k_ptr, base, t, n, stride, mask) * fall
+    v = _load(v_ptr, base, t, n, stride, mask)
+    where = bh * chunks + chunk
+    # S₀ᵀ scaled so that it meets the mid-chunk exponents of a and r
+    s = tl.load(
+        s_ptr + where * N * N + n[None, :] * N + n[:, None], mask=(n[:, None] < N) & (n[None, :] < N), other=0.0
+    ) * tl.exp(mid)[:, None]  # fmt: skip
+    u = tl.dot(a, s, input_precision=PRECISION)
+    ak = tl.where(i[:, None] > i[None, :], tl.dot(a, tl.trans(k), input_precision=PRECISION), 0.0)
+    u += tl.dot(ak, v, input_precision=PRECISION)
+    u = tl.dot(tl.load(t_ptr + where * L * L + i[:, None] * L + i[None, :]), u, input_precision=PRECISION)
+    y = tl.dot(r, s, input_precision=PRECISION)
+    rk = tl.where(i[:, None] >= i[None, :], tl.dot(r, tl.trans(k), input_precision=PRECISION), 0.0)
+    y += tl.dot(rk, v, input_precision=PRECISION)
+    b = _load(b_ptr, base, t, n, stride, mask) * fall
+    rb = tl.where(i[:, None] >= i[None, :], tl.dot(r, tl.trans(b), input_precision=PRECISION), 0.0)
+    y += tl.dot(rb, u, input_precision=PRECISION)
+    tl.store(y_ptr + base + t[:, None] * stride + n[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _prepare_backward(
+    r_ptr, w_ptr, a_ptr, b_ptr, gy_ptr, t_ptr, p_ptr, g_ptr, d_ptr, T, H, chunks,
+    N: tl.constexpr, BN: tl.constexpr, L: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """P, e^end, and G = gyᵀ (r₀ + tril(r bᵀ) T a₀): what a chunk's outputs send to its start state."""
+    chunk, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    base, stride = (bh // H) * T * H * N + (bh % H) * N, H * N
+    t, n, i = chunk * L + tl.arange(0, L), tl.arange(0, BN), tl.arange(0, L)
+    mask = (t[:, None] < T) & (n[None, :] < N)
+    w = _load(w_ptr, base, t, n, stride, mask)
+    upto, before, mid, end = _decays(w, L)
+    a = _load(a_ptr, base, t, n, stride, mask) * tl.exp(before)
+    r = _load(r_ptr, base, t, n, stride, mask) * tl.exp(upto - mid[None, :])
+    b = _load(b_ptr, base, t, n, stride, mask) * tl.exp(mid[None, :] - upto)
+    where = bh * chunks + chunk
+    inverse = tl.load(t_ptr + where * L * L + i[:, None] * L + i[None, :])
+    ua = tl.dot(inverse, a, input_precision=PRECISION)
+    p = tl.dot(tl.trans(ua), b * tl.exp(end - mid)[None, :], input_precision=PRECISION)
+    rb = tl.where(i[:, None] >= i[None, :], tl.dot(r, tl.trans(b), input_precision=PRECISION), 0.0)
+    reads = r * tl.exp(mid)[None, :] + tl.dot(rb, ua, input_precision=PRECISION)
+    g = tl.dot(tl.trans(_load(gy_ptr, base, t, n, stride, mask)), reads, input_precision=PRECISION)
+    square = where * N * N + n[:, None] * N + n[None, :]
+    inside = (n[:, None] < N) & (n[None, :] < N)
+    tl.store(p_ptr + square, p, mask=inside)
+    tl.store(g_ptr + square, g, mask=inside)
+    tl.store(d_ptr + where * N + n, tl.exp(end), mask=n < N)
+
+
+@triton.jit
+def _gradients(
+    r_ptr, w_ptr, k_ptr, v_ptr, a_ptr, b_ptr, gy_ptr, t_ptr, s_ptr, gs_ptr,
+    gr_ptr, gw_ptr, gk_ptr, gv_ptr, ga_ptr, gb_ptr, T, H, chunks,
+    N: tl.constexpr, BN: tl.constexpr, L: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """All input gradients of a chunk from its start state S₀ and the gradient dS₁ of its end state."""
+    chunk, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    base, stride = (bh // H) * T * H * N + (bh % H) * N, H * N
+    t, n, i = chunk * L + tl.arange(0, L), tl.arange(0, BN), tl.arange(0, L)
+    mask = (t[:, None] < T) & (n[None, :] < N)
+    inside = (n[:, None] < N) & (n[None, :] < N)
+    where = bh * chunks + chunk
+    square = where * N * N + n[:, None] * N + n[None, :]
+    strict, lower = i[:, None] > i[None, :], i[:, None] >= i[None, :]
+    w = _load(w_ptr, base, t, n, stride, mask)
+    upto, before, mid, end = _decays(w, L)
+    rise_a, rise_r, fall = tl.exp(before - mid[None, :]), tl.exp(upto - mid[None, :]), tl.exp(mid[None, :] - upto)
+    a = _load(a_ptr, base, t, n, stride, mask) * rise_a
+    r = _load(r_ptr, base, t, n, stride, mask) * rise_r
+    b = _load(b_ptr, base, t, n, stride, mask) * fall
+    k = _load(k_ptr, base, t, n, stride, mask) * fall
+    v = _load(v_ptr, base, t, n, stride, mask)
+    gy = _load(gy_ptr, base, t, n, stride, mask)
+    s = tl.load(s_ptr + square, mask=inside, other=0.0) * tl.exp(mid)[None, :]  # S₀ [value, key] from mid-chunk
+    gs = tl.load(gs_ptr + square, mask=inside, other=0.0)  # dS₁
+    ends = tl.sum(s * gs, 0) * tl.exp(end - mid)  # [N]: what S₀ diag(e^end) gives the end exponent
+    gs = gs * tl.exp(end - mid)[None, :]  # dS₁ seen from mid-chunk
+    inverse = tl.load(t_ptr + where * L * L + i[:, None] * L + i[None, :])
+
+    ak = tl.where(strict, tl.dot(a, tl.trans(k), input_precision=PRECISION), 0.0)
+    u = tl.dot(ak, v, input_precision=PRECISION) + tl.dot(a, tl.trans(s), input_precision=PRECISION)
+    u = tl.dot(inverse, u, input_precision=PRECISION)
+    rb = tl.where(lower, tl.dot(r, tl.trans(b), input_precision=PRECISION), 0.0)
+    z = tl.dot(tl.trans(rb), gy, input_precision=PRECISION) + tl.dot(b, tl.trans(gs), input_precision=PRECISION)
+    z = tl.dot(tl.trans(inverse), z, input_precision=PRECISION)  # gradient of the triangular system's right side
+    rk = tl.where(lower, tl.dot(r, tl.trans(k), input_precision=PRECISION), 0.0)
+    gv = tl.dot(tl.trans(rk), gy, input_precision=PRECISION) + tl.dot(tl.trans(ak), z, input_precision=PRECISION)
+    gv += tl.dot(k, tl.trans(gs), input_precision=PRECISION)
+    tl.store(gv_ptr + base + t[:, None] * stride + n[None, :], gv.to(gv_ptr.dtype.element_ty), mask=mask)
+
+    gab = tl.where(strict, tl.dot(z, tl.trans(u), input_precision=PRECISION), 0.0)
+    gak = tl.where(strict, tl.dot(z, tl.trans(v), input_precision=PRECISION), 0.0)
+    grb = tl.where(lower, tl.dot(gy, tl.trans(u), input_precision=PRECISION), 0.0)
+    grk = tl.where(lower, tl.dot(gy, tl.trans(v), input_precision=PRECISION), 0.0)
+    # gradients of the scaled tiles, then of the exponents they carry
+    ga = tl.dot(gab, b, input_precision=PRECISION) + tl.dot(gak, k, input_precision=PRECISION)
+    ga += tl.dot(z, s, input_precision=PRECISION)
+    tl.store(ga_ptr + base + t[:, None] * stride + n[None, :], (ga * rise_a).to(ga_ptr.dtype.element_ty), mask=mask)
+    g_before = ga * a
+    gr = tl.dot(grb, b, input_precision=PRECISION) + tl.dot(grk, k, input_precision=PRECISION)
+    gr += tl.dot(gy, s, input_precision=PRECISION)
+    tl.store(gr_ptr + base + t[:, None] * stride + n[None, :], (gr * rise_r).to(gr_ptr.dtype.element_ty), mask=mask)
+    g_upto = gr * r
+    gb_end, gk_end = tl.dot(u, gs, input_precision=PRECISION), tl.dot(v, gs, input_precision=PRECISION)
+    ends += tl.sum(gb_end * b + gk_end * k, 0)
+    gb = tl.dot(tl.trans(gab), a, input_precision=PRECISION) + tl.dot(tl.trans(grb), r, input_precision=PRECISION)
+    gb += gb_end
+    tl.store(gb_ptr + base + t[:, None] * stride + n[None, :], (gb * fall).to(gb_ptr.dtype.element_ty), mask=mask)
+    gk = tl.dot(tl.trans(gak), a, input_precision=PRECISION) + tl.dot(tl.trans(grk), r, input_precision=PRECISION)
+    gk += gk_end
+    tl.store(gk_ptr + base + t[:, None] * stride + n[None, :], (gk * fall).to(gk_ptr.dtype.element_ty), mask=mask)
+    g_upto -= gb * b + gk * k
+    # w_s enters every inclusive sum from s on, every exclusive one after s, and the end
+    both = g_upto + g_before
+    gw = tl.sum(both, 0)[None, :] - tl.cumsum(both, 0) + g_upto + ends[None, :]
+    tl.store(gw_ptr + base + t[:, None] * stride + n[None, :], gw.to(gw_ptr.dtype.element_ty), mask=mask)
+
+
+def _sizes(n: int) -> tuple[int, int]:
+    """The power-of-two tile width of a head, and how many value rows one program of the scan takes."""
+    width = max(16, triton.next_power_of_2(n))
+    return width, min(width, 16)
+
+
+def _warps(width: int) -> int:
+    return 4 if width <= 32 else 8
+
+
+class _WKV7(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor,
+                precision: str) -> tuple[Tensor, Tensor]:  # fmt: skip
+        batch, t, h, n = r.shape
+        chunks, heads = triton.cdiv(t, CHUNK), batch * h
+        width, rows = _sizes(n)
+        meta = {"N": n, "BN": width, "PRECISION": precision, "num_warps": _warps(width)}
+        new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=r.device)
+        inverse, p, s = new(heads, chunks, CHUNK, CHUNK), new(heads, chunks, n, n), new(heads, chunks, n, n)
+        decay, end, y = new(heads, chunks, n), torch.empty_like(state), torch.empty_like(v)
+        grid = (chunks, heads)
+        _prepare[grid](w, k, v, a, b, inverse, p, s, decay, t, h, chunks, L=CHUNK, **meta)
+        scan = {**meta, "num_warps": 4}
+        _scan[(heads, triton.cdiv(n, rows))](p, s, decay, state, end, chunks, BV=rows, REVERSE=False, **scan)
+        _outputs[grid](r, w, k, v, a, b, inverse, s, y, t, h, chunks, L=CHUNK, **meta)
+        ctx.save_for_backward(r, w, k, v, a, b, inverse, s)
+        ctx.precision = precision
+        return y, end
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor, g_end: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        r, w, k, v, a, b, inverse, s = ctx.saved_tensors
+        batch, t, h, n = r.shape
+        chunks, heads = triton.cdiv(t, CHUNK), batch * h
+        width, rows = _sizes(n)
+        meta = {"N": n, "BN": width, "PRECISION": ctx.precision, "num_warps": _warps(width)}
+        gy, g_end = gy.contiguous(), g_end.contiguous()
+        p, gs = torch.empty_like(s), torch.empty_like(s)
+        decay, g_start = s.new_empty(heads, chunks, n), torch.empty_like(g_end)
+        grid = (chunks, heads)
+        _prepare_backward[grid](r, w, a, b, gy, inverse, p, gs, decay, t, h, chunks, L=CHUNK, **meta)
+        scan = {**meta, "num_warps": 4}
+        _scan[(heads, triton.cdiv(n, rows))](p, gs, decay, g_end, g_start, chunks, BV=rows, REVERSE=True, **scan)
+        del p
+        grads = [torch.empty_like(x) for x in (r, w, k, v, a, b)]
+        _gradients[grid](r, w, k, v, a, b, gy, inverse, s, gs, *grads, t, h, chunks, L=CHUNK, **meta)
+        return *grads, g_start, None
+
+
+def wkv7(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, precision: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Same contract as the naive form, but inputs may stay in half precision; the state is float32.
+
+    Any T and head sizes up to 128. precision: of the products, "tf32" by default and "ieee" for float32 inputs.
+    """
+    precision = precision or ("ieee" if v.dtype == torch.float32 else "tf32")
+    inputs = [x.contiguous() for x in (r, w, k, v, a, b, state)]
+    y, end = _WKV7.apply(*inputs, precision)  # type: ignore[no-untyped-call]
+    return y, end

@@ -1,0 +1,70 @@
+"""The Triton form of WKV-7 against the naive one, on a GPU or, without one, in Triton's interpreter."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, so before ours is imported
+pytest.importorskip("triton")
+
+from receptance.ops.wkv7.naive import wkv7 as naive
+from receptance.ops.wkv7.triton import wkv7
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def draw(batch: int, t: int, heads: int, size: int, dtype: torch.dtype, seed: int = 0) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    rand = lambda: torch.randn(batch, t, heads, size, generator=g, dtype=torch.float64)
+    kk = torch.nn.functional.normalize(rand(), dim=-1)
+    inputs = [rand(), -0.6065 * torch.sigmoid(rand()), rand(), rand(), -kk, kk * torch.sigmoid(rand())]
+    state = torch.randn(batch, heads, size, size, generator=g, dtype=torch.float64)
+    return [x.to(dtype).to(DEVICE) for x in inputs] + [state.float().to(DEVICE)]
+
+
+def results(function, inputs: list[torch.Tensor], dtype: torch.dtype | None = None) -> list[torch.Tensor]:
+    leaves = [(x if dtype is None else x.to(dtype)).detach().requires_grad_() for x in inputs]
+    outs = function(*leaves)
+    g = torch.Generator().manual_seed(1)
+    weights = [torch.randn(x.shape, generator=g, dtype=torch.float64).to(x) for x in outs]
+    return [*outs, *torch.autograd.grad(outs, leaves, weights)]
+
+
+def check(inputs: list[torch.Tensor], tolerance: float) -> None:
+    got, expected = results(wkv7, inputs), results(naive, inputs, torch.float64)
+    names = ["y", "end", "r", "w", "k", "v", "a", "b", "state"]
+    for name, x, ref in zip(names, got, expected):
+        error = (x.double() - ref).norm() / ref.norm()
+        assert error < tolerance, f"{name}: relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("t", [1, 15, 16, 17, 63, 64, 130])
+def test_any_length(t):
+    check(draw(1, t, 2, 32, torch.float32), 1e-5)
+
+
+@pytest.mark.parametrize("size", [64, 96, 128])
+def test_any_head_size(size):
+    check(draw(1, 70, 1, size, torch.float32), 1e-5)
+
+
+def test_bfloat16_inputs():
+    check(draw(2, 100, 1, 64, torch.bfloat16), 4e-3)
+
+
+def test_repeated_keys_stay_exact():
+    """The same key at every step, fully erased each time: the triangular inverse at its worst."""
+    inputs = draw(1, 128, 1, 32, torch.float32)
+    kk = torch.nn.functional.normalize(inputs[2][:, :1], dim=-1).expand_as(inputs[2])
+    inputs[1], inputs[4], inputs[5] = torch.full_like(inputs[1], -1e-4), -kk, kk.clone()
+    check([x.contiguous() for x in inputs], 1e-4)
+
+
+def test_every_output_is_written(monkeypatch):
+    """Fresh buffers hold NaN here; none may survive."""
+    poisoned = lambda x, **_: torch.full(x.shape, float("nan"), dtype=x.dtype, device=x.device)
+    monkeypatch.setattr(torch, "empty_like", poisoned)
+    monkeypatch.setattr(torch, "empty", lambda shape, **kw: torch.full(shape, float("nan"), **kw))
+    assert all(x.isfinite().all() for x in results(wkv7, draw(1, 70, 1, 32, torch.float32)))
