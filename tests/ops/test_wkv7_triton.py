@@ -68,3 +68,13 @@ def test_every_output_is_written(monkeypatch):
     monkeypatch.setattr(torch, "empty_like", poisoned)
     monkeypatch.setattr(torch, "empty", lambda shape, **kw: torch.full(shape, float("nan"), **kw))
     assert all(x.isfinite().all() for x in results(wkv7, draw(1, 70, 1, 32, torch.float32)))
+
+
+def test_it_is_reached_through_the_operator():
+    from receptance.ops import wkv7 as operator
+
+    inputs = draw(1, 40, 1, 32, torch.bfloat16)
+    y, state = operator(*inputs, backend="triton")
+    expected, _ = operator(*(x.double() for x in inputs), backend="naive")
+    assert (y.dtype, state.dtype) == (torch.bfloat16, torch.float32)
+    assert (y.double() - expected).norm() / expected.norm() < 6e-3

@@ -86,11 +86,12 @@ def back_ends() -> Iterator[Check]:
         return
     import torch
 
-    from receptance.ops import BACKENDS
+    from receptance.ops import BACKENDS, GPU_BACKENDS
 
-    names = sorted({name for forms in BACKENDS.values() for name in forms})
+    tables = {op: {*BACKENDS[op], *GPU_BACKENDS[op]} for op in BACKENDS}
+    names = sorted({name for table in tables.values() for name in table})
     for name in names:
-        operators = ", ".join(op for op, forms in BACKENDS.items() if name in forms)
+        operators = ", ".join(op for op, table in tables.items() if name in table)
         if name == "triton" and find_spec("triton") is None:
             yield Check(f"back end {name}", "no", "the package triton is not installed (it comes with CUDA PyTorch)")
         elif name == "triton" and not torch.cuda.is_available():

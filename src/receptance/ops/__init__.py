@@ -9,6 +9,7 @@ float64 when an input is float64 and float32 otherwise; y comes back in v's dtyp
 """
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -22,28 +23,44 @@ from receptance.ops.wkv6 import naive as naive6
 from receptance.ops.wkv7 import chunk as chunk7
 from receptance.ops.wkv7 import naive as naive7
 
-__all__ = ["BACKENDS", "EMPTY", "State4", "choose_backend", "wkv4", "wkv6", "wkv7"]
+__all__ = ["BACKENDS", "EMPTY", "GPU_BACKENDS", "State4", "choose_backend", "wkv4", "wkv6", "wkv7"]
 
-# The one table of back ends: operator → name → function.
+# Back ends that run on any device: operator → name → function.
 BACKENDS: dict[str, dict[str, Callable[..., Any]]] = {
     "wkv4": {"naive": naive4.wkv4, "chunk": chunk4.wkv4},
     "wkv6": {"naive": naive6.wkv6, "chunk": chunk6.wkv6},
     "wkv7": {"naive": naive7.wkv7, "chunk": chunk7.wkv7},
 }
 
+# Back ends that need a GPU: operator → name → module of the function, imported on first use.
+GPU_BACKENDS: dict[str, dict[str, str]] = {
+    "wkv4": {},
+    "wkv6": {},
+    "wkv7": {"triton": "receptance.ops.wkv7.triton"},
+}
+
 
 def choose_backend(op: str, backend: str, n_tokens: int) -> str:
-    """The back end that `backend` ("auto" or a name of the table) means for this many tokens."""
+    """The back end that `backend` ("auto" or a name of the tables) means for this many tokens."""
     if backend == "auto":
         return "naive" if n_tokens == 1 else "chunk"
-    if backend not in BACKENDS[op]:
-        raise ValueError(f"{op} has no back end {backend!r}; it has {sorted(BACKENDS[op])} and 'auto'")
+    known = {**BACKENDS[op], **GPU_BACKENDS[op]}
+    if backend not in known:
+        raise ValueError(f"{op} has no back end {backend!r}; it has {sorted(known)} and 'auto'")
     return backend
 
 
-def _full_precision(like: Tensor) -> torch.autocast:
-    """The operators choose their own precision; autocast would run their inner products in bfloat16."""
-    return torch.autocast(like.device.type, enabled=False)
+def _run(op: str, backend: str, inputs: tuple[Tensor, ...], *rest: Any) -> tuple[Tensor, Any]:
+    """Call the back end: in float64 or float32, but a GPU kernel takes half-precision inputs as they are."""
+    name = choose_backend(op, backend, inputs[2].shape[1])  # wkv4's v, the others' k
+    if name in GPU_BACKENDS[op]:
+        function = getattr(import_module(GPU_BACKENDS[op][name]), op)
+    else:
+        function = BACKENDS[op][name]
+        dtype = _compute_dtype(*inputs)
+        inputs = tuple(x.to(dtype) for x in inputs)
+    with torch.autocast(inputs[0].device.type, enabled=False):  # it would run the inner products in bfloat16
+        return function(*inputs, *rest)  # type: ignore[no-any-return]
 
 
 def _compute_dtype(*inputs: Tensor) -> torch.dtype:
@@ -67,16 +84,18 @@ def wkv4(
     Returns y [B, T, C] and the state. The exponent is a normaliser and carries no gradient.
     """
     dtype = _compute_dtype(w, k, v, u)
-    out = v.dtype
-    w, k, v, u = (x.to(dtype) for x in (w, k, v, u))
     if state is None:
-        zero = k.new_zeros(k.shape[0], k.shape[2])
+        zero = k.new_zeros(k.shape[0], k.shape[2], dtype=dtype)
         state = zero, zero, torch.full_like(zero, EMPTY)
     num, den, exp = (x.to(dtype) for x in state)
-    function = BACKENDS["wkv4"][choose_backend("wkv4", backend, k.shape[1])]
-    with _full_precision(k):
-        y, state = function(w, k, v, u, (num, den, exp), lengths)
-    return y.to(out), state
+    y, after = _run("wkv4", backend, (w, k, v, u), (num, den, exp), lengths)
+    return y.to(v.dtype), after
+
+
+def _matrix_state(state: Tensor | None, k: Tensor, dtype: torch.dtype) -> Tensor:
+    if state is None:
+        return k.new_zeros(k.shape[0], *k.shape[2:], k.shape[3], dtype=dtype)
+    return state.to(dtype)
 
 
 def _padding(k: Tensor, lengths: Tensor) -> Tensor:
@@ -100,17 +119,12 @@ def wkv6(
     state [B, H, N, N], value × key; None = zeros. Returns y [B, T, H, N] and the state.
     """
     dtype = _compute_dtype(r, w, k, v, u)
-    out = v.dtype
-    r, w, k, v, u = (x.to(dtype) for x in (r, w, k, v, u))
     w = w.expand_as(k)
     if lengths is not None:  # padding: decays nothing, writes nothing
         pad = _padding(k, lengths)
         w, k = w.masked_fill(pad, 0), k.masked_fill(pad, 0)
-    state = k.new_zeros(k.shape[0], *k.shape[2:], k.shape[3]) if state is None else state.to(dtype)
-    function = BACKENDS["wkv6"][choose_backend("wkv6", backend, k.shape[1])]
-    with _full_precision(k):
-        y, state = function(r, w, k, v, u, state)
-    return y.to(out), state
+    y, state = _run("wkv6", backend, (r, w, k, v, u), _matrix_state(state, k, dtype))
+    return y.to(v.dtype), state
 
 
 def wkv7(
@@ -131,13 +145,8 @@ def wkv7(
     Returns y [B, T, H, N] and the state.
     """
     dtype = _compute_dtype(r, w, k, v, a, b)
-    out = v.dtype
-    r, w, k, v, a, b = (x.to(dtype) for x in (r, w, k, v, a, b))
     if lengths is not None:  # padding: decays nothing, erases nothing, writes nothing
         pad = _padding(k, lengths)
         w, k, b = w.masked_fill(pad, 0), k.masked_fill(pad, 0), b.masked_fill(pad, 0)
-    state = k.new_zeros(k.shape[0], *k.shape[2:], k.shape[3]) if state is None else state.to(dtype)
-    function = BACKENDS["wkv7"][choose_backend("wkv7", backend, k.shape[1])]
-    with _full_precision(k):
-        y, state = function(r, w, k, v, a, b, state)
-    return y.to(out), state
+    y, state = _run("wkv7", backend, (r, w, k, v, a, b), _matrix_state(state, k, dtype))
+    return y.to(v.dtype), state
