@@ -8,8 +8,8 @@ Per chunk with start state S₀ (docs/maths.md; all tiles [L, N], exponents rela
 
 Forward: `_prepare` (T, P, Q of every chunk), `_scan` (S₀ of every chunk, written over Q), `_outputs`. Backward:
 `_prepare_backward` (P again and G, what the outputs send to S₀), `_scan` from the end (dS₁ of every chunk, over G),
-`_value_gradients`, `_key_gradients`. Saved between the passes: the inputs, T and S₀ in float32. The diagonal of the decay
-is applied outside the products, so that a long-lived state is never rounded to the products' precision.
+`_value_gradients`, `_key_gradients`. Saved between the passes: the inputs, T and S₀ in float32. The decay's diagonal is
+applied outside the products, so that a long-lived state is never rounded to the products' precision.
 """
 
 from typing import Any
@@ -119,7 +119,7 @@ def _scan(
     p_ptr, q_ptr, d_ptr, start_ptr, end_ptr, chunks,
     N: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """S ← S diag(d) + S P + Q over chunks, each chunk's S from before the update written over its Q; backwards with Pᵀ."""
+    """S ← S diag(d) + S P + Q over chunks; each chunk's S before the update goes where its Q was. Backwards with Pᵀ."""
     bh, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     rows, n = block * BV + tl.arange(0, BV), tl.arange(0, BN)
     mask = (rows[:, None] < N) & (n[None, :] < N)
