@@ -13,6 +13,8 @@ import shutil
 import sys
 from pathlib import Path
 
+# UTF-8 that was once read as Windows-1252, as it stands in the TinyStories sample
+MOJIBAKE = {"â€œ": "“", "â€\x9d": "”", "â€™": "’", "â€˜": "‘", "â€”": "—", "â€“": "–", "â€¦": "…", "Ã©": "é", "â€": "”"}
 SHORT = 20_000  # characters; longer "stories" are whole books
 
 
@@ -33,6 +35,8 @@ def main(source: Path, target: Path) -> None:
     write(target / "short_stories.jsonl.xz", [text for text in stories if len(text) <= SHORT])
     write(target / "story_books.jsonl.xz", [text for text in stories if len(text) > SHORT])
     tiny = lzma.open(source / "stories/tinystories_train_sample.txt.xz", "rt", encoding="utf-8").read()
+    for wrong, right in MOJIBAKE.items():
+        tiny = tiny.replace(wrong, right)
     write(target / "tiny_stories.jsonl.xz", re.split(r"(?<!\n)\n(?!\n)", tiny))  # stories end in a single newline
     for name in (
         "wikipedia/wiki_en_2021_train",
