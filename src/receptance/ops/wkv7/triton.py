@@ -1,4 +1,4 @@
-"""RWKV-7's WKV on a GPU: chunks of 64 tokens in parallel, tensor-core products, one small serial pass over states.
+"""RWKV-7's WKV on a GPU: chunks of 64 tokens in parallel (32 for wide heads), one small serial pass over states.
 
 Per chunk with start state S₀ (docs/maths.md; all tiles [L, N], exponents relative to the middle of the chunk):
 
@@ -12,6 +12,7 @@ Forward: `_prepare` (T, P, Q of every chunk), `_scan` (S₀ of every chunk, writ
 applied outside the products, so that a long-lived state is never rounded to the products' precision.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +20,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CHUNK = 64
 BLOCK = tl.constexpr(16)  # the triangular inverse substitutes inside blocks of 16 and merges them by products
 
 
@@ -243,26 +243,27 @@ def _value_gradients(
 def _key_gradients(
     r_ptr, w_ptr, k_ptr, v_ptr, a_ptr, b_ptr, gy_ptr, u_ptr, z_ptr, s_ptr, gs_ptr,
     gr_ptr, gw_ptr, gk_ptr, ga_ptr, gb_ptr, T, H, chunks,
-    N: tl.constexpr, BN: tl.constexpr, L: tl.constexpr, PRECISION: tl.constexpr,
+    N: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, L: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of r, k, a, b as they meet in the four score matrices, and from them the decay's."""
+    """Gradients of r, k, a, b as they meet in the four score matrices, and from them w's, for BK key channels."""
     chunk, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     base, stride = (bh // H) * T * H * N + (bh % H) * N, H * N
-    t, n, i = chunk * L + tl.arange(0, L), tl.arange(0, BN), tl.arange(0, L)
-    mask = (t[:, None] < T) & (n[None, :] < N)
-    inside = (n[:, None] < N) & (n[None, :] < N)
+    t, m, i = chunk * L + tl.arange(0, L), tl.arange(0, BN), tl.arange(0, L)  # m: value channels
+    n = tl.program_id(2) * BK + tl.arange(0, BK)
+    mask, mask_v = (t[:, None] < T) & (n[None, :] < N), (t[:, None] < T) & (m[None, :] < N)
+    inside = (m[:, None] < N) & (n[None, :] < N)
     where = bh * chunks + chunk
-    square = where * N * N + n[:, None] * N + n[None, :]
+    square = where * N * N + m[:, None] * N + n[None, :]
     tile = base + t[:, None] * stride + n[None, :]
     strict, lower = i[:, None] > i[None, :], i[:, None] >= i[None, :]
     upto, before, mid, end = _decays(_load(w_ptr, base, t, n, stride, mask), L)
     fall = tl.exp(mid[None, :] - upto)
     b = _load(b_ptr, base, t, n, stride, mask) * fall
     k = _load(k_ptr, base, t, n, stride, mask) * fall
-    v = _load(v_ptr, base, t, n, stride, mask)
-    scratch = where * L * N + i[:, None] * N + n[None, :]
-    u = tl.load(u_ptr + scratch, mask=n[None, :] < N, other=0.0)
-    z = tl.load(z_ptr + scratch, mask=n[None, :] < N, other=0.0)
+    v = _load(v_ptr, base, t, m, stride, mask_v)
+    scratch = where * L * N + i[:, None] * N + m[None, :]
+    u = tl.load(u_ptr + scratch, mask=m[None, :] < N, other=0.0)
+    z = tl.load(z_ptr + scratch, mask=m[None, :] < N, other=0.0)
     s = tl.load(s_ptr + square, mask=inside, other=0.0) * tl.exp(mid)[None, :]
 
     # One row of score matrices at a time: those that a reads …
@@ -280,7 +281,7 @@ def _key_gradients(
     # … and those that r reads
     rise = tl.exp(upto - mid[None, :])
     read = _load(r_ptr, base, t, n, stride, mask) * rise
-    gy = _load(gy_ptr, base, t, n, stride, mask)
+    gy = _load(gy_ptr, base, t, m, stride, mask_v)
     scores = tl.where(lower, _dot(gy, tl.trans(u), PRECISION), 0.0)
     grad = _dot(scores, b, PRECISION)
     gb += _dot(tl.trans(scores), read, PRECISION)
@@ -309,14 +310,23 @@ def _key_gradients(
     tl.store(gw_ptr + tile, gw.to(gw_ptr.dtype.element_ty), mask=mask)
 
 
-def _sizes(n: int) -> tuple[int, int]:
-    """The power-of-two tile width of a head, and how many value rows one program of the scan takes."""
-    width = max(16, triton.next_power_of_2(n))
-    return width, min(width, 16)
+@dataclass(frozen=True)
+class _Plan:
+    """Tile sizes for a head: chunk length, power-of-two width, value rows and key channels that one program takes."""
 
+    chunk: int
+    width: int
+    rows: int
+    keys: int
+    warps: int
 
-def _warps(width: int) -> int:
-    return 4 if width <= 32 else 8
+    @staticmethod
+    def of(n: int) -> "_Plan":
+        width = max(16, triton.next_power_of_2(n))
+        return _Plan(64 if width <= 64 else 32, width, 16, min(width, 32), 4 if width <= 32 else 8)
+
+    def meta(self, n: int, precision: str) -> dict[str, Any]:
+        return {"N": n, "BN": self.width, "PRECISION": precision, "num_warps": self.warps}
 
 
 class _WKV7(torch.autograd.Function):
@@ -324,18 +334,16 @@ class _WKV7(torch.autograd.Function):
     def forward(ctx: Any, r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor,
                 precision: str) -> tuple[Tensor, Tensor]:  # fmt: skip
         batch, t, h, n = r.shape
-        chunks, heads = triton.cdiv(t, CHUNK), batch * h
-        width, rows = _sizes(n)
-        meta = {"N": n, "BN": width, "PRECISION": precision, "num_warps": _warps(width)}
-        new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=r.device)
-        inverse, p, s = new(heads, chunks, CHUNK, CHUNK), new(heads, chunks, n, n), new(heads, chunks, n, n)
-        decay, end, y = new(heads, chunks, n), torch.empty_like(state), torch.empty_like(v)
-        grid = (chunks, heads)
+        plan = _Plan.of(n)
+        chunks, heads, meta = triton.cdiv(t, plan.chunk), batch * h, plan.meta(n, precision)
+        new = lambda *shape: torch.empty((heads, chunks, *shape), dtype=torch.float32, device=r.device)
+        inverse, p, s, decay = new(plan.chunk, plan.chunk), new(n, n), new(n, n), new(n)
+        end, y = torch.empty_like(state), torch.empty_like(v)
+        tiles, scans = (chunks, heads), (heads, triton.cdiv(n, plan.rows))
         exact = "ieee" if precision == "ieee" else "tf32"
-        _prepare[grid](w, k, v, a, b, inverse, p, s, decay, t, h, chunks, L=CHUNK, EXACT=exact, **meta)
-        scan = {**meta, "num_warps": 4}
-        _scan[(heads, triton.cdiv(n, rows))](p, s, decay, state, end, chunks, BV=rows, REVERSE=False, **scan)
-        _outputs[grid](r, w, k, v, a, b, inverse, s, y, t, h, chunks, L=CHUNK, **meta)
+        _prepare[tiles](w, k, v, a, b, inverse, p, s, decay, t, h, chunks, L=plan.chunk, EXACT=exact, **meta)
+        _scan[scans](p, s, decay, state, end, chunks, BV=plan.rows, REVERSE=False, **{**meta, "num_warps": 4})
+        _outputs[tiles](r, w, k, v, a, b, inverse, s, y, t, h, chunks, L=plan.chunk, **meta)
         ctx.save_for_backward(r, w, k, v, a, b, inverse, s)
         ctx.precision = precision
         return y, end
@@ -344,21 +352,21 @@ class _WKV7(torch.autograd.Function):
     def backward(ctx: Any, gy: Tensor, g_end: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         r, w, k, v, a, b, inverse, s = ctx.saved_tensors
         batch, t, h, n = r.shape
-        chunks, heads = triton.cdiv(t, CHUNK), batch * h
-        width, rows = _sizes(n)
-        meta = {"N": n, "BN": width, "PRECISION": ctx.precision, "num_warps": _warps(width)}
+        plan = _Plan.of(n)
+        chunks, heads, meta = triton.cdiv(t, plan.chunk), batch * h, plan.meta(n, ctx.precision)
         gy, g_end = gy.contiguous(), g_end.contiguous()
         p, gs = torch.empty_like(s), torch.empty_like(s)
         decay, g_start = s.new_empty(heads, chunks, n), torch.empty_like(g_end)
-        grid = (chunks, heads)
-        _prepare_backward[grid](r, w, a, b, gy, inverse, p, gs, decay, t, h, chunks, L=CHUNK, **meta)
-        scan = {**meta, "num_warps": 4}
-        _scan[(heads, triton.cdiv(n, rows))](p, gs, decay, g_end, g_start, chunks, BV=rows, REVERSE=True, **scan)
+        tiles, scans = (chunks, heads), (heads, triton.cdiv(n, plan.rows))
+        _prepare_backward[tiles](r, w, a, b, gy, inverse, p, gs, decay, t, h, chunks, L=plan.chunk, **meta)
+        _scan[scans](p, gs, decay, g_end, g_start, chunks, BV=plan.rows, REVERSE=True, **{**meta, "num_warps": 4})
         gr, gw, gk, gv, ga, gb = (torch.empty_like(x) for x in (r, w, k, v, a, b))
-        u = p if n == CHUNK else s.new_empty(heads, chunks, CHUNK, n)  # P is no longer needed
+        u = p if n == plan.chunk else s.new_empty(heads, chunks, plan.chunk, n)  # P is no longer needed
         z = torch.empty_like(u)
-        _value_gradients[grid](r, w, k, v, a, b, gy, inverse, s, gs, u, z, gv, t, h, chunks, L=CHUNK, **meta)
-        _key_gradients[grid](r, w, k, v, a, b, gy, u, z, s, gs, gr, gw, gk, ga, gb, t, h, chunks, L=CHUNK, **meta)
+        _value_gradients[tiles](r, w, k, v, a, b, gy, inverse, s, gs, u, z, gv, t, h, chunks, L=plan.chunk, **meta)
+        _key_gradients[(*tiles, triton.cdiv(n, plan.keys))](
+            r, w, k, v, a, b, gy, u, z, s, gs, gr, gw, gk, ga, gb, t, h, chunks, L=plan.chunk, BK=plan.keys, **meta
+        )
         return gr, gw, gk, gv, ga, gb, g_start, None
 
 
