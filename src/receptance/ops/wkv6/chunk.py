@@ -11,19 +11,26 @@ from torch import Tensor
 CHUNK = 32  # a power of two
 
 
-def strict_scores(q: Tensor, k: Tensor, before: Tensor, upto: Tensor) -> Tensor:
-    """Σ_n q_t k_s e^{before_t - upto_s} for s < t, zero elsewhere: [..., L, N] ×4 → [..., L, L], L a power of two.
+def sums_before(w: Tensor) -> Tensor:
+    """Σ of the entries before each along dim -2. Never a difference of sums: a huge entry must not blur the others."""
+    return torch.cat([torch.zeros_like(w[..., :1, :]), w[..., :-1, :]], -2).cumsum(-2)
 
-    `upto` is the inclusive cumulative log-decay, `before` the exclusive one; both fall with t.
-    """
+
+def sums_after(w: Tensor) -> Tensor:
+    """Σ of the entries after each along dim -2."""
+    return torch.cat([w[..., 1:, :], torch.zeros_like(w[..., :1, :])], -2).flip(-2).cumsum(-2).flip(-2)
+
+
+def strict_scores(q: Tensor, k: Tensor, w: Tensor) -> Tensor:
+    """Σ_n q_t k_s e^{w_{s+1} + … + w_{t-1}} for s < t, else zero: [..., L, N] ×3 → [..., L, L], L a power of two."""
     length = q.shape[-2]
     scores = q.new_zeros(*q.shape[:-2], length, 1, 1)  # L triangles of one token each: nothing strictly below
     half = 1
     while half < length:
         halves = (*q.shape[:-2], length // (2 * half), 2, half, q.shape[-1])
-        mid = upto.view(halves)[..., 0, -1:, :]  # the end of each early half
-        late = q.view(halves)[..., 1, :, :] * (before.view(halves)[..., 1, :, :] - mid).exp()
-        early = k.view(halves)[..., 0, :, :] * (mid - upto.view(halves)[..., 0, :, :]).exp()
+        w_early, w_late = w.view(halves).unbind(-3)
+        late = q.view(halves)[..., 1, :, :] * sums_before(w_late).exp()
+        early = k.view(halves)[..., 0, :, :] * sums_after(w_early).exp()
         square = late @ early.mT  # [..., L/2h, h, h]
         top = torch.cat([scores[..., 0::2, :, :], torch.zeros_like(square)], -1)
         bottom = torch.cat([square, scores[..., 1::2, :, :]], -1)
@@ -43,17 +50,14 @@ def wkv6(r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor) -
     """Same contract as the naive form."""
     b, t, h, n = r.shape
     r, w, k, v = (to_chunks(x, CHUNK).contiguous() for x in (r, w, k, v))  # [B, H, n, L, N]
-    upto = w.cumsum(-2)  # inclusive: through token t
-    before = upto - w  # exclusive: up to the read of token t
-    end = upto[..., -1:, :]
-    scores = strict_scores(r, k, before, upto)
+    scores = strict_scores(r, k, w)
     bonus = (r * u[:, None, None] * k).sum(-1, keepdim=True)
     y = scores @ v + bonus * v
-    new = v.mT @ (k * (end - upto).exp())  # what each chunk adds to the state: [B, H, n, N, N]
-    decay = end.exp()  # [B, H, n, 1, N]
+    new = v.mT @ (k * sums_after(w).exp())  # what each chunk adds to the state: [B, H, n, N, N]
+    decay = w.sum(-2, keepdim=True).exp()  # [B, H, n, 1, N]
     starts = []
     for decay_, new_ in zip(decay.unbind(2), new.unbind(2)):
         starts.append(state)
         state = state * decay_ + new_
-    y = y + (r * before.exp()) @ torch.stack(starts, 2).mT
+    y = y + (r * sums_before(w).exp()) @ torch.stack(starts, 2).mT
     return y.permute(0, 2, 3, 1, 4).reshape(b, -1, h, n)[:, :t], state
