@@ -67,6 +67,10 @@ def test_prepare_writes_each_document_with_its_end(tmp_path):
     data = prepare([tmp_path / "a.jsonl.xz", tmp_path / "b.txt"], tok, tmp_path / "out", repeat=[1, 2])
     texts = [tok.decode(data[i][:-1].tolist()) for i in range(len(data))]
     assert texts == ["one two", "três\n\nquatro", "five", "five"]
+    twice = prepare([tmp_path / "a.jsonl.xz"], tok, tmp_path / "twice", repeat=[2])
+    assert [twice[i][0] for i in range(4)] == [data[i % 2][0] for i in range(4)], "a file repeats as a whole"
+    with pytest.raises(ConfigError, match="at least 1"):
+        prepare([tmp_path / "b.txt"], tok, tmp_path / "none", repeat=[0])
     assert all(data[i][-1] == tok.eos_id for i in range(len(data)))
     assert not list(tmp_path.glob("*.part"))
 

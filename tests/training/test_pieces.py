@@ -107,6 +107,12 @@ def test_overrides_and_errors_of_the_configuration(tmp_path):
         ("model.version=8", r"model\.version"),
         ("model.n_layer=true", "expected int, found True"),
         ("run.batch_size=0", r"run\.batch_size = 0 is out of range"),
+        ("run.log_every=0", r"run\.log_every = 0 is out of range"),
+        ("model.head_size=0", r"model\.head_size = 0 is out of range"),
+        ("optim.beta1=2", r"optim\.beta1 = 2\.0 is out of range"),
+        ("run.seed=-1", r"run\.seed = -1 is out of range"),
+        ("data.repeat=[0]", r"data\.repeat = \(0,\) is out of range"),
+        ("data.train=[]", "nothing to train on"),
     ]:
         with pytest.raises(ConfigError, match=message):
             read_config(path, [override])

@@ -96,6 +96,27 @@ def test_another_configuration_does_not_touch_a_run(tmp_path):
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == before
 
 
+def test_text_prepared_for_other_settings_is_not_reused(tmp_path):
+    set_up(configure(tmp_path), Listener())
+    (tmp_path / "other.txt").write_text("Something else entirely. " * 200)
+    run = set_up(configure(tmp_path, 'data.train=["other.txt"]'), Listener())
+    assert run.tokenizer.decode(run.train.tokens[:9].tolist()) == "Something"
+
+
+@pytest.mark.parametrize(
+    "override,message",
+    [("run.device=gpu", r"run\.device = 'gpu' cannot be used"), ("run.device=cuda:77", "'cuda:77' cannot be used")],
+)
+def test_an_unknown_device_is_named(tmp_path, override, message):
+    with pytest.raises(ConfigError, match=message):
+        set_up(configure(tmp_path, override), Listener())
+
+
+def test_a_new_vocabulary_for_an_old_model_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"mean nothing to some\.pth"):
+        set_up(configure(tmp_path, "model.init=some.pth", "data.tokenizer=bpe"), Listener())
+
+
 def test_accumulation_changes_nothing_but_rounding(tmp_path):
     rows = []
     for accumulate in (1, 4):

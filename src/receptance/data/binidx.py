@@ -72,7 +72,7 @@ class BinIdxWriter:
         self._file = open(self._part, "wb")  # noqa: SIM115
         self._sizes: list[int] = []
 
-    def add(self, tokens: Sequence[int]) -> None:
+    def add(self, tokens: Sequence[int] | np.ndarray) -> None:
         """One document; the end-of-document token is the caller's."""
         np.asarray(tokens, self.dtype).tofile(self._file)
         self._sizes.append(len(tokens))

@@ -180,13 +180,21 @@ def check(config: TrainConfig) -> None:
         ("model.version", config.model.version, config.model.version in ("4", "5.0", "5.1", "5.2", "6", "7")),
         ("model.n_layer", config.model.n_layer, config.model.n_layer >= 1),
         ("model.n_embd", config.model.n_embd, config.model.n_embd >= 2),
-        ("model.head_size", config.model.head_size, config.model.n_embd % max(config.model.head_size, 1) == 0
-         or config.model.version == "4"),
-        ("data.train", config.data.train, bool(config.data.train)),
+        ("model.head_size", config.model.head_size, config.model.version == "4"
+         or (config.model.head_size >= 1 and config.model.n_embd % config.model.head_size == 0)),
+        ("data.repeat", config.data.repeat, all(count >= 1 for count in config.data.repeat)),
+        ("data.vocab_size", config.data.vocab_size, config.data.vocab_size >= 257),
         ("data.order", config.data.order, config.data.order in ("shuffled", "cubic")),
         ("optim.lr", config.optim.lr, config.optim.lr > 0),
         ("optim.lr_final", config.optim.lr_final, config.optim.lr_final >= 0),
         ("optim.schedule", config.optim.schedule, config.optim.schedule in ("cosine", "exponential", "linear")),
+        ("optim.warmup_steps", config.optim.warmup_steps, config.optim.warmup_steps >= 0),
+        ("optim.weight_decay", config.optim.weight_decay, config.optim.weight_decay >= 0),
+        ("optim.beta1", config.optim.beta1, 0 <= config.optim.beta1 < 1),
+        ("optim.beta2", config.optim.beta2, 0 <= config.optim.beta2 < 1),
+        ("optim.eps", config.optim.eps, config.optim.eps > 0),
+        ("optim.grad_clip", config.optim.grad_clip, config.optim.grad_clip >= 0),
+        ("optim.logit_penalty", config.optim.logit_penalty, config.optim.logit_penalty >= 0),
         ("optim.dropout", config.optim.dropout, 0 <= config.optim.dropout < 1),
         ("run.tokens", config.run.tokens, config.run.tokens >= 1),
         ("run.ctx_len", config.run.ctx_len, config.run.ctx_len >= 1),
@@ -195,8 +203,16 @@ def check(config: TrainConfig) -> None:
          and config.run.batch_size % config.run.accumulate == 0),
         ("run.precision", config.run.precision, config.run.precision in ("auto", "float32", "bfloat16")),
         ("run.save_dtype", config.run.save_dtype, config.run.save_dtype in ("float32", "bfloat16", "float16")),
+        ("run.seed", config.run.seed, config.run.seed >= 0),
+        ("run.log_every", config.run.log_every, config.run.log_every >= 1),
+        ("run.valid_every", config.run.valid_every, config.run.valid_every >= 1),
+        ("run.valid_tokens", config.run.valid_tokens, config.run.valid_tokens >= 0),
+        ("run.save_every", config.run.save_every, config.run.save_every >= 1),
+        ("run.sample_tokens", config.run.sample_tokens, config.run.sample_tokens >= 0),
         ("run.keep", config.run.keep, config.run.keep >= 1),
     ]  # fmt: skip
+    if not config.data.train:
+        raise ConfigError("nothing to train on: give a configuration file, or --text FILE, or data.train=[...]")
     for name, value, good in rules:
         if not good:
             raise ConfigError(f"{name} = {value!r} is out of range; see the defaults and limits in docs/training.md")

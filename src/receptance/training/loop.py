@@ -1,6 +1,7 @@
 """One training run on one device: a pure function of its configuration and data, interruptible at any moment."""
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -94,6 +95,7 @@ def train(config: TrainConfig, reporter: Reporter, sampler: Sampler | None = Non
             _look(run, done, log, reporter, sampler)
             started += time.perf_counter() - pause
         if done % config.run.save_every == 0 or done == config.steps:
+            _require_finite(run, step, loss)
             pause = time.perf_counter()
             save_checkpoint(run.out, done, run.model, run.optimizer, to_json(config), config.run.keep)
             started += time.perf_counter() - pause
@@ -105,10 +107,9 @@ def set_up(config: TrainConfig, reporter: Reporter) -> Run:
     out = Path(config.run.out)
     _refuse_other_run(out, config)
     out.mkdir(parents=True, exist_ok=True)
+    _drop_other_text(out, config)
     (out / "config.json").write_text(to_json(config))
-    device = torch.device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if config.run.device == "auto" else config.run.device
-    )
+    device = _device(config.run.device)
     tokenizer = _tokenizer(config, out, reporter)
     data = _data(config, out, tokenizer, reporter)
     train_data = data.pop("train")
@@ -196,13 +197,18 @@ class Log:
             file.write(json.dumps(row) + "\n")
 
 
-def _row(run: Run, step: int, loss: Tensor, tokens_per_second: float) -> dict[str, float]:
+def _require_finite(run: Run, step: int, loss: Tensor) -> float:
     value = loss.item()
     if not np.isfinite(value):
         raise ConfigError(
-            f"the loss became {value} at step {step + 1}; the last good checkpoint is in {run.out / 'checkpoints'}. "
+            f"the loss became {value} by step {step + 1}; the last good checkpoint is in {run.out / 'checkpoints'}. "
             "Lower optim.lr or raise optim.warmup_steps"
         )
+    return value
+
+
+def _row(run: Run, step: int, loss: Tensor, tokens_per_second: float) -> dict[str, float]:
+    value = _require_finite(run, step, loss)
     lr = min(group["lr"] / group["lr_scale"] for group in run.optimizer.param_groups)
     return {"step": step + 1, "loss": value, "lr": lr, "tokens_per_second": tokens_per_second}
 
@@ -252,12 +258,39 @@ def _refuse_other_run(out: Path, config: TrainConfig) -> None:
                 )
 
 
+def _drop_other_text(out: Path, config: TrainConfig) -> None:
+    """Without a checkpoint nothing is lost by tokenising anew, so text prepared for other settings goes."""
+    try:
+        old = json.loads((out / "config.json").read_text())["data"]
+    except (OSError, ValueError, KeyError):
+        old = None
+    if saved_config(out) is None and old != json.loads(to_json(config))["data"]:
+        for name in ("tokenizer", "data"):
+            shutil.rmtree(out / name, ignore_errors=True)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"run.device = {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+
+
 def _tokenizer(config: TrainConfig, out: Path, reporter: Reporter) -> Tokenizer:
     folder = out / "tokenizer"
     if folder.is_dir() and any(folder.iterdir()):
         return open_tokenizer(folder)
     data = config.data
     if data.tokenizer == "bpe":
+        if config.model.init is not None:
+            raise ConfigError(
+                f"data.tokenizer = 'bpe' would make new ids that mean nothing to {config.model.init}; "
+                "name the tokenizer it was trained with (its folder, or world)"
+            )
+        if any((Path(data.root) / (name + ".idx")).exists() for name in data.train):
+            raise ConfigError("data.tokenizer = 'bpe' needs text; name the tokenizer that made the .bin and .idx files")
         reporter.message(f"training a tokenizer with {data.vocab_size:,} ids on the training text")
         files = [Path(data.root) / name for name in data.train]
         tokenizer: Tokenizer = train_bpe((text for path in files for text in documents(path)), data.vocab_size)
@@ -278,6 +311,8 @@ def _data(config: TrainConfig, out: Path, tokenizer: Tokenizer, reporter: Report
         sources = [root / path for path in paths]
         if len(sources) == 1 and sources[0].with_name(sources[0].name + ".idx").exists():
             files[name] = BinIdx(sources[0])
+            if (top := int(files[name].tokens.max())) >= tokenizer.vocab_size:
+                raise ConfigError(f"{sources[0]}: holds token {top}; the tokenizer has {tokenizer.vocab_size} ids")
             continue
         prefix = out / "data" / name
         if not prefix.with_name(name + ".idx").exists():
