@@ -97,7 +97,7 @@ def test_stats_and_logprobs_go_to_stderr(cli: Cli, folder: Path) -> None:
 def test_a_lone_argument_is_a_model_only_if_it_names_one(
     cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("receptance.cli.model_source.ASSETS", folder.parent)
+    monkeypatch.setattr("receptance.embedded.ASSETS", folder.parent)
     monkeypatch.setattr("receptance.cli.model_source.DEFAULT_MODEL", "tiny")
     expected = cli("run", folder, "Once", *FLAGS).stdout
     assert cli("run", "Once", *FLAGS).stdout == expected

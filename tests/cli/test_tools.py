@@ -98,14 +98,13 @@ def test_doctor_without_torch_fails_and_says_what_to_install(cli: Cli, monkeypat
 
 
 def test_list_of_nothing_tells_how_to_get_something(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("receptance.cli.list.embedded_models", lambda: [])
+    monkeypatch.setattr("receptance.embedded.embedded_models", lambda: [])
     assert json.loads(cli("list", "--json").stdout) == []
     assert "receptance pull" in cli("list").stderr
 
 
 def test_embedded_models_are_listed_and_found(cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("receptance.cli.model_source.ASSETS", folder.parent)
-    monkeypatch.setattr("receptance.cli.list.ASSETS", folder.parent)
+    monkeypatch.setattr("receptance.embedded.ASSETS", folder.parent)
     (row,) = json.loads(cli("list", "--json").stdout)
     assert (row["name"], row["kind"]) == ("tiny", "embedded")
     assert row["bytes"] > 10_000
@@ -117,7 +116,7 @@ def test_embedded_models_are_listed_and_found(cli: Cli, folder: Path, monkeypatc
 
 
 def test_a_missing_default_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("receptance.cli.model_source.ASSETS", tmp_path)
+    monkeypatch.setattr("receptance.embedded.ASSETS", tmp_path)
     with pytest.raises(UnknownModel, match="missing from this installation"):
         find_model(None)
 

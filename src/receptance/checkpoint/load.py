@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
+from receptance.embedded import resolve
 from receptance.errors import CheckpointError, ConfigError
 
 from . import hf
@@ -33,7 +34,7 @@ def load(
     device: "str | torch.device | None" = None,
     engine: str | None = None,
 ) -> "RWKV":
-    """The model in a .pth or .safetensors file or in a folder, ready to run (in eval mode).
+    """The model in a .pth or .safetensors file, in a folder, or of an embedded name, ready to run (in eval mode).
 
     Version, sizes and layout are told from the tensors; nothing in the file is executed, nothing beside it imported.
     dtype: "float32", "bfloat16", "float16", "float64" or torch's; None keeps the file's, and where a file mixes types
@@ -82,7 +83,7 @@ def fingerprint(tensors: "Mapping[str, torch.Tensor]") -> str:
 
 def open_checkpoint(path: str | os.PathLike[str]) -> TensorSource:
     """The tensors of a file or folder under the names they have there. Reads only headers and needs no torch."""
-    path = Path(path)
+    path = resolve(path)
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder")
     return open_folder(path) if path.is_dir() else open_file(path)

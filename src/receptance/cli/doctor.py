@@ -15,8 +15,9 @@ import typer
 from receptance import __version__
 from receptance.cli import hub
 from receptance.cli.errors import USER_ERROR
-from receptance.cli.model_source import DEFAULT_MODEL, embedded_models
+from receptance.cli.model_source import DEFAULT_MODEL
 from receptance.cli.terminal import write_json
+from receptance.embedded import embedded_models
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "huggingface_hub", "transformers")
 

@@ -4,8 +4,8 @@ from typing import Annotated
 
 import typer
 
+from receptance import embedded
 from receptance.cli import hub
-from receptance.cli.model_source import ASSETS, embedded_models
 from receptance.cli.terminal import write_json
 
 
@@ -41,9 +41,9 @@ def command(as_json: Annotated[bool, typer.Option("--json", help="A JSON list.")
 def here() -> list[dict[str, object]]:
     """One row for each name that `find_model` knows without a path."""
     rows: list[dict[str, object]] = []
-    for name in embedded_models():
-        size = sum(file.stat().st_size for file in (ASSETS / name).rglob("*") if file.is_file())
-        rows.append({"name": name, "kind": "embedded", "bytes": size, "path": str(ASSETS / name)})
+    for name in embedded.embedded_models():
+        size = sum(file.stat().st_size for file in (embedded.ASSETS / name).rglob("*") if file.is_file())
+        rows.append({"name": name, "kind": "embedded", "bytes": size, "path": str(embedded.ASSETS / name)})
     for model in hub.cached_models():
         is_folder = any(name in model.weights for name in hub.FOLDER_WEIGHTS)
         names = [model.repo] if is_folder or len(model.weights) == 1 else [f"{model.repo}:{w}" for w in model.weights]

