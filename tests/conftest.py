@@ -1,4 +1,8 @@
+import os
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one core a worker: more threads than cores collapse, here and in children
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
