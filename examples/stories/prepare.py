@@ -34,7 +34,8 @@ def main(source: Path, target: Path) -> None:
     stories = rows(source / "stories/children_stories_train.jsonl.xz")
     write(target / "short_stories.jsonl.xz", [text for text in stories if len(text) <= SHORT])
     write(target / "story_books.jsonl.xz", [text for text in stories if len(text) > SHORT])
-    tiny = lzma.open(source / "stories/tinystories_train_sample.txt.xz", "rt", encoding="utf-8").read()
+    with lzma.open(source / "stories/tinystories_train_sample.txt.xz", "rt", encoding="utf-8") as file:
+        tiny = file.read()
     for wrong, right in MOJIBAKE.items():
         tiny = tiny.replace(wrong, right)
     write(target / "tiny_stories.jsonl.xz", re.split(r"(?<!\n)\n(?!\n)", tiny))  # stories end in a single newline
