@@ -1,0 +1,146 @@
+"""A training step of the embedded model's shape on the CPU: the chunked operator against the naive autograd loop.
+
+`python bench/train_cpu.py [--versions 4 5.2 6 7] [--out FILE]`: forward, loss, backward, clipping and AdamW in float32,
+six layers of 256 channels, 5,120 tokens of vocabulary. Loss and gradients of the two must agree first, or there is no
+report. It ends in one line of JSON.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import (
+    Peaks,
+    Row,
+    Sample,
+    lively_model,
+    load,
+    machine,
+    matrix_elements,
+    n_calm,
+    rounded,
+    timed,
+    undisturbed,
+)
+from torch import Tensor
+
+from receptance.models import RWKV, VERSIONS
+from receptance.training.loss import language_model_loss
+from receptance.training.optim import build_optimizer, set_learning_rate
+
+VOCAB, LAYERS, WIDTH = 5_120, 6, 256
+BACKENDS = ("chunk", "naive")
+TOLERANCE = 1e-4  # of the loss, and of each gradient by its norm
+
+
+class Trainer:
+    """One step after another on the same batch."""
+
+    def __init__(self, version: str, batch: int, tokens: int):
+        self.model: RWKV = lively_model(version, VOCAB, LAYERS, WIDTH).train()
+        recipe = VERSIONS[version].recipe(self.model.config)
+        self.optimizer = build_optimizer(self.model, recipe, weight_decay=0.1)
+        set_learning_rate(self.optimizer, 1e-4)
+        text = torch.randint(VOCAB, (batch, tokens + 1), generator=torch.Generator().manual_seed(2))
+        self.inputs, self.targets = text[:, :-1], text[:, 1:]
+
+    def loss_and_gradients(self, backend: str) -> tuple[float, dict[str, Tensor]]:
+        self.optimizer.zero_grad(set_to_none=True)
+        logits, _ = self.model.forward(self.inputs, backend=backend)
+        loss = language_model_loss(logits, self.targets)
+        loss.backward()
+        return loss.item(), {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+
+    def step(self, backend: str) -> None:
+        self.loss_and_gradients(backend)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+
+
+def check(trainer: Trainer) -> Row:
+    """How far loss and gradients of the back ends differ; no report when too far."""
+    loss, gradients = trainer.loss_and_gradients("chunk")
+    expected_loss, expected = trainer.loss_and_gradients("naive")
+    row = {
+        "loss": abs(loss - expected_loss) / expected_loss,
+        "gradients": max(float((gradients[n] - g).norm() / g.norm().clamp(min=1e-12)) for n, g in expected.items()),
+    }
+    for name, difference in row.items():
+        if not difference <= TOLERANCE or gradients.keys() != expected.keys():
+            sys.exit(f"{name} of the two back ends differ by {difference:.1e} of themselves; no report")
+    return row
+
+
+def measure(version: str, options: argparse.Namespace, peaks: Peaks) -> dict[str, Any]:
+    trainer = Trainer(version, options.batch, options.tokens)
+    result: dict[str, Any] = {"difference": check(trainer)}
+    samples: dict[str, list[Sample]] = {backend: [] for backend in BACKENDS}
+    deadline = 0.0
+    for i in range(1000):
+        peaks.look()
+        for backend in BACKENDS:  # taking turns, so that both meet the same machine
+            sample = timed(lambda b=backend: trainer.step(b))  # type: ignore[misc]
+            samples[backend] += [sample] if i else []  # the first round warms up
+        enough = min(map(n_calm, samples.values())) >= options.rounds
+        if i > 1 and (enough or time.monotonic() > deadline):
+            break
+        deadline = deadline or time.monotonic() + options.seconds
+    n = options.batch * options.tokens
+    for backend in BACKENDS:
+        steps = undisturbed(samples[backend])
+        result[backend] = {"median": n / statistics.median(steps), "best": n / min(steps)}
+        result[backend] |= {"taken": len(samples[backend]), "undisturbed": n_calm(samples[backend])}
+    blocks, head = matrix_elements(trainer.model)
+    return result | {"flops_per_token": 6 * (blocks + head)}  # a product forward and two backward
+
+
+def table(results: dict[str, dict[str, Any]]) -> None:
+    print(f"{'tokens/s':16}{'chunk':>8}{'naive':>8}{'ratio':>9}{'limit':>9}{'reached':>9}")
+    for version, result in results.items():
+        for of in ("median", "best"):
+            chunk, naive, limit = result["chunk"][of], result["naive"][of], result["limit"]["tokens_per_s"]
+            print(
+                f"RWKV-{version:4}{of:7}{chunk:8.0f}{naive:8.0f}{chunk / naive:8.1f}x{limit:9.0f}{chunk / limit:9.0%}"
+            )
+        loss, gradients = result["difference"].values()
+        counts = [f"{result[backend]['undisturbed']} of {result[backend]['taken']}" for backend in BACKENDS]
+        print(f"RWKV-{version:4}{'calm':7}{counts[0]:>8}{counts[1]:>8}   steps undisturbed by other processes")
+        print(f"RWKV-{version:4}chunk and naive differ by {loss:.1e} in the loss, {gradients:.1e} in the gradients")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--versions", nargs="+", default=["4", "7"], choices=["4", "5.0", "5.1", "5.2", "6", "7"])
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=7, help="undisturbed rounds wanted")
+    parser.add_argument("--seconds", type=float, default=60, help="a version's rounds end at the latest then")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="write the JSON to this file too")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    about: dict[str, object] = {**machine(), "load_before": load()}
+    peaks = Peaks()
+    results = {version: measure(version, options, peaks) for version in options.versions}
+    for result in results.values():
+        limit = peaks.flops_per_s / result["flops_per_token"]
+        result["limit"] = {"tokens_per_s": limit, "fraction": result["chunk"]["best"] / limit}
+    about |= {"load_after": load(), "flops_per_s": peaks.flops_per_s}
+    table(results)
+    print(f"best float32 product {peaks.flops_per_s / 1e9:.0f} GFLOP/s")
+    shape = {"layers": LAYERS, "width": WIDTH, "vocab": VOCAB, "dtype": "float32"}
+    protocol = {"tokens": options.tokens, "batch": options.batch}
+    line = {"bench": "train_cpu", "unit": "tokens/s", "machine": about, "shape": shape, "protocol": protocol}
+    text = json.dumps(rounded({**line, "results": results}))
+    if options.out:
+        options.out.write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
