@@ -293,8 +293,9 @@ def test_ctrl_c_stops_the_reply_and_not_the_program(folder: Path, tmp_path: Path
     terminal.type("/show\n")
     terminal.wait_for("> hello fox")
     terminal.wait_for("\r\n> ")
-    time.sleep(0.5)  # the prompt is drawn a moment before readline listens for signals
+    time.sleep(3)  # the prompt is drawn a moment before readline listens for signals
     terminal.interrupt()  # at the prompt it is only a hint
+    terminal.type("\n")  # wakes a readline that was not listening yet
     terminal.wait_for("Ctrl-D to leave")
     terminal.type("/bye\n")
     assert terminal.close() == 0
