@@ -34,7 +34,7 @@ BACKENDS: dict[str, dict[str, Callable[..., Any]]] = {
 
 # Back ends that need a GPU: operator → name → module of the function, imported on first use.
 GPU_BACKENDS: dict[str, dict[str, str]] = {
-    "wkv4": {},
+    "wkv4": {"triton": "receptance.ops.wkv4.triton"},
     "wkv6": {"triton": "receptance.ops.wkv6.triton"},
     "wkv7": {"triton": "receptance.ops.wkv7.triton"},
 }
