@@ -7,16 +7,15 @@ own: `_chunk_gradients` (what each chunk's outputs send to its start state), `_c
 When batch x channels alone fill the GPU there is one chunk, and `_outputs` and `_input_gradients` do everything.
 
 Bytes per element, 16-bit inputs (the floor is 6 forward, 12 backward with y re-read, which is not needed here):
-    forward   _chunk_ends reads k, v: 4;  _outputs reads k, v, writes y: 6, and for a backward pass the state before
-every
-              16th token: 0.75
-    backward  _chunk_gradients reads k, v, gy: 6;  _input_gradients reads k, v, gy and those states, writes gk, gv:
-10.75
+    forward   _chunk_ends reads k, v: 4;  _outputs reads k, v, writes y: 6; for a backward pass it also saves the
+              state before every 16th token: 0.75
+    backward  _chunk_gradients reads k, v, gy: 6;  _input_gradients reads those and the states, writes gk, gv: 10.75
 so 10.75 + 16.75 in chunks, 6.75 + 10.75 in one pass; the chunks' own states are below 0.2. Per element and kernel at
 most two exponentials (of each pair relative to its maximum, one is e^0) and one reciprocal.
 
 The decay's gradient needs no state per token either. With H_t = ∂L/∂num_t·num_t + ∂L/∂den_t·den_t and E_t the part of
-gk_t that went through the state, gw = Σ (H_t - E_t) and H_{t-1} = H_t - gk_t; H restarts at every block's end."""
+gk_t that went through the state, gw = Σ (H_t - E_t) and H_{t-1} = H_t - gk_t; H restarts at every block's end.
+"""
 
 from typing import Any
 
