@@ -72,29 +72,18 @@ def _length(lengths_ptr, b, T):
 
 
 @triton.jit
-def _load_rows(ptr, c, left, other, C: tl.constexpr, BC: tl.constexpr, S: tl.constexpr, MASKED: tl.constexpr):
-    """S rows of channels from ptr on, as a tuple; with MASKED only the first `left` exist and the rest is `other`."""
+def _load_rows(ptr, c, left, other, C: tl.constexpr, BC: tl.constexpr, S: tl.constexpr):
+    """S rows of channels from ptr on, as a tuple; only the first `left` exist and the rest is `other`."""
     rows = ()
     for s in tl.static_range(S):
-        if MASKED:
-            row = tl.load(ptr + s * C + c, mask=c < tl.where(s < left, C, 0), other=other)
-        elif C % BC == 0:
-            row = tl.load(ptr + s * C + c)
-        else:
-            row = tl.load(ptr + s * C + c, mask=c < C, other=0.0)
+        row = tl.load(ptr + s * C + c, mask=c < tl.where(s < left, C, 0), other=other)
         rows = rows + (row,)  # noqa: RUF005 - Triton unpacks no tuples
     return rows
 
 
 @triton.jit
-def _store_row(ptr, c, x, s, left, C: tl.constexpr, BC: tl.constexpr, MASKED: tl.constexpr):
-    x = x.to(ptr.dtype.element_ty)
-    if MASKED:
-        tl.store(ptr + s * C + c, x, mask=c < tl.where(s < left, C, 0))
-    elif C % BC == 0:
-        tl.store(ptr + s * C + c, x)
-    else:
-        tl.store(ptr + s * C + c, x, mask=c < C)
+def _store_row(ptr, c, x, s, left, C: tl.constexpr, BC: tl.constexpr):
+    tl.store(ptr + s * C + c, x.to(ptr.dtype.element_ty), mask=c < tl.where(s < left, C, 0))
 
 
 @triton.jit
@@ -112,19 +101,20 @@ def _store_state(num_ptr, den_ptr, exp_ptr, at, c, num, den, exp, C: tl.constexp
     tl.store(exp_ptr + at * C + c, exp, mask=c < C)
 
 
-# Every kernel walks its chunk in blocks of S tokens: the full blocks, then with MASKED those that reach past the row's
-# length. A token past it has k = -∞, v = 0 and no decay, so it changes no state; its y and gradients are written as 0.
+# Every kernel walks its chunk in blocks of S tokens. A token past the row's length has k = -∞, v = 0 and no decay: it
+# changes no state, and its y and gradients are written as 0. (An unmasked copy of each block for the full ones takes
+# the compiler four times as long.)
 
 
 @triton.jit
 def _ends_block(
     k_ptr, v_ptr, first, left, c, w, num, den, exp,
-    C: tl.constexpr, BC: tl.constexpr, S: tl.constexpr, MASKED: tl.constexpr,
+    C: tl.constexpr, BC: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    ks = _load_rows(k_ptr + first, c, left, float("-inf"), C, BC, S, MASKED)
-    vs = _load_rows(v_ptr + first, c, left, 0.0, C, BC, S, MASKED)
+    ks = _load_rows(k_ptr + first, c, left, float("-inf"), C, BC, S)
+    vs = _load_rows(v_ptr + first, c, left, 0.0, C, BC, S)
     for s in tl.static_range(S):
-        decay = tl.where(s < left, w, 0.0) if MASKED else w
+        decay = tl.where(s < left, w, 0.0)
         num, den, exp, _, _ = _step(num, den, exp, decay, ks[s].to(tl.float32), vs[s].to(tl.float32))
     return num, den, exp
 
@@ -138,17 +128,14 @@ def _chunk_ends(
     b, chunk, c = _place(chunks, C, BC, False)
     start = chunk * L
     alive = tl.minimum(_length(lengths_ptr, b, T) - start, L)  # tokens of this chunk inside the row
-    full = tl.maximum(alive, 0) // S
     w = tl.load(w_ptr + c, mask=c < C, other=0.0)
     num = tl.zeros([BC], tl.float32)
     den = tl.zeros([BC], tl.float32)
     exp = tl.zeros([BC], tl.float32) + _EMPTY
     first = (b * T + start) * C
-    for _ in range(full):
-        num, den, exp = _ends_block(k_ptr, v_ptr, first, S, c, w, num, den, exp, C, BC, S, False)
+    for i in range(0, alive, S):
+        num, den, exp = _ends_block(k_ptr, v_ptr, first, alive - i, c, w, num, den, exp, C, BC, S)
         first += S * C
-    if full * S < alive:
-        num, den, exp = _ends_block(k_ptr, v_ptr, first, alive - full * S, c, w, num, den, exp, C, BC, S, True)
     _store_state(num_ptr, den_ptr, exp_ptr, b * chunks + chunk, c, num, den, exp, C)
 
 
@@ -165,13 +152,13 @@ def _chain_ends(
     num, den, exp = _load_state(num_ptr, den_ptr, exp_ptr, b, c, C)
     for group in range(0, chunks, G):
         first = (b * chunks + group) * C
-        ns = _load_rows(nums_ptr + first, c, chunks - group, 0.0, C, BC, G, True)
-        ds = _load_rows(dens_ptr + first, c, chunks - group, 0.0, C, BC, G, True)
-        es = _load_rows(exps_ptr + first, c, chunks - group, _EMPTY, C, BC, G, True)
+        ns = _load_rows(nums_ptr + first, c, chunks - group, 0.0, C, BC, G)
+        ds = _load_rows(dens_ptr + first, c, chunks - group, 0.0, C, BC, G)
+        es = _load_rows(exps_ptr + first, c, chunks - group, _EMPTY, C, BC, G)
         for i in tl.static_range(G):
-            _store_row(nums_ptr + first, c, num, i, chunks - group, C, BC, True)
-            _store_row(dens_ptr + first, c, den, i, chunks - group, C, BC, True)
-            _store_row(exps_ptr + first, c, exp, i, chunks - group, C, BC, True)
+            _store_row(nums_ptr + first, c, num, i, chunks - group, C, BC)
+            _store_row(dens_ptr + first, c, den, i, chunks - group, C, BC)
+            _store_row(exps_ptr + first, c, exp, i, chunks - group, C, BC)
             tokens = tl.maximum(tl.minimum(length - (group + i) * L, L), 0)
             faded = exp + tokens.to(tl.float32) * w
             past, now = _pair(faded, es[i])
@@ -182,18 +169,17 @@ def _chain_ends(
 @triton.jit
 def _outputs_block(
     k_ptr, v_ptr, y_ptr, first, left, rest, c, w, u, num, den, exp,
-    C: tl.constexpr, BC: tl.constexpr, S: tl.constexpr, MASKED: tl.constexpr,
+    C: tl.constexpr, BC: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    ks = _load_rows(k_ptr + first, c, left, float("-inf"), C, BC, S, MASKED)
-    vs = _load_rows(v_ptr + first, c, left, 0.0, C, BC, S, MASKED)
+    ks = _load_rows(k_ptr + first, c, left, float("-inf"), C, BC, S)
+    vs = _load_rows(v_ptr + first, c, left, 0.0, C, BC, S)
     for s in tl.static_range(S):
         k, v = ks[s].to(tl.float32), vs[s].to(tl.float32)
         past, now = _pair(exp, u + k)
         y = (past * num + now * v) / (past * den + now)
-        if MASKED:
-            y = tl.where(s < left, y, 0.0)
-        _store_row(y_ptr + first, c, y, s, rest, C, BC, MASKED)
-        decay = tl.where(s < left, w, 0.0) if MASKED else w
+        y = tl.where(s < left, y, 0.0)
+        _store_row(y_ptr + first, c, y, s, rest, C, BC)
+        decay = tl.where(s < left, w, 0.0)
         num, den, exp, _, _ = _step(num, den, exp, decay, k, v)
     return num, den, exp
 
@@ -208,24 +194,18 @@ def _outputs(
     b, chunk, c = _place(chunks, C, BC, not END)
     start = chunk * L
     stop = tl.minimum(L, T - start)
-    alive = tl.maximum(tl.minimum(_length(lengths_ptr, b, T) - start, L), 0)
-    full = alive // S
+    alive = tl.minimum(_length(lengths_ptr, b, T) - start, L)
     w = tl.load(w_ptr + c, mask=c < C, other=0.0)
     u = tl.load(u_ptr + c, mask=c < C, other=0.0)
     num, den, exp = _load_state(num_ptr, den_ptr, exp_ptr, b * chunks + chunk, c, C)
     first = (b * T + start) * C
     at = b * tl.cdiv(T, S) + start // S
-    for _ in range(full):
+    for i in range(0, stop, S):
         if SAVE:
             _store_state(saved_num_ptr, saved_den_ptr, saved_exp_ptr, at, c, num, den, exp, C)
-        num, den, exp = _outputs_block(k_ptr, v_ptr, y_ptr, first, S, S, c, w, u, num, den, exp, C, BC, S, False)
-        first += S * C
-        at += 1
-    for i in range(full, tl.cdiv(stop, S)):
-        if SAVE:
-            _store_state(saved_num_ptr, saved_den_ptr, saved_exp_ptr, at, c, num, den, exp, C)
-        left, rest = alive - i * S, stop - i * S
-        num, den, exp = _outputs_block(k_ptr, v_ptr, y_ptr, first, left, rest, c, w, u, num, den, exp, C, BC, S, True)
+        num, den, exp = _outputs_block(
+            k_ptr, v_ptr, y_ptr, first, alive - i, stop - i, c, w, u, num, den, exp, C, BC, S
+        )
         first += S * C
         at += 1
     if END:
@@ -235,11 +215,11 @@ def _outputs(
 @triton.jit
 def _chunk_gradients_block(
     k_ptr, v_ptr, gy_ptr, first, left, c, w, u, num, den, exp, p, r, through,
-    C: tl.constexpr, BC: tl.constexpr, S: tl.constexpr, MASKED: tl.constexpr,
+    C: tl.constexpr, BC: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    ks = _load_rows(k_ptr + first, c, left, float("-inf"), C, BC, S, MASKED)
-    vs = _load_rows(v_ptr + first, c, left, 0.0, C, BC, S, MASKED)
-    gs = _load_rows(gy_ptr + first, c, left, 0.0, C, BC, S, MASKED)
+    ks = _load_rows(k_ptr + first, c, left, float("-inf"), C, BC, S)
+    vs = _load_rows(v_ptr + first, c, left, 0.0, C, BC, S)
+    gs = _load_rows(gy_ptr + first, c, left, 0.0, C, BC, S)
     for s in tl.static_range(S):
         k, v = ks[s].to(tl.float32), vs[s].to(tl.float32)
         past, now = _pair(exp, u + k)
@@ -247,7 +227,7 @@ def _chunk_gradients_block(
         share = gs[s].to(tl.float32) * norm * past * through
         p += share
         r -= share * ((past * num + now * v) * norm)
-        decay = tl.where(s < left, w, 0.0) if MASKED else w
+        decay = tl.where(s < left, w, 0.0)
         num, den, exp, past, now = _step(num, den, exp, decay, k, v)
         through *= past
     return num, den, exp, p, r, through
@@ -265,7 +245,6 @@ def _chunk_gradients(
     b, chunk, c = _place(chunks, C, BC, False)
     start = chunk * L
     alive = tl.minimum(_length(lengths_ptr, b, T) - start, L)
-    full = tl.maximum(alive, 0) // S
     w = tl.load(w_ptr + c, mask=c < C, other=0.0)
     u = tl.load(u_ptr + c, mask=c < C, other=0.0)
     at = b * tl.cdiv(T, S) + start // S
@@ -274,16 +253,11 @@ def _chunk_gradients(
     r = tl.zeros([BC], tl.float32)
     through = tl.zeros([BC], tl.float32) + 1.0
     first = (b * T + start) * C
-    for _ in range(full):
+    for i in range(0, alive, S):
         num, den, exp, p, r, through = _chunk_gradients_block(
-            k_ptr, v_ptr, gy_ptr, first, S, c, w, u, num, den, exp, p, r, through, C, BC, S, False
+            k_ptr, v_ptr, gy_ptr, first, alive - i, c, w, u, num, den, exp, p, r, through, C, BC, S
         )
         first += S * C
-    if full * S < alive:
-        left = alive - full * S
-        num, den, exp, p, r, through = _chunk_gradients_block(
-            k_ptr, v_ptr, gy_ptr, first, left, c, w, u, num, den, exp, p, r, through, C, BC, S, True
-        )
     _store_state(ps_ptr, rs_ptr, throughs_ptr, b * chunks + chunk, c, p, r, through, C)
 
 
@@ -300,12 +274,12 @@ def _chain_gradients(
     for step in range(groups):
         group = (groups - 1 - step) * G
         first = (b * chunks + group) * C
-        ps = _load_rows(ps_ptr + first, c, chunks - group, 0.0, C, BC, G, True)
-        rs = _load_rows(rs_ptr + first, c, chunks - group, 0.0, C, BC, G, True)
-        fs = _load_rows(throughs_ptr + first, c, chunks - group, 1.0, C, BC, G, True)
+        ps = _load_rows(ps_ptr + first, c, chunks - group, 0.0, C, BC, G)
+        rs = _load_rows(rs_ptr + first, c, chunks - group, 0.0, C, BC, G)
+        fs = _load_rows(throughs_ptr + first, c, chunks - group, 1.0, C, BC, G)
         for i in tl.static_range(G - 1, -1, -1):
-            _store_row(ps_ptr + first, c, p, i, chunks - group, C, BC, True)
-            _store_row(rs_ptr + first, c, r, i, chunks - group, C, BC, True)
+            _store_row(ps_ptr + first, c, p, i, chunks - group, C, BC)
+            _store_row(rs_ptr + first, c, r, i, chunks - group, C, BC)
             p, r = fs[i] * p + ps[i], fs[i] * r + rs[i]
     tl.store(gnum0_ptr + b * C + c, p, mask=c < C)
     tl.store(gden0_ptr + b * C + c, r, mask=c < C)
@@ -314,11 +288,11 @@ def _chain_gradients(
 @triton.jit
 def _input_gradients_block(
     k_ptr, v_ptr, gy_ptr, gk_ptr, gv_ptr, first, left, rest, c, w, u, num, den, exp, p, r, gw, gu,
-    C: tl.constexpr, BC: tl.constexpr, S: tl.constexpr, MASKED: tl.constexpr,
+    C: tl.constexpr, BC: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    ks = _load_rows(k_ptr + first, c, left, float("-inf"), C, BC, S, MASKED)
-    vs = _load_rows(v_ptr + first, c, left, 0.0, C, BC, S, MASKED)
-    gs = _load_rows(gy_ptr + first, c, left, 0.0, C, BC, S, MASKED)
+    ks = _load_rows(k_ptr + first, c, left, float("-inf"), C, BC, S)
+    vs = _load_rows(v_ptr + first, c, left, 0.0, C, BC, S)
+    gs = _load_rows(gy_ptr + first, c, left, 0.0, C, BC, S)
     ys, to_past, to_now, pasts, nows = (), (), (), (), ()
     for s in tl.static_range(S):
         k, v = ks[s].to(tl.float32), vs[s].to(tl.float32)
@@ -326,10 +300,8 @@ def _input_gradients_block(
         norm = 1.0 / (past * den + now)
         y = (past * num + now * v) * norm
         q = gs[s].to(tl.float32) * norm
-        decay = w
-        if MASKED:
-            y, q = tl.where(s < left, y, 0.0), tl.where(s < left, q, 0.0)
-            decay = tl.where(s < left, w, 0.0)
+        y, q = tl.where(s < left, y, 0.0), tl.where(s < left, q, 0.0)
+        decay = tl.where(s < left, w, 0.0)
         ys, to_past, to_now = ys + (y,), to_past + (q * past,), to_now + (q * now,)  # noqa: RUF005
         num, den, exp, past, now = _step(num, den, exp, decay, k, v)
         pasts, nows = pasts + (past,), nows + (now,)  # noqa: RUF005
@@ -339,10 +311,10 @@ def _input_gradients_block(
         direct = to_now[s] * (v - ys[s])
         stored = nows[s] * (p * v + r)
         gk = direct + stored
-        _store_row(gk_ptr + first, c, gk, s, rest, C, BC, MASKED)
-        _store_row(gv_ptr + first, c, to_now[s] + nows[s] * p, s, rest, C, BC, MASKED)
+        _store_row(gk_ptr + first, c, gk, s, rest, C, BC)
+        _store_row(gv_ptr + first, c, to_now[s] + nows[s] * p, s, rest, C, BC)
         gu += direct
-        gw += tl.where(s < left, h - stored, 0.0) if MASKED else h - stored
+        gw += tl.where(s < left, h - stored, 0.0)
         h -= gk
         p = pasts[s] * p + to_past[s]
         r = pasts[s] * r - to_past[s] * ys[s]
@@ -359,8 +331,7 @@ def _input_gradients(
     b, chunk, c = _place(chunks, C, BC, not START)
     start = chunk * L
     stop = tl.minimum(L, T - start)
-    alive = tl.maximum(tl.minimum(_length(lengths_ptr, b, T) - start, L), 0)
-    full = alive // S
+    alive = tl.minimum(_length(lengths_ptr, b, T) - start, L)
     w = tl.load(w_ptr + c, mask=c < C, other=0.0)
     u = tl.load(u_ptr + c, mask=c < C, other=0.0)
     where = (b * chunks + chunk) * C + c
@@ -371,20 +342,13 @@ def _input_gradients(
     blocks = tl.cdiv(stop, S)
     at = b * tl.cdiv(T, S) + start // S + blocks - 1
     first = (b * T + start + (blocks - 1) * S) * C
-    for step in range(blocks - full):
-        i = blocks - 1 - step
+    for step in range(blocks):
+        i = (blocks - 1 - step) * S
         num, den, exp = _load_state(saved_num_ptr, saved_den_ptr, saved_exp_ptr, at, c, C)
         p, r, gw, gu = _input_gradients_block(
-            k_ptr, v_ptr, gy_ptr, gk_ptr, gv_ptr, first, alive - i * S, stop - i * S, c, w, u, num, den, exp, p, r,
-            gw, gu, C, BC, S, True,
+            k_ptr, v_ptr, gy_ptr, gk_ptr, gv_ptr, first, alive - i, stop - i, c, w, u, num, den, exp, p, r, gw, gu,
+            C, BC, S,
         )  # fmt: skip
-        first -= S * C
-        at -= 1
-    for _ in range(full):
-        num, den, exp = _load_state(saved_num_ptr, saved_den_ptr, saved_exp_ptr, at, c, C)
-        p, r, gw, gu = _input_gradients_block(
-            k_ptr, v_ptr, gy_ptr, gk_ptr, gv_ptr, first, S, S, c, w, u, num, den, exp, p, r, gw, gu, C, BC, S, False
-        )
         first -= S * C
         at -= 1
     tl.store(gws_ptr + where, gw, mask=c < C)
@@ -407,7 +371,7 @@ def _plan(k: Tensor, v: Tensor, backward: bool) -> tuple[int, int, dict[str, int
     is_packed = c % 2 == 0 and k.element_size() == v.element_size() == 2  # two channels to a 32-bit load
     threads = width // 2 if is_packed and not backward else width
     over_chunks = {"C": c, "BC": width, "S": BLOCK, "num_warps": max(1, threads // 32), "num_stages": 1}
-    over_chunks["maxnreg"] = 64 if is_packed else 96
+    over_chunks["maxnreg"] = 80 if is_packed else 96
     chains = {"C": c, "BC": 32, "G": GROUP, "num_warps": 1, "num_stages": 1}
     return length, triton.cdiv(t, length), over_chunks, chains
 
