@@ -1,4 +1,4 @@
-"""RWKV-5 and 6's WKV on a GPU: chunks of 64 tokens in parallel, tensor-core products, a small serial pass over states.
+"""RWKV-5 and 6's WKV on a GPU: chunks of 32 tokens in parallel, tensor-core products, a small serial pass over states.
 
 Per chunk with start state S₀; tiles [L, N]; upto, before: inclusive and exclusive sums of the log-decay; end: the last:
 
@@ -11,7 +11,7 @@ Backward: `_outer` (gyᵀ (r e^before), what y sends to S₀) → `_scan` from t
 large as the rounding of y itself. The decay is applied outside the products, so a long-lived state is never rounded.
 
 Decays may be arbitrarily strong, so A is no single product of two factors. It is one masked product per level: pairs in
-sibling blocks of 32, 16 and 8 tokens meet at the siblings' border, and both factors are ≤ 1. Inside 8 tokens they meet
+sibling blocks of 16 and 8 tokens meet at the siblings' border, and both factors are ≤ 1. Inside 8 tokens they meet
 in the middle of the block, and one may exceed 1 by three decays at most; FLOOR keeps that finite. Exponents are sums of
 the decays between two tokens, not differences of long sums: a decay of -1e4 does not blur the tiny ones after it.
 """
@@ -24,8 +24,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK = 64
-LEVELS = tl.constexpr(3)  # sibling blocks of 1, 2 and 4 times 8 tokens
+CHUNK = 32
+LEVELS = tl.constexpr(2)  # sibling blocks of 1 and 2 times 8 tokens
 BLOCK = tl.constexpr(8)
 FLOOR = tl.constexpr(-23.0)  # of one token's log-decay: e^-23 = 1e-10, below what float32 sees; -inf is welcome
 CAP = tl.constexpr(70.0)  # ≥ 3·23; only pairs outside the triangle reach it, and they are masked
@@ -296,7 +296,7 @@ class _Sizes:
 
     def __init__(self, n: int) -> None:
         width = max(16, triton.next_power_of_2(n))
-        self.tile = {"N": n, "BN": width, "L": CHUNK, "num_warps": 4 if width <= 64 else 8}
+        self.tile = {"N": n, "BN": width, "L": CHUNK, "num_warps": 2 if width <= 64 else 4}
         self.keys = min(width, 32)  # key channels at a time: more do not fit the registers
         self.scan = {"N": n, "BN": width, "BV": max(1, 512 // width), "STAGES": 6, "num_warps": 4}
 
