@@ -31,19 +31,25 @@ class Config(Protocol):
 
 @dataclass(frozen=True)
 class Call:
-    """How one forward call runs, the same for every layer. lengths [B]: rows are padded at the end."""
+    """How one forward call runs, the same for every layer.
+
+    lengths [B]: rows are padded at the end. resets [B, T]: true at the first token of a document, which sees nothing
+    before it.
+    """
 
     lengths: Tensor | None = None
     backend: str = "auto"
     dropout: float = 0.0
+    resets: Tensor | None = None
 
     def drop(self, x: Tensor) -> Tensor:
         return nn.functional.dropout(x, self.dropout) if self.dropout else x
 
 
-def token_shift(x: Tensor, last: Tensor) -> Tensor:
-    """The previous position's vector, [B, T, C]; `last` [B, C] stands before position 0."""
-    return torch.cat([last[:, None].to(x.dtype), x[:, :-1]], 1)
+def token_shift(x: Tensor, last: Tensor, call: Call) -> Tensor:
+    """The previous position's vector, [B, T, C]; `last` [B, C] stands before position 0, zero before a document."""
+    previous = torch.cat([last[:, None].to(x.dtype), x[:, :-1]], 1)
+    return previous if call.resets is None else previous.masked_fill(call.resets[..., None], 0)
 
 
 def carry(x: Tensor, last: Tensor, call: Call) -> Tensor:
@@ -162,6 +168,7 @@ class RWKV(nn.Module):
         state: State | None = None,
         *,
         lengths: Tensor | None = None,
+        resets: Tensor | None = None,
         last_only: bool = False,
         backend: str = "auto",
     ) -> tuple[Tensor, State]:
@@ -170,18 +177,26 @@ class RWKV(nn.Module):
         tokens: list or LongTensor [T] → logits [T, V]; LongTensor [B, T] → [B, T, V].
         lengths [B]: row i has lengths[i] tokens and padding of any id after them; the returned state is the one after
         its own last token, and logits beyond it mean nothing.
+        resets [B, T] or [T], bool: true at the first token of a document inside a row; it sees nothing before it, the
+        given state included.
         last_only: logits of each row's last token alone, [V] or [B, V].
         backend: "auto", or a name of `receptance.ops.BACKENDS`.
         The returned state always has a batch axis (B = 1 for [T]). Raises ValueError on an empty or out-of-range input.
         """
-        x, state, single, lengths = self.hidden(tokens, state, lengths=lengths, backend=backend)
+        x, state, single, lengths = self.hidden(tokens, state, lengths=lengths, resets=resets, backend=backend)
         if last_only:
             x = carry(x, x[:, 0], Call(lengths))
         logits = self.head(x)
         return (logits[0] if single else logits), state
 
     def hidden(
-        self, tokens: list[int] | Tensor, state: State | None, *, lengths: Tensor | None, backend: str
+        self,
+        tokens: list[int] | Tensor,
+        state: State | None,
+        *,
+        lengths: Tensor | None,
+        resets: Tensor | None,
+        backend: str,
     ) -> tuple[Tensor, State, bool, Tensor | None]:
         """Everything below the head: ([B, T, C] after ln_out, state, whether tokens had no batch axis, lengths)."""
         tokens = torch.as_tensor(tokens, dtype=torch.long, device=self.device)
@@ -199,6 +214,8 @@ class RWKV(nn.Module):
             lengths = torch.as_tensor(lengths, device=self.device)
             if lengths.shape != (batch,) or not bool(((lengths >= 0) & (lengths <= t)).all()):
                 raise ValueError(f"lengths must be [{batch}] with values in [0, {t}], got {lengths.tolist()}")
+        if resets is not None:
+            resets = self._checked_resets(resets, batch, t)
         if state is None:
             state = self.zero_state(batch)
         elif state.batch != batch:
@@ -206,7 +223,7 @@ class RWKV(nn.Module):
         else:
             self.check_state(state)
 
-        call = Call(lengths, backend, self.dropout if self.training else 0.0)
+        call = Call(lengths, backend, self.dropout if self.training else 0.0, resets)
         x = call.drop(self.blocks[0].ln0(self.emb(tokens)))  # type: ignore[operator]
         v_first: Tensor | None = None
         after = []
@@ -217,6 +234,15 @@ class RWKV(nn.Module):
                 x, v_first, new = block(x, v_first, state.layer(i), call)
             after.append(new)
         return self.ln_out(x), State({name: torch.stack([n[name] for n in after]) for name in state}), single, lengths
+
+    def _checked_resets(self, resets: Tensor, batch: int, t: int) -> Tensor:
+        if resets.dim() == 1:
+            resets = resets[None]
+        if resets.dtype != torch.bool or resets.shape != (batch, t):
+            raise ValueError(f"resets must be bool [{batch}, {t}], got {resets.dtype} {list(resets.shape)}")
+        if getattr(self.config, "time_state", False):
+            raise ValueError("a model with a tuned initial state cannot reset documents inside a row: give them rows")
+        return resets.to(self.device)
 
 
 def fingerprint(version: str, tensors: dict[str, Tensor]) -> str:

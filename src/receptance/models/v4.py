@@ -73,7 +73,7 @@ class TimeMix(nn.Module):
         self.output = nn.Linear(a, c, bias=False)
 
     def forward(self, x: Tensor, state: dict[str, Tensor], call: Call) -> tuple[Tensor, dict[str, Tensor]]:
-        prev = token_shift(x, state["att_shift"])
+        prev = token_shift(x, state["att_shift"], call)
         k = self.key(prev.lerp(x, self.time_mix_k.to(x.dtype)))  # [B, T, A]
         v = self.value(prev.lerp(x, self.time_mix_v.to(x.dtype)))
         r = torch.sigmoid(self.receptance(prev.lerp(x, self.time_mix_r.to(x.dtype))))
@@ -84,6 +84,7 @@ class TimeMix(nn.Module):
             upcast(self.time_first),
             (state["num"], state["den"], state["exp"]),
             lengths=call.lengths,
+            resets=call.resets,
             backend=call.backend,
         )
         shift = carry(x, state["att_shift"], call)
@@ -102,7 +103,7 @@ class ChannelMix(nn.Module):
         self.value = nn.Linear(dim_ffn, n_embd, bias=False)
 
     def forward(self, x: Tensor, shift: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-        prev = token_shift(x, shift)
+        prev = token_shift(x, shift, call)
         k = self.key(prev.lerp(x, self.time_mix_k.to(x.dtype)))  # [B, T, F]
         r = torch.sigmoid(self.receptance(prev.lerp(x, self.time_mix_r.to(x.dtype))))
         return r * self.value(k.relu().square()), carry(x, shift, call)

@@ -100,7 +100,7 @@ class TimeMix(nn.Module):
     def forward(self, x: Tensor, state: dict[str, Tensor], call: Call) -> tuple[Tensor, dict[str, Tensor]]:
         b, t, c = x.shape
         heads = (b, t, self.n_head, c // self.n_head)
-        prev = token_shift(x, state["att_shift"])
+        prev = token_shift(x, state["att_shift"], call)
         r = self.receptance(prev.lerp(x, self.time_mix_r.to(x.dtype))).view(heads)
         k = self.key(prev.lerp(x, self.time_mix_k.to(x.dtype))).view(heads)
         v = self.value(prev.lerp(x, self.time_mix_v.to(x.dtype))).view(heads)
@@ -109,7 +109,7 @@ class TimeMix(nn.Module):
         if w.dim() == 1:
             w, u = w[:, None], u[:, None]
         w, u = w.expand(heads[2:]), u.expand(heads[2:])
-        y, wkv = wkv6(r, w, k, v, u, state["wkv"], lengths=call.lengths, backend=call.backend)
+        y, wkv = wkv6(r, w, k, v, u, state["wkv"], lengths=call.lengths, resets=call.resets, backend=call.backend)
         y = group_norm(y.reshape(b, t, c), self.ln_x)
         if self.has_gate:
             y = y * nn.functional.silu(self.gate(prev.lerp(x, self.time_mix_g.to(x.dtype))))

@@ -93,7 +93,7 @@ class TimeMix(nn.Module):
     def forward(self, x: Tensor, state: dict[str, Tensor], call: Call) -> tuple[Tensor, dict[str, Tensor]]:
         b, t, c = x.shape
         heads = (b, t, self.n_head, c // self.n_head)
-        dx = token_shift(x, state["att_shift"]) - x  # [B, T, C]
+        dx = token_shift(x, state["att_shift"], call) - x  # [B, T, C]
         low = torch.tanh((x + dx * self.time_maa_x) @ self.time_maa_w1).view(b, t, 5, -1)
         mix_w, mix_k, mix_v, mix_r, mix_g = torch.einsum("btjr,jrc->jbtc", low, self.time_maa_w2.to(low.dtype))
         r = self.receptance(x + dx * (self.time_maa_r + mix_r)).view(heads)
@@ -104,7 +104,7 @@ class TimeMix(nn.Module):
         w = upcast(self.time_decay) + upcast(torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2)
         w = -w.exp().view(heads)  # log-decay of each token and channel, unbounded below
         u = upcast(self.time_faaaa)
-        y, wkv = wkv6(r, w, k, v, u, state["wkv"], lengths=call.lengths, backend=call.backend)
+        y, wkv = wkv6(r, w, k, v, u, state["wkv"], lengths=call.lengths, resets=call.resets, backend=call.backend)
         y = group_norm(y.reshape(b, t, c), self.ln_x)
         return self.output(y * g), {"att_shift": carry(x, state["att_shift"], call), "wkv": wkv}
 
@@ -120,7 +120,7 @@ class ChannelMix(nn.Module):
         self.value = nn.Linear(f, c, bias=False)
 
     def forward(self, x: Tensor, shift: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-        dx = token_shift(x, shift) - x
+        dx = token_shift(x, shift, call) - x
         k = self.key(x + dx * self.time_maa_k)  # [B, T, F]
         r = torch.sigmoid(self.receptance(x + dx * self.time_maa_r))
         return r * self.value(k.relu().square()), carry(x, shift, call)

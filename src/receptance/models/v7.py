@@ -128,7 +128,7 @@ class TimeMix(nn.Module):
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         b, t, c = x.shape
         heads = (b, t, self.n_head, c // self.n_head)
-        dx = token_shift(x, state["att_shift"]) - x  # [B, T, C]
+        dx = token_shift(x, state["att_shift"], call) - x  # [B, T, C]
         r = self.receptance(x + dx * self.x_r)
         k = self.key(x + dx * self.x_k)
         xv = x + dx * self.x_v
@@ -147,7 +147,18 @@ class TimeMix(nn.Module):
         )  # removal key, from k before its rescaling
         k = k * (1 + (a - 1) * self.k_a)
         r, k, v_, a = (z.view(heads) for z in (r, k, v, a))
-        y, wkv = wkv7(r, w.view(heads), k, v_, -kk, kk * a, state["wkv"], lengths=call.lengths, backend=call.backend)
+        y, wkv = wkv7(
+            r,
+            w.view(heads),
+            k,
+            v_,
+            -kk,
+            kk * a,
+            state["wkv"],
+            lengths=call.lengths,
+            resets=call.resets,
+            backend=call.backend,
+        )
         y = group_norm(y.reshape(b, t, c), self.ln_x)
         y = y + ((r * k * self.r_k).sum(-1, keepdim=True) * v_).view(
             b, t, c
@@ -163,7 +174,7 @@ class ChannelMix(nn.Module):
         self.value = nn.Linear(config.dim_ffn, config.n_embd, bias=False)
 
     def forward(self, x: Tensor, shift: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-        k = self.key(x + (token_shift(x, shift) - x) * self.x_k)  # [B, T, F]
+        k = self.key(x + (token_shift(x, shift, call) - x) * self.x_k)  # [B, T, F]
         return self.value(k.relu().square()), carry(x, shift, call)
 
 

@@ -22,10 +22,15 @@ def _combine(a: State4, b: State4) -> State4:
     return ea * a[0] + eb * b[0], ea * a[1] + eb * b[1], top
 
 
-def scan(w: Tensor, e: Tensor, x: Tensor, y: Tensor, start: State4) -> State4:
+def _empty_where(mask: Tensor, state: State4) -> State4:
+    return state[0].masked_fill(mask, 0), state[1].masked_fill(mask, 0), state[2].masked_fill(mask, EMPTY)
+
+
+def scan(w: Tensor, e: Tensor, x: Tensor, y: Tensor, start: State4, resets: Tensor | None) -> State4:
     """States *before* each of T+1 positions of (num, den) ← e^w (num, den) + e^{e_t} (x_t, y_t).
 
     w [C]; e, x, y [B, T, C]; start [B, C] ×3. Returns three [B, T+1, C]; position 0 is the start, T the final state.
+    resets [B, T+1]: positions where the state is emptied of what came before.
     """
     b, t, c = e.shape
     length = max(1, math.isqrt(t + 1))
@@ -33,24 +38,34 @@ def scan(w: Tensor, e: Tensor, x: Tensor, y: Tensor, start: State4) -> State4:
     pad = n * length - t
     e = torch.nn.functional.pad(e, (0, 0, 0, pad), value=EMPTY).view(b, n, length, c)
     x, y = (torch.nn.functional.pad(z, (0, 0, 0, pad)).view(b, n, length, c) for z in (x, y))
+    if resets is not None:
+        resets = torch.nn.functional.pad(resets, (0, n * length - t - 1)).view(b, n, length, 1)
+        from_start = resets.cumsum(2) == 0  # no reset between the chunk's start and here
 
     zero = torch.zeros_like(e[:, :, 0])
     local: State4 = (zero, zero, torch.full_like(zero, EMPTY))
     inside = []
     for j in range(length):  # all chunks at once, each from nothing
+        if resets is not None:
+            local = _empty_where(resets[:, :, j], local)
         inside.append(local)
         num, den, exp = local
         local = _combine((num, den, exp + w), (x[:, :, j], y[:, :, j], e[:, :, j]))
     carry, starts = start, []
     for i in range(n):  # chain the chunk ends
         starts.append(carry)
+        if resets is not None:
+            carry = _empty_where(~from_start[:, i, -1], carry)
         num, den, exp = carry
         carry = _combine((num, den, exp + length * w), (local[0][:, i], local[1][:, i], local[2][:, i]))
 
     steps = torch.arange(length, device=w.device, dtype=w.dtype)[:, None]  # [L, 1]
-    first = [torch.stack(part, 1)[:, :, None] for part in zip(*starts)]  # [B, n, 1, C]
+    num, den, exp = (torch.stack(part, 1)[:, :, None] for part in zip(*starts))  # [B, n, 1, C]
+    first: State4 = (num, den, exp + steps * w)
+    if resets is not None:
+        first = _empty_where(~from_start, (num.expand_as(first[2]), den.expand_as(first[2]), first[2]))
     rest = [torch.stack(part, 2) for part in zip(*inside)]  # [B, n, L, C]
-    out = _combine((first[0], first[1], first[2] + steps * w), (rest[0], rest[1], rest[2]))
+    out = _combine(first, (rest[0], rest[1], rest[2]))
     num, den, exp = (z.view(b, n * length, c)[:, : t + 1] for z in out)
     return num, den, exp
 
@@ -58,8 +73,10 @@ def scan(w: Tensor, e: Tensor, x: Tensor, y: Tensor, start: State4) -> State4:
 class _WKV4(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, w: Tensor, k: Tensor, v: Tensor, u: Tensor, num: Tensor, den: Tensor, exp: Tensor,
-                lengths: Tensor | None) -> tuple[Tensor, ...]:  # fmt: skip
-        nums, dens, exps = scan(w, k, v, torch.ones_like(v), (num, den, exp))
+                lengths: Tensor | None, resets: Tensor | None) -> tuple[Tensor, ...]:  # fmt: skip
+        if resets is not None:
+            resets = torch.nn.functional.pad(resets, (0, 1))
+        nums, dens, exps = scan(w, k, v, torch.ones_like(v), (num, den, exp), resets)
         before = nums[:, :-1], dens[:, :-1], exps[:, :-1]
         top = torch.maximum(before[2], u + k)  # [B, T, C]
         past, now = (before[2] - top).exp(), (u + k - top).exp()
@@ -70,13 +87,13 @@ class _WKV4(torch.autograd.Function):
         else:
             rows = torch.arange(len(lengths), device=k.device)
             end = [z[rows, lengths] for z in (nums, dens, exps)]
-        ctx.save_for_backward(w, k, v, u, *before, exp, top, norm, y, end[2], lengths)
+        ctx.save_for_backward(w, k, v, u, *before, exp, top, norm, y, end[2], lengths, resets)
         ctx.mark_non_differentiable(end[2])
         return y, end[0].clone(), end[1].clone(), end[2].clone()
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor, gnum: Tensor, gden: Tensor, gexp: Tensor) -> tuple[Tensor | None, ...]:
-        w, k, v, u, num, den, exp, exp0, top, norm, y, exp_end, lengths = ctx.saved_tensors
+        w, k, v, u, num, den, exp, exp0, top, norm, y, exp_end, lengths, resets = ctx.saved_tensors
         b, t, _ = k.shape
         rows = torch.arange(b, device=k.device)
         if lengths is None:
@@ -91,7 +108,9 @@ class _WKV4(torch.autograd.Function):
         gp[rows, lengths], gr[rows, lengths], ge[rows, lengths] = gnum, gden, -exp_end
         zero = torch.zeros_like(exp0)
         start = (zero, zero, torch.full_like(zero, EMPTY))
-        p, r, o = (z.flip(1) for z in scan(w, ge.flip(1), gp.flip(1), gr.flip(1), start))
+        if resets is not None:  # what empties a state stops its gradient
+            resets = torch.nn.functional.pad(resets, (0, 1)).flip(1)
+        p, r, o = (z.flip(1) for z in scan(w, ge.flip(1), gp.flip(1), gr.flip(1), start, resets))
         p0, r0, o0 = p[:, 0], r[:, 0], o[:, 0]
         p, r, o = p[:, 1 : t + 1], r[:, 1 : t + 1], o[:, 1 : t + 1]
 
@@ -101,10 +120,18 @@ class _WKV4(torch.autograd.Function):
         gu = (now * (v - y)).sum((0, 1))
         gw = ((w + exp + o).exp() * (p * num + r * den)).sum((0, 1))
         scale = (o0 + exp0).exp()
-        return gw, gk, gv, gu, p0 * scale, r0 * scale, None, None
+        return gw, gk, gv, gu, p0 * scale, r0 * scale, None, None, None
 
 
-def wkv4(w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: State4, lengths: Tensor | None) -> tuple[Tensor, State4]:
+def wkv4(
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    u: Tensor,
+    state: State4,
+    lengths: Tensor | None,
+    resets: Tensor | None = None,
+) -> tuple[Tensor, State4]:
     """Same contract as the naive form; about √T sequential steps of [B, √T, C] work."""
-    y, num, den, exp = _WKV4.apply(w, k, v, u, *state, lengths)  # type: ignore[no-untyped-call]
+    y, num, den, exp = _WKV4.apply(w, k, v, u, *state, lengths, resets)  # type: ignore[no-untyped-call]
     return y, (num, den, exp)
