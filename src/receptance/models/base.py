@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from receptance.models.state import State
+from receptance.ops.head_loss import head_loss
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -179,6 +180,28 @@ class RWKV(nn.Module):
             x = carry(x, x[:, 0], Call(lengths))
         logits = self.head(x)
         return (logits[0] if single else logits), state
+
+    def loss(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        state: State | None = None,
+        *,
+        lengths: Tensor | None = None,
+        token_weights: Tensor | None = None,
+        total: Tensor | float | None = None,
+        logit_penalty: float = 0.0,
+        backend: str = "auto",
+    ) -> tuple[Tensor, State]:
+        """Mean cross entropy in nats of the targets, both [B, T], and the state; logits are made block by block.
+
+        token_weights, total, logit_penalty: as in `receptance.ops.head_loss`.
+        """
+        x, state, _, _ = self.hidden(tokens, state, lengths=lengths, backend=backend)
+        loss = head_loss(
+            x, self.head.weight, targets, logit_penalty, token_weights=token_weights, total=total, backend=backend
+        )
+        return loss, state
 
     def hidden(
         self, tokens: list[int] | Tensor, state: State | None, *, lengths: Tensor | None, backend: str
