@@ -9,7 +9,12 @@ from torch import Tensor
 
 # Fused piece → module of its Triton form, imported on first use. The plain form lies beside it.
 PIECES: dict[str, str] = {
+    "ffn": "receptance.ops.ffn.triton",
     "head_loss": "receptance.ops.head_loss.triton",
+    "heads": "receptance.ops.heads.triton",
+    "norm": "receptance.ops.norm.triton",
+    "prepare": "receptance.ops.prepare.triton",
+    "shift": "receptance.ops.shift.triton",
 }
 
 
@@ -40,6 +45,11 @@ def _builds(piece: str) -> bool:
         )
         return False
     return True
+
+
+def upcast(x: Tensor) -> Tensor:
+    """float32, unless already float64: the precision of decays, states and norms."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
