@@ -1,4 +1,4 @@
-"""The fused pieces' Triton forms against the plain ones in float64, on a GPU or, without one, in Triton's interpreter."""
+"""The Triton forms of the fused pieces against the plain ones in float64; without a GPU, in the interpreter."""
 
 import os
 from collections.abc import Callable, Sequence

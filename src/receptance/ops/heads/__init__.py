@@ -17,8 +17,8 @@ def norm_and_gate(
     eps: float,
     gate: Tensor | None = None,
     activation: Gate = "plain",
-    *,
     bonus: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    *,
     backend: str = "auto",
 ) -> Tensor:
     """(GroupNorm(y) + (r·(k∘r_k)) v) ∘ gate, [B, T, C], in y's dtype.

@@ -129,7 +129,7 @@ def _keep_norm(ctx, inputs, output):
 
 
 def _keep_add(ctx, inputs, output):
-    x, delta, weight, bias, *_ = inputs
+    _, delta, weight, bias, *_ = inputs
     total, _, statistics = output
     ctx.save_for_backward(total, weight, statistics)
     ctx.bias_dtype, ctx.delta_dtype = bias.dtype, delta.dtype
