@@ -26,10 +26,9 @@ def uses_triton(piece: str, x: Tensor, backend: str = "auto") -> bool:
     """
     if backend not in ("auto", "triton") or not x.is_cuda or x.dtype == torch.float64:
         return False
-    return bool(_builds(piece))
+    return torch.compiler.is_compiling() or _builds(piece)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 @cache
 def _builds(piece: str) -> bool:
     """Try the kernels once, forward and backward, on a few numbers; a failure costs speed, not the run."""

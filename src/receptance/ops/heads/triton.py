@@ -37,8 +37,8 @@ def _normalise(y_ptr, at, mask, N, eps):
 
 
 @triton.jit
-def _forward(y_ptr, weight_ptr, bias_ptr, gate_ptr, r_ptr, k_ptr, v_ptr, rk_ptr, out_ptr, rows, H, N, eps,
-             GATE: tl.constexpr, BONUS: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+def _gate_heads(y_ptr, weight_ptr, bias_ptr, gate_ptr, r_ptr, k_ptr, v_ptr, rk_ptr, out_ptr, rows, H, N, eps,
+                GATE: tl.constexpr, BONUS: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     c, at, inside, mask = _tile(rows, H, N, BR, BN)
     normed, _ = _normalise(y_ptr, at, mask, N, eps)
     out = normed * _load(weight_ptr, c, inside)[None, :] + _load(bias_ptr, c, inside)[None, :]
@@ -52,9 +52,9 @@ def _forward(y_ptr, weight_ptr, bias_ptr, gate_ptr, r_ptr, k_ptr, v_ptr, rk_ptr,
 
 
 @triton.jit
-def _backward(y_ptr, weight_ptr, bias_ptr, gate_ptr, r_ptr, k_ptr, v_ptr, rk_ptr, g_ptr,
-              gy_ptr, g_gate_ptr, gr_ptr, gk_ptr, gv_ptr, partial_ptr, rows, H, N, eps,
-              GATE: tl.constexpr, BONUS: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+def _gate_heads_backward(y_ptr, weight_ptr, bias_ptr, gate_ptr, r_ptr, k_ptr, v_ptr, rk_ptr, g_ptr,
+                         gy_ptr, g_gate_ptr, gr_ptr, gk_ptr, gv_ptr, partial_ptr, rows, H, N, eps,
+                         GATE: tl.constexpr, BONUS: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     """A tile's share of the gradients of weight, bias and r_k goes to `partial`."""
     c, at, inside, mask = _tile(rows, H, N, BR, BN)
     normed, inverse = _normalise(y_ptr, at, mask, N, eps)
@@ -107,7 +107,7 @@ def _norm_and_gate(
     b, t, h, n = y.shape
     out = torch.empty(b, t, h * n, dtype=y.dtype, device=y.device)
     grid, meta = _launch(y, activation, bonus)
-    _forward[grid](y, weight, bias, gate, r, k, v, r_k, out, b * t, h, n, eps, **meta)
+    _gate_heads[grid](y, weight, bias, gate, r, k, v, r_k, out, b * t, h, n, eps, **meta)
     return out
 
 
@@ -133,7 +133,7 @@ def _norm_and_gate_backward(
     grid, meta = _launch(y, activation, bonus)
     partial = torch.zeros if not bonus else torch.empty
     shares = partial(grid[0], 3, h * n, dtype=torch.float32, device=y.device)
-    _backward[grid](y, weight, bias, gate, r, k, v, r_k, g, *outs, shares, b * t, h, n, eps, **meta)
+    _gate_heads_backward[grid](y, weight, bias, gate, r, k, v, r_k, g, *outs, shares, b * t, h, n, eps, **meta)
     return [*outs, shares.sum(0)]
 
 

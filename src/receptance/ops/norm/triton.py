@@ -10,8 +10,8 @@ PROGRAMS = 1024  # of the backward pass, each with its share of the gradients of
 
 
 @triton.jit
-def _forward(x_ptr, delta_ptr, weight_ptr, bias_ptr, sum_ptr, out_ptr, mean_ptr, inverse_ptr, rows, C, eps,
-             ADD: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):  # fmt: skip
+def _normalise_rows(x_ptr, delta_ptr, weight_ptr, bias_ptr, sum_ptr, out_ptr, mean_ptr, inverse_ptr, rows, C, eps,
+                    ADD: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):  # fmt: skip
     row, c = tl.program_id(0) * BR + tl.arange(0, BR), tl.arange(0, BC)
     at = row[:, None].to(tl.int64) * C + c[None, :]
     mask = (row < rows)[:, None] & (c < C)[None, :]
@@ -33,8 +33,8 @@ def _forward(x_ptr, delta_ptr, weight_ptr, bias_ptr, sum_ptr, out_ptr, mean_ptr,
 
 
 @triton.jit
-def _backward(x_ptr, weight_ptr, mean_ptr, inverse_ptr, g_sum_ptr, g_ptr, gx_ptr, partial_ptr, rows, C, SPAN,
-              ADD: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):  # fmt: skip
+def _normalise_rows_backward(x_ptr, weight_ptr, mean_ptr, inverse_ptr, g_sum_ptr, g_ptr, gx_ptr, partial_ptr,
+                             rows, C, SPAN, ADD: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):  # fmt: skip
     c = tl.arange(0, BC)
     weight = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
     g_weight, g_bias = tl.zeros((BC,), tl.float32), tl.zeros((BC,), tl.float32)
@@ -75,7 +75,7 @@ def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torc
     out, statistics, meta = torch.empty_like(x, dtype=dtype), _statistics(x), _sizes(x.shape[-1])
     rows = statistics.shape[1]
     grid = (triton.cdiv(rows, meta["BR"]),)
-    _forward[grid](x, x, weight, bias, x, out, *statistics, rows, x.shape[-1], eps, ADD=False, **meta)
+    _normalise_rows[grid](x, x, weight, bias, x, out, *statistics, rows, x.shape[-1], eps, ADD=False, **meta)
     return out, statistics
 
 
@@ -91,7 +91,7 @@ def _add_norm(
     total, out, statistics = torch.empty_like(x), torch.empty_like(x, dtype=dtype), _statistics(x)
     meta, rows = _sizes(x.shape[-1]), statistics.shape[1]
     grid = (triton.cdiv(rows, meta["BR"]),)
-    _forward[grid](x, delta, weight, bias, total, out, *statistics, rows, x.shape[-1], eps, ADD=True, **meta)
+    _normalise_rows[grid](x, delta, weight, bias, total, out, *statistics, rows, x.shape[-1], eps, ADD=True, **meta)
     return total, out, statistics
 
 
@@ -111,7 +111,7 @@ def _norm_backward(
     programs = triton.cdiv(tiles, span)
     partial = torch.empty(programs, 2, x.shape[-1], dtype=torch.float32, device=x.device)
     extra = x if g_sum is None else g_sum
-    _backward[(programs,)](
+    _normalise_rows_backward[(programs,)](
         x, weight, *statistics, extra, g, gx, partial, rows, x.shape[-1], span, ADD=g_sum is not None, **meta
     )
     return gx, partial.sum(0)
