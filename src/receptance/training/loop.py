@@ -23,7 +23,6 @@ from receptance.tokenizers import train_bpe
 from receptance.tokenizers.base import Tokenizer
 from receptance.training.config import TrainConfig, to_json
 from receptance.training.evaluate import Loss, evaluate
-from receptance.training.loss import language_model_loss
 from receptance.training.optim import build_optimizer, set_learning_rate
 from receptance.training.resume import load_checkpoint, save_checkpoint, saved_config
 from receptance.training.schedule import learning_rate
@@ -144,8 +143,8 @@ def take_step(run: Run, step: int) -> Tensor:
     total = torch.zeros((), device=run.device)
     for part, wanted in zip(inputs.chunk(config.accumulate), targets.chunk(config.accumulate)):
         with run.autocast():
-            logits, _ = run.model.forward(part)
-        loss = language_model_loss(logits.float(), wanted, optim.logit_penalty) / config.accumulate
+            loss, _ = run.model.loss(part, wanted, logit_penalty=optim.logit_penalty)
+        loss = loss / config.accumulate
         loss.backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
     if optim.grad_clip:

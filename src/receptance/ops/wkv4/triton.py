@@ -101,6 +101,16 @@ def _store_state(num_ptr, den_ptr, exp_ptr, at, c, num, den, exp, C: tl.constexp
     tl.store(exp_ptr + at * C + c, exp, mask=c < C)
 
 
+@triton.jit
+def _emptied(exp, resets_ptr, token, s, left):
+    """The exponent of the state that token + s finds: that of an empty state where a document begins."""
+    if resets_ptr is None:
+        return exp
+    else:
+        begins = tl.load(resets_ptr + token + s, mask=s < left, other=0).to(tl.int32) != 0
+        return tl.where(begins, _EMPTY, exp)
+
+
 # Every kernel walks its chunk in blocks of S tokens. A token past the row's length has k = -∞, v = 0 and no decay: it
 # changes no state, and its y and gradients are written as 0. (An unmasked copy of each block for the full ones takes
 # the compiler four times as long.)
@@ -108,12 +118,14 @@ def _store_state(num_ptr, den_ptr, exp_ptr, at, c, num, den, exp, C: tl.constexp
 
 @triton.jit
 def _ends_block(
-    k_ptr, v_ptr, first, left, c, w, num, den, exp,
+    resets_ptr, k_ptr, v_ptr, token, left, c, w, num, den, exp,
     C: tl.constexpr, BC: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
+    first = token * C
     ks = _load_rows(k_ptr + first, c, left, float("-inf"), C, BC, S)
     vs = _load_rows(v_ptr + first, c, left, 0.0, C, BC, S)
     for s in tl.static_range(S):
+        exp = _emptied(exp, resets_ptr, token, s, left)
         decay = tl.where(s < left, w, 0.0)
         num, den, exp, _, _ = _step(num, den, exp, decay, ks[s].to(tl.float32), vs[s].to(tl.float32))
     return num, den, exp
@@ -121,7 +133,7 @@ def _ends_block(
 
 @triton.jit
 def _chunk_ends(
-    w_ptr, k_ptr, v_ptr, lengths_ptr, num_ptr, den_ptr, exp_ptr, T, L, chunks,
+    w_ptr, k_ptr, v_ptr, lengths_ptr, resets_ptr, num_ptr, den_ptr, exp_ptr, T, L, chunks,
     C: tl.constexpr, BC: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
     """The state after each chunk that began empty."""
@@ -132,16 +144,16 @@ def _chunk_ends(
     num = tl.zeros([BC], tl.float32)
     den = tl.zeros([BC], tl.float32)
     exp = tl.zeros([BC], tl.float32) + _EMPTY
-    first = (b * T + start) * C
+    token = b * T + start
     for i in range(0, alive, S):
-        num, den, exp = _ends_block(k_ptr, v_ptr, first, alive - i, c, w, num, den, exp, C, BC, S)
-        first += S * C
+        num, den, exp = _ends_block(resets_ptr, k_ptr, v_ptr, token, alive - i, c, w, num, den, exp, C, BC, S)
+        token += S
     _store_state(num_ptr, den_ptr, exp_ptr, b * chunks + chunk, c, num, den, exp, C)
 
 
 @triton.jit
 def _chain_ends(
-    w_ptr, lengths_ptr, num_ptr, den_ptr, exp_ptr, nums_ptr, dens_ptr, exps_ptr,
+    w_ptr, lengths_ptr, fresh_ptr, num_ptr, den_ptr, exp_ptr, nums_ptr, dens_ptr, exps_ptr,
     end_num_ptr, end_den_ptr, end_exp_ptr, T, L, chunks,
     C: tl.constexpr, BC: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
@@ -160,6 +172,9 @@ def _chain_ends(
             _store_row(dens_ptr + first, c, den, i, chunks - group, C, BC)
             _store_row(exps_ptr + first, c, exp, i, chunks - group, C, BC)
             tokens = tl.maximum(tl.minimum(length - (group + i) * L, L), 0)
+            if fresh_ptr is not None:  # a document begins inside the chunk: nothing of its start is left
+                fresh = tl.load(fresh_ptr + b * chunks + group + i, mask=group + i < chunks, other=0).to(tl.int32) != 0
+                exp = tl.where(fresh, _EMPTY, exp)
             faded = exp + tokens.to(tl.float32) * w
             past, now = _pair(faded, es[i])
             num, den, exp = past * num + now * ns[i], past * den + now * ds[i], tl.maximum(faded, es[i])
@@ -168,13 +183,15 @@ def _chain_ends(
 
 @triton.jit
 def _outputs_block(
-    k_ptr, v_ptr, y_ptr, first, left, rest, c, w, u, num, den, exp,
+    resets_ptr, k_ptr, v_ptr, y_ptr, token, left, rest, c, w, u, num, den, exp,
     C: tl.constexpr, BC: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
+    first = token * C
     ks = _load_rows(k_ptr + first, c, left, float("-inf"), C, BC, S)
     vs = _load_rows(v_ptr + first, c, left, 0.0, C, BC, S)
     for s in tl.static_range(S):
         k, v = ks[s].to(tl.float32), vs[s].to(tl.float32)
+        exp = _emptied(exp, resets_ptr, token, s, left)
         past, now = _pair(exp, u + k)
         y = (past * num + now * v) / (past * den + now)
         y = tl.where(s < left, y, 0.0)
@@ -186,7 +203,7 @@ def _outputs_block(
 
 @triton.jit
 def _outputs(
-    w_ptr, k_ptr, v_ptr, u_ptr, lengths_ptr, num_ptr, den_ptr, exp_ptr, y_ptr,
+    w_ptr, k_ptr, v_ptr, u_ptr, lengths_ptr, resets_ptr, num_ptr, den_ptr, exp_ptr, y_ptr,
     saved_num_ptr, saved_den_ptr, saved_exp_ptr, end_num_ptr, end_den_ptr, end_exp_ptr, T, L, chunks,
     C: tl.constexpr, BC: tl.constexpr, S: tl.constexpr, SAVE: tl.constexpr, END: tl.constexpr,
 ):  # fmt: skip
@@ -198,15 +215,15 @@ def _outputs(
     w = tl.load(w_ptr + c, mask=c < C, other=0.0)
     u = tl.load(u_ptr + c, mask=c < C, other=0.0)
     num, den, exp = _load_state(num_ptr, den_ptr, exp_ptr, b * chunks + chunk, c, C)
-    first = (b * T + start) * C
+    token = b * T + start
     at = b * tl.cdiv(T, S) + start // S
     for i in range(0, stop, S):
         if SAVE:
             _store_state(saved_num_ptr, saved_den_ptr, saved_exp_ptr, at, c, num, den, exp, C)
         num, den, exp = _outputs_block(
-            k_ptr, v_ptr, y_ptr, first, alive - i, stop - i, c, w, u, num, den, exp, C, BC, S
+            resets_ptr, k_ptr, v_ptr, y_ptr, token, alive - i, stop - i, c, w, u, num, den, exp, C, BC, S
         )
-        first += S * C
+        token += S
         at += 1
     if END:
         _store_state(end_num_ptr, end_den_ptr, end_exp_ptr, b, c, num, den, exp, C)
@@ -214,14 +231,16 @@ def _outputs(
 
 @triton.jit
 def _chunk_gradients_block(
-    k_ptr, v_ptr, gy_ptr, first, left, c, w, u, num, den, exp, p, r, through,
+    resets_ptr, k_ptr, v_ptr, gy_ptr, token, left, c, w, u, num, den, exp, p, r, through,
     C: tl.constexpr, BC: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
+    first = token * C
     ks = _load_rows(k_ptr + first, c, left, float("-inf"), C, BC, S)
     vs = _load_rows(v_ptr + first, c, left, 0.0, C, BC, S)
     gs = _load_rows(gy_ptr + first, c, left, 0.0, C, BC, S)
     for s in tl.static_range(S):
         k, v = ks[s].to(tl.float32), vs[s].to(tl.float32)
+        exp = _emptied(exp, resets_ptr, token, s, left)
         past, now = _pair(exp, u + k)
         norm = 1.0 / (past * den + now)
         share = gs[s].to(tl.float32) * norm * past * through
@@ -235,7 +254,7 @@ def _chunk_gradients_block(
 
 @triton.jit
 def _chunk_gradients(
-    w_ptr, k_ptr, v_ptr, u_ptr, gy_ptr, lengths_ptr, saved_num_ptr, saved_den_ptr, saved_exp_ptr,
+    w_ptr, k_ptr, v_ptr, u_ptr, gy_ptr, lengths_ptr, resets_ptr, saved_num_ptr, saved_den_ptr, saved_exp_ptr,
     ps_ptr, rs_ptr, throughs_ptr, T, L, chunks, C: tl.constexpr, BC: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
     """What each chunk's outputs send to (num, den) at its start, and the factor that its end's gradient passes with.
@@ -252,12 +271,12 @@ def _chunk_gradients(
     p = tl.zeros([BC], tl.float32)
     r = tl.zeros([BC], tl.float32)
     through = tl.zeros([BC], tl.float32) + 1.0
-    first = (b * T + start) * C
+    token = b * T + start
     for i in range(0, alive, S):
         num, den, exp, p, r, through = _chunk_gradients_block(
-            k_ptr, v_ptr, gy_ptr, first, alive - i, c, w, u, num, den, exp, p, r, through, C, BC, S
+            resets_ptr, k_ptr, v_ptr, gy_ptr, token, alive - i, c, w, u, num, den, exp, p, r, through, C, BC, S
         )
-        first += S * C
+        token += S
     _store_state(ps_ptr, rs_ptr, throughs_ptr, b * chunks + chunk, c, p, r, through, C)
 
 
@@ -287,15 +306,17 @@ def _chain_gradients(
 
 @triton.jit
 def _input_gradients_block(
-    k_ptr, v_ptr, gy_ptr, gk_ptr, gv_ptr, first, left, rest, c, w, u, num, den, exp, p, r, gw, gu,
+    resets_ptr, k_ptr, v_ptr, gy_ptr, gk_ptr, gv_ptr, token, left, rest, c, w, u, num, den, exp, p, r, gw, gu,
     C: tl.constexpr, BC: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
+    first = token * C
     ks = _load_rows(k_ptr + first, c, left, float("-inf"), C, BC, S)
     vs = _load_rows(v_ptr + first, c, left, 0.0, C, BC, S)
     gs = _load_rows(gy_ptr + first, c, left, 0.0, C, BC, S)
     ys, to_past, to_now, pasts, nows = (), (), (), (), ()
     for s in tl.static_range(S):
         k, v = ks[s].to(tl.float32), vs[s].to(tl.float32)
+        exp = _emptied(exp, resets_ptr, token, s, left)
         past, now = _pair(exp, u + k)
         norm = 1.0 / (past * den + now)
         y = (past * num + now * v) * norm
@@ -323,7 +344,7 @@ def _input_gradients_block(
 
 @triton.jit
 def _input_gradients(
-    w_ptr, k_ptr, v_ptr, u_ptr, gy_ptr, lengths_ptr, saved_num_ptr, saved_den_ptr, saved_exp_ptr,
+    w_ptr, k_ptr, v_ptr, u_ptr, gy_ptr, lengths_ptr, resets_ptr, saved_num_ptr, saved_den_ptr, saved_exp_ptr,
     ps_ptr, rs_ptr, gk_ptr, gv_ptr, gws_ptr, gus_ptr, gnum0_ptr, gden0_ptr, T, L, chunks,
     C: tl.constexpr, BC: tl.constexpr, S: tl.constexpr, START: tl.constexpr,
 ):  # fmt: skip
@@ -341,15 +362,15 @@ def _input_gradients(
     gu = tl.zeros([BC], tl.float32)
     blocks = tl.cdiv(stop, S)
     at = b * tl.cdiv(T, S) + start // S + blocks - 1
-    first = (b * T + start + (blocks - 1) * S) * C
+    token = b * T + start + (blocks - 1) * S
     for step in range(blocks):
         i = (blocks - 1 - step) * S
         num, den, exp = _load_state(saved_num_ptr, saved_den_ptr, saved_exp_ptr, at, c, C)
         p, r, gw, gu = _input_gradients_block(
-            k_ptr, v_ptr, gy_ptr, gk_ptr, gv_ptr, first, alive - i, stop - i, c, w, u, num, den, exp, p, r, gw, gu,
-            C, BC, S,
+            resets_ptr, k_ptr, v_ptr, gy_ptr, gk_ptr, gv_ptr, token, alive - i, stop - i, c, w, u, num, den, exp, p, r,
+            gw, gu, C, BC, S,
         )  # fmt: skip
-        first -= S * C
+        token -= S
         at -= 1
     tl.store(gws_ptr + where, gw, mask=c < C)
     tl.store(gus_ptr + where, gu, mask=c < C)
@@ -376,6 +397,13 @@ def _plan(k: Tensor, v: Tensor, backward: bool) -> tuple[int, int, dict[str, int
     return length, triton.cdiv(t, length), over_chunks, chains
 
 
+def _any(resets: Tensor | None, length: int) -> Tensor | None:
+    """[B, chunks]: whether a document begins inside each chunk."""
+    if resets is None:
+        return None
+    return torch.nn.functional.pad(resets, (0, -resets.shape[1] % length)).view(len(resets), -1, length).any(-1)
+
+
 def _buffers(n: int, shape: tuple[int, ...], like: Tensor) -> tuple[Tensor, ...]:
     return tuple(torch.empty(shape, dtype=torch.float32, device=like.device) for _ in range(n))
 
@@ -383,7 +411,7 @@ def _buffers(n: int, shape: tuple[int, ...], like: Tensor) -> tuple[Tensor, ...]
 class _WKV4(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, w: Tensor, k: Tensor, v: Tensor, u: Tensor, num: Tensor, den: Tensor, exp: Tensor,
-                lengths: Tensor | None, is_saving: bool) -> tuple[Tensor, ...]:  # fmt: skip
+                lengths: Tensor | None, resets: Tensor | None, is_saving: bool) -> tuple[Tensor, ...]:  # fmt: skip
         batch, t, c = k.shape
         length, chunks, meta, chain = _plan(k, v, backward=False)
         blocks = triton.cdiv(c, meta["BC"])
@@ -392,15 +420,32 @@ class _WKV4(torch.autograd.Function):
         starts = num, den, exp
         if chunks > 1:
             starts = _buffers(3, (batch, chunks, c), k)  # type: ignore[assignment]
-            _chunk_ends[(batch * chunks * blocks,)](w, k, v, lengths, *starts, t, length, chunks, **meta)
+            _chunk_ends[(batch * chunks * blocks,)](w, k, v, lengths, resets, *starts, t, length, chunks, **meta)
             grid = (batch * triton.cdiv(c, chain["BC"]),)
-            _chain_ends[grid](w, lengths, num, den, exp, *starts, *end, t, length, chunks, **chain)
+            _chain_ends[grid](
+                w, lengths, _any(resets, length), num, den, exp, *starts, *end, t, length, chunks, **chain
+            )
         saved = _buffers(3, (batch, triton.cdiv(t, BLOCK), c), k) if is_saving else end
         _outputs[(batch * chunks * blocks,)](
-            w, k, v, u, lengths, *starts, y, *saved, *end, t, length, chunks, SAVE=is_saving, END=chunks == 1, **meta
+            w,
+            k,
+            v,
+            u,
+            lengths,
+            resets,
+            *starts,
+            y,
+            *saved,
+            *end,
+            t,
+            length,
+            chunks,
+            SAVE=is_saving,
+            END=chunks == 1,
+            **meta,
         )
         if is_saving:
-            ctx.save_for_backward(w, k, v, u, lengths, *saved)
+            ctx.save_for_backward(w, k, v, u, lengths, resets, *saved)
         ctx.mark_non_differentiable(end[2])
         return y, *end
 
@@ -408,7 +453,7 @@ class _WKV4(torch.autograd.Function):
     def backward(  # type: ignore[override]
         ctx: Any, gy: Tensor, gnum: Tensor, gden: Tensor, _: Tensor
     ) -> tuple[Tensor | None, ...]:
-        w, k, v, u, lengths, *saved = ctx.saved_tensors
+        w, k, v, u, lengths, resets, *saved = ctx.saved_tensors
         batch, t, c = k.shape
         length, chunks, meta, chain = _plan(k, v, backward=True)
         grid = (batch * chunks * triton.cdiv(c, meta["BC"]),)
@@ -418,20 +463,28 @@ class _WKV4(torch.autograd.Function):
         if chunks > 1:
             ends = p, r = _buffers(2, (batch, chunks, c), k)
             (through,) = _buffers(1, (batch, chunks, c), k)
-            _chunk_gradients[grid](w, k, v, u, gy, lengths, *saved, p, r, through, t, length, chunks, **meta)
+            _chunk_gradients[grid](w, k, v, u, gy, lengths, resets, *saved, p, r, through, t, length, chunks, **meta)
             small = (batch * triton.cdiv(c, chain["BC"]),)
             _chain_gradients[small](gnum, gden, p, r, through, gnum0, gden0, chunks, **chain)
         gk, gv = torch.empty_like(k), torch.empty_like(v)
         (shares,) = _buffers(1, (2, batch * chunks, c), k)
         _input_gradients[grid](
-            w, k, v, u, gy, lengths, *saved, *ends, gk, gv, shares[0], shares[1], gnum0, gden0, t, length, chunks,
-            START=chunks == 1, **{**meta, "maxnreg": 128},
+            w, k, v, u, gy, lengths, resets, *saved, *ends, gk, gv, shares[0], shares[1], gnum0, gden0, t, length,
+            chunks, START=chunks == 1, **{**meta, "maxnreg": 128},
         )  # fmt: skip
         gw, gu = shares.sum(1)
-        return gw, gk, gv, gu, gnum0, gden0, None, None, None
+        return gw, gk, gv, gu, gnum0, gden0, None, None, None, None
 
 
-def wkv4(w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: State4, lengths: Tensor | None) -> tuple[Tensor, State4]:
+def wkv4(
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    u: Tensor,
+    state: State4,
+    lengths: Tensor | None,
+    resets: Tensor | None = None,
+) -> tuple[Tensor, State4]:
     """Same contract as the naive form, but k and v may stay in half precision; everything else is float32.
 
     y and the gradients past a row's length are 0. float64 is refused: the other forms compute in it.
@@ -440,6 +493,15 @@ def wkv4(w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: State4, lengths: Ten
         raise TypeError('the Triton form of wkv4 computes in float32; for float64 inputs use backend="chunk"')
     w, u, num, den, exp = (x.float().contiguous() for x in (w, u, *state))
     is_saving = torch.is_grad_enabled() and any(x.requires_grad for x in (w, k, v, u, num, den))
-    args = w, k.contiguous(), v.contiguous(), u, num, den, exp.detach(), lengths, is_saving
+    args = w, k.contiguous(), v.contiguous(), u, num, den, exp.detach(), lengths, resets, is_saving
     y, num, den, exp = _WKV4.apply(*args)  # type: ignore[no-untyped-call]
     return y, (num, den, exp)
+
+
+def probe() -> None:
+    """Build and run the kernels; raises whatever goes wrong."""
+    x = torch.zeros(1, 2, 32, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    w = torch.zeros(32, device="cuda")
+    zero = torch.zeros(1, 32, device="cuda")
+    wkv4(w, x, x, w, (zero, zero, zero), None)[0].sum().backward()
+    torch.cuda.synchronize()

@@ -2,9 +2,9 @@
 
 Per chunk with start state S₀ (docs/maths.md; all tiles [L, N], exponents relative to the middle of the chunk):
 
-    T = (I - tril₋(a bᵀ))⁻¹        A = T a₀        X = T tril₋(a kᵀ)                     a₀, r₀: relative to the chunk's start
+    T = (I - tril₋(a bᵀ))⁻¹        A = T a₀        X = T tril₋(a kᵀ)        a₀, r₀: relative to the chunk's start
     R = r₀ + tril(r bᵀ) A          Y = tril(r kᵀ) + tril(r bᵀ) X
-    K = k₁ + Xᵀ b₁                                                                       b₁, k₁: relative to its end
+    K = k₁ + Xᵀ b₁                                                          b₁, k₁: relative to its end
     y = R S₀ᵀ + Y v                S₁ = S₀ diag(e^end) + (A S₀ᵀ)ᵀ b₁ + vᵀ K
 
 The gradient of the states runs the same recurrence backwards: dS₀ = dS₁ diag(e^end) + (b₁ dS₁ᵀ)ᵀ A + gyᵀ R.
@@ -13,9 +13,9 @@ Forward: `_prepare` (A, b₁, R, K, Y of every chunk), `_sequence` (y and each S
 `_sequence` backwards (each dS₁), `_gradients`. When batch × heads leave the GPU idle, rows are cut into segments: a
 first pass finds each segment's own map S → S P + Q, `_join` the segments' start states.
 
-Between the kernels, half-precision inputs travel as float16 with a scale per token or state row, which is as exact as the
-tf32 operands that they become, at half the bytes. The decay's diagonal is applied outside the products, so that a
-long-lived state is never rounded.
+Between the kernels, what half-precision inputs became travels as float16 with a scale per token or state row: as exact
+as the tf32 operands that it turns into, at half the bytes. The decay's diagonal is applied outside the products, so
+that a long-lived state is never rounded.
 """
 
 from dataclasses import dataclass
@@ -413,8 +413,12 @@ class _WKV7(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor,
                 resets: Tensor | None, precision: str, is_saving: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
-        plan = _Plan(*r.shape, precision)
+        batch, t, h, n = r.shape
+        plan = _Plan(batch, t, h, n, precision)
         p = _run_prepare(plan, r, w, k, a, b, resets, backward=False)
+        assert p.k is not None
+        assert p.y is not None
+        assert p.k_scale is not None
         y = torch.empty_like(v)
         saved = _new_states(plan, r) if is_saving else None
         outputs = p.r, p.r_scale, p.y, y
@@ -455,3 +459,10 @@ def wkv7(
     precision = "ieee" if v.dtype == torch.float32 else "tf32"
     y, end = _WKV7.apply(*inputs, resets, precision, is_saving)  # type: ignore[no-untyped-call]
     return y, end
+
+
+def probe() -> None:
+    """Build and run the kernels; raises whatever goes wrong."""
+    x = torch.zeros(1, 2, 1, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    wkv7(x, x, x, x, x, x, torch.zeros(1, 1, 64, 64, device="cuda"))[0].sum().backward()
+    torch.cuda.synchronize()
