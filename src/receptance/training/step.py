@@ -7,18 +7,20 @@ import torch
 from torch import Tensor
 
 from receptance.errors import ConfigError
+from receptance.training.guard import judge
 from receptance.training.loss import language_model_loss
-from receptance.training.optim import set_learning_rate
-from receptance.training.schedule import learning_rate
+from receptance.training.optim import guard_statistics, set_learning_rate, set_weight_decay, update_average
+from receptance.training.schedule import learning_rate, progress, weight_decay
 
 if TYPE_CHECKING:
+    from receptance.training.config import TrainConfig
     from receptance.training.loop import Run
 
 EAGER_STEPS = 3  # before the capture: kernels compile, libraries and the optimiser's state come into being
 
 
 class Step:
-    """Step after step of a run: `step(i)` takes step i and returns the batch's mean loss, left on the device.
+    """Step after step of a run: `step(i)` takes step i and returns its outcome (see `compute`), left on the device.
 
     Launching some ten thousand kernels takes the CPU longer than a GPU needs to run those of a small model. As
     `run.cuda_graph` says, the device's part is therefore captured once, after EAGER_STEPS ordinary steps, and replayed.
@@ -39,37 +41,57 @@ class Step:
         return compute(self._run, inputs, targets)
 
 
+def rate(config: "TrainConfig", step: int) -> float:
+    """The learning rate of a step, before the recipe's factors."""
+    o = config.optim
+    return learning_rate(step, config.steps, lr=o.lr, lr_final=o.lr_final, warmup_steps=o.warmup_steps, kind=o.schedule,
+                         decay_fraction=o.decay_fraction, decay_shape=o.decay_shape)  # fmt: skip
+
+
 def prepare(run: "Run", step: int) -> tuple[Tensor, Tensor]:
     """The host's part: random seed, learning rates, and the batch's inputs and targets, [B, T] each on the device."""
     optim = run.config.optim
     torch.manual_seed(
         run.config.run.seed * 1_000_003 + step
     )  # dropout depends on the step alone: resumed runs repeat it
-    set_learning_rate(
-        run.optimizer,
-        learning_rate(step, run.config.steps, lr=optim.lr, lr_final=optim.lr_final,
-                      warmup_steps=optim.warmup_steps, kind=optim.schedule),
-    )  # fmt: skip
+    set_learning_rate(run.optimizer, rate(run.config, step))
+    if optim.weight_decay_final is not None:
+        done = progress(step, run.config.steps, optim.warmup_steps, "exponential")
+        set_weight_decay(run.optimizer, weight_decay(done, optim.weight_decay, optim.weight_decay_final))
     return run.batch(step)
 
 
 def compute(run: "Run", inputs: Tensor, targets: Tensor) -> Tensor:
-    """The device's part: loss and gradients over the parts, clipping, update. Returns the mean loss.
+    """The device's part: gradients, clipping, the guard's decision, update. Returns the outcome that `verdict` reads.
 
     Nothing in here may ask for a value on the device or depend on one in Python, or a CUDA graph could not hold it.
     """
-    parts, optim = run.config.run.accumulate, run.config.optim
+    optim, optimizer = run.config.optim, run.optimizer
+    loss = accumulate(run, inputs, targets)
+    params = [p for p in run.model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in params])  # type: ignore[misc]
+    if optim.grad_clip:
+        torch.nn.utils.clip_grads_with_norm_(params, optim.grad_clip, norm)
+    statistics = guard_statistics(optimizer)
+    bad = judge(statistics, loss, norm, optim)
+    optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # the update is skipped where this is 1
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)  # in a graph, the gradients' memory goes back to its pool
+    if optim.ema:
+        update_average(optimizer, optim.ema)
+    return torch.stack([loss, norm, *statistics[-2:]])
+
+
+def accumulate(run: "Run", inputs: Tensor, targets: Tensor) -> Tensor:
+    """Add up the gradients of the batch's parts; returns the batch's mean loss."""
+    parts = run.config.run.accumulate
     total = torch.zeros((), device=run.device)
     for part, wanted in zip(inputs.chunk(parts), targets.chunk(parts)):
         with run.autocast():
             logits, _ = run.model.forward(part)
-        loss = language_model_loss(logits.float(), wanted, optim.logit_penalty) / parts
+        loss = language_model_loss(logits.float(), wanted, run.config.optim.logit_penalty) / parts
         loss.backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
-    if optim.grad_clip:
-        torch.nn.utils.clip_grad_norm_(run.model.parameters(), optim.grad_clip)
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)  # in a graph, the gradients' memory goes back to its pool
     return total
 
 
@@ -78,9 +100,12 @@ def wants_graph(run: "Run") -> bool:
     wish = run.config.run.cuda_graph
     if wish == "on" and run.device.type != "cuda":
         raise ConfigError(f"run.cuda_graph = 'on' needs a CUDA device, the run is on {run.device}; use 'auto'")
+    fixed_decay = run.config.optim.weight_decay_final is None  # the graph would keep that of the captured step
+    if wish == "on" and not fixed_decay:
+        raise ConfigError("run.cuda_graph = 'on' cannot follow optim.weight_decay_final; use 'auto'")
     if wish == "auto":
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        return run.device.type == "cuda" and not run.config.optim.dropout and not distributed
+        return run.device.type == "cuda" and not run.config.optim.dropout and fixed_decay and not distributed
     return wish == "on"
 
 
@@ -100,7 +125,7 @@ class Graph:
         self._calls = 0
         self._stream = torch.cuda.Stream(run.device)
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._inputs, self._targets, self._loss = (torch.empty(0, device=run.device) for _ in range(3))
+        self._inputs, self._targets, self._outcome = (torch.empty(0, device=run.device) for _ in range(3))
 
     def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:
         self._calls += 1
@@ -113,15 +138,15 @@ class Graph:
         self._inputs.copy_(inputs, non_blocking=True)
         self._targets.copy_(targets, non_blocking=True)
         self._graph.replay()
-        return self._loss.clone()  # the next replay overwrites it
+        return self._outcome.clone()  # the next replay overwrites it
 
     def _eager(self, inputs: Tensor, targets: Tensor) -> Tensor:
         current = torch.cuda.current_stream(self._run.device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
-            loss = compute(self._run, inputs, targets)
+            outcome = compute(self._run, inputs, targets)
         current.wait_stream(self._stream)
-        return loss
+        return outcome
 
     def _capture(self, inputs: Tensor, targets: Tensor) -> None:
         """Record the kernels of one step without running them. Raises CaptureError."""
@@ -135,7 +160,7 @@ class Graph:
                 torch.cuda.stream(torch.cuda.current_stream(self._run.device)),
                 torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
             ):
-                self._loss = compute(self._run, self._inputs, self._targets)
+                self._outcome = compute(self._run, self._inputs, self._targets)
         except RuntimeError as error:
             self._set_capturable(False)
             self._run.optimizer.zero_grad(set_to_none=True)  # those of the attempt hold nothing
