@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class MemoryPlan:
     """Bytes. activations and logits: kept for the backward pass of one part of a step; logits with their gradient.
 
-    working: what the backward pass of one layer needs beside what was kept. free: what the device has left for all that
-    does not exist yet (None: unknown).
+    working: what the backward pass of one layer needs beside what was kept; as much as the layer kept is never too
+    little. free: what the device has left for all that does not exist yet (None: unknown).
     """
 
     weights: int
@@ -62,7 +62,7 @@ def plan_memory(run: "Run") -> MemoryPlan:
         run.model.activation_checkpointing = False
         inside = _for_rows([_saved(run, n, with_loss=False) for n in (1, 2)], rows)
         run.model.activation_checkpointing = True
-        working = 2 * inside // layers  # one block recomputed, and its gradients
+        working = 4 * inside // layers // 3  # one block recomputed, and its gradients
     else:
         working = body // layers
     return MemoryPlan(
