@@ -264,7 +264,9 @@ class RWKV(nn.Module):
         after = []
         for i, block in enumerate(self.blocks):
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x, v_first, new = checkpoint(block, x, v_first, state.layer(i), call, use_reentrant=False)
+                x, v_first, new = checkpoint(
+                    block, x, v_first, state.layer(i), call, use_reentrant=False, preserve_rng_state=call.dropout > 0
+                )
             elif x.is_cuda if self.recompute is None else self.recompute:
                 with call.cheap:
                     x, v_first, new = block(x, v_first, state.layer(i), call)
