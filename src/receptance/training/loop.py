@@ -115,7 +115,12 @@ def take_steps(run: Run, first: int, log: Log, reporter: Reporter, sampler: Samp
 
 
 def announce_memory(run: Run, reporter: Reporter) -> None:
-    plan = plan_memory(run)
+    """Say what the run will take, and what to change if that is more than there is."""
+    try:
+        plan = plan_memory(run)
+    except torch.OutOfMemoryError as error:
+        reporter.message(f"memory: not even two rows of {run.config.run.ctx_len} tokens fit: {error}")
+        return
     reporter.message(str(plan))
     if not plan.fits:
         reporter.message(

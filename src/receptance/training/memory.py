@@ -53,31 +53,34 @@ def plan_memory(run: "Run") -> MemoryPlan:
     """
     weights = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in run.model.parameters()}
     state = [x for entry in run.optimizer.state.values() for x in entry.values()]
-    rows = run.config.run.batch_size // run.config.run.accumulate
-    body = _for_rows([_saved(run, n, with_loss=False) for n in (1, 2)], rows)
-    whole = _for_rows([_saved(run, n, with_loss=True) for n in (1, 2)], rows)
-    logits = rows * run.config.run.ctx_len * run.model.head.weight.shape[0] * 4
-    layers = len(run.model.blocks)
+    rows, layers = run.config.run.batch_size // run.config.run.accumulate, len(run.model.blocks)
+    body, loss = _kept(run, rows)
+    working = body // layers
     if run.model.activation_checkpointing:
         run.model.activation_checkpointing = False
-        inside = _for_rows([_saved(run, n, with_loss=False) for n in (1, 2)], rows)
+        working = 4 * _kept(run, rows)[0] // layers // 3  # one block recomputed, and its gradients
         run.model.activation_checkpointing = True
-        working = 4 * inside // layers // 3  # one block recomputed, and its gradients
-    else:
-        working = body // layers
+    logits = rows * run.config.run.ctx_len * run.model.head.weight.shape[0] * 4
     return MemoryPlan(
         weights=sum(weights.values()),
         gradients=sum(p.numel() * p.element_size() for p in run.model.parameters() if p.requires_grad),
         optimizer=sum(x.numel() * x.element_size() for x in state),
         activations=body,
-        logits=whole - body + logits,  # their gradient is as large as they are
+        logits=loss + logits,  # their gradient is as large as they are
         working=working,
         free=free_memory(run.device),
     )
 
 
-def _saved(run: "Run", rows: int, with_loss: bool) -> int:
-    """Bytes that a forward pass over some rows keeps for the backward pass."""
+def _kept(run: "Run", rows: int) -> tuple[int, int]:
+    """Bytes that a forward pass over so many rows keeps for the backward pass: below the loss, and by the loss."""
+    one = _measure(run, 1)
+    two = _measure(run, 2) if rows > 1 else one
+    body, loss = (a + (rows - 1) * (b - a) for a, b in zip(one, two))
+    return body, loss
+
+
+def _measure(run: "Run", rows: int) -> tuple[int, int]:
     own = {p.untyped_storage().data_ptr() for p in run.model.parameters()}
     seen: dict[int, tuple[int, Tensor]] = {}  # the tensor is held, so that no other takes its address
 
@@ -91,17 +94,9 @@ def _saved(run: "Run", rows: int, with_loss: bool) -> int:
     with saved_tensors_hooks(pack, lambda x: x):
         with run.autocast():
             logits, _ = run.model.forward(tokens)
-        kept = sum(size for size, _ in seen.values())
-        if with_loss:
-            _loss = language_model_loss(logits.float(), tokens, run.config.optim.logit_penalty)
-            kept = sum(size for size, _ in seen.values())
-    return kept
-
-
-def _for_rows(measured: list[int], rows: int) -> int:
-    """From what one row and two rows keep."""
-    one, two = measured
-    return one + (rows - 1) * (two - one)
+        body = sum(size for size, _ in seen.values())
+        _loss = language_model_loss(logits.float(), tokens, run.config.optim.logit_penalty)
+    return body, sum(size for size, _ in seen.values()) - body
 
 
 def _size(n_bytes: int) -> str:
