@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from receptance.models.state import State
+from receptance.ops import Operators
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -34,7 +35,7 @@ class Call:
     """How one forward call runs, the same for every layer. lengths [B]: rows are padded at the end."""
 
     lengths: Tensor | None = None
-    backend: str = "auto"
+    backend: str | Operators = "auto"
     dropout: float = 0.0
 
     def drop(self, x: Tensor) -> Tensor:
@@ -163,7 +164,7 @@ class RWKV(nn.Module):
         *,
         lengths: Tensor | None = None,
         last_only: bool = False,
-        backend: str = "auto",
+        backend: str | Operators = "auto",
     ) -> tuple[Tensor, State]:
         """Run T tokens on from `state` (None: from the start).
 
@@ -171,7 +172,7 @@ class RWKV(nn.Module):
         lengths [B]: row i has lengths[i] tokens and padding of any id after them; the returned state is the one after
         its own last token, and logits beyond it mean nothing.
         last_only: logits of each row's last token alone, [V] or [B, V].
-        backend: "auto", or a name of `receptance.ops.BACKENDS`.
+        backend: "auto", a name of `receptance.ops.BACKENDS`, or an object with the operators.
         The returned state always has a batch axis (B = 1 for [T]). Raises ValueError on an empty or out-of-range input.
         """
         x, state, single, lengths = self.hidden(tokens, state, lengths=lengths, backend=backend)
@@ -181,7 +182,7 @@ class RWKV(nn.Module):
         return (logits[0] if single else logits), state
 
     def hidden(
-        self, tokens: list[int] | Tensor, state: State | None, *, lengths: Tensor | None, backend: str
+        self, tokens: list[int] | Tensor, state: State | None, *, lengths: Tensor | None, backend: str | Operators
     ) -> tuple[Tensor, State, bool, Tensor | None]:
         """Everything below the head: ([B, T, C] after ln_out, state, whether tokens had no batch axis, lengths)."""
         tokens = torch.as_tensor(tokens, dtype=torch.long, device=self.device)
