@@ -213,7 +213,9 @@ class RWKV(nn.Module):
         after = []
         for i, block in enumerate(self.blocks):
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x, v_first, new = checkpoint(block, x, v_first, state.layer(i), call, use_reentrant=False)
+                x, v_first, new = checkpoint(
+                    block, x, v_first, state.layer(i), call, use_reentrant=False, preserve_rng_state=call.dropout > 0
+                )
             else:
                 x, v_first, new = block(x, v_first, state.layer(i), call)
             after.append(new)

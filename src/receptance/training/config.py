@@ -69,6 +69,7 @@ class RunConfig:
 
     tokens: length of the run. batch_size: rows of ctx_len tokens per step, over `accumulate` passes.
     device, precision: "auto" takes a GPU with bfloat16 matrix products when there is one, else the CPU in float32.
+    cuda_graph: "auto", "on", "off": whether the GPU replays the whole step instead of being told each kernel.
     valid_tokens: upper bound per validation file (0: all of it). keep: finished checkpoints left on disk.
     save_dtype: of the finished model in `out`/model.
     """
@@ -82,6 +83,7 @@ class RunConfig:
     device: str = "auto"
     precision: str = "auto"
     activation_checkpointing: bool = False
+    cuda_graph: str = "auto"
     save_dtype: str = "float32"
     log_every: int = 10
     valid_every: int = 200
@@ -202,6 +204,7 @@ def check(config: TrainConfig) -> None:
         ("run.accumulate", config.run.accumulate, config.run.accumulate >= 1
          and config.run.batch_size % config.run.accumulate == 0),
         ("run.precision", config.run.precision, config.run.precision in ("auto", "float32", "bfloat16")),
+        ("run.cuda_graph", config.run.cuda_graph, config.run.cuda_graph in ("auto", "on", "off")),
         ("run.save_dtype", config.run.save_dtype, config.run.save_dtype in ("float32", "bfloat16", "float16")),
         ("run.seed", config.run.seed, config.run.seed >= 0),
         ("run.log_every", config.run.log_every, config.run.log_every >= 1),

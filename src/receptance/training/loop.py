@@ -23,10 +23,9 @@ from receptance.tokenizers import train_bpe
 from receptance.tokenizers.base import Tokenizer
 from receptance.training.config import TrainConfig, to_json
 from receptance.training.evaluate import Loss, evaluate
-from receptance.training.loss import language_model_loss
-from receptance.training.optim import build_optimizer, set_learning_rate
+from receptance.training.optim import base_rate, build_optimizer
 from receptance.training.resume import load_checkpoint, save_checkpoint, saved_config
-from receptance.training.schedule import learning_rate
+from receptance.training.step import Step
 
 Sampler = Callable[[RWKV, Tokenizer, str, int], str]  # (model, tokenizer, prompt, tokens) → continuation
 
@@ -81,9 +80,10 @@ def train(config: TrainConfig, reporter: Reporter, sampler: Sampler | None = Non
     if first:
         reporter.message(f"continuing from step {first} of {config.steps}")
     log = Log(run.out / "log.jsonl", first)
+    take_step = Step(run, reporter.message)
     started, seen = time.perf_counter(), 0
     for step in range(first, config.steps):
-        loss = take_step(run, step)
+        loss = take_step(step)
         seen += config.run.batch_size * config.run.ctx_len
         done = step + 1
         if done % config.run.log_every == 0 or done == config.steps:
@@ -129,30 +129,6 @@ def set_up(config: TrainConfig, reporter: Reporter) -> Run:
         f"tokens, {config.steps:,} steps of {config.run.batch_size} × {config.run.ctx_len}"
     )
     return Run(config, out, device, tokenizer, train_data, data, order, model.train(), optimizer)
-
-
-def take_step(run: Run, step: int) -> Tensor:
-    """One optimiser step; returns the batch's mean loss (a tensor on the device, not synchronised)."""
-    config, optim = run.config.run, run.config.optim
-    torch.manual_seed(config.seed * 1_000_003 + step)  # dropout depends on the step alone, so a resumed run repeats it
-    set_learning_rate(
-        run.optimizer,  # type: ignore[arg-type]
-        learning_rate(step, run.config.steps, lr=optim.lr, lr_final=optim.lr_final,
-                      warmup_steps=optim.warmup_steps, kind=optim.schedule),
-    )  # fmt: skip
-    inputs, targets = run.batch(step)
-    total = torch.zeros((), device=run.device)
-    for part, wanted in zip(inputs.chunk(config.accumulate), targets.chunk(config.accumulate)):
-        with run.autocast():
-            logits, _ = run.model.forward(part)
-        loss = language_model_loss(logits.float(), wanted, optim.logit_penalty) / config.accumulate
-        loss.backward()  # type: ignore[no-untyped-call]
-        total += loss.detach()
-    if optim.grad_clip:
-        torch.nn.utils.clip_grad_norm_(run.model.parameters(), optim.grad_clip)
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
-    return total
 
 
 def finish(run: Run, log: "Log", reporter: Reporter, sampler: Sampler | None) -> Path:
@@ -209,7 +185,7 @@ def _require_finite(run: Run, step: int, loss: Tensor) -> float:
 
 def _row(run: Run, step: int, loss: Tensor, tokens_per_second: float) -> dict[str, float]:
     value = _require_finite(run, step, loss)
-    lr = min(group["lr"] / group["lr_scale"] for group in run.optimizer.param_groups)
+    lr = base_rate(run.optimizer)
     return {"step": step + 1, "loss": value, "lr": lr, "tokens_per_second": tokens_per_second}
 
 
@@ -247,6 +223,7 @@ def _refuse_other_run(out: Path, config: TrainConfig) -> None:
         "device",
         "out",
         "valid_tokens",
+        "cuda_graph",
     }
     for section in new:
         for key, value in new[section].items():

@@ -1,7 +1,8 @@
 """The recipe's parameter groups."""
 
+import torch
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 
 from receptance.models import RWKV, Rule
 
@@ -33,10 +34,27 @@ def build_optimizer(
     betas: tuple[float, float] = (0.9, 0.99),
     eps: float = 1e-18,
 ) -> AdamW:
-    """AdamW over the recipe's groups; its learning rates are set at each step."""
-    return AdamW(param_groups(model, recipe, weight_decay), lr=0.0, betas=betas, eps=eps, fused=True)
+    """AdamW over the recipe's groups; its learning rates are set at each step.
+
+    On CUDA they are tensors on the device, so that a CUDA graph can hold the update.
+    """
+    optimizer = AdamW(param_groups(model, recipe, weight_decay), lr=0.0, betas=betas, eps=eps, fused=True)
+    if model.device.type == "cuda":
+        for group in optimizer.param_groups:
+            group["lr"] = torch.zeros((), device=model.device)
+    return optimizer
 
 
-def set_learning_rate(optimizer: AdamW, lr: float) -> None:
+def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
+    """Each group's rate, `lr` times the recipe's factor; a rate on the device is changed where it is."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(lr * group["lr_scale"])
+        else:
+            group["lr"] = lr * group["lr_scale"]
+
+
+def base_rate(optimizer: Optimizer) -> float:
+    """The rate last set, without the factors."""
+    group = optimizer.param_groups[0]
+    return float(group["lr"]) / float(group["lr_scale"])

@@ -1,0 +1,154 @@
+"""One optimiser step: the host's part (schedule, batch) and the device's part, which CUDA replays as one graph."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from receptance.errors import ConfigError
+from receptance.training.loss import language_model_loss
+from receptance.training.optim import set_learning_rate
+from receptance.training.schedule import learning_rate
+
+if TYPE_CHECKING:
+    from receptance.training.loop import Run
+
+EAGER_STEPS = 3  # before the capture: kernels compile, libraries and the optimiser's state come into being
+
+
+class Step:
+    """Step after step of a run: `step(i)` takes step i and returns the batch's mean loss, left on the device.
+
+    Launching some ten thousand kernels takes the CPU longer than a GPU needs to run those of a small model. As
+    `run.cuda_graph` says, the device's part is therefore captured once, after EAGER_STEPS ordinary steps, and replayed.
+    """
+
+    def __init__(self, run: "Run", message: Callable[[str], None]):
+        self._run, self._message = run, message
+        self._graph = Graph(run) if wants_graph(run) else None
+
+    def __call__(self, step: int) -> Tensor:
+        inputs, targets = prepare(self._run, step)
+        if self._graph is not None:
+            try:
+                return self._graph(inputs, targets)
+            except CaptureError as error:
+                self._message(f"{error}; going on without a CUDA graph (run.cuda_graph = off silences this)")
+                self._graph = None
+        return compute(self._run, inputs, targets)
+
+
+def prepare(run: "Run", step: int) -> tuple[Tensor, Tensor]:
+    """The host's part: random seed, learning rates, and the batch's inputs and targets, [B, T] each on the device."""
+    optim = run.config.optim
+    torch.manual_seed(
+        run.config.run.seed * 1_000_003 + step
+    )  # dropout depends on the step alone: resumed runs repeat it
+    set_learning_rate(
+        run.optimizer,
+        learning_rate(step, run.config.steps, lr=optim.lr, lr_final=optim.lr_final,
+                      warmup_steps=optim.warmup_steps, kind=optim.schedule),
+    )  # fmt: skip
+    return run.batch(step)
+
+
+def compute(run: "Run", inputs: Tensor, targets: Tensor) -> Tensor:
+    """The device's part: loss and gradients over the parts, clipping, update. Returns the mean loss.
+
+    Nothing in here may ask for a value on the device or depend on one in Python, or a CUDA graph could not hold it.
+    """
+    parts, optim = run.config.run.accumulate, run.config.optim
+    total = torch.zeros((), device=run.device)
+    for part, wanted in zip(inputs.chunk(parts), targets.chunk(parts)):
+        with run.autocast():
+            logits, _ = run.model.forward(part)
+        loss = language_model_loss(logits.float(), wanted, optim.logit_penalty) / parts
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += loss.detach()
+    if optim.grad_clip:
+        torch.nn.utils.clip_grad_norm_(run.model.parameters(), optim.grad_clip)
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)  # in a graph, the gradients' memory goes back to its pool
+    return total
+
+
+def wants_graph(run: "Run") -> bool:
+    """Whether to capture the step. Raises ConfigError when that is asked for where it cannot be."""
+    wish = run.config.run.cuda_graph
+    if wish == "on" and run.device.type != "cuda":
+        raise ConfigError(f"run.cuda_graph = 'on' needs a CUDA device, the run is on {run.device}; use 'auto'")
+    if wish == "auto":
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return run.device.type == "cuda" and not run.config.optim.dropout and not distributed
+    return wish == "on"
+
+
+class CaptureError(RuntimeError):
+    """The step could not be captured; nothing has been changed by the attempt."""
+
+
+class Graph:
+    """`compute` as a CUDA graph. The first EAGER_STEPS calls run it as it is, the next one captures it.
+
+    Protocol: "Whole-network capture" in PyTorch's notes on CUDA semantics. The eager calls run on the stream that is
+    captured later, because autograd remembers streams. A batch of another shape than the captured one runs as it is.
+    """
+
+    def __init__(self, run: "Run"):
+        self._run = run
+        self._calls = 0
+        self._stream = torch.cuda.Stream(run.device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._inputs, self._targets, self._loss = (torch.empty(0, device=run.device) for _ in range(3))
+
+    def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        self._calls += 1
+        if self._calls <= EAGER_STEPS:
+            return self._eager(inputs, targets)
+        if self._graph is None:
+            self._capture(inputs, targets)
+        if inputs.shape != self._inputs.shape or self._graph is None:
+            return self._eager(inputs, targets)
+        self._inputs.copy_(inputs, non_blocking=True)
+        self._targets.copy_(targets, non_blocking=True)
+        self._graph.replay()
+        return self._loss.clone()  # the next replay overwrites it
+
+    def _eager(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        current = torch.cuda.current_stream(self._run.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            loss = compute(self._run, inputs, targets)
+        current.wait_stream(self._stream)
+        return loss
+
+    def _capture(self, inputs: Tensor, targets: Tensor) -> None:
+        """Record the kernels of one step without running them. Raises CaptureError."""
+        self._inputs, self._targets = inputs.clone(), targets.clone()
+        graph = torch.cuda.CUDAGraph()
+        self._set_capturable(True)
+        try:
+            # The outer context puts the stream back where a failed capture does not. thread_local: other threads may
+            # copy and allocate meanwhile, as saving a checkpoint does.
+            with (
+                torch.cuda.stream(torch.cuda.current_stream(self._run.device)),
+                torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
+            ):
+                self._loss = compute(self._run, self._inputs, self._targets)
+        except RuntimeError as error:
+            self._set_capturable(False)
+            self._run.optimizer.zero_grad(set_to_none=True)  # those of the attempt hold nothing
+            raise CaptureError(f"the training step cannot be captured: {_cause(error)}") from error
+        self._graph = graph
+
+    def _set_capturable(self, value: bool) -> None:
+        for group in self._run.optimizer.param_groups:
+            group["capturable"] = value
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of the first error: what follows it only says that the capture has failed."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return (str(error).strip().splitlines() or [repr(error)])[0]
