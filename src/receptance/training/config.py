@@ -71,7 +71,8 @@ class RunConfig:
     device, precision: "auto" takes a GPU with bfloat16 matrix products when there is one, else the CPU in float32.
     cuda_graph: "auto", "on", "off": whether the GPU replays the whole step instead of being told each kernel.
     valid_tokens: upper bound per validation file (0: all of it). keep: finished checkpoints left on disk.
-    save_dtype: of the finished model in `out`/model.
+    save_dtype: of the finished model in `out`/model. segment_len: rows run in segments of so many tokens (0: whole).
+    keep_best: a validation text; the checkpoint with the lowest loss on it stays.
     """
 
     out: str = "runs/run"
@@ -83,6 +84,9 @@ class RunConfig:
     device: str = "auto"
     precision: str = "auto"
     activation_checkpointing: bool = False
+    segment_len: int = 0
+    segment_gradients: str = "exact"
+    segment_states: str = "device"
     cuda_graph: str = "auto"
     save_dtype: str = "float32"
     log_every: int = 10
@@ -90,8 +94,23 @@ class RunConfig:
     valid_tokens: int = 200_000
     save_every: int = 200
     keep: int = 2
+    keep_best: str | None = None
+    save_in_background: bool = False
     sample: tuple[str, ...] = ()
     sample_tokens: int = 120
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the processes that torchrun or Ray started share the work; without them nothing here matters.
+
+    kind: "ddp", each holds the whole model, or "fsdp", each a shard of it. shard_size: processes among which one copy is
+    sharded (0: all); fewer than all is HSDP. context: processes among which each row is cut.
+    """
+
+    kind: str = "ddp"
+    shard_size: int = 0
+    context: int = 1
 
 
 @dataclass(frozen=True)
@@ -100,6 +119,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     @property
     def steps(self) -> int:
@@ -212,7 +232,15 @@ def check(config: TrainConfig) -> None:
         ("run.valid_tokens", config.run.valid_tokens, config.run.valid_tokens >= 0),
         ("run.save_every", config.run.save_every, config.run.save_every >= 1),
         ("run.sample_tokens", config.run.sample_tokens, config.run.sample_tokens >= 0),
-        ("run.keep", config.run.keep, config.run.keep >= 1),
+        ("run.keep", config.run.keep, config.run.keep >= 2),
+        ("run.keep_best", config.run.keep_best, config.run.keep_best in (None, *config.data.valid)),
+        ("run.segment_len", config.run.segment_len, config.run.segment_len >= 0),
+        ("run.segment_gradients", config.run.segment_gradients,
+         config.run.segment_gradients in ("exact", "truncated")),
+        ("run.segment_states", config.run.segment_states, config.run.segment_states in ("device", "cpu", "sqrt")),
+        ("parallel.kind", config.parallel.kind, config.parallel.kind in ("ddp", "fsdp")),
+        ("parallel.shard_size", config.parallel.shard_size, config.parallel.shard_size >= 0),
+        ("parallel.context", config.parallel.context, config.parallel.context >= 1),
     ]  # fmt: skip
     if not config.data.train:
         raise ConfigError("nothing to train on: give a configuration file, or --text FILE, or data.train=[...]")

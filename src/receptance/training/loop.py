@@ -1,4 +1,4 @@
-"""One training run on one device: a pure function of its configuration and data, interruptible at any moment."""
+"""One training run: a pure function of its configuration and data, interruptible at any moment."""
 
 import json
 import shutil
@@ -16,15 +16,18 @@ from torch.optim import Optimizer
 
 from receptance.checkpoint import load, save
 from receptance.data import ORDERS, BinIdx, CubicWindows, ShuffledWindows, documents, prepare
-from receptance.errors import ConfigError
+from receptance.errors import CheckpointError, ConfigError
 from receptance.models import RWKV, VERSIONS, apply_recipe
 from receptance.tokenizers import tokenizer as open_tokenizer
 from receptance.tokenizers import train_bpe
 from receptance.tokenizers.base import Tokenizer
 from receptance.training.config import TrainConfig, to_json
+from receptance.training.distributed import Parallel
 from receptance.training.evaluate import Loss, evaluate
+from receptance.training.loss import language_model_loss
 from receptance.training.optim import base_rate, build_optimizer
-from receptance.training.resume import load_checkpoint, save_checkpoint, saved_config
+from receptance.training.passes import Passes
+from receptance.training.resume import Checkpoints, saved_config
 from receptance.training.step import Step
 
 Sampler = Callable[[RWKV, Tokenizer, str, int], str]  # (model, tokenizer, prompt, tokens) → continuation
@@ -35,6 +38,16 @@ class Reporter(Protocol):
 
     def message(self, text: str) -> None: ...
     def step(self, row: dict[str, float]) -> None: ...
+
+
+class Silent:
+    """The reporter of all processes but the first."""
+
+    def message(self, text: str) -> None:
+        pass
+
+    def step(self, row: dict[str, float]) -> None:
+        pass
 
 
 @dataclass
@@ -50,12 +63,11 @@ class Run:
     order: ShuffledWindows | CubicWindows
     model: RWKV
     optimizer: Optimizer
+    parallel: Parallel
+    passes: Passes
 
     def autocast(self) -> AbstractContextManager[object]:
-        precision = self.config.run.precision
-        if precision == "auto":
-            precision = "bfloat16" if self.device.type == "cuda" else "float32"
-        return torch.autocast(self.device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
+        return autocast(self.config, self.device)
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets of one step, [B, T] each on the device."""
@@ -68,18 +80,32 @@ class Run:
         return tokens[:, :-1], tokens[:, 1:]
 
 
+def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager[object]:
+    precision = config.run.precision
+    if precision == "auto":
+        precision = "bfloat16" if device.type == "cuda" else "float32"
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
+
+
 def train(config: TrainConfig, reporter: Reporter, sampler: Sampler | None = None) -> Path:
     """Train as configured, continuing the run in `run.out` if there is one. Returns the finished model's folder.
 
+    Started several times by torchrun, it is one run of all these processes; the first of them alone reports.
     Raises ConfigError when `run.out` holds a run of another configuration, or the loss stops being finite.
     """
     run = set_up(config, reporter)
-    first, warnings = load_checkpoint(run.out, run.model, run.optimizer)
-    for warning in warnings:
+    if not run.parallel.is_first:
+        reporter = Silent()
+    checkpoints = Checkpoints(
+        run.out, run.parallel, keep=config.run.keep, in_background=config.run.save_in_background
+    )
+    restored = checkpoints.load(run.model, run.optimizer)
+    first = restored.step
+    for warning in restored.warnings:
         reporter.message(warning)
     if first:
         reporter.message(f"continuing from step {first} of {config.steps}")
-    log = Log(run.out / "log.jsonl", first)
+    log = Log(run.out / "log.jsonl" if run.parallel.is_first else None, first)
     take_step = Step(run, reporter.message)
     started, seen = time.perf_counter(), 0
     for step in range(first, config.steps):
@@ -92,29 +118,54 @@ def train(config: TrainConfig, reporter: Reporter, sampler: Sampler | None = Non
             reporter.step(row)
         if done % config.run.valid_every == 0 and done < config.steps:
             pause = time.perf_counter()
-            _look(run, done, log, reporter, sampler)
+            score = _score(run, _look(run, done, log, reporter, sampler))
             started += time.perf_counter() - pause
-        if done % config.run.save_every == 0 or done == config.steps:
+        else:
+            score = None
+        is_best = score is not None and checkpoints.is_best(score)
+        if done % config.run.save_every == 0 or done == config.steps or is_best:
             _require_finite(run, step, loss)
             pause = time.perf_counter()
-            save_checkpoint(run.out, done, run.model, run.optimizer, to_json(config), config.run.keep)
+            _save(run, done, score, checkpoints, reporter)
             started += time.perf_counter() - pause
+    checkpoints.wait()
     return finish(run, log, reporter, sampler)
+
+
+def _save(run: Run, done: int, score: float | None, checkpoints: Checkpoints, reporter: Reporter) -> None:
+    """Save; a disk that is full for now does not end the run, unless it is the last step's."""
+    try:
+        checkpoints.save(done, run.model, run.optimizer, to_json(run.config), score=score)
+    except CheckpointError as error:
+        if done == run.config.steps:
+            raise
+        reporter.message(f"{error}; the ones before it are intact, going on")
+
+
+def _score(run: Run, results: dict[str, Loss]) -> float | None:
+    """By which the best checkpoint is known."""
+    name = run.config.run.keep_best
+    return None if name is None else run.parallel.agree(results[name].bits_per_byte)
 
 
 def set_up(config: TrainConfig, reporter: Reporter) -> Run:
     """Tokenizer, token files, model and optimizer; what is already in `run.out` is reused."""
     out = Path(config.run.out)
-    _refuse_other_run(out, config)
-    out.mkdir(parents=True, exist_ok=True)
-    _drop_other_text(out, config)
-    (out / "config.json").write_text(to_json(config))
-    device = _device(config.run.device)
-    tokenizer = _tokenizer(config, out, reporter)
-    data = _data(config, out, tokenizer, reporter)
+    parallel = Parallel(config, _device(config.run.device))
+    device = parallel.device
+    if not parallel.is_first:
+        reporter = Silent()
+    with parallel.first_alone():
+        _refuse_other_run(out, config)
+        if parallel.is_first:
+            out.mkdir(parents=True, exist_ok=True)
+            _drop_other_text(out, config)
+            (out / "config.json").write_text(to_json(config))
+        tokenizer = _tokenizer(config, out, reporter)
+        data = _data(config, out, tokenizer, reporter)
     train_data = data.pop("train")
     torch.manual_seed(config.run.seed)
-    model = _model(config, tokenizer, device)
+    model = parallel.shard(_model(config, tokenizer, torch.device("cpu")))
     model.dropout = config.optim.dropout
     model.activation_checkpointing = config.run.activation_checkpointing
     optim = config.optim
@@ -128,7 +179,13 @@ def set_up(config: TrainConfig, reporter: Reporter) -> Run:
         f"RWKV-{model.config.version} with {size:,} parameters on {device}; {len(train_data.tokens):,} training "
         f"tokens, {config.steps:,} steps of {config.run.batch_size} × {config.run.ctx_len}"
     )
-    return Run(config, out, device, tokenizer, train_data, data, order, model.train(), optimizer)
+    passes = Passes(
+        config, model, parallel,
+        loss=lambda logits, targets: language_model_loss(logits, targets, optim.logit_penalty),
+        autocast=lambda: autocast(config, device),
+    )  # fmt: skip
+    model.train()
+    return Run(config, out, device, tokenizer, train_data, data, order, model, optimizer, parallel, passes)
 
 
 def finish(run: Run, log: "Log", reporter: Reporter, sampler: Sampler | None) -> Path:
@@ -139,7 +196,10 @@ def finish(run: Run, log: "Log", reporter: Reporter, sampler: Sampler | None) ->
             parameter.copy_(parameter.to(dtype))
     results = _look(run, run.config.steps, log, reporter, sampler)
     folder = run.out / "model"
-    save({name: x.detach().to(dtype) for name, x in run.model.state_dict().items()}, folder, format="folder")
+    tensors = run.parallel.whole(run.model)
+    if not run.parallel.is_first:
+        return folder
+    save({name: x.to(dtype) for name, x in tensors.items()}, folder, format="folder")
     run.tokenizer.save(folder)
     report = {
         "parameters": sum(p.numel() for p in run.model.parameters()),
@@ -155,8 +215,11 @@ def finish(run: Run, log: "Log", reporter: Reporter, sampler: Sampler | None) ->
 class Log:
     """The run's history, one JSON object a line; rows beyond the step we resume from are dropped."""
 
-    def __init__(self, path: Path, first: int):
+    def __init__(self, path: Path | None, first: int):
+        """path: None keeps nothing."""
         self.path = path
+        if path is None:
+            return
         kept = []
         if first and path.exists():
             for line in path.read_text().splitlines():
@@ -169,6 +232,8 @@ class Log:
         path.write_text("".join(kept))
 
     def write(self, row: dict[str, float]) -> None:
+        if self.path is None:
+            return
         with open(self.path, "a") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -199,10 +264,11 @@ def _look(run: Run, step: int, log: Log, reporter: Reporter, sampler: Sampler | 
         reporter.message(
             f"step {step}: {name} {loss.bits_per_byte:.4f} bits per byte ({loss.per_token:.4f} nats per token)"
         )
-    if sampler is not None:
-        run.model.eval()
-        for prompt in run.config.run.sample:
-            text = sampler(run.model, run.tokenizer, prompt, run.config.run.sample_tokens)
+    run.parallel.settle(run.model)
+    if sampler is not None and run.config.run.sample:
+        model = run.parallel.whole_model(run.model)
+        for prompt in run.config.run.sample if model is not None else ():
+            text = sampler(model.eval(), run.tokenizer, prompt, run.config.run.sample_tokens)
             reporter.message(f"step {step}: {prompt}{text}")
         run.model.train()
     return results
@@ -224,6 +290,12 @@ def _refuse_other_run(out: Path, config: TrainConfig) -> None:
         "out",
         "valid_tokens",
         "cuda_graph",
+        "keep_best",
+        "save_in_background",
+        "segment_states",
+        "kind",
+        "shard_size",
+        "context",
     }
     for section in new:
         for key, value in new[section].items():

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from receptance.errors import ConfigError
-from receptance.training.loss import language_model_loss
 from receptance.training.optim import set_learning_rate
 from receptance.training.schedule import learning_rate
 
@@ -42,15 +41,15 @@ class Step:
 def prepare(run: "Run", step: int) -> tuple[Tensor, Tensor]:
     """The host's part: random seed, learning rates, and the batch's inputs and targets, [B, T] each on the device."""
     optim = run.config.optim
-    torch.manual_seed(
-        run.config.run.seed * 1_000_003 + step
-    )  # dropout depends on the step alone: resumed runs repeat it
+    # dropout depends on the step and the process alone: resumed runs repeat it
+    torch.manual_seed(run.config.run.seed * 1_000_003 + step + 15_485_863 * run.parallel.rank)
     set_learning_rate(
         run.optimizer,
         learning_rate(step, run.config.steps, lr=optim.lr, lr_final=optim.lr_final,
                       warmup_steps=optim.warmup_steps, kind=optim.schedule),
     )  # fmt: skip
-    return run.batch(step)
+    inputs, targets = run.batch(step)
+    return run.parallel.share(inputs), run.parallel.share(targets)
 
 
 def compute(run: "Run", inputs: Tensor, targets: Tensor) -> Tensor:
@@ -60,12 +59,9 @@ def compute(run: "Run", inputs: Tensor, targets: Tensor) -> Tensor:
     """
     parts, optim = run.config.run.accumulate, run.config.optim
     total = torch.zeros((), device=run.device)
-    for part, wanted in zip(inputs.chunk(parts), targets.chunk(parts)):
-        with run.autocast():
-            logits, _ = run.model.forward(part)
-        loss = language_model_loss(logits.float(), wanted, optim.logit_penalty) / parts
-        loss.backward()  # type: ignore[no-untyped-call]
-        total += loss.detach()
+    for i, (part, wanted) in enumerate(zip(inputs.chunk(parts), targets.chunk(parts)), 1):
+        total += run.passes.backward(part, wanted, 1 / parts, last=i == parts)
+    total = run.parallel.mean(total)
     if optim.grad_clip:
         torch.nn.utils.clip_grad_norm_(run.model.parameters(), optim.grad_clip)
     run.optimizer.step()
@@ -79,8 +75,9 @@ def wants_graph(run: "Run") -> bool:
     if wish == "on" and run.device.type != "cuda":
         raise ConfigError(f"run.cuda_graph = 'on' needs a CUDA device, the run is on {run.device}; use 'auto'")
     if wish == "auto":
+        segments = run.config.run.segment_len  # their replay of dropout asks for the generator's state
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        return run.device.type == "cuda" and not run.config.optim.dropout and not distributed
+        return run.device.type == "cuda" and not run.config.optim.dropout and not distributed and not segments
     return wish == "on"
 
 

@@ -1,0 +1,132 @@
+"""Four processes train as one: same losses, same weights, checkpoints that any number of them can go on from."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from processes import run
+from test_runs import Listener, configure
+
+import receptance as rc
+from receptance.errors import ConfigError
+from receptance.training import loop, train
+from receptance.training.config import read_config
+from receptance.training.distributed import Parallel
+
+SAME = 1e-5  # float32, relative: the order of summation is all that differs
+CASES = {
+    "ddp": ("model.version=7", "run.accumulate=3"),
+    "fsdp": ("model.version=7", "parallel.kind=fsdp", "run.accumulate=3"),
+    "hsdp": ("model.version=5.2", "parallel.kind=fsdp", "parallel.shard_size=2"),
+    "context": ("model.version=7", "parallel.context=4", "run.activation_checkpointing=true"),
+    "context of version 4, with ddp": ("model.version=4", "parallel.context=2", "run.accumulate=2"),
+    "context of version 6, with fsdp": ("model.version=6", "parallel.context=2", "parallel.kind=fsdp"),
+    "segments and fsdp": ("model.version=7", "run.segment_len=10", "parallel.kind=fsdp"),
+    "segments and ddp": ("model.version=4", "run.segment_len=10", "run.accumulate=3"),
+    "segments and context": ("model.version=6", "run.segment_len=8", "parallel.context=4"),
+}
+ALONE = ("parallel.kind", "parallel.shard_size", "parallel.context", "run.segment_len", "run.activation_checkpointing")
+
+
+def config_of(folder, name, *overrides):
+    # the recipe's zeros make the first gradients tiny, and Adam then amplifies their rounding: a larger epsilon
+    folder = folder / name
+    folder.mkdir(exist_ok=True)
+    return configure(
+        folder, "run.batch_size=12", "run.tokens=2304", "run.save_every=2", "optim.dropout=0.0", "optim.eps=1e-8",
+        "run.valid_every=2", "run.valid_tokens=300", *overrides,
+    )  # fmt: skip
+
+
+def losses(folder, name):
+    rows = map(json.loads, (folder / name / "run" / "log.jsonl").read_text().splitlines())
+    return [row.get("loss", row.get("held_bits_per_byte")) for row in rows]
+
+
+class Stopped(Exception):
+    pass
+
+
+def train_until(config, step):
+    """Train and break off before `step`, as all processes do together when one is lost."""
+
+    class Step(loop.Step):
+        def __call__(self, i):
+            if i == step:
+                raise Stopped
+            return super().__call__(i)
+
+    ordinary, loop.Step = loop.Step, Step
+    try:
+        train(config, Listener())
+    except Stopped:
+        pass
+    finally:
+        loop.Step = ordinary
+
+
+def all_cases(folder):
+    for name, overrides in CASES.items():
+        listener = Listener()
+        train(config_of(folder, name, *overrides), listener)
+        assert bool(listener.rows) == (torch.distributed.get_rank() == 0)
+    train_until(config_of(folder, "four", "parallel.kind=fsdp"), 4)
+    train_until(config_of(folder, "four in the background", "parallel.kind=fsdp", "run.save_in_background=true"), 4)
+
+
+def go_on(folder, name, until, *overrides):
+    train_until(config_of(folder, name, *overrides), until)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("distributed")
+    run(4, all_cases, folder, folder, timeout=300)
+    return folder
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_four_processes_reproduce_the_run_of_one(folder, tmp_path, name):
+    alone = [setting for setting in CASES[name] if not setting.startswith(ALONE)]
+    whole = rc.load(train(config_of(tmp_path, name, *alone), Listener())).state_dict()
+    expected = losses(tmp_path, name)
+    assert len(expected) == 6 + 3  # training and validation
+    assert losses(folder, name) == pytest.approx(expected, rel=SAME)
+    found = rc.load(folder / name / "run" / "model").state_dict()
+    for key, x in whole.items():
+        assert (found[key] - x).norm() <= 1e-3 * x.norm() + 1e-6, key
+
+
+@pytest.mark.parametrize("sizes", [(2, 3), (1,)], ids=["four, two, three", "four, one"])
+@pytest.mark.parametrize("start", ["four", "four in the background"])
+def test_a_sharded_run_goes_on_with_another_number_of_processes(folder, tmp_path, start, sizes):
+    shutil.copytree(folder / start, tmp_path / start)
+    overrides = ["parallel.kind=fsdp", f"run.out={tmp_path / start / 'run'}"]
+    for until, size in zip((5, 6) if len(sizes) > 1 else (6,), sizes):
+        run(size, go_on, tmp_path, tmp_path, start, until, *overrides, "run.save_every=1")
+    train(config_of(tmp_path, "alone"), Listener())
+    assert losses(tmp_path, start)[:8] == pytest.approx(losses(tmp_path, "alone")[:8], rel=SAME)
+
+
+def test_a_run_of_one_goes_on_sharded(tmp_path):
+    go_on(tmp_path, "one", 3)
+    run(2, go_on, tmp_path, tmp_path, "one", 9, "parallel.kind=fsdp")
+    train(config_of(tmp_path, "alone"), Listener())
+    assert losses(tmp_path, "one") == pytest.approx(losses(tmp_path, "alone"), rel=SAME)
+
+
+@pytest.mark.parametrize(
+    "override,message",
+    [
+        ("parallel.context=3", r"parallel\.context = 3 does not divide 4 processes"),
+        ("run.batch_size=6", r"run\.batch_size = 6 is not a multiple of 4 processes"),
+        ("parallel.shard_size=3", r"parallel\.shard_size = 3 does not divide 4"),
+    ],
+)
+def test_numbers_that_do_not_fit_are_named(tmp_path, override, message):
+    config = read_config(None, ['data.train=["x"]', override])
+    parallel = Parallel(config_of(tmp_path, "ddp"), torch.device("cpu"))
+    parallel.config, parallel.size = config, 4
+    with pytest.raises(ConfigError, match=message):
+        parallel._check()
