@@ -18,13 +18,20 @@ SAME = 1e-5  # float32, relative: the order of summation is all that differs
 CASES = {
     "ddp": ("model.version=7", "run.accumulate=3"),
     "fsdp": ("model.version=7", "parallel.kind=fsdp", "run.accumulate=3"),
+    "context": ("model.version=4", "parallel.context=4"),
+    "segments, context and fsdp": (
+        "model.version=6", "run.segment_len=8", "parallel.context=2", "parallel.kind=fsdp",
+    ),
+}  # fmt: skip
+MORE = {
     "hsdp": ("model.version=5.2", "parallel.kind=fsdp", "parallel.shard_size=2"),
-    "context": ("model.version=7", "parallel.context=4", "run.activation_checkpointing=true"),
-    "context of version 4, with ddp": ("model.version=4", "parallel.context=2", "run.accumulate=2"),
-    "context of version 6, with fsdp": ("model.version=6", "parallel.context=2", "parallel.kind=fsdp"),
+    "context, checkpointed": ("model.version=7", "parallel.context=4", "run.activation_checkpointing=true"),
+    "context and fsdp": ("model.version=7", "parallel.context=2", "parallel.kind=fsdp"),
+    "context and ddp": ("model.version=6", "parallel.context=2", "run.accumulate=2"),
     "segments and fsdp": ("model.version=7", "run.segment_len=10", "parallel.kind=fsdp"),
     "segments and ddp": ("model.version=4", "run.segment_len=10", "run.accumulate=3"),
-    "segments and context": ("model.version=6", "run.segment_len=8", "parallel.context=4"),
+    "segments and context": ("model.version=7", "run.segment_len=8", "parallel.context=4"),
+    "truncated segments and ddp": ("model.version=7", "run.segment_len=10", "run.segment_gradients=truncated"),
 }
 ALONE = ("parallel.kind", "parallel.shard_size", "parallel.context", "run.segment_len", "run.activation_checkpointing")
 
@@ -34,8 +41,8 @@ def config_of(folder, name, *overrides):
     folder = folder / name
     folder.mkdir(exist_ok=True)
     return configure(
-        folder, "run.batch_size=12", "run.tokens=2304", "run.save_every=2", "optim.dropout=0.0", "optim.eps=1e-8",
-        "run.valid_every=2", "run.valid_tokens=300", *overrides,
+        folder, "run.batch_size=12", "run.tokens=1920", "run.save_every=2", "optim.dropout=0.0", "optim.eps=1e-8",
+        "run.valid_every=3", "run.valid_tokens=100", *overrides,
     )  # fmt: skip
 
 
@@ -66,13 +73,16 @@ def train_until(config, step):
         loop.Step = ordinary
 
 
-def all_cases(folder):
-    for name, overrides in CASES.items():
+def run_cases(folder, cases):
+    for name, overrides in cases.items():
         listener = Listener()
         train(config_of(folder, name, *overrides), listener)
         assert bool(listener.rows) == (torch.distributed.get_rank() == 0)
-    train_until(config_of(folder, "four", "parallel.kind=fsdp"), 4)
-    train_until(config_of(folder, "four in the background", "parallel.kind=fsdp", "run.save_in_background=true"), 4)
+
+
+def worker(folder):
+    run_cases(folder, CASES)
+    train_until(config_of(folder, "four", "parallel.kind=fsdp", "run.save_in_background=true"), 2)
 
 
 def go_on(folder, name, until, *overrides):
@@ -82,33 +92,51 @@ def go_on(folder, name, until, *overrides):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
-    run(4, all_cases, folder, folder, timeout=300)
+    run(4, worker, folder, folder, timeout=300)
     return folder
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_four_processes_reproduce_the_run_of_one(folder, tmp_path, name):
-    alone = [setting for setting in CASES[name] if not setting.startswith(ALONE)]
+@pytest.fixture(scope="module")
+def more(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("distributed")
+    run(4, run_cases, folder, folder, MORE, timeout=300)
+    return folder
+
+
+def compare_with_one(folder, tmp_path, name, overrides):
+    truncated = "run.segment_gradients=truncated" in overrides
+    alone = [setting for setting in overrides if truncated or not setting.startswith(ALONE)]
     whole = rc.load(train(config_of(tmp_path, name, *alone), Listener())).state_dict()
     expected = losses(tmp_path, name)
-    assert len(expected) == 6 + 3  # training and validation
+    assert len(expected) == 5 + 2  # training and validation
     assert losses(folder, name) == pytest.approx(expected, rel=SAME)
     found = rc.load(folder / name / "run" / "model").state_dict()
     for key, x in whole.items():
         assert (found[key] - x).norm() <= 1e-3 * x.norm() + 1e-6, key
 
 
-@pytest.mark.parametrize("sizes", [(2, 3), (1,)], ids=["four, two, three", "four, one"])
-@pytest.mark.parametrize("start", ["four", "four in the background"])
-def test_a_sharded_run_goes_on_with_another_number_of_processes(folder, tmp_path, start, sizes):
-    shutil.copytree(folder / start, tmp_path / start)
-    overrides = ["parallel.kind=fsdp", f"run.out={tmp_path / start / 'run'}"]
-    for until, size in zip((5, 6) if len(sizes) > 1 else (6,), sizes):
-        run(size, go_on, tmp_path, tmp_path, start, until, *overrides, "run.save_every=1")
+@pytest.mark.parametrize("name", CASES)
+def test_four_processes_reproduce_the_run_of_one(folder, tmp_path, name):
+    compare_with_one(folder, tmp_path, name, CASES[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE)
+def test_four_processes_reproduce_the_run_of_one_in_every_combination(more, tmp_path, name):
+    compare_with_one(more, tmp_path, name, MORE[name])
+
+
+def test_a_sharded_run_goes_on_with_another_number_of_processes(folder, tmp_path):
+    """Saved by four, in the background; two go on, then three, then one alone and not sharded."""
+    shutil.copytree(folder / "four", tmp_path / "four")
+    for until, size in ((3, 2), (4, 3)):
+        run(size, go_on, tmp_path, tmp_path, "four", until, "parallel.kind=fsdp", "run.save_every=1")
+    train(config_of(tmp_path, "four"), Listener())
     train(config_of(tmp_path, "alone"), Listener())
-    assert losses(tmp_path, start)[:8] == pytest.approx(losses(tmp_path, "alone")[:8], rel=SAME)
+    assert losses(tmp_path, "four") == pytest.approx(losses(tmp_path, "alone"), rel=SAME)
 
 
+@pytest.mark.slow
 def test_a_run_of_one_goes_on_sharded(tmp_path):
     go_on(tmp_path, "one", 3)
     run(2, go_on, tmp_path, tmp_path, "one", 9, "parallel.kind=fsdp")

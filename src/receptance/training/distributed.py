@@ -132,7 +132,7 @@ class Parallel:
         if self.size == 1 or self.is_sharded:
             return module
         unused = bool(getattr(model.config, "first_value", False))  # tensors of some RWKV-7 files that nothing reads
-        return DistributedDataParallel(module, broadcast_buffers=False, find_unused_parameters=unused)
+        return DistributedDataParallel(module, find_unused_parameters=unused)
 
     def averaging(self, module: nn.Module, last: bool) -> AbstractContextManager[object]:
         """Around a forward and backward pass; of the passes of a step only the `last` averages over processes."""

@@ -140,7 +140,8 @@ class Checkpoints:
             files |= {str(path.relative_to(part)): _checksum(path) for path in (part / SHARDS).glob("*")}
             for path in [*part.rglob("*"), part]:
                 _sync(path)
-            text = json.dumps({**about, "files": files}, indent=2)
+            manifest = {**about, "files": files}
+            text = json.dumps({**manifest, "checksum": _own_checksum(manifest)}, indent=2)
             with open(part / MANIFEST, "wb") as file:
                 file.write(text.encode())
             for path in (part / MANIFEST, part):
@@ -198,17 +199,19 @@ def _verify(folder: Path) -> dict[str, object]:
     """The manifest of a checkpoint whose files are all there and match it."""
     try:
         manifest: dict[str, object] = json.loads((folder / MANIFEST).read_text())
-        files = manifest["files"]
-        if not (isinstance(files, dict) and files and isinstance(manifest["notes"], dict)):
-            raise CheckpointError(f"{folder / MANIFEST}: damaged")
-        if not isinstance(manifest["step"], int) or not isinstance(manifest["config"], dict):
-            raise CheckpointError(f"{folder / MANIFEST}: damaged")
+        checksum, files = manifest.pop("checksum"), manifest["files"]
+        if checksum != _own_checksum(manifest) or not isinstance(files, dict):
+            raise CheckpointError(f"{folder / MANIFEST}: does not match its own checksum")
         for name, expected in files.items():
             if _checksum(folder / name) != expected:
                 raise CheckpointError(f"{folder / name}: does not match its checksum")
         return manifest
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder}: damaged checkpoint ({error})") from None
+
+
+def _own_checksum(manifest: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _score(folder: Path) -> float | None:

@@ -7,6 +7,8 @@ classes such a table consists of, so a checkpoint from elsewhere cannot run code
 import io
 import pickle
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,8 @@ KNOWN = {
 def write_shards(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None) -> None:
     """Each process writes its shards; tensors that all hold are written once. Raises RuntimeError or OSError."""
     try:
-        dcp.save(dict(tensors), checkpoint_id=str(folder), process_group=group)
+        with quiet():
+            dcp.save(dict(tensors), checkpoint_id=str(folder), process_group=group)
     except CheckpointException as error:  # a BaseException that gathers those of all processes
         rank, (cause, _) = next(iter(error.failures.items()))
         raise RuntimeError(f"process {rank}: {cause}") from None
@@ -47,11 +50,12 @@ def shard_names(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """Name → whole shape and type of every tensor. Raises CheckpointError for a table that holds anything else."""
     try:
         metadata = _Unpickler(io.BytesIO((folder / METADATA).read_bytes())).load()
-        entries = metadata.state_dict_metadata.items() if isinstance(metadata, Metadata) else {"": None}.items()
     except Exception as error:  # damaged pickles raise anything
         raise CheckpointError(f"{folder / METADATA}: not the table of a checkpoint ({error})") from None
+    if not isinstance(metadata, Metadata):
+        raise CheckpointError(f"{folder / METADATA}: not the table of a checkpoint")
     found = {}
-    for name, entry in entries:
+    for name, entry in metadata.state_dict_metadata.items():
         if not isinstance(entry, TensorStorageMetadata):
             raise CheckpointError(f"{folder / METADATA}: {name!r} is no tensor")
         found[name] = entry.size, entry.properties.dtype
@@ -60,9 +64,16 @@ def shard_names(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
 
 def read_shards(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None) -> None:
     """Fill `tensors`, whole ones or shards of any layout, in place. Call shard_names first: it makes this safe."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is (un|disabled)")
+    with quiet():
         dcp.load(dict(tensors), checkpoint_id=str(folder), process_group=group)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """One process alone is no mistake."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
+        yield
 
 
 class _Unpickler(pickle.Unpickler):
