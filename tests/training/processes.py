@@ -26,7 +26,9 @@ def _enter(function: Callable[..., None], rank: int, size: int, store: str, argu
 def run(size: int, function: Callable[..., None], folder: Path, *arguments: object, timeout: float = 120) -> None:
     """Call function(*arguments) in `size` processes that form a group; AssertionError with the first traceback."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed.checkpoint", "torch.distributed.fsdp", "receptance.training"])
+    context.set_forkserver_preload(
+        ["torch", "torch._dynamo", "torch.distributed.checkpoint", "fsspec", "receptance.training", "pytest"]
+    )
     store = folder / f"store-{time.monotonic_ns()}"
     workers = [
         context.Process(target=_enter, args=(function, rank, size, str(store), arguments), daemon=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import run
-from test_segments import Parts, data, gradients, lively, random_state
+from test_segments import data, gradients, lively, random_state
 
 from receptance.models import RWKV4, State
 from receptance.training.context import ContextParallel, cut_rows
@@ -60,7 +60,10 @@ def compare(plain, cuts, checkpointing=False):
     }
     final = ranks.last_state(after)
     if "num" in end:  # a triple is compared as the number that it stands for
-        final, end = ({**s, "num": s["num"] / s["den"], "den": s["den"].log() + s["exp"], "exp": s["den"] * 0} for s in (final, end))
+        final, end = (
+            {**s, "num": s["num"] / s["den"], "den": s["den"].log() + s["exp"], "exp": s["den"] * 0}
+            for s in (final, end)
+        )
     return result | {"state": difference(dict(final), dict(end))}
 
 
@@ -116,7 +119,9 @@ def test_cut_rows_equal_whole_rows(found, version, cuts):
             assert error <= EXACT, (rank, name)
 
 
-@pytest.mark.parametrize("case", ["7 checkpointed", "4 with pre_ffn", "4 in segments", "6 in segments", "7 in segments"])
+@pytest.mark.parametrize(
+    "case", ["7 checkpointed", "4 with pre_ffn", "4 in segments", "6 in segments", "7 in segments"]
+)
 def test_cut_rows_combine_with(found, case):
     for rank, result in enumerate(found):
         for name, error in result[case].items():

@@ -231,7 +231,8 @@ def test_a_disk_that_is_full_for_a_while_does_not_end_the_run(tmp_path, monkeypa
 
     monkeypatch.setattr(Checkpoints, "_write", full)
     listener = Listener()
-    folder = train(configure(tmp_path, "run.save_in_background=true", "run.keep_best=held"), listener)
+    config = configure(tmp_path, 'data.valid={held="text.txt"}', "run.save_in_background=true", "run.keep_best=held")
+    folder = train(config, listener)
     assert calls == [5, 10, 15, 20]
     assert sum("the ones before it are intact, going on" in text for text in listener.messages) == 2
     assert rc.load(folder).config.version == "7"

@@ -104,8 +104,8 @@ class RunConfig:
 class ParallelConfig:
     """How the processes that torchrun or Ray started share the work; without them nothing here matters.
 
-    kind: "ddp", each holds the whole model, or "fsdp", each a shard of it. shard_size: processes among which one copy is
-    sharded (0: all); fewer than all is HSDP. context: processes among which each row is cut.
+    kind: "ddp", each holds the whole model, or "fsdp", each a shard of it. shard_size: processes among which one copy
+    is sharded (0: all); fewer than all is HSDP. context: processes among which each row is cut.
     """
 
     kind: str = "ddp"

@@ -1,4 +1,4 @@
-"""Context parallelism: each row of a batch cut into pieces, one per rank, with the result and gradients of the whole row.
+"""Context parallelism: each row of a batch cut into pieces, one per rank, with the results of the whole row.
 
 Two things cross the cuts. A token shift needs the last vector of the piece before: every rank shows its own, and takes
 its predecessor's. A WKV state needs everything before, but each operator's final state is affine in its initial one,
@@ -10,8 +10,8 @@ its predecessor's. A WKV state needs everything before, but each operator's fina
 so every rank finds its P and Q without knowing S₀, all exchange them, and each merges those before its own. The work is
 that of the piece alone plus one small exchange per layer, whatever the length. docs/distributed.md has the costs.
 
-The model stays as it is: `ContextParallel` is given as the back end of a forward call, and hooks that `cut_rows` puts on
-the mixes hand the shifts over when they see it.
+The model stays as it is: `ContextParallel` is given as the back end of a forward call, and hooks that `cut_rows` puts
+on the mixes hand the shifts over when they see it.
 """
 
 from typing import Any

@@ -1,8 +1,8 @@
 """Several processes that train one model: who holds which rows and pieces, and what they say to each other.
 
-The engine is PyTorch's own: torchrun starts the processes, DistributedDataParallel or `fully_shard` (FSDP2) averages the
-gradients; `context` adds the cut of the rows. The model stays a plain model, transformed from outside; one process alone
-goes through the same calls, which then do nothing.
+The engine is PyTorch's own: torchrun starts the processes, DistributedDataParallel or `fully_shard` (FSDP2) averages
+the gradients; `context` adds the cut of the rows. The model stays a plain model, transformed from outside; one process
+alone goes through the same calls, which then do nothing.
 """
 
 import os
@@ -120,7 +120,9 @@ class Parallel:
             shape = (self.size // shard_size, shard_size)  # replicate × shard: HSDP
         mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")  # none is changed
-        fully_shard(model.blocks[0].ln0, mesh=mesh)  # used by the frame, before the block it belongs to
+        fully_shard(
+            model.blocks[0].get_submodule("ln0"), mesh=mesh
+        )  # used by the frame, before the block it belongs to
         for block in model.blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh, reshard_after_forward=False)

@@ -96,9 +96,7 @@ def train(config: TrainConfig, reporter: Reporter, sampler: Sampler | None = Non
     run = set_up(config, reporter)
     if not run.parallel.is_first:
         reporter = Silent()
-    checkpoints = Checkpoints(
-        run.out, run.parallel, keep=config.run.keep, in_background=config.run.save_in_background
-    )
+    checkpoints = Checkpoints(run.out, run.parallel, keep=config.run.keep, in_background=config.run.save_in_background)
     restored = checkpoints.load(run.model, run.optimizer)
     first = restored.step
     for warning in restored.warnings:
@@ -134,12 +132,17 @@ def train(config: TrainConfig, reporter: Reporter, sampler: Sampler | None = Non
 
 def _save(run: Run, done: int, score: float | None, checkpoints: Checkpoints, reporter: Reporter) -> None:
     """Save; a disk that is full for now does not end the run, unless it is the last step's."""
+    intact = "the ones before it are intact, going on"
+    try:
+        checkpoints.wait()
+    except CheckpointError as error:
+        reporter.message(f"{error}; {intact}")
     try:
         checkpoints.save(done, run.model, run.optimizer, to_json(run.config), score=score)
     except CheckpointError as error:
         if done == run.config.steps:
             raise
-        reporter.message(f"{error}; the ones before it are intact, going on")
+        reporter.message(f"{error}; {intact}")
 
 
 def _score(run: Run, results: dict[str, Loss]) -> float | None:
@@ -267,9 +270,11 @@ def _look(run: Run, step: int, log: Log, reporter: Reporter, sampler: Sampler | 
     run.parallel.settle(run.model)
     if sampler is not None and run.config.run.sample:
         model = run.parallel.whole_model(run.model)
-        for prompt in run.config.run.sample if model is not None else ():
-            text = sampler(model.eval(), run.tokenizer, prompt, run.config.run.sample_tokens)
-            reporter.message(f"step {step}: {prompt}{text}")
+        if model is not None:
+            model.eval()
+            for prompt in run.config.run.sample:
+                text = sampler(model, run.tokenizer, prompt, run.config.run.sample_tokens)
+                reporter.message(f"step {step}: {prompt}{text}")
         run.model.train()
     return results
 

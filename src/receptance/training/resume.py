@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import torch
 from safetensors import SafetensorError
@@ -119,9 +119,8 @@ class Checkpoints:
         else:
             wanted = {f"model/{name}": x for name, x in load_file(found / "model.safetensors").items()}
             wanted |= {f"optimizer/{name}": x for name, x in load_file(found / "optimizer.safetensors").items()}
-        of = lambda kind: {n.removeprefix(kind): x for n, x in wanted.items() if n.startswith(kind)}
-        _restore_model(model, of("model/"))
-        _restore_optimizer(optimizer, of("optimizer/"))
+        _restore_model(model, _of_kind("model", wanted))
+        _restore_optimizer(optimizer, _of_kind("optimizer", wanted))
         step, notes = manifest["step"], manifest["notes"]
         assert isinstance(step, int)
         assert isinstance(notes, dict)
@@ -226,12 +225,16 @@ def _write_files(part: Path, tensors: dict[str, Tensor]) -> dict[str, list[objec
     files = {}
     for kind in ("model", "optimizer"):
         name = f"{kind}.safetensors"
-        of_kind = {n.removeprefix(f"{kind}/"): x for n, x in tensors.items() if n.startswith(f"{kind}/")}
         with open(part / name, "wb") as file:
             hashed = _Hashed(file)
-            write_safetensors(hashed, of_kind, {"format": "pt"})
+            write_safetensors(cast(BinaryIO, hashed), _of_kind(kind, tensors), {"format": "pt"})
         files[name] = hashed.checksum
     return files
+
+
+def _of_kind(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those under "model/" or "optimizer/", by the rest of their names."""
+    return {name.removeprefix(f"{kind}/"): x for name, x in tensors.items() if name.startswith(f"{kind}/")}
 
 
 class _Hashed:
@@ -260,9 +263,7 @@ def _in_memory(x: Tensor, copy: bool) -> Tensor:
     """The tensor, or this process's shard of it, in main memory; a copy that later steps do not change, if asked."""
     if isinstance(x, DTensor):
         mine = x.to_local().detach().to("cpu", copy=copy)
-        return DTensor.from_local(
-            mine, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride()
-        )
+        return DTensor.from_local(mine, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride())
     return x.detach().to("cpu", copy=copy)
 
 
@@ -281,7 +282,7 @@ def _optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
 def _templates(shards: Path, model: RWKV, optimizer: Optimizer) -> dict[str, Tensor]:
     """Empty tensors for everything a sharded checkpoint holds; those as large as a parameter, sharded as it is now."""
     parameters = {f"model/{name}": x for name, x in model.state_dict().items()}
-    owner = {f"{name}": p for name, p in _named(optimizer)}
+    owner = dict(_named(optimizer))
     templates = {}
     for name, (shape, dtype) in shard_names(shards).items():
         like = parameters.get(name) if name.startswith("model/") else owner.get(name.split("/", 2)[-1])

@@ -1,10 +1,10 @@
 """Gradients through sequences longer than memory: segment by segment, states handed forward, their gradients back.
 
-The recurrent state is all that a segment knows of the past and all that the future learns from it. So the exact gradient
-of the whole sequence needs, at any time, the activations of one segment and the states at the borders: run forward once
-without a graph and keep those states, then go through the segments from the last to the first, run each again with a
-graph, and start its backward pass from its own loss and from the gradient that the next segment gave to its start state.
-The price is a second forward pass, as with activation checkpointing.
+The recurrent state is all that a segment knows of the past and all that the future learns from it. So the exact
+gradient of the whole sequence needs, at any time, the activations of one segment and the states at the borders: run
+forward once without a graph and keep those states, then go through the segments from the last to the first, run each
+again with a graph, and start its backward pass from its own loss and from the gradient that the next segment gave to
+its start. The price is a second forward pass, as with activation checkpointing.
 """
 
 import math
@@ -38,7 +38,7 @@ def exact_backward(
 ) -> tuple[Tensor, State]:
     """Add the gradients of the mean loss over all of tokens [B, T] to the parameters; returns that loss and the end.
 
-    Equal to one backward pass through the whole, dropout included. `state`, the start, also gets its gradient if it asks
+    Equal to one backward pass through the whole, dropout included. `state`, the start, gets its gradient too if it asks
     for one. keep_every: keep the state at every n-th border and make the others again from it, at the price of a third
     forward pass; about √(number of segments) is the least memory. offload: keep the states in main memory.
     around(last): a context around each segment's forward and backward pass (to average gradients in the last alone).

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from receptance.errors import CheckpointError
 
@@ -40,7 +41,7 @@ def write_shards(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGr
     """Each process writes its shards; tensors that all hold are written once. Raises RuntimeError or OSError."""
     try:
         with quiet():
-            dcp.save(dict(tensors), checkpoint_id=str(folder), process_group=group)
+            save(dict(tensors), checkpoint_id=str(folder), process_group=group)
     except CheckpointException as error:  # a BaseException that gathers those of all processes
         rank, (cause, _) = next(iter(error.failures.items()))
         raise RuntimeError(f"process {rank}: {cause}") from None
@@ -65,7 +66,7 @@ def shard_names(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
 def read_shards(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None) -> None:
     """Fill `tensors`, whole ones or shards of any layout, in place. Call shard_names first: it makes this safe."""
     with quiet():
-        dcp.load(dict(tensors), checkpoint_id=str(folder), process_group=group)
+        load(dict(tensors), checkpoint_id=str(folder), process_group=group)
 
 
 @contextmanager
