@@ -19,6 +19,7 @@ import receptance as rc
 from receptance.errors import CheckpointError
 from receptance.models import VERSIONS
 from receptance.training import train
+from receptance.training.config import OptimConfig
 from receptance.training.optim import build_optimizer
 from receptance.training.resume import Checkpoints, folders
 from receptance.training.shards import METADATA, shard_names
@@ -38,7 +39,7 @@ def pair(seed=0):
     """A model and an optimiser with moments."""
     model = lively("7", torch.float32)
     recipe = VERSIONS["7"].recipe(model.config)
-    optimizer = build_optimizer(model, recipe, weight_decay=0.1)
+    optimizer = build_optimizer(model, recipe, OptimConfig())
     torch.manual_seed(seed)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
@@ -203,7 +204,7 @@ def test_a_checkpoint_of_another_model_is_named(tmp_path, is_sharded):
     saved(checkpoints, 1, seed=1)
     other = lively("6", torch.float32)
     with pytest.raises(CheckpointError, match=r"not this model's: blocks\.0\.att"):
-        checkpoints.load(other, build_optimizer(other, VERSIONS["6"].recipe(other.config), weight_decay=0.0))
+        checkpoints.load(other, build_optimizer(other, VERSIONS["6"].recipe(other.config), OptimConfig()))
 
 
 class Bomb:

@@ -7,17 +7,20 @@ import torch
 from torch import Tensor
 
 from receptance.errors import ConfigError
-from receptance.training.optim import set_learning_rate
-from receptance.training.schedule import learning_rate
+from receptance.training.distributed import local
+from receptance.training.guard import judge
+from receptance.training.optim import guard_statistics, set_learning_rate, set_weight_decay, update_average
+from receptance.training.schedule import learning_rate, progress, weight_decay
 
 if TYPE_CHECKING:
+    from receptance.training.config import TrainConfig
     from receptance.training.loop import Run
 
 EAGER_STEPS = 3  # before the capture: kernels compile, libraries and the optimiser's state come into being
 
 
 class Step:
-    """Step after step of a run: `step(i)` takes step i and returns the batch's mean loss, left on the device.
+    """Step after step of a run: `step(i)` takes step i and returns its outcome (see `compute`), left on the device.
 
     Launching some ten thousand kernels takes the CPU longer than a GPU needs to run those of a small model. As
     `run.cuda_graph` says, the device's part is therefore captured once, after EAGER_STEPS ordinary steps, and replayed.
@@ -38,35 +41,55 @@ class Step:
         return compute(self._run, inputs, targets)
 
 
+def rate(config: "TrainConfig", step: int) -> float:
+    """The learning rate of a step, before the recipe's factors."""
+    o = config.optim
+    return learning_rate(step, config.steps, lr=o.lr, lr_final=o.lr_final, warmup_steps=o.warmup_steps, kind=o.schedule,
+                         decay_fraction=o.decay_fraction, decay_shape=o.decay_shape)  # fmt: skip
+
+
 def prepare(run: "Run", step: int) -> tuple[Tensor, Tensor]:
     """The host's part: random seed, learning rates, and the batch's inputs and targets, [B, T] each on the device."""
     optim = run.config.optim
     # dropout depends on the step and the process alone: resumed runs repeat it
     torch.manual_seed(run.config.run.seed * 1_000_003 + step + 15_485_863 * run.parallel.rank)
-    set_learning_rate(
-        run.optimizer,
-        learning_rate(step, run.config.steps, lr=optim.lr, lr_final=optim.lr_final,
-                      warmup_steps=optim.warmup_steps, kind=optim.schedule),
-    )  # fmt: skip
+    set_learning_rate(run.optimizer, rate(run.config, step))
+    if optim.weight_decay_final is not None:
+        done = progress(step, run.config.steps, optim.warmup_steps, "exponential")
+        set_weight_decay(run.optimizer, weight_decay(done, optim.weight_decay, optim.weight_decay_final))
     inputs, targets = run.batch(step)
     return run.parallel.share(inputs), run.parallel.share(targets)
 
 
 def compute(run: "Run", inputs: Tensor, targets: Tensor) -> Tensor:
-    """The device's part: loss and gradients over the parts, clipping, update. Returns the mean loss.
+    """The device's part: gradients, clipping, the guard's decision, update. Returns the outcome that `verdict` reads.
 
     Nothing in here may ask for a value on the device or depend on one in Python, or a CUDA graph could not hold it.
     """
-    parts, optim = run.config.run.accumulate, run.config.optim
+    optim, optimizer = run.config.optim, run.optimizer
+    loss = accumulate(run, inputs, targets)
+    params = [p for p in run.model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in params])  # type: ignore[misc]
+    if optim.grad_clip:
+        torch.nn.utils.clip_grads_with_norm_(params, optim.grad_clip, norm)
+    norm = local(norm)
+    statistics = guard_statistics(optimizer)
+    bad = judge(statistics, loss, norm, optim)
+    optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # the update is skipped where this is 1
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)  # in a graph, the gradients' memory goes back to its pool
+    if optim.ema:
+        update_average(optimizer, optim.ema)
+    return torch.stack([loss, norm, *statistics[-2:]])
+
+
+def accumulate(run: "Run", inputs: Tensor, targets: Tensor) -> Tensor:
+    """Add up the gradients of the batch's parts; returns the batch's mean loss."""
+    parts = run.config.run.accumulate
     total = torch.zeros((), device=run.device)
     for i, (part, wanted) in enumerate(zip(inputs.chunk(parts), targets.chunk(parts)), 1):
         total += run.passes.backward(part, wanted, 1 / parts, last=i == parts)
-    total = run.parallel.mean(total)
-    if optim.grad_clip:
-        torch.nn.utils.clip_grad_norm_(run.model.parameters(), optim.grad_clip)
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)  # in a graph, the gradients' memory goes back to its pool
-    return total
+    return run.parallel.mean(total)
 
 
 def wants_graph(run: "Run") -> bool:
@@ -74,10 +97,12 @@ def wants_graph(run: "Run") -> bool:
     wish = run.config.run.cuda_graph
     if wish == "on" and run.device.type != "cuda":
         raise ConfigError(f"run.cuda_graph = 'on' needs a CUDA device, the run is on {run.device}; use 'auto'")
+    fixed_decay = run.config.optim.weight_decay_final is None  # the graph would keep that of the captured step
+    if wish == "on" and not fixed_decay:
+        raise ConfigError("run.cuda_graph = 'on' cannot follow optim.weight_decay_final; use 'auto'")
     if wish == "auto":
-        segments = run.config.run.segment_len  # their replay of dropout asks for the generator's state
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        return run.device.type == "cuda" and not run.config.optim.dropout and not distributed and not segments
+        plain = run.parallel.size == 1 and not run.config.run.segment_len  # segments save the generator's state
+        return run.device.type == "cuda" and not run.config.optim.dropout and fixed_decay and plain
     return wish == "on"
 
 
@@ -97,7 +122,7 @@ class Graph:
         self._calls = 0
         self._stream = torch.cuda.Stream(run.device)
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._inputs, self._targets, self._loss = (torch.empty(0, device=run.device) for _ in range(3))
+        self._inputs, self._targets, self._outcome = (torch.empty(0, device=run.device) for _ in range(3))
 
     def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:
         self._calls += 1
@@ -110,15 +135,15 @@ class Graph:
         self._inputs.copy_(inputs, non_blocking=True)
         self._targets.copy_(targets, non_blocking=True)
         self._graph.replay()
-        return self._loss.clone()  # the next replay overwrites it
+        return self._outcome.clone()  # the next replay overwrites it
 
     def _eager(self, inputs: Tensor, targets: Tensor) -> Tensor:
         current = torch.cuda.current_stream(self._run.device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
-            loss = compute(self._run, inputs, targets)
+            outcome = compute(self._run, inputs, targets)
         current.wait_stream(self._stream)
-        return loss
+        return outcome
 
     def _capture(self, inputs: Tensor, targets: Tensor) -> None:
         """Record the kernels of one step without running them. Raises CaptureError."""
@@ -132,7 +157,7 @@ class Graph:
                 torch.cuda.stream(torch.cuda.current_stream(self._run.device)),
                 torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
             ):
-                self._loss = compute(self._run, self._inputs, self._targets)
+                self._outcome = compute(self._run, self._inputs, self._targets)
         except RuntimeError as error:
             self._set_capturable(False)
             self._run.optimizer.zero_grad(set_to_none=True)  # those of the attempt hold nothing
