@@ -58,6 +58,14 @@ def gradients(model: RWKV, state: State) -> dict[str, torch.Tensor]:
     return {**found, **{f"state {name}": x.grad for name, x in state.items() if x.grad is not None}}
 
 
+def comparable(state: State) -> dict[str, torch.Tensor]:
+    """RWKV-4's triples stand for an average and a weight; which exponent they use is up to the operator."""
+    if "num" not in state:
+        return dict(state)
+    average, weight = state["num"] / state["den"], state["den"].log() + state["exp"]
+    return {"att_shift": state["att_shift"], "ffn_shift": state["ffn_shift"], "average": average, "weight": weight}
+
+
 def assert_same(got, expected):
     assert got.keys() == expected.keys()
     for name, x in expected.items():
@@ -80,8 +88,7 @@ def test_exact_segments_equal_the_plain_backward(version, keep_every):
     )
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
     assert_same(gradients(model, start), gradients(plain, whole))
-    for name, x in end.items():
-        torch.testing.assert_close(after[name], x.detach())
+    assert_same(comparable(after), comparable(end.detach()))
 
 
 @pytest.mark.parametrize("version", ["4", "7"])

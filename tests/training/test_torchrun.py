@@ -87,22 +87,23 @@ def test_kill_minus_nine_of_one_of_four_twenty_times(tmp_path, settings):
     """Every one of twenty runs ends with the weights of the run that was left alone, bit for bit."""
     whole = tmp_path / "whole"
     whole.mkdir()
-    settings = ("run.tokens=10240", *settings)
-    start = time.monotonic()
+    settings = ("run.tokens=5120", *settings)
     expected = finished(torchrun(whole, 4, *settings), whole)
-    duration = time.monotonic() - start
     draw = random.Random(1)
     resumed = 0
     for i in range(10):
         folder = tmp_path / str(i)
         folder.mkdir()
-        run = torchrun(folder, 4, *settings, restarts=3)
-        time.sleep(draw.uniform(0.2, 0.95) * duration)
-        pids = workers(run.pid)
-        if pids:
+        run = torchrun(folder, 4, *settings, restarts=1)
+        steps = draw.randrange(20)  # of 20: from before the first to after the last, while it is saved
+        while steps_done(folder) < steps or len(workers(run.pid)) < 4:
+            assert run.poll() is None, (folder / "output.txt").read_text()[-4000:]
+            time.sleep(0.005)
+        time.sleep(draw.uniform(0, 0.5))
+        if pids := workers(run.pid):
             os.kill(draw.choice(pids), signal.SIGKILL)
         found = finished(run, folder)
         resumed += "continuing from step" in (folder / "output.txt").read_text()
         for name, x in expected.items():
             assert torch.equal(found[name], x), (i, name)
-    assert resumed >= 4  # the others were hit before their first checkpoint
+    assert resumed >= 5  # the others were hit before their first checkpoint, or had finished

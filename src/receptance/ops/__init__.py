@@ -23,7 +23,18 @@ from receptance.ops.wkv6 import naive as naive6
 from receptance.ops.wkv7 import chunk as chunk7
 from receptance.ops.wkv7 import naive as naive7
 
-__all__ = ["BACKENDS", "EMPTY", "GPU_BACKENDS", "Operators", "State4", "choose_backend", "wkv4", "wkv6", "wkv7"]
+__all__ = [
+    "BACKENDS",
+    "EMPTY",
+    "GPU_BACKENDS",
+    "Operators",
+    "State4",
+    "choose_backend",
+    "form_of",
+    "wkv4",
+    "wkv6",
+    "wkv7",
+]
 
 # Back ends that run on any device: operator → name → function.
 BACKENDS: dict[str, dict[str, Callable[..., Any]]] = {
@@ -41,7 +52,12 @@ GPU_BACKENDS: dict[str, dict[str, str]] = {
 
 
 class Operators(Protocol):
-    """A back end made elsewhere: the operators with the contracts of their naive forms, given inputs as they come."""
+    """A back end made elsewhere: the operators with the contracts of their naive forms, given inputs as they come.
+
+    form: the named back end that they build on, which the fused pieces around them choose by.
+    """
+
+    form: str
 
     def wkv4(
         self, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: State4, lengths: Tensor | None
@@ -50,6 +66,10 @@ class Operators(Protocol):
     def wkv7(
         self, r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor
     ) -> tuple[Tensor, Tensor]: ...
+
+
+def form_of(backend: str | Operators) -> str:
+    return backend if isinstance(backend, str) else backend.form
 
 
 def choose_backend(op: str, backend: str, n_tokens: int) -> str:

@@ -51,12 +51,12 @@ class ContextParallel:
     """The WKV operators on one rank's piece of the rows; ranks of `group` hold the pieces in order.
 
     Pieces may differ in length and hold at least one token each. Of the start states only the first rank's counts, and
-    only the last rank's end state is that of the row (`last_state` gives it to all). inner: back end of the piece.
+    only the last rank's end state is that of the row (`last_state` gives it to all). form: back end of the piece.
     """
 
-    def __init__(self, group: dist.ProcessGroup, inner: str = "auto"):
+    def __init__(self, group: dist.ProcessGroup, form: str = "auto"):
         self.group = group
-        self.inner = inner
+        self.form = form
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
 
@@ -81,7 +81,7 @@ class ContextParallel:
         one = torch.eye(state.shape[-1], dtype=state.dtype, device=state.device).expand_as(state)
         y, end = ops.wkv7(
             r, w, k, torch.cat([v, torch.zeros_like(v)]), a, b, torch.cat([torch.zeros_like(state), one]),
-            backend=self.inner,
+            backend=self.form,
         )  # fmt: skip
         y, from_start = y.chunk(2)
         q, p = end.chunk(2)
@@ -95,7 +95,7 @@ class ContextParallel:
 
     def wkv6(self, r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """From zero, then the start's share: it decays on its own, so y gains S₀ (r_t ∘ e^(w_1 + … + w_{t-1}))."""
-        y, q = ops.wkv6(r, w, k, v, u, torch.zeros_like(state), backend=self.inner)
+        y, q = ops.wkv6(r, w, k, v, u, torch.zeros_like(state), backend=self.form)
         w = w.to(state.dtype)
         d = w.sum(1).exp()[:, :, None]  # [B, H, 1, N]
         parts = self._gather(torch.cat([d, q + state * d if self.rank == 0 else q], 2))  # [R, B, H, 1 + N, N]
@@ -126,7 +126,7 @@ class ContextParallel:
         for i in range(1, self.rank):
             n, d, e, more = before[i + 1].unbind()
             num, den, exp = _add((num, den, exp.detach() + more), (n, d, e))
-        return ops.wkv4(w, k, v, u, (num, den, exp.detach()), backend=self.inner)
+        return ops.wkv4(w, k, v, u, (num, den, exp.detach()), backend=self.form)
 
     def _gather(self, x: Tensor) -> Tensor:
         """[…] → [R, …], the tensors of all ranks."""

@@ -22,7 +22,6 @@ from receptance.tokenizers.base import Tokenizer
 from receptance.training.config import TrainConfig, to_json
 from receptance.training.distributed import Parallel
 from receptance.training.evaluate import Loss
-from receptance.training.loss import language_model_loss
 from receptance.training.memory import plan_memory
 from receptance.training.optim import averaged, build_optimizer
 from receptance.training.passes import Passes
@@ -214,11 +213,7 @@ def set_up(config: TrainConfig, reporter: Reporter) -> Run:
         f"RWKV-{model.config.version} with {size:,} parameters on {device}; {len(train_data.tokens):,} training "
         f"tokens, {config.steps:,} steps of {config.run.batch_size} × {config.run.ctx_len}"
     )
-    passes = Passes(
-        config, model, parallel,
-        loss=lambda logits, targets: language_model_loss(logits, targets, optim.logit_penalty),
-        autocast=lambda: autocast(config, device),
-    )  # fmt: skip
+    passes = Passes(config, model, parallel, autocast=lambda: autocast(config, device))
     model.train()
     return Run(config, out, device, tokenizer, train_data, data, order, model, optimizer, parallel, passes)
 

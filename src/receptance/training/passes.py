@@ -11,20 +11,17 @@ from receptance.training.config import TrainConfig
 from receptance.training.distributed import Parallel
 from receptance.training.segments import exact_backward, spacing, truncated_backward
 
-Loss = Callable[[Tensor, Tensor], Tensor]  # logits [B, T, V], targets [B, T] → their mean loss
-
 
 class WithLoss(nn.Module):
     """A model and its loss as one module: what DistributedDataParallel wraps."""
 
-    def __init__(self, model: RWKV, loss: Loss, backend: str | Operators):
+    def __init__(self, model: RWKV, logit_penalty: float, backend: str | Operators):
         super().__init__()
         self.model = model
-        self._loss, self._backend = loss, backend
+        self._logit_penalty, self._backend = logit_penalty, backend
 
     def forward(self, tokens: Tensor, targets: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        logits, state = self.model.forward(tokens, state, backend=self._backend)
-        return self._loss(logits.float(), targets), state
+        return self.model.loss(tokens, targets, state, logit_penalty=self._logit_penalty, backend=self._backend)
 
 
 class Passes:
@@ -35,11 +32,10 @@ class Passes:
         config: TrainConfig,
         model: RWKV,
         parallel: Parallel,
-        loss: Loss,
         autocast: Callable[[], AbstractContextManager[object]],
     ):
         self._run, self._model, self._parallel, self._autocast = config.run, model, parallel, autocast
-        self._module = parallel.replicate(WithLoss(model, loss, parallel.operators), model)
+        self._module = parallel.replicate(WithLoss(model, config.optim.logit_penalty, parallel.operators), model)
 
     def backward(self, tokens: Tensor, targets: Tensor, share: float, last: bool) -> Tensor:
         """Gradients of `share` times the mean loss over this process's tokens [B, t]; returns that product.
