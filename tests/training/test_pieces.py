@@ -143,8 +143,9 @@ def test_wsd_is_stable_and_then_decays_in_either_shape():
 def test_every_range_of_the_new_settings_is_checked(tmp_path):
     for override in (
         "optim.optimizer=sgd", "optim.schedule=warmup", "optim.decay_fraction=1.5", "optim.decay_shape=cosine",
-        "optim.weight_decay_final=0", "optim.muon_momentum=1", "optim.ema=1", "optim.loss_spike=0.5", "optim.grad_spike=1",
-        "optim.max_skips=0", "optim.lr=inf", "optim.lr=nan", "run.cuda_graph=yes", "run.early_stop=-1", "run.wandb_mode=off",
+        "optim.weight_decay_final=0", "optim.muon_momentum=1", "optim.ema=1", "optim.loss_spike=0.5",
+        "optim.grad_spike=1", "optim.max_skips=0", "optim.lr=inf", "optim.lr=nan", "run.cuda_graph=yes",
+        "run.early_stop=-1", "run.wandb_mode=off",
     ):  # fmt: skip
         name = override.partition("=")[0]
         with pytest.raises(ConfigError, match=rf"{name} = .* is out of range"):

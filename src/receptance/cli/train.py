@@ -51,13 +51,16 @@ def train(
 
     from receptance.training import announce_memory, set_up
     from receptance.training import train as run
+    from receptance.training.distributed import started_rank
 
-    with Progress(chosen.steps) as progress:
+    is_first = started_rank() == 0
+    with Progress(chosen.steps, quiet=not is_first) as progress:
         if plan:
             announce_memory(set_up(chosen, progress), progress)
             return
         folder = run(chosen, progress, sample)
-    typer.echo(f"finished: {folder}\ntry it: receptance run {folder} 'Once upon a time'")
+    if is_first:
+        typer.echo(f"finished: {folder}\ntry it: receptance run {folder} 'Once upon a time'")
 
 
 def sample(model: "RWKV", tokenizer: "Tokenizer", prompt: str, n_tokens: int) -> str:
@@ -69,7 +72,7 @@ def sample(model: "RWKV", tokenizer: "Tokenizer", prompt: str, n_tokens: int) ->
 class Progress:
     """A rich progress bar; on a pipe, plain lines."""
 
-    def __init__(self, steps: int):
+    def __init__(self, steps: int, quiet: bool = False):
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
@@ -77,7 +80,8 @@ class Progress:
         self._console = Console(stderr=True)
         self._bar = Bar(
             TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(),
-            TextColumn("{task.description}"), console=self._console, disable=not self._console.is_terminal,
+            TextColumn("{task.description}"), console=self._console,
+            disable=quiet or not self._console.is_terminal,
         )  # fmt: skip
         self._task = self._bar.add_task("", total=steps)
         self._steps = steps

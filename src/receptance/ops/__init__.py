@@ -10,7 +10,7 @@ float64 when an input is float64 and float32 otherwise; y comes back in v's dtyp
 
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,7 +23,18 @@ from receptance.ops.wkv6 import naive as naive6
 from receptance.ops.wkv7 import chunk as chunk7
 from receptance.ops.wkv7 import naive as naive7
 
-__all__ = ["BACKENDS", "EMPTY", "GPU_BACKENDS", "State4", "choose_backend", "wkv4", "wkv6", "wkv7"]
+__all__ = [
+    "BACKENDS",
+    "EMPTY",
+    "GPU_BACKENDS",
+    "Operators",
+    "State4",
+    "choose_backend",
+    "form_of",
+    "wkv4",
+    "wkv6",
+    "wkv7",
+]
 
 # Back ends that run on any device: operator → name → function.
 BACKENDS: dict[str, dict[str, Callable[..., Any]]] = {
@@ -40,6 +51,27 @@ GPU_BACKENDS: dict[str, dict[str, str]] = {
 }
 
 
+class Operators(Protocol):
+    """A back end made elsewhere: the operators with the contracts of their naive forms, given inputs as they come.
+
+    form: the named back end that they build on, which the fused pieces around them choose by.
+    """
+
+    form: str
+
+    def wkv4(
+        self, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: State4, lengths: Tensor | None
+    ) -> tuple[Tensor, State4]: ...
+    def wkv6(self, r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]: ...
+    def wkv7(
+        self, r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+def form_of(backend: str | Operators) -> str:
+    return backend if isinstance(backend, str) else backend.form
+
+
 def choose_backend(op: str, backend: str, n_tokens: int) -> str:
     """The back end that `backend` ("auto" or a name of the tables) means for this many tokens."""
     if backend == "auto":
@@ -50,8 +82,11 @@ def choose_backend(op: str, backend: str, n_tokens: int) -> str:
     return backend
 
 
-def _run(op: str, backend: str, inputs: tuple[Tensor, ...], *rest: Any) -> tuple[Tensor, Any]:
+def _run(op: str, backend: str | Operators, inputs: tuple[Tensor, ...], *rest: Any) -> tuple[Tensor, Any]:
     """Call the back end: in float64 or float32, but a GPU kernel takes half-precision inputs as they are."""
+    if not isinstance(backend, str):
+        with torch.autocast(inputs[0].device.type, enabled=False):
+            return getattr(backend, op)(*inputs, *rest)  # type: ignore[no-any-return]
     name = choose_backend(op, backend, inputs[2].shape[1])  # wkv4's v, the others' k
     if name in GPU_BACKENDS[op]:
         function = getattr(import_module(GPU_BACKENDS[op][name]), op)
@@ -75,7 +110,7 @@ def wkv4(
     state: State4 | None = None,
     *,
     lengths: Tensor | None = None,
-    backend: str = "auto",
+    backend: str | Operators = "auto",
 ) -> tuple[Tensor, State4]:
     """RWKV-4's exponentially weighted average (RWKV paper, eq. 16).
 
@@ -111,7 +146,7 @@ def wkv6(
     state: Tensor | None = None,
     *,
     lengths: Tensor | None = None,
-    backend: str = "auto",
+    backend: str | Operators = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Matrix-valued WKV of RWKV-5 and 6 (Eagle and Finch paper, section 4).
 
@@ -137,7 +172,7 @@ def wkv7(
     state: Tensor | None = None,
     *,
     lengths: Tensor | None = None,
-    backend: str = "auto",
+    backend: str | Operators = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Generalised delta rule of RWKV-7 (Goose paper, eq. 17).
 

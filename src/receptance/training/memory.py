@@ -1,5 +1,6 @@
 """How much memory a run will need, told before it starts: exact for weights and optimiser, measured for activations."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from receptance.training.loss import language_model_loss
+from receptance.ops.head_loss import BLOCK, head_loss
 from receptance.training.metrics import free_memory
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes. activations and logits: kept for the backward pass of one part of a step; logits with their gradient.
+    """Bytes. activations, logits: kept for the backward pass of one part of a step, below the loss and by it.
 
     working: what the backward pass of one layer needs beside what was kept; as much as the layer kept is never too
     little. free: what the device has left for all that does not exist yet (None: unknown).
@@ -46,30 +47,41 @@ class MemoryPlan:
 
 
 def plan_memory(run: "Run") -> MemoryPlan:
-    """Two forward passes, over one row and two, tell what a row keeps for the backward pass and what all rows share.
+    """Forward passes over one row and two tell what a row keeps for the backward pass and what all rows share.
 
-    Saved tensors are counted by their storages, each once, parameters left out. What a graph's memory pool or the
-    allocator's rounding add is not in it.
+    What a graph's memory pool or the allocator's rounding add is not in it.
     """
-    weights = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in run.model.parameters()}
     state = [x for entry in run.optimizer.state.values() for x in entry.values()]
-    rows, layers = run.config.run.batch_size // run.config.run.accumulate, len(run.model.blocks)
+    model, rows = run.model, run.config.run.batch_size // run.config.run.accumulate
     body, loss = _kept(run, rows)
-    working = body // layers
-    if run.model.activation_checkpointing:
-        run.model.activation_checkpointing = False
-        working = 4 * _kept(run, rows)[0] // layers // 3  # one block recomputed, and its gradients
-        run.model.activation_checkpointing = True
-    logits = rows * run.config.run.ctx_len * run.model.head.weight.shape[0] * 4
+    was = model.activation_checkpointing, model.recompute
+    model.activation_checkpointing, model.recompute = False, False
+    everything, _ = _kept(run, rows)
+    model.activation_checkpointing, model.recompute = was
+    layer = everything // len(model.blocks)
     return MemoryPlan(
-        weights=sum(weights.values()),
-        gradients=sum(p.numel() * p.element_size() for p in run.model.parameters() if p.requires_grad),
+        weights=sum(p.untyped_storage().nbytes() for p in model.parameters()),
+        gradients=sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad),
         optimizer=sum(x.numel() * x.element_size() for x in state),
         activations=body,
-        logits=loss + logits,  # their gradient is as large as they are
-        working=working,
+        logits=loss + _block_of_logits(run, rows),
+        working=layer if body >= everything else 4 * layer // 3,  # one block made again, and its gradients
         free=free_memory(run.device),
     )
+
+
+def at_once(run: "Run") -> int:
+    """Tokens of a row that one backward pass goes through."""
+    config = run.config.run
+    return min(config.segment_len or config.ctx_len, config.ctx_len)
+
+
+def _block_of_logits(run: "Run", rows: int) -> int:
+    """Logits and, but for a GPU's fused kernel, their gradient, of the positions that `head_loss` takes together."""
+    n_vocab = run.model.head.weight.shape[0]
+    elements = min(rows * at_once(run) * n_vocab, BLOCK.get(run.device.type, BLOCK["cpu"]))
+    size = 2 if run.precision == "bfloat16" else 4
+    return elements * (size if run.device.type == "cuda" else size + 4)
 
 
 def _kept(run: "Run", rows: int) -> tuple[int, int]:
@@ -81,6 +93,7 @@ def _kept(run: "Run", rows: int) -> tuple[int, int]:
 
 
 def _measure(run: "Run", rows: int) -> tuple[int, int]:
+    """By the allocator on a GPU; elsewhere by the saved tensors' storages, each once, parameters left out."""
     own = {p.untyped_storage().data_ptr() for p in run.model.parameters()}
     seen: dict[int, tuple[int, Tensor]] = {}  # the tensor is held, so that no other takes its address
 
@@ -90,13 +103,20 @@ def _measure(run: "Run", rows: int) -> tuple[int, int]:
             seen[storage.data_ptr()] = storage.nbytes(), x
         return x
 
-    tokens = torch.zeros(rows, run.config.run.ctx_len, dtype=torch.long, device=run.device)
-    with saved_tensors_hooks(pack, lambda x: x):
-        with run.autocast():
-            logits, _ = run.model.forward(tokens)
-        body = sum(size for size, _ in seen.values())
-        _loss = language_model_loss(logits.float(), tokens, run.config.optim.logit_penalty)
-    return body, sum(size for size, _ in seen.values()) - body
+    def taken() -> int:
+        if run.device.type == "cuda":
+            return int(torch.cuda.memory_allocated(run.device))
+        return sum(size for size, _ in seen.values())
+
+    tokens = torch.zeros(rows, at_once(run), dtype=torch.long, device=run.device)
+    before = taken()
+    # hooks hold what they are shown, which on a GPU would be counted too
+    hooks = nullcontext() if run.device.type == "cuda" else saved_tensors_hooks(pack, lambda x: x)
+    with hooks, run.autocast():
+        x, _, _, _ = run.model.hidden(tokens, None, lengths=None, backend="auto")
+        body = taken() - before
+        _loss = head_loss(x, run.model.head.weight, tokens, run.config.optim.logit_penalty)
+        return body, taken() - before - body
 
 
 def _size(n_bytes: int) -> str:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from receptance.errors import ConfigError
+from receptance.training.distributed import local
 from receptance.training.guard import judge
-from receptance.training.loss import language_model_loss
 from receptance.training.optim import guard_statistics, set_learning_rate, set_weight_decay, update_average
 from receptance.training.schedule import learning_rate, progress, weight_decay
 
@@ -51,14 +51,14 @@ def rate(config: "TrainConfig", step: int) -> float:
 def prepare(run: "Run", step: int) -> tuple[Tensor, Tensor]:
     """The host's part: random seed, learning rates, and the batch's inputs and targets, [B, T] each on the device."""
     optim = run.config.optim
-    torch.manual_seed(
-        run.config.run.seed * 1_000_003 + step
-    )  # dropout depends on the step alone: resumed runs repeat it
+    # dropout depends on the step and the process alone: resumed runs repeat it
+    torch.manual_seed(run.config.run.seed * 1_000_003 + step + 15_485_863 * run.parallel.rank)
     set_learning_rate(run.optimizer, rate(run.config, step))
     if optim.weight_decay_final is not None:
         done = progress(step, run.config.steps, optim.warmup_steps, "exponential")
         set_weight_decay(run.optimizer, weight_decay(done, optim.weight_decay, optim.weight_decay_final))
-    return run.batch(step)
+    inputs, targets = run.batch(step)
+    return run.parallel.share(inputs), run.parallel.share(targets)
 
 
 def compute(run: "Run", inputs: Tensor, targets: Tensor) -> Tensor:
@@ -72,6 +72,7 @@ def compute(run: "Run", inputs: Tensor, targets: Tensor) -> Tensor:
     norm = torch.nn.utils.get_total_norm([p.grad for p in params])  # type: ignore[misc]
     if optim.grad_clip:
         torch.nn.utils.clip_grads_with_norm_(params, optim.grad_clip, norm)
+    norm = local(norm)
     statistics = guard_statistics(optimizer)
     bad = judge(statistics, loss, norm, optim)
     optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # the update is skipped where this is 1
@@ -86,13 +87,9 @@ def accumulate(run: "Run", inputs: Tensor, targets: Tensor) -> Tensor:
     """Add up the gradients of the batch's parts; returns the batch's mean loss."""
     parts = run.config.run.accumulate
     total = torch.zeros((), device=run.device)
-    for part, wanted in zip(inputs.chunk(parts), targets.chunk(parts)):
-        with run.autocast():
-            logits, _ = run.model.forward(part)
-        loss = language_model_loss(logits.float(), wanted, run.config.optim.logit_penalty) / parts
-        loss.backward()  # type: ignore[no-untyped-call]
-        total += loss.detach()
-    return total
+    for i, (part, wanted) in enumerate(zip(inputs.chunk(parts), targets.chunk(parts)), 1):
+        total += run.passes.backward(part, wanted, 1 / parts, last=i == parts)
+    return run.parallel.mean(total)
 
 
 def wants_graph(run: "Run") -> bool:
@@ -104,8 +101,8 @@ def wants_graph(run: "Run") -> bool:
     if wish == "on" and not fixed_decay:
         raise ConfigError("run.cuda_graph = 'on' cannot follow optim.weight_decay_final; use 'auto'")
     if wish == "auto":
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        return run.device.type == "cuda" and not run.config.optim.dropout and fixed_decay and not distributed
+        plain = run.parallel.size == 1 and not run.config.run.segment_len  # segments save the generator's state
+        return run.device.type == "cuda" and not run.config.optim.dropout and fixed_decay and plain
     return wish == "on"
 
 
