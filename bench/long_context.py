@@ -83,7 +83,7 @@ class Trainer:
 
     def advance(self, tokens: Tensor, state: State | None) -> State:
         with self.autocast():
-            return self.model.hidden(tokens, state, lengths=None, backend="auto")[1]
+            return self.model.hidden(tokens, state, lengths=None, resets=None, backend="auto")[1]
 
     def plain(self, tokens: Tensor, targets: Tensor) -> None:
         self.loss(tokens, targets, None)[0].backward()  # type: ignore[no-untyped-call]

@@ -42,7 +42,7 @@ class Parts:
 
     def advance(self, tokens, state):
         self.forwards += 1
-        return self.model.hidden(tokens, state, lengths=None, backend="auto")[1]
+        return self.model.hidden(tokens, state, lengths=None, resets=None, backend="auto")[1]
 
     def loss(self, tokens, targets, state):
         logits, state = self.model.forward(tokens, state)

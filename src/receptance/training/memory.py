@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from receptance.training.loss import language_model_loss
+from receptance.ops.head_loss import BLOCK
 from receptance.training.metrics import free_memory
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def plan_memory(run: "Run") -> MemoryPlan:
     rows = run.config.run.batch_size // run.config.run.accumulate
     body = _for_rows([_saved(run, n, with_loss=False) for n in (1, 2)], rows)
     whole = _for_rows([_saved(run, n, with_loss=True) for n in (1, 2)], rows)
-    logits = rows * at_once(run) * run.model.head.weight.shape[0] * 4
+    logits = 4 * min(rows * at_once(run) * run.model.head.weight.shape[0], BLOCK[run.device.type])
     layers = len(run.model.blocks)
     if run.model.activation_checkpointing:
         run.model.activation_checkpointing = False
@@ -70,7 +70,7 @@ def plan_memory(run: "Run") -> MemoryPlan:
         gradients=sum(p.numel() * p.element_size() for p in run.model.parameters() if p.requires_grad),
         optimizer=sum(x.numel() * x.element_size() for x in state),
         activations=body,
-        logits=whole - body + logits,  # their gradient is as large as they are
+        logits=whole - body + logits,  # one block of them, whose gradient takes its place
         working=working,
         free=free_memory(run.device),
     )
@@ -94,14 +94,12 @@ def _saved(run: "Run", rows: int, with_loss: bool) -> int:
         return x
 
     tokens = torch.zeros(rows, at_once(run), dtype=torch.long, device=run.device)
-    with saved_tensors_hooks(pack, lambda x: x):
-        with run.autocast():
-            logits, _ = run.model.forward(tokens)
-        kept = sum(size for size, _ in seen.values())
+    with saved_tensors_hooks(pack, lambda x: x), run.autocast():
         if with_loss:
-            _loss = language_model_loss(logits.float(), tokens, run.config.optim.logit_penalty)
-            kept = sum(size for size, _ in seen.values())
-    return kept
+            run.model.loss(tokens, tokens, logit_penalty=run.config.optim.logit_penalty)
+        else:
+            run.model.hidden(tokens, None, lengths=None, resets=None, backend="auto")
+    return sum(size for size, _ in seen.values())
 
 
 def _for_rows(measured: list[int], rows: int) -> int:

@@ -99,11 +99,11 @@ class _WKV4(torch.autograd.Function):
         start_a = torch.where(seen, num / den, 0)
         start_l = torch.where(seen, exp + den.log(), EMPTY)
         l = log_weights(w, k, start_l, resets)
-        p = torch.sigmoid(k - l - w)
+        p = (k - l).sub_(w).sigmoid_()  # in place: at these sizes fresh memory costs more than the arithmetic
         a = Recurrence(1 - p).before(p * v, start_a)
         if resets is not None:
             a = a.masked_fill(resets, 0)
-        s = torch.sigmoid(u + k - l)
+        s = (k - l).add_(u).sigmoid_()
         y = torch.addcmul(a, s, v - a)
         rows = torch.arange(b, device=k.device)
         last = torch.full((b,), t, device=k.device) if lengths is None else lengths
@@ -124,21 +124,23 @@ class _WKV4(torch.autograd.Function):
         keep, ahead = 1 - p, v - a
         recurrence, zero = Recurrence(keep, from_end=True), torch.zeros_like(end_a)
 
-        def shares(read: Tensor, final: Tensor) -> Tensor:
+        def shares(by_reading: Tensor, final: Tensor) -> Tensor:
             """The gradient that each position's state gets at once: by its token's read, and where the row ends."""
-            read.view(flat)[rows, last] += final
-            return read
+            by_reading.view(flat)[rows, last] += final
+            return by_reading
 
-        add = shares(gy - s * gy, gnum)
+        read = s * gy
+        add = shares(gy - read, gnum)
         ga = recurrence.before(add, zero)  # of the average after each token
-        gs = gy * s * (1 - s) * ahead  # of the argument of y's σ
-        gp = ga * p * keep * ahead  # of the argument of p's σ
-        add_l = shares(-(gs + gp), gnum * end_a + gden)
-        gl = recurrence.before(add_l, zero)  # of the log-weight after each token
+        gs = (1 - s).mul_(read).mul_(ahead)  # of the argument of y's σ
+        written = p * ga
+        gp = (keep * written).mul_(ahead)  # of the argument of p's σ
         both = gs + gp
-        gk = torch.addcmul(both, p, gl).view(flat)[:, : ctx.t]
-        gv = torch.addcmul(s * gy, p, ga).view(flat)[:, : ctx.t]
-        gw = torch.addcmul(-gp, keep, gl).sum((0, 1, 2))
+        add_l = shares(-both, gnum * end_a + gden)
+        gl = recurrence.before(add_l, zero)  # of the log-weight after each token
+        gk = both.addcmul_(p, gl).view(flat)[:, : ctx.t]
+        gv = written.add_(read).view(flat)[:, : ctx.t]
+        gw = (keep * gl).sub_(gp).sum((0, 1, 2))
         ga0 = add[:, 0, 0] + keep[:, 0, 0] * ga[:, 0, 0]
         gl0 = add_l[:, 0, 0] + keep[:, 0, 0] * gl[:, 0, 0]
         seen = den > 0
