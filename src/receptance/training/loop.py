@@ -173,9 +173,14 @@ def _score(run: Run, results: dict[str, Loss]) -> float | None:
 
 
 def announce_memory(run: Run, reporter: Reporter) -> None:
+    """Say what the run will take, and what to change if that is more than there is."""
     if run.parallel.size > 1:  # the plan is for whole models
         return
-    plan = plan_memory(run)
+    try:
+        plan = plan_memory(run)
+    except torch.OutOfMemoryError as error:
+        reporter.message(f"memory: not even two rows of {run.config.run.ctx_len} tokens fit: {error}")
+        return
     reporter.message(str(plan))
     if not plan.fits:
         reporter.message(
