@@ -56,9 +56,18 @@ SHAPES = [(1, 1, 64), (2, 37, 64), (3, 5, 100), (1, 33, 20)]
 def test_token_shift_and_mixes(shape, present, dtype):
     b, _, c = shape
     inputs = [rand(*shape), rand(b, c), *(rand(1, 1, c, seed=j) for j in range(6 if present else 3))]
-    kernel = lambda x, last, *mixes: shift_kernels.shift_mix(x, last, mixes, present)
+    kernel = lambda x, last, *mixes: shift_kernels.shift_mix(x, last, mixes, None, present)
     plain = lambda x, last, *mixes: shift.shift_mix(x, last, mixes, present=present)
     check(kernel, plain, inputs, dtype)
+
+
+def test_token_shift_stops_at_a_document():
+    resets = torch.zeros(2, 37, dtype=torch.bool, device=DEVICE)
+    resets[0, [0, 5, 6]] = resets[1, [31, 36]] = True
+    inputs = [rand(2, 37, 64), rand(2, 64), rand(1, 1, 64), rand(1, 1, 64, seed=1)]
+    kernel = lambda x, last, *mixes: shift_kernels.shift_mix(x, last, mixes, resets)
+    plain = lambda x, last, *mixes: shift.shift_mix(x, last, mixes, resets=resets)
+    check(kernel, plain, inputs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -142,7 +151,7 @@ def operators() -> dict[str, tuple[object, ...]]:
     v = lambda seed=0: x(32, seed=seed)
     flat, head = x(1, 5, 32), x(1, 5, 2, 16)
     return {
-        "shift_mix": (flat, x(1, 32), x(3, 32), False, torch.float32),
+        "shift_mix": (flat, x(1, 32), x(3, 32), None, False, torch.float32),
         "decay_and_keys": (flat, head, x(1, 5, 32, seed=1), v(), v(1), v(2), v(3)),
         "value_residual": (flat, x(1, 5, 32, seed=1), x(1, 5, 32, seed=2), v()),
         "norm_and_gate": (head, v(), v(1), flat, x(1, 5, 2, 16, seed=1), x(1, 5, 2, 16, seed=2),

@@ -14,7 +14,7 @@ from receptance.training.loss import language_model_loss
 from receptance.training.segments import exact_backward
 
 EXACT = 1e-9  # float64, relative to the largest element
-CUTS = {"equal": [12, 12, 12, 12], "unequal": [1, 30, 16, 1]}
+CUTS = {"with documents": [12, 12, 12, 12], "of any length": [1, 30, 16, 1]}
 VERSIONS = ["4", "5.1", "5.2", "6", "7"]
 
 
@@ -42,7 +42,7 @@ def read(state):
     )
 
 
-def compare(plain, cuts, checkpointing=False):
+def compare(plain, cuts, checkpointing=False, resets=None):
     """A model on the whole rows here, the same model on this rank's piece there."""
     import copy
 
@@ -52,10 +52,11 @@ def compare(plain, cuts, checkpointing=False):
     ranks = ContextParallel(dist.group.WORLD)
     tokens, targets = data(2, sum(cuts))
     whole, start = random_state(plain, 2), random_state(plain, 2)
-    logits, end = plain.forward(tokens, whole)
+    logits, end = plain.forward(tokens, whole, resets=resets)
     (language_model_loss(logits, targets) + read(end)).backward()
 
-    part, after = model.forward(mine(tokens, cuts), start, backend=ranks)
+    here = None if resets is None else mine(resets, cuts)
+    part, after = model.forward(mine(tokens, cuts), start, resets=here, backend=ranks)
     loss = language_model_loss(part, mine(targets, cuts)) * cuts[ranks.rank] / sum(cuts)
     (loss + read(after) * (ranks.rank == ranks.size - 1)).backward()
     result = {
@@ -74,7 +75,7 @@ def compare_segments(version):
     language_model_loss(plain.forward(tokens)[0], targets).backward()
 
     def advance(tokens, state):
-        return ranks.last_state(model.hidden(tokens, state, lengths=None, backend=ranks)[1])
+        return ranks.last_state(model.hidden(tokens, state, lengths=None, resets=None, backend=ranks)[1])
 
     def loss(tokens, targets, state):
         logits, state = model.forward(tokens, state, backend=ranks)
@@ -86,15 +87,22 @@ def compare_segments(version):
 
 
 def worker(folder):
-    found = {f"{v} {name}": compare(lively(v), cuts) for v in VERSIONS for name, cuts in CUTS.items()}
-    found["7 checkpointed"] = compare(lively("7"), CUTS["unequal"], checkpointing=True)
+    documents = torch.zeros(2, 48, dtype=torch.bool)
+    documents[0, [0, 5, 11, 24, 30]] = True  # at the start, inside a piece, at its end, at the start of another …
+    documents[1, 40] = True  # … and a document that passes through three of them
+    found = {}
+    for v in VERSIONS:
+        for name, cuts in CUTS.items():
+            resets = documents if name == "with documents" else None
+            found[f"{v} {name}"] = compare(lively(v), cuts, resets=resets)
+    found["7 checkpointed"] = compare(lively("7"), CUTS["of any length"], checkpointing=True)
     config = RWKV4.Config.make(vocab_size=11, n_layer=2, n_embd=16)
     torch.manual_seed(3)
     pre = RWKV4(type(config)(**{**vars(config), "pre_ffn": True}), dtype=torch.float64)
     with torch.no_grad():
         for parameter in pre.parameters():
             parameter.copy_(0.5 * torch.randn_like(parameter))
-    found["4 with pre_ffn"] = compare(pre, CUTS["unequal"])
+    found["4 with pre_ffn"] = compare(pre, CUTS["of any length"])
     found |= {f"{v} in segments": compare_segments(v) for v in ("4", "6", "7")}
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, found)

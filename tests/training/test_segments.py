@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from test_memory import Live
 
 from receptance.models import RWKV, VERSIONS, State, apply_recipe
 from receptance.training.loss import language_model_loss
@@ -41,7 +42,7 @@ class Parts:
 
     def advance(self, tokens, state):
         self.forwards += 1
-        return self.model.hidden(tokens, state, lengths=None, backend="auto")[1]
+        return self.model.hidden(tokens, state, lengths=None, resets=None, backend="auto")[1]
 
     def loss(self, tokens, targets, state):
         logits, state = self.model.forward(tokens, state)
@@ -154,6 +155,22 @@ def test_forward_passes_are_as_promised():
         exact_backward(parts.advance, parts.loss, tokens, targets, 4, keep_every=keep_every)
         assert parts.forwards == expected
     assert (spacing("sqrt", 100), spacing("device", 100), spacing("sqrt", 1)) == (10, 1, 1)
+
+
+@pytest.mark.parametrize("version", ["4", "7"])
+def test_memory_grows_by_a_state_per_segment_alone(version):
+    """Four times the length: as many more states and tokens, and nothing else but a little bookkeeping."""
+    model, peaks = lively(version, torch.float32), []
+    for t in (128, 512):
+        parts, (tokens, targets) = Parts(model), data(1, t)
+        exact_backward(parts.advance, parts.loss, tokens, targets, 32)  # gradients exist from now on
+        with Live() as live:
+            exact_backward(parts.advance, parts.loss, tokens, targets, 32)
+        peaks.append(live.peak)
+    states = 12 * model.zero_state(1).nbytes
+    random_states = 12 * torch.get_rng_state().nbytes
+    assert peaks[1] - peaks[0] <= 1.01 * (states + random_states)
+    assert peaks[0] > 10 * states  # of which the activations of a segment are most
 
 
 def test_the_last_pass_alone_is_marked_for_averaging():

@@ -28,6 +28,9 @@ def train(
         list[Path] | None, typer.Option(help="Train on these text or jsonl files; no CONFIG needed.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run (run.out).")] = None,
+    ray: Annotated[
+        int | None, typer.Option(help="Run in so many processes of a Ray cluster.", show_default=False)
+    ] = None,
     show: Annotated[bool, typer.Option("--show", help="Print the whole configuration and stop.")] = False,
     plan: Annotated[
         bool, typer.Option("--plan", help="Prepare data and model, print the memory needed, stop.")
@@ -49,6 +52,11 @@ def train(
         typer.echo(to_json(chosen))
         return
 
+    if ray is not None:
+        from receptance.training.ray_launcher import train_on_ray
+
+        announce(train_on_ray(chosen, ray))
+        return
     from receptance.training import announce_memory, set_up
     from receptance.training import train as run
     from receptance.training.distributed import started_rank
@@ -60,7 +68,11 @@ def train(
             return
         folder = run(chosen, progress, sample)
     if is_first:
-        typer.echo(f"finished: {folder}\ntry it: receptance run {folder} 'Once upon a time'")
+        announce(folder)
+
+
+def announce(folder: Path) -> None:
+    typer.echo(f"finished: {folder}\ntry it: receptance run {folder} 'Once upon a time'")
 
 
 def sample(model: "RWKV", tokenizer: "Tokenizer", prompt: str, n_tokens: int) -> str:

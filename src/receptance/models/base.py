@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -17,6 +17,7 @@ from receptance.ops.head_loss import head_loss
 from receptance.ops.norm import add_norm, layer_norm
 from receptance.ops.pieces import upcast
 from receptance.ops.recompute import Recompute
+from receptance.ops.shift import shift_mix
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -38,14 +39,16 @@ class Config(Protocol):
 
 @dataclass(frozen=True)
 class Call:
-    """How one forward call runs, the same for every layer. lengths [B]: rows are padded at the end.
+    """How one forward call runs, the same for every layer.
 
-    cheap: calls functions whose results need not be kept for the backward pass.
+    lengths [B]: rows are padded at the end. resets [B, T]: true at the first token of a document, which sees nothing
+    before it. cheap: calls functions whose results need not be kept for the backward pass.
     """
 
     lengths: Tensor | None = None
     backend: str | Operators = "auto"
     dropout: float = 0.0
+    resets: Tensor | None = None
     cheap: Recompute = field(default_factory=Recompute)
 
     @property
@@ -56,6 +59,11 @@ class Call:
     def fused(self, piece: Callable[..., Any], *inputs: Any) -> Any:
         """Call a fused piece of `receptance.ops` with this call's back end; its results are not kept."""
         return self.cheap(partial(piece, backend=self.form), *inputs)
+
+    def shift(self, x: Tensor, last: Tensor, mixes: Sequence[Tensor], present: bool = False) -> list[Tensor]:
+        """x blended with its predecessors by each of `mixes`; nothing crosses from one document into the next."""
+        mixed: list[Tensor] = self.fused(partial(shift_mix, resets=self.resets, present=present), x, last, mixes)
+        return mixed
 
     def norm(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
         out: Tensor = self.fused(layer_norm, x, norm.weight, norm.bias, norm.eps)
@@ -178,6 +186,7 @@ class RWKV(nn.Module):
         state: State | None = None,
         *,
         lengths: Tensor | None = None,
+        resets: Tensor | None = None,
         last_only: bool = False,
         backend: str | Operators = "auto",
     ) -> tuple[Tensor, State]:
@@ -186,11 +195,13 @@ class RWKV(nn.Module):
         tokens: list or LongTensor [T] → logits [T, V]; LongTensor [B, T] → [B, T, V].
         lengths [B]: row i has lengths[i] tokens and padding of any id after them; the returned state is the one after
         its own last token, and logits beyond it mean nothing.
+        resets [B, T] or [T], bool: true at the first token of a document inside a row; it sees nothing before it, the
+        given state included.
         last_only: logits of each row's last token alone, [V] or [B, V].
         backend: "auto", a name of `receptance.ops.BACKENDS`, or an object with the operators.
         The returned state always has a batch axis (B = 1 for [T]). Raises ValueError on an empty or out-of-range input.
         """
-        x, state, single, lengths = self.hidden(tokens, state, lengths=lengths, backend=backend)
+        x, state, single, lengths = self.hidden(tokens, state, lengths=lengths, resets=resets, backend=backend)
         if last_only:
             x = carry(x, x[:, 0], Call(lengths))
         logits = self.head(x)
@@ -203,6 +214,7 @@ class RWKV(nn.Module):
         state: State | None = None,
         *,
         lengths: Tensor | None = None,
+        resets: Tensor | None = None,
         token_weights: Tensor | None = None,
         total: Tensor | float | None = None,
         logit_penalty: float = 0.0,
@@ -210,9 +222,9 @@ class RWKV(nn.Module):
     ) -> tuple[Tensor, State]:
         """Mean cross entropy in nats of the targets, both [B, T], and the state; logits are made block by block.
 
-        token_weights, total, logit_penalty: as in `receptance.ops.head_loss`.
+        lengths, resets: as in `forward`. token_weights, total, logit_penalty: as in `receptance.ops.head_loss`.
         """
-        x, state, _, _ = self.hidden(tokens, state, lengths=lengths, backend=backend)
+        x, state, _, _ = self.hidden(tokens, state, lengths=lengths, resets=resets, backend=backend)
         loss = head_loss(
             x, self.head.weight, targets, logit_penalty,
             token_weights=token_weights, total=total, backend=form_of(backend),
@@ -220,7 +232,13 @@ class RWKV(nn.Module):
         return loss, state
 
     def hidden(
-        self, tokens: list[int] | Tensor, state: State | None, *, lengths: Tensor | None, backend: str | Operators
+        self,
+        tokens: list[int] | Tensor,
+        state: State | None,
+        *,
+        lengths: Tensor | None,
+        resets: Tensor | None,
+        backend: str | Operators,
     ) -> tuple[Tensor, State, bool, Tensor | None]:
         """Everything below the head: ([B, T, C] after ln_out, state, whether tokens had no batch axis, lengths)."""
         tokens = torch.as_tensor(tokens, dtype=torch.long, device=self.device)
@@ -238,6 +256,8 @@ class RWKV(nn.Module):
             lengths = torch.as_tensor(lengths, device=self.device)
             if lengths.shape != (batch,) or not bool(((lengths >= 0) & (lengths <= t)).all()):
                 raise ValueError(f"lengths must be [{batch}] with values in [0, {t}], got {lengths.tolist()}")
+        if resets is not None:
+            resets = self._checked_resets(resets, batch, t)
         if state is None:
             state = self.zero_state(batch)
         elif state.batch != batch:
@@ -245,7 +265,7 @@ class RWKV(nn.Module):
         else:
             self.check_state(state)
 
-        call = Call(lengths, backend, self.dropout if self.training else 0.0)
+        call = Call(lengths, backend, self.dropout if self.training else 0.0, resets)
         x = call.drop(self.blocks[0].ln0(self.emb(tokens)))  # type: ignore[operator]
         v_first: Tensor | None = None
         after = []
@@ -261,6 +281,15 @@ class RWKV(nn.Module):
                 x, v_first, new = block(x, v_first, state.layer(i), call)
             after.append(new)
         return self.ln_out(x), State({name: torch.stack([n[name] for n in after]) for name in state}), single, lengths
+
+    def _checked_resets(self, resets: Tensor, batch: int, t: int) -> Tensor:
+        if resets.dim() == 1:
+            resets = resets[None]
+        if resets.dtype != torch.bool or resets.shape != (batch, t):
+            raise ValueError(f"resets must be bool [{batch}, {t}], got {resets.dtype} {list(resets.shape)}")
+        if getattr(self.config, "time_state", False):
+            raise ValueError("a model with a tuned initial state cannot reset documents inside a row: give them rows")
+        return resets.to(self.device)
 
 
 def fingerprint(version: str, tensors: dict[str, Tensor]) -> str:

@@ -70,18 +70,27 @@ class ContextParallel:
         return State({name: self._gather(x)[-1] for name, x in state.items()})
 
     def wkv7(
-        self, r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor
+        self,
+        r: Tensor,
+        w: Tensor,
+        k: Tensor,
+        v: Tensor,
+        a: Tensor,
+        b: Tensor,
+        state: Tensor,
+        *,
+        resets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The piece twice in one call: from zero, which gives Q, and with v = 0 from the identity, which gives P.
 
         Each row of a state lives alone (S r and S P act from the right), so the second run's outputs P_t r_t turn any
-        start into its share of y, and no third run is needed.
+        start into its share of y, and no third run is needed. A reset ends both runs' past, so P is zero after one.
         """
         r, w, k, a, b = (torch.cat([x, x]) for x in (r, w, k, a, b))  # [2B, T, H, N]
         one = torch.eye(state.shape[-1], dtype=state.dtype, device=state.device).expand_as(state)
         y, end = ops.wkv7(
             r, w, k, torch.cat([v, torch.zeros_like(v)]), a, b, torch.cat([torch.zeros_like(state), one]),
-            backend=self.form,
+            resets=None if resets is None else torch.cat([resets, resets]), backend=self.form,
         )  # fmt: skip
         y, from_start = y.chunk(2)
         q, p = end.chunk(2)
@@ -93,31 +102,50 @@ class ContextParallel:
         read = torch.einsum("bhij,bthj->bthi", start, from_start.to(start.dtype))
         return (y + read).to(v.dtype), start @ p + q
 
-    def wkv6(self, r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    def wkv6(
+        self, r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor, *, resets: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """From zero, then the start's share: it decays on its own, so y gains S₀ (r_t ∘ e^(w_1 + … + w_{t-1}))."""
-        y, q = ops.wkv6(r, w, k, v, u, torch.zeros_like(state), backend=self.form)
+        y, q = ops.wkv6(r, w, k, v, u, torch.zeros_like(state), resets=resets, backend=self.form)
         w = w.to(state.dtype)
         d = w.sum(1).exp()[:, :, None]  # [B, H, 1, N]
+        if resets is not None:
+            d = d.masked_fill(resets.any(1)[:, None, None, None], 0)
         parts = self._gather(torch.cat([d, q + state * d if self.rank == 0 else q], 2))  # [R, B, H, 1 + N, N]
         before = torch.cat([state[None], parts[: self.rank, :, :, 1:]])
         start = before[0] if self.rank == 0 else before[1]
         for i in range(1, self.rank):
             start = start * parts[i, :, :, :1] + before[i + 1]
         decayed = r.to(state.dtype) * torch.cat([torch.zeros_like(w[:, :1]), w[:, :-1]], 1).cumsum(1).exp()
+        if resets is not None:  # what follows one has nothing of the start
+            decayed = decayed.masked_fill(resets.cumsum(1).bool()[:, :, None, None], 0)
         read = torch.einsum("bhij,bthj->bthi", start, decayed)
         return (y + read).to(v.dtype), start * d + q
 
     def wkv4(
-        self, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: ops.State4, lengths: Tensor | None
+        self,
+        w: Tensor,
+        k: Tensor,
+        v: Tensor,
+        u: Tensor,
+        state: ops.State4,
+        lengths: Tensor | None,
+        *,
+        resets: Tensor | None = None,
     ) -> tuple[Tensor, ops.State4]:
         """What the piece adds to the state is one sum over its tokens; y is a quotient, so the piece then runs once."""
         t = k.shape[1]
         age = torch.arange(t - 1, -1, -1, dtype=state[0].dtype, device=k.device)[:, None]  # steps until the end
         exponent = age * w + k.to(state[0].dtype)  # [B, T, C]
+        if resets is not None:  # of the tokens before the last reset nothing is left
+            later = resets.flip(1).cumsum(1).flip(1) - resets.long()  # resets after each token
+            exponent = exponent.masked_fill(later[:, :, None] > 0, ops.EMPTY)
         top = exponent.amax(1).detach()
         weight = (exponent - top[:, None]).exp()
         new = (weight * v).sum(1), weight.sum(1), top
         decay = (t * w).expand_as(top)
+        if resets is not None:
+            decay = decay.masked_fill(resets.any(1)[:, None], ops.EMPTY)
         if self.rank == 0:
             new = _add((state[0], state[1], state[2] + decay), new)
         parts = self._gather(torch.stack([*new, decay]))  # [R, 4, B, C]
@@ -126,7 +154,7 @@ class ContextParallel:
         for i in range(1, self.rank):
             n, d, e, more = before[i + 1].unbind()
             num, den, exp = _add((num, den, exp.detach() + more), (n, d, e))
-        return ops.wkv4(w, k, v, u, (num, den, exp.detach()), backend=self.form)
+        return ops.wkv4(w, k, v, u, (num, den, exp.detach()), resets=resets, backend=self.form)
 
     def _gather(self, x: Tensor) -> Tensor:
         """[…] → [R, …], the tensors of all ranks."""

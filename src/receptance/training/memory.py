@@ -113,7 +113,7 @@ def _measure(run: "Run", rows: int) -> tuple[int, int]:
     # hooks hold what they are shown, which on a GPU would be counted too
     hooks = nullcontext() if run.device.type == "cuda" else saved_tensors_hooks(pack, lambda x: x)
     with hooks, run.autocast():
-        x, _, _, _ = run.model.hidden(tokens, None, lengths=None, backend="auto")
+        x, _, _, _ = run.model.hidden(tokens, None, lengths=None, resets=None, backend="auto")
         body = taken() - before
         _loss = head_loss(x, run.model.head.weight, tokens, run.config.optim.logit_penalty)
         return body, taken() - before - body

@@ -56,7 +56,9 @@ class Passes:
 
         def advance(tokens: Tensor, state: State | None) -> State:
             with self._autocast():
-                _, after, _, _ = self._model.hidden(tokens, state, lengths=None, backend=parallel.operators)
+                _, after, _, _ = self._model.hidden(
+                    tokens, state, lengths=None, resets=None, backend=parallel.operators
+                )
             return parallel.handed_on(after)
 
         def around(last_segment: bool) -> AbstractContextManager[object]:
