@@ -1,5 +1,6 @@
 """One optimiser step: the host's part (schedule, batch) and the device's part, which CUDA replays as one graph."""
 
+import gc
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -149,6 +150,7 @@ class Graph:
         """Record the kernels of one step without running them. Raises CaptureError."""
         self._inputs, self._targets = inputs.clone(), targets.clone()
         graph = torch.cuda.CUDAGraph()
+        gc.collect()  # graphs of autograd that linger in cycles tie the gradients to the stream they were made on
         self._set_capturable(True)
         try:
             # The outer context puts the stream back where a failed capture does not. thread_local: other threads may
