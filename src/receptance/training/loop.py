@@ -15,13 +15,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from receptance.checkpoint import load, save
-from receptance.data import ORDERS, BinIdx, CubicWindows, ShuffledWindows, documents, prepare
+from receptance.data import IGNORE, BinIdx, documents
 from receptance.errors import ConfigError
 from receptance.models import RWKV, VERSIONS, apply_recipe
 from receptance.tokenizers import tokenizer as open_tokenizer
 from receptance.tokenizers import train_bpe
 from receptance.tokenizers.base import Tokenizer
 from receptance.training.config import TrainConfig, to_json
+from receptance.training.data import TrainingData, is_token_file, open_data, source_path
 from receptance.training.evaluate import Loss, evaluate
 from receptance.training.loss import language_model_loss
 from receptance.training.optim import build_optimizer, set_learning_rate
@@ -46,9 +47,8 @@ class Run:
     out: Path
     device: torch.device
     tokenizer: Tokenizer
-    train: BinIdx
+    data: TrainingData
     valid: dict[str, BinIdx]
-    order: ShuffledWindows | CubicWindows
     model: RWKV
     optimizer: Optimizer
 
@@ -58,15 +58,16 @@ class Run:
             precision = "bfloat16" if self.device.type == "cuda" else "float32"
         return torch.autocast(self.device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of one step, [B, T] each on the device."""
-        size, t = self.config.run.batch_size, self.config.run.ctx_len
-        starts = [self.order.start(step * size + row) for row in range(size)]
-        rows = np.stack([np.asarray(self.train.tokens[s : s + t + 1], np.int64) for s in starts])
-        tokens = torch.from_numpy(rows)
-        if self.device.type == "cuda":
-            tokens = tokens.pin_memory().to(self.device, non_blocking=True)
-        return tokens[:, :-1], tokens[:, 1:]
+    def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Inputs, targets and resets (or none) of one step, [B, T] each on the device."""
+        size = self.config.run.batch_size
+        rows = self.data.rows(range(step * size, (step + 1) * size))
+        resets = None if rows.resets is None else self._to_device(rows.resets)
+        return self._to_device(rows.inputs), self._to_device(rows.targets), resets
+
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
 
 def train(config: TrainConfig, reporter: Reporter, sampler: Sampler | None = None) -> Path:
@@ -111,8 +112,7 @@ def set_up(config: TrainConfig, reporter: Reporter) -> Run:
     (out / "config.json").write_text(to_json(config))
     device = _device(config.run.device)
     tokenizer = _tokenizer(config, out, reporter)
-    data = _data(config, out, tokenizer, reporter)
-    train_data = data.pop("train")
+    data, valid = open_data(config, out, tokenizer, reporter.message)
     torch.manual_seed(config.run.seed)
     model = _model(config, tokenizer, device)
     model.dropout = config.optim.dropout
@@ -122,13 +122,14 @@ def set_up(config: TrainConfig, reporter: Reporter) -> Run:
     optimizer = build_optimizer(
         model, recipe, weight_decay=optim.weight_decay, betas=(optim.beta1, optim.beta2), eps=optim.eps
     )
-    order = ORDERS[config.data.order](len(train_data.tokens), config.run.ctx_len, config.run.seed)
     size = sum(p.numel() for p in model.parameters())
     reporter.message(
-        f"RWKV-{model.config.version} with {size:,} parameters on {device}; {len(train_data.tokens):,} training "
+        f"RWKV-{model.config.version} with {size:,} parameters on {device}; {data.n_tokens:,} training "
         f"tokens, {config.steps:,} steps of {config.run.batch_size} × {config.run.ctx_len}"
     )
-    return Run(config, out, device, tokenizer, train_data, data, order, model.train(), optimizer)
+    for line in data.report(config.steps * config.run.batch_size):
+        reporter.message(line)
+    return Run(config, out, device, tokenizer, data, valid, model.train(), optimizer)
 
 
 def take_step(run: Run, step: int) -> Tensor:
@@ -140,12 +141,16 @@ def take_step(run: Run, step: int) -> Tensor:
         learning_rate(step, run.config.steps, lr=optim.lr, lr_final=optim.lr_final,
                       warmup_steps=optim.warmup_steps, kind=optim.schedule),
     )  # fmt: skip
-    inputs, targets = run.batch(step)
+    inputs, targets, resets = run.batch(step)
     total = torch.zeros((), device=run.device)
-    for part, wanted in zip(inputs.chunk(config.accumulate), targets.chunk(config.accumulate)):
+    n_targets = (targets != IGNORE).sum()
+    rows = config.batch_size // config.accumulate
+    for first in range(0, config.batch_size, rows):
+        part = slice(first, first + rows)
         with run.autocast():
-            logits, _ = run.model.forward(part)
-        loss = language_model_loss(logits.float(), wanted, optim.logit_penalty) / config.accumulate
+            logits, _ = run.model.forward(inputs[part], resets=None if resets is None else resets[part])
+        share = (targets[part] != IGNORE).sum() / n_targets
+        loss = language_model_loss(logits.float(), targets[part], optim.logit_penalty) * share
         loss.backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
     if optim.grad_clip:
@@ -247,6 +252,7 @@ def _refuse_other_run(out: Path, config: TrainConfig) -> None:
         "device",
         "out",
         "valid_tokens",
+        "processes",
     }
     for section in new:
         for key, value in new[section].items():
@@ -289,37 +295,18 @@ def _tokenizer(config: TrainConfig, out: Path, reporter: Reporter) -> Tokenizer:
                 f"data.tokenizer = 'bpe' would make new ids that mean nothing to {config.model.init}; "
                 "name the tokenizer it was trained with (its folder, or world)"
             )
-        if any((Path(data.root) / (name + ".idx")).exists() for name in data.train):
+        if any(is_token_file(data, name) for name in data.train):
             raise ConfigError("data.tokenizer = 'bpe' needs text; name the tokenizer that made the .bin and .idx files")
         reporter.message(f"training a tokenizer with {data.vocab_size:,} ids on the training text")
-        files = [Path(data.root) / name for name in data.train]
-        tokenizer: Tokenizer = train_bpe((text for path in files for text in documents(path)), data.vocab_size)
+        files = [source_path(data, name) for name in data.train]
+        texts = (text for path in files for text in documents(path, data.column, data.separator, data.skip_bad))
+        tokenizer: Tokenizer = train_bpe(texts, data.vocab_size)
     elif data.tokenizer in ("world", "pile", "byte"):
         tokenizer = open_tokenizer(data.tokenizer)
     else:
         tokenizer = open_tokenizer(Path(data.root) / data.tokenizer)
     tokenizer.save(folder)
     return tokenizer
-
-
-def _data(config: TrainConfig, out: Path, tokenizer: Tokenizer, reporter: Reporter) -> dict[str, BinIdx]:
-    """The training stream under "train", the validation sets under their names; tokenised once into `out`/data."""
-    data, root = config.data, Path(config.data.root)
-    wanted = {"train": list(data.train), **{name: [path] for name, path in data.valid.items()}}
-    files = {}
-    for name, paths in wanted.items():
-        sources = [root / path for path in paths]
-        if len(sources) == 1 and sources[0].with_name(sources[0].name + ".idx").exists():
-            files[name] = BinIdx(sources[0])
-            if (top := int(files[name].tokens.max())) >= tokenizer.vocab_size:
-                raise ConfigError(f"{sources[0]}: holds token {top}; the tokenizer has {tokenizer.vocab_size} ids")
-            continue
-        prefix = out / "data" / name
-        if not prefix.with_name(name + ".idx").exists():
-            reporter.message(f"tokenising {name}: {', '.join(paths)}")
-            prepare(sources, tokenizer, prefix, repeat=data.repeat if name == "train" else ())
-        files[name] = BinIdx(prefix)
-    return files
 
 
 def _model(config: TrainConfig, tokenizer: Tokenizer, device: torch.device) -> RWKV:
