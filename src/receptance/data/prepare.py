@@ -261,6 +261,7 @@ class Files:
         if not self.manifest.exists():
             raise ConfigError(f"{self.idx}: exists and does not say what it was made from; choose another name")
         _require_same(self.manifest, settings)
+        self.remove_parts()
         return True
 
     def journal(self, settings: dict[str, object]) -> Journal | None:
@@ -287,12 +288,18 @@ class Files:
     def publish(self, journal: Journal, dtype: type) -> None:
         """Put the finished files in place. Can be interrupted anywhere and done again."""
         size = journal.tokens * np.dtype(dtype).itemsize
-        if self.tokens.stat().st_size == size:
+        if self.tokens.stat().st_size >= size:  # else it went into place already, and this one is the lock's
+            os.truncate(self.tokens, size)
             os.replace(self.tokens, self.bin)
-        write_index(self.idx, np.fromfile(self.sizes, "<i4"), dtype)
+        if self.bin.stat().st_size != size:
+            raise ConfigError(f"{self.bin}: is not the file that {self.progress} speaks of; delete both to start over")
+        write_index(self.idx, np.fromfile(self.sizes, "<i4", journal.documents), dtype)
         manifest = {"documents": journal.documents, "tokens": journal.tokens, **asdict(journal)}
         _replace(self.manifest, {key: manifest[key] for key in ("documents", "tokens", "settings", "counts")})
         self.progress.unlink()
+        self.remove_parts()
+
+    def remove_parts(self) -> None:
         for path in (self.sizes, self.tokens):
             path.unlink(missing_ok=True)
 

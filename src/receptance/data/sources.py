@@ -54,7 +54,7 @@ class Source(Protocol):
     @property
     def size(self) -> int: ...
     def identity(self) -> dict[str, object]:
-        """What tells whether the content has changed: bytes, time of change, a hash."""
+        """What tells whether the content has changed."""
 
     def pieces(self, position: int = 0) -> Iterator[Piece]: ...
 
@@ -196,9 +196,35 @@ def _uncompressed(raw: IO[bytes], path: Path) -> IO[bytes]:
     if path.suffix == ".gz":
         return cast(IO[bytes], gzip.open(raw))
     if path.suffix == ".zst":
-        zstandard = _needed("zstandard", path)
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
+        return io.BufferedReader(_Zstandard(raw, _needed("zstandard", path)))
     return raw
+
+
+class _Zstandard(io.RawIOBase):
+    """Frames one after another. The library's own reader does not notice that the last one is cut short."""
+
+    def __init__(self, raw: IO[bytes], zstandard: Any):
+        self._raw, self._library = raw, zstandard
+        self._frame: Any = None
+        self._text = self._rest = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._text:
+            block = self._rest or self._raw.read(1 << 17)
+            if not block:
+                if self._frame is not None:
+                    raise EOFError("the file ends inside a frame")
+                return 0
+            self._frame = self._frame or self._library.ZstdDecompressor().decompressobj()
+            self._text, self._rest = self._frame.decompress(block), b""
+            if self._frame.eof:
+                self._rest, self._frame = self._frame.unused_data, None
+        size = min(len(buffer), len(self._text))
+        buffer[:size], self._text = self._text[:size], self._text[size:]
+        return size
 
 
 def _damage(name: str) -> tuple[type[Exception], ...]:
@@ -358,10 +384,11 @@ def _needed(module: str, name: str | Path) -> Any:
 
 
 def file_identity(path: Path) -> dict[str, object]:
-    """Bytes, time of last change and a SHA-256 of 64 blocks spread over the file: all of it up to 64 MiB."""
+    """Bytes and SHA-256; above 64 MiB of 64 blocks spread over the file, and the time of its last change as well."""
     digest, facts = hashlib.sha256(), path.stat()
     with open(path, "rb") as file:
         for i in range(SAMPLED):
             file.seek(max(i << 20, (facts.st_size - (1 << 20)) * i // (SAMPLED - 1)))
             digest.update(file.read(1 << 20))
-    return {"bytes": facts.st_size, "modified": facts.st_mtime_ns, "sha256": digest.hexdigest()}
+    identity: dict[str, object] = {"bytes": facts.st_size, "sha256": digest.hexdigest()}
+    return identity if facts.st_size <= SAMPLED << 20 else {**identity, "modified": facts.st_mtime_ns}
