@@ -32,6 +32,12 @@ MORE = {
     "segments and fsdp": ("model.version=7", "run.segment_len=10", "parallel.kind=fsdp"),
     "segments and ddp": ("model.version=4", "run.segment_len=10", "run.accumulate=3"),
     "segments and context": ("model.version=7", "run.segment_len=8", "parallel.context=4"),
+    "documents, segments and context": (
+        "model.version=7", "data.packing=documents", "run.segment_len=8", "parallel.context=2",
+    ),
+    "resets, context and fsdp": (
+        "model.version=4", "data.packing=resets", "parallel.context=2", "parallel.kind=fsdp", "optim.ema=0.9",
+    ),
     "truncated segments and ddp": ("model.version=7", "run.segment_len=10", "run.segment_gradients=truncated"),
 }  # fmt: skip
 ALONE = ("parallel.kind", "parallel.shard_size", "parallel.context", "run.segment_len", "run.activation_checkpointing")
