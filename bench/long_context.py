@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from receptance.models import RWKV, VERSIONS, State
+from receptance.training.batch import Batch
 from receptance.training.config import OptimConfig
 from receptance.training.optim import build_optimizer, set_learning_rate
 from receptance.training.segments import exact_backward, spacing
@@ -72,25 +73,25 @@ class Trainer:
     def autocast(self) -> Any:
         return torch.autocast("cuda", torch.bfloat16) if self.device == "cuda" else nullcontext()
 
-    def data(self, rows: int, t: int) -> tuple[Tensor, Tensor]:
+    def data(self, rows: int, t: int) -> Batch:
         generator = torch.Generator().manual_seed(t)
         text = torch.randint(SHAPES[self.device][0], (rows, t + 1), generator=generator).to(self.device)
-        return text[:, :-1], text[:, 1:]
+        return Batch.of(text[:, :-1], text[:, 1:])
 
-    def loss(self, tokens: Tensor, targets: Tensor, state: State | None) -> tuple[Tensor, State]:
+    def loss(self, batch: Batch, state: State | None) -> tuple[Tensor, State]:
         with self.autocast():
-            return self.model.loss(tokens, targets, state)
+            return self.model.loss(batch.tokens, batch.targets, state, total=batch.n_targets)
 
-    def advance(self, tokens: Tensor, state: State | None) -> State:
+    def advance(self, batch: Batch, state: State | None) -> State:
         with self.autocast():
-            return self.model.hidden(tokens, state, lengths=None, resets=None, backend="auto")[1]
+            return self.model.hidden(batch.tokens, state, lengths=None, resets=None, backend="auto")[1]
 
-    def plain(self, tokens: Tensor, targets: Tensor) -> None:
-        self.loss(tokens, targets, None)[0].backward()  # type: ignore[no-untyped-call]
+    def plain(self, batch: Batch) -> None:
+        self.loss(batch, None)[0].backward()  # type: ignore[no-untyped-call]
 
-    def segmented(self, tokens: Tensor, targets: Tensor, length: int) -> None:
-        every = spacing(self.states, -(-tokens.shape[1] // length))
-        exact_backward(self.advance, self.loss, tokens, targets, length, keep_every=every, offload=self.states == "cpu")
+    def segmented(self, batch: Batch, length: int) -> None:
+        every = spacing(self.states, -(-batch.tokens.shape[1] // length))
+        exact_backward(self.advance, self.loss, batch, length, keep_every=every, offload=self.states == "cpu")
 
     def update(self) -> None:
         self.optimizer.step()
@@ -117,9 +118,9 @@ class Trainer:
 
 def check(trainer: Trainer, length: int) -> float:
     """The largest difference of a gradient of the segments from the plain one, as a share of its norm."""
-    tokens, targets = trainer.data(1, 2 * length + length // 2)
+    batch = trainer.data(1, 2 * length + length // 2)
     found = []
-    for work in (lambda: trainer.plain(tokens, targets), lambda: trainer.segmented(tokens, targets, length)):
+    for work in (lambda: trainer.plain(batch), lambda: trainer.segmented(batch, length)):
         work()
         found.append({name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None})
         trainer.optimizer.zero_grad(set_to_none=True)
@@ -133,10 +134,10 @@ def check(trainer: Trainer, length: int) -> float:
 def by_rows(trainer: Trainer, n_tokens: int, lengths: list[int]) -> dict[str, Row]:
     results: dict[str, Row] = {}
     for t in lengths:
-        tokens, targets = trainer.data(n_tokens // t, t)
+        batch = trainer.data(n_tokens // t, t)
 
-        def work(tokens: Tensor = tokens, targets: Tensor = targets) -> None:
-            trainer.plain(tokens, targets)
+        def work(batch: Batch = batch) -> None:
+            trainer.plain(batch)
             trainer.update()
 
         seconds, peak = trainer.measured(work)
@@ -151,10 +152,10 @@ def by_rows(trainer: Trainer, n_tokens: int, lengths: list[int]) -> dict[str, Ro
 def by_segments(trainer: Trainer, length: int, lengths: list[int]) -> dict[str, Row]:
     results: dict[str, Row] = {}
     for t in lengths:
-        tokens, targets = trainer.data(1, t)
+        batch = trainer.data(1, t)
 
-        def work(tokens: Tensor = tokens, targets: Tensor = targets) -> None:
-            trainer.segmented(tokens, targets, length)
+        def work(batch: Batch = batch) -> None:
+            trainer.segmented(batch, length)
             trainer.update()
 
         seconds, peak = trainer.measured(work)

@@ -9,6 +9,7 @@ from processes import run
 from test_segments import comparable, data, gradients, lively, random_state
 
 from receptance.models import RWKV4, State
+from receptance.training.batch import Batch
 from receptance.training.context import ContextParallel, cut_rows
 from receptance.training.loss import language_model_loss
 from receptance.training.segments import exact_backward
@@ -74,15 +75,18 @@ def compare_segments(version):
     tokens, targets = data(2, 48)
     language_model_loss(plain.forward(tokens)[0], targets).backward()
 
-    def advance(tokens, state):
-        return ranks.last_state(model.hidden(tokens, state, lengths=None, resets=None, backend=ranks)[1])
+    def advance(batch, state):
+        state = model.hidden(batch.tokens, state, lengths=None, resets=None, backend=ranks)[1]
+        return ranks.last_state(state)
 
-    def loss(tokens, targets, state):
-        logits, state = model.forward(tokens, state, backend=ranks)
-        return language_model_loss(logits, targets) / ranks.size, ranks.last_state(state)
+    def loss(batch, state):
+        part, state = model.loss(
+            batch.tokens, batch.targets, state, logit_penalty=1e-4, total=batch.n_targets, backend=ranks
+        )
+        return part, ranks.last_state(state)
 
-    piece = lambda x: torch.cat([s.chunk(ranks.size, 1)[ranks.rank] for s in x.split(16, 1)], 1)
-    exact_backward(advance, loss, piece(tokens), piece(targets), 4)
+    places = torch.cat([s.chunk(ranks.size)[ranks.rank] for s in torch.arange(48).split(16)])
+    exact_backward(advance, loss, Batch.of(tokens, targets).positions(places), 4)
     return {"gradients": difference(summed(gradients(model, State({}))), gradients(plain, State({})))}
 
 

@@ -32,6 +32,12 @@ MORE = {
     "segments and fsdp": ("model.version=7", "run.segment_len=10", "parallel.kind=fsdp"),
     "segments and ddp": ("model.version=4", "run.segment_len=10", "run.accumulate=3"),
     "segments and context": ("model.version=7", "run.segment_len=8", "parallel.context=4"),
+    "documents, segments and context": (
+        "model.version=7", "data.packing=documents", "run.segment_len=8", "parallel.context=2",
+    ),
+    "resets, context and fsdp": (
+        "model.version=4", "data.packing=resets", "parallel.context=2", "parallel.kind=fsdp", "optim.ema=0.9",
+    ),
     "truncated segments and ddp": ("model.version=7", "run.segment_len=10", "run.segment_gradients=truncated"),
 }  # fmt: skip
 ALONE = ("parallel.kind", "parallel.shard_size", "parallel.context", "run.segment_len", "run.activation_checkpointing")
@@ -130,11 +136,14 @@ def test_four_processes_reproduce_the_run_of_one_in_every_combination(more, tmp_
 @pytest.mark.parametrize("sizes", [(2,), pytest.param((2, 3, 1), marks=pytest.mark.slow)])
 def test_a_run_sharded_over_four_goes_on_with_fewer_or_more(folder, tmp_path, sizes):
     """The first two steps were saved by four, in the background; each number of processes takes one or more."""
-    shutil.copytree(folder / "four", tmp_path / "four")
+    saved = shutil.copytree(folder / "four" / "run", tmp_path / "saved")  # the other case starts from there too
     for until, size in zip((3, 4, 9)[-len(sizes) :], sizes):
-        run(size, go_on, tmp_path, tmp_path, "four", until, "parallel.kind=fsdp", "run.save_every=1")
+        run(size, go_on, tmp_path, folder, "four", until, "parallel.kind=fsdp", "run.save_every=1")
+    found = losses(folder, "four")
+    shutil.rmtree(folder / "four" / "run")
+    shutil.move(saved, folder / "four" / "run")
     train(config_of(tmp_path, "alone"), Listener())
-    assert losses(tmp_path, "four") == pytest.approx(losses(tmp_path, "alone"), rel=SAME)
+    assert found == pytest.approx(losses(tmp_path, "alone"), rel=SAME)
 
 
 @pytest.mark.slow

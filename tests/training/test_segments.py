@@ -5,6 +5,7 @@ import torch
 from test_memory import Live
 
 from receptance.models import RWKV, VERSIONS, State, apply_recipe
+from receptance.training.batch import Batch
 from receptance.training.loss import language_model_loss
 from receptance.training.segments import exact_backward, spacing, truncated_backward
 
@@ -40,13 +41,12 @@ class Parts:
         self.model = model
         self.forwards = 0
 
-    def advance(self, tokens, state):
+    def advance(self, batch, state):
         self.forwards += 1
-        return self.model.hidden(tokens, state, lengths=None, resets=None, backend="auto")[1]
+        return self.model.hidden(batch.tokens, state, lengths=None, resets=None, backend="auto")[1]
 
-    def loss(self, tokens, targets, state):
-        logits, state = self.model.forward(tokens, state)
-        return language_model_loss(logits, targets), state
+    def loss(self, batch, state):
+        return self.model.loss(batch.tokens, batch.targets, state, logit_penalty=1e-4, total=batch.n_targets)
 
 
 def data(rows=2, t=50):
@@ -85,7 +85,7 @@ def test_exact_segments_equal_the_plain_backward(version, keep_every):
     model, start = lively(version), random_state(plain, 2)
     parts = Parts(model)
     loss, after = exact_backward(
-        parts.advance, parts.loss, tokens, targets, 7, state=start, keep_every=keep_every, offload=True
+        parts.advance, parts.loss, Batch.of(tokens, targets), 7, state=start, keep_every=keep_every, offload=True
     )
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
     assert_same(gradients(model, start), gradients(plain, whole))
@@ -100,13 +100,13 @@ def test_dropout_is_the_same_in_both_passes(version):
     model.dropout = other.dropout = 0.3
     torch.manual_seed(5)
     parts = Parts(model)
-    loss, _ = exact_backward(parts.advance, parts.loss, tokens, targets, 6, keep_every=2)
+    loss, _ = exact_backward(parts.advance, parts.loss, Batch.of(tokens, targets), 6, keep_every=2)
 
     torch.manual_seed(5)
     state, total = None, torch.zeros(())
-    for x, y in zip(tokens.split(6, 1), targets.split(6, 1)):
-        part, state = Parts(other).loss(x, y, state)
-        total = total + part * x.shape[1] / 20
+    for piece in Batch.of(tokens, targets).segments(6):
+        part, state = Parts(other).loss(piece, state)
+        total = total + part
     total.backward()
     assert loss.item() == pytest.approx(total.item(), rel=1e-12)
     assert_same(gradients(model, State({})), gradients(other, State({})))
@@ -115,7 +115,7 @@ def test_dropout_is_the_same_in_both_passes(version):
 def test_truncated_segments_cut_the_gradient_and_not_the_state():
     tokens, targets = data()
     model = lively("7")
-    loss, _ = truncated_backward(Parts(model).loss, tokens, targets, 7)
+    loss, _ = truncated_backward(Parts(model).loss, Batch.of(tokens, targets), 7)
     other = lively("7")
     state, total = None, 0.0
     for x, y in zip(tokens.split(7, 1), targets.split(7, 1)):
@@ -142,7 +142,7 @@ def test_a_tuned_initial_state_is_taught_through_all_segments():
     plain, model = with_state(), with_state()
     language_model_loss(plain.forward(tokens)[0], targets).backward()
     parts = Parts(model)
-    exact_backward(parts.advance, parts.loss, tokens, targets, 9)
+    exact_backward(parts.advance, parts.loss, Batch.of(tokens, targets), 9)
     assert plain.blocks[0].att.time_state.grad.abs().max() > 0
     assert_same(gradients(model, State({})), gradients(plain, State({})))
 
@@ -152,7 +152,7 @@ def test_forward_passes_are_as_promised():
     tokens, targets = data(1, 64)
     for keep_every, expected in ((1, 15), (4, 15 + 12)):
         parts = Parts(lively("6"))
-        exact_backward(parts.advance, parts.loss, tokens, targets, 4, keep_every=keep_every)
+        exact_backward(parts.advance, parts.loss, Batch.of(tokens, targets), 4, keep_every=keep_every)
         assert parts.forwards == expected
     assert (spacing("sqrt", 100), spacing("device", 100), spacing("sqrt", 1)) == (10, 1, 1)
 
@@ -163,9 +163,9 @@ def test_memory_grows_by_a_state_per_segment_alone(version):
     model, peaks = lively(version, torch.float32), []
     for t in (128, 512):
         parts, (tokens, targets) = Parts(model), data(1, t)
-        exact_backward(parts.advance, parts.loss, tokens, targets, 32)  # gradients exist from now on
+        exact_backward(parts.advance, parts.loss, Batch.of(tokens, targets), 32)  # gradients exist from now on
         with Live() as live:
-            exact_backward(parts.advance, parts.loss, tokens, targets, 32)
+            exact_backward(parts.advance, parts.loss, Batch.of(tokens, targets), 32)
         peaks.append(live.peak)
     states = 12 * model.zero_state(1).nbytes
     random_states = 12 * torch.get_rng_state().nbytes
@@ -188,6 +188,6 @@ def test_the_last_pass_alone_is_marked_for_averaging():
             pass
 
     parts = Parts(lively("4"))
-    exact_backward(parts.advance, parts.loss, tokens, targets, 7, around=Around)
-    truncated_backward(parts.loss, tokens, targets, 7, around=Around)
+    exact_backward(parts.advance, parts.loss, Batch.of(tokens, targets), 7, around=Around)
+    truncated_backward(parts.loss, Batch.of(tokens, targets), 7, around=Around)
     assert marks == [False, False, True, False, False, True]

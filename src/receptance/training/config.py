@@ -29,17 +29,26 @@ class ModelConfig:
 class DataConfig:
     """What to train on. Paths are relative to `root`, which is relative to the config file.
 
-    train: .txt, .jsonl (also .xz, .gz), or NAME of a NAME.bin and .idx. repeat: how often each file goes in, per epoch.
+    train: texts and tables that `receptance data prepare` takes, or NAME of a NAME.bin and .idx.
+    repeat: how often each goes in, per epoch. weights: each is a source of its own with this share of the rows.
+    column, separator, skip_bad, processes: how texts are read, as for `receptance data prepare`.
     tokenizer: "bpe" (trained on the training text, up to `vocab_size` ids), "world", "byte", or a path.
-    order: "shuffled" windows, or the community trainer's "cubic" order.
+    packing: "contiguous" windows of the stream, the same with "resets" between documents, or whole "documents".
+    order: of windows: "shuffled", or the community trainer's "cubic" order.
     """
 
     train: tuple[str, ...] = ()
     root: str = "."
     valid: dict[str, str] = field(default_factory=dict)
     repeat: tuple[int, ...] = ()
+    weights: tuple[float, ...] = ()
+    column: str = "text"
+    separator: str | None = None
+    skip_bad: bool = False
+    processes: int = 1
     tokenizer: str = "bpe"
     vocab_size: int = 4096
+    packing: str = "contiguous"
     order: str = "shuffled"
 
 
@@ -225,6 +234,10 @@ def check(config: TrainConfig) -> None:
         ("model.head_size", config.model.head_size, config.model.version == "4"
          or (config.model.head_size >= 1 and config.model.n_embd % config.model.head_size == 0)),
         ("data.repeat", config.data.repeat, all(count >= 1 for count in config.data.repeat)),
+        ("data.weights", config.data.weights, all(weight > 0 for weight in config.data.weights)
+         and len(config.data.weights) in (0, len(config.data.train))),
+        ("data.processes", config.data.processes, config.data.processes >= 1),
+        ("data.packing", config.data.packing, config.data.packing in ("contiguous", "resets", "documents")),
         ("data.vocab_size", config.data.vocab_size, config.data.vocab_size >= 257),
         ("data.order", config.data.order, config.data.order in ("shuffled", "cubic")),
         ("optim.optimizer", config.optim.optimizer, config.optim.optimizer in ("adamw", "muon")),

@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from receptance.errors import ConfigError
 from receptance.models import RWKV, State
 from receptance.ops import Operators
+from receptance.training.batch import Batch
 from receptance.training.config import TrainConfig
 from receptance.training.context import ContextParallel, cut_rows
 
@@ -142,18 +143,15 @@ class Parallel:
             return module.no_sync()
         return nullcontext()  # FSDP scatters each pass's gradients: adding them up whole would cost the memory it saves
 
-    def share(self, tokens: Tensor) -> Tensor:
-        """This process's rows and positions of a batch [B, T]: together, all have the batch of one process alone."""
+    def share(self, batch: Batch) -> Batch:
+        """This process's rows and positions of a step: together, all have what one process alone would."""
         context, segment = self.config.parallel.context, self.config.run.segment_len
-        tokens = tokens.chunk(self.size // context)[self.rank // context]
+        batch = batch.rows(self.size // context)[self.rank // context]
         if self.ranks is None:
-            return tokens
-        pieces = tokens.split(segment or tokens.shape[1], 1)
-        return torch.cat([piece.tensor_split(context, 1)[self.ranks.rank] for piece in pieces], 1)
-
-    def weight(self, n_positions: int) -> float:
-        """What the mean loss over this process's positions of a row counts in the mean over processes."""
-        return n_positions * self.config.parallel.context / self.config.run.ctx_len
+            return batch
+        places = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
+        pieces = places.split(segment or len(places))
+        return batch.positions(torch.cat([piece.tensor_split(context)[self.ranks.rank] for piece in pieces]))
 
     def handed_on(self, state: State) -> State:
         """The state after a segment, for the one after it."""

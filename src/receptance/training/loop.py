@@ -13,13 +13,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from receptance.checkpoint import load, save
-from receptance.data import ORDERS, BinIdx, CubicWindows, ShuffledWindows, documents, prepare
+from receptance.data import BinIdx, documents
 from receptance.errors import CheckpointError, ConfigError
 from receptance.models import RWKV, VERSIONS, apply_recipe
 from receptance.tokenizers import tokenizer as open_tokenizer
 from receptance.tokenizers import train_bpe
 from receptance.tokenizers.base import Tokenizer
+from receptance.training.batch import Batch
 from receptance.training.config import TrainConfig, to_json
+from receptance.training.data import TrainingData, is_token_file, open_data, source_path
 from receptance.training.distributed import Parallel
 from receptance.training.evaluate import Loss
 from receptance.training.memory import plan_memory
@@ -50,9 +52,8 @@ class Run:
     out: Path
     device: torch.device
     tokenizer: Tokenizer
-    train: BinIdx
+    data: TrainingData
     valid: dict[str, BinIdx]
-    order: ShuffledWindows | CubicWindows
     model: RWKV
     optimizer: Optimizer
     parallel: Parallel
@@ -66,15 +67,16 @@ class Run:
     def autocast(self) -> AbstractContextManager[object]:
         return autocast(self.config, self.device)
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of one step, [B, T] each on the device."""
-        size, t = self.config.run.batch_size, self.config.run.ctx_len
-        starts = [self.order.start(step * size + row) for row in range(size)]
-        rows = np.stack([np.asarray(self.train.tokens[s : s + t + 1], np.int64) for s in starts])
-        tokens = torch.from_numpy(rows)
-        if self.device.type == "cuda":
-            tokens = tokens.pin_memory().to(self.device, non_blocking=True)
-        return tokens[:, :-1], tokens[:, 1:]
+    def batch(self, step: int) -> Batch:
+        """All of one step, on the device."""
+        size = self.config.run.batch_size
+        rows = self.data.rows(range(step * size, (step + 1) * size))
+        resets = None if rows.resets is None else self._to_device(rows.resets)
+        return Batch.of(self._to_device(rows.inputs), self._to_device(rows.targets), resets)
+
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
 
 def precision(config: TrainConfig, device: torch.device) -> str:
@@ -203,8 +205,7 @@ def set_up(config: TrainConfig, reporter: Reporter) -> Run:
             _drop_other_text(out, config)
             (out / "config.json").write_text(to_json(config))
         tokenizer = _tokenizer(config, out, reporter)
-        data = _data(config, out, tokenizer, reporter)
-    train_data = data.pop("train")
+        data, valid = open_data(config, out, tokenizer, reporter.message)
     torch.manual_seed(config.run.seed)
     model = parallel.shard(_model(config, tokenizer, torch.device("cpu")))
     model.dropout = config.optim.dropout
@@ -212,15 +213,16 @@ def set_up(config: TrainConfig, reporter: Reporter) -> Run:
     optim = config.optim
     recipe = type(model).recipe(model.config, optim.lr)  # type: ignore[attr-defined]
     optimizer = build_optimizer(model, recipe, optim)
-    order = ORDERS[config.data.order](len(train_data.tokens), config.run.ctx_len, config.run.seed)
     size = sum(p.numel() for p in model.parameters())
     reporter.message(
-        f"RWKV-{model.config.version} with {size:,} parameters on {device}; {len(train_data.tokens):,} training "
+        f"RWKV-{model.config.version} with {size:,} parameters on {device}; {data.n_tokens:,} training "
         f"tokens, {config.steps:,} steps of {config.run.batch_size} × {config.run.ctx_len}"
     )
+    for line in data.report(config.steps * config.run.batch_size):
+        reporter.message(line)
     passes = Passes(config, model, parallel, autocast=lambda: autocast(config, device))
     model.train()
-    return Run(config, out, device, tokenizer, train_data, data, order, model, optimizer, parallel, passes)
+    return Run(config, out, device, tokenizer, data, valid, model, optimizer, parallel, passes)
 
 
 def finish(run: Run, steps: int, log: Log, reporter: Reporter, sampler: Sampler | None) -> Path:
@@ -284,6 +286,7 @@ def _refuse_other_run(out: Path, config: TrainConfig) -> None:
         "kind",
         "shard_size",
         "context",
+        "processes",
     }
     for section in new:
         for key, value in new[section].items():
@@ -326,37 +329,18 @@ def _tokenizer(config: TrainConfig, out: Path, reporter: Reporter) -> Tokenizer:
                 f"data.tokenizer = 'bpe' would make new ids that mean nothing to {config.model.init}; "
                 "name the tokenizer it was trained with (its folder, or world)"
             )
-        if any((Path(data.root) / (name + ".idx")).exists() for name in data.train):
+        if any(is_token_file(data, name) for name in data.train):
             raise ConfigError("data.tokenizer = 'bpe' needs text; name the tokenizer that made the .bin and .idx files")
         reporter.message(f"training a tokenizer with {data.vocab_size:,} ids on the training text")
-        files = [Path(data.root) / name for name in data.train]
-        tokenizer: Tokenizer = train_bpe((text for path in files for text in documents(path)), data.vocab_size)
+        files = [source_path(data, name) for name in data.train]
+        texts = (text for path in files for text in documents(path, data.column, data.separator, data.skip_bad))
+        tokenizer: Tokenizer = train_bpe(texts, data.vocab_size)
     elif data.tokenizer in ("world", "pile", "byte"):
         tokenizer = open_tokenizer(data.tokenizer)
     else:
         tokenizer = open_tokenizer(Path(data.root) / data.tokenizer)
     tokenizer.save(folder)
     return tokenizer
-
-
-def _data(config: TrainConfig, out: Path, tokenizer: Tokenizer, reporter: Reporter) -> dict[str, BinIdx]:
-    """The training stream under "train", the validation sets under their names; tokenised once into `out`/data."""
-    data, root = config.data, Path(config.data.root)
-    wanted = {"train": list(data.train), **{name: [path] for name, path in data.valid.items()}}
-    files = {}
-    for name, paths in wanted.items():
-        sources = [root / path for path in paths]
-        if len(sources) == 1 and sources[0].with_name(sources[0].name + ".idx").exists():
-            files[name] = BinIdx(sources[0])
-            if (top := int(files[name].tokens.max())) >= tokenizer.vocab_size:
-                raise ConfigError(f"{sources[0]}: holds token {top}; the tokenizer has {tokenizer.vocab_size} ids")
-            continue
-        prefix = out / "data" / name
-        if not prefix.with_name(name + ".idx").exists():
-            reporter.message(f"tokenising {name}: {', '.join(paths)}")
-            prepare(sources, tokenizer, prefix, repeat=data.repeat if name == "train" else ())
-        files[name] = BinIdx(prefix)
-    return files
 
 
 def _model(config: TrainConfig, tokenizer: Tokenizer, device: torch.device) -> RWKV:

@@ -100,8 +100,8 @@ def _measure(run: "Run", rows: int) -> tuple[int, int]:
     def pack(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
         if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = storage.nbytes(), x
-        return x
+            seen[storage.data_ptr()] = storage.nbytes(), x.detach()
+        return x.detach()  # with its history, x would hold the graph that holds it
 
     def taken() -> int:
         if run.device.type == "cuda":

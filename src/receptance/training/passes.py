@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from receptance.models import RWKV, State
 from receptance.ops import Operators
+from receptance.training.batch import Batch
 from receptance.training.config import TrainConfig
 from receptance.training.distributed import Parallel
 from receptance.training.segments import exact_backward, spacing, truncated_backward
@@ -20,12 +21,16 @@ class WithLoss(nn.Module):
         self.model = model
         self._logit_penalty, self._backend = logit_penalty, backend
 
-    def forward(self, tokens: Tensor, targets: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        return self.model.loss(tokens, targets, state, logit_penalty=self._logit_penalty, backend=self._backend)
+    def forward(self, batch: Batch, state: State | None = None) -> tuple[Tensor, State]:
+        """The batch's part of the step's loss."""
+        return self.model.loss(
+            batch.tokens, batch.targets, state, resets=batch.resets, token_weights=batch.counted,
+            total=batch.n_targets, logit_penalty=self._logit_penalty, backend=self._backend,
+        )  # fmt: skip
 
 
 class Passes:
-    """`backward(tokens, targets, …)` adds the gradients of a part of the batch to the parameters."""
+    """`backward(batch, …)` adds the gradients of a part of the step to the parameters."""
 
     def __init__(
         self,
@@ -37,27 +42,22 @@ class Passes:
         self._run, self._model, self._parallel, self._autocast = config.run, model, parallel, autocast
         self._module = parallel.replicate(WithLoss(model, config.optim.logit_penalty, parallel.operators), model)
 
-    def backward(self, tokens: Tensor, targets: Tensor, share: float, last: bool) -> Tensor:
-        """Gradients of `share` times the mean loss over this process's tokens [B, t]; returns that product.
+    def backward(self, batch: Batch, last: bool) -> Tensor:
+        """Gradients of this part of the step's loss, times the number of processes; returns what they are of.
 
         last: no other pass of this step follows, and processes average their gradients.
         """
         parallel, run = self._parallel, self._run
-        share *= parallel.weight(tokens.shape[1])
 
-        def loss(tokens: Tensor, targets: Tensor, state: State | None) -> tuple[Tensor, State]:
+        def loss(batch: Batch, state: State | None) -> tuple[Tensor, State]:
             with self._autocast():
-                mean, after = self._module(tokens, targets, state)
-            return mean * share, after
+                part, after = self._module(batch, state)
+            return part * parallel.size, parallel.handed_on(after) if run.segment_len else after
 
-        def loss_and_state(tokens: Tensor, targets: Tensor, state: State | None) -> tuple[Tensor, State]:
-            mean, after = loss(tokens, targets, state)
-            return mean, parallel.handed_on(after)
-
-        def advance(tokens: Tensor, state: State | None) -> State:
+        def advance(batch: Batch, state: State | None) -> State:
             with self._autocast():
                 _, after, _, _ = self._model.hidden(
-                    tokens, state, lengths=None, resets=None, backend=parallel.operators
+                    batch.tokens, state, lengths=None, resets=batch.resets, backend=parallel.operators
                 )
             return parallel.handed_on(after)
 
@@ -66,14 +66,14 @@ class Passes:
 
         if not run.segment_len:
             with around(True):
-                mean, _ = loss(tokens, targets, None)
-                mean.backward()  # type: ignore[no-untyped-call]
-            return mean.detach()
+                part, _ = loss(batch, None)
+                part.backward()  # type: ignore[no-untyped-call]
+            return part.detach()
         length = run.segment_len // parallel.config.parallel.context
         if run.segment_gradients == "truncated":
-            return truncated_backward(loss_and_state, tokens, targets, length, around=around)[0]
-        n_segments = -(-tokens.shape[1] // length)
+            return truncated_backward(loss, batch, length, around=around)[0]
+        n_segments = -(-batch.tokens.shape[1] // length)
         return exact_backward(
-            advance, loss_and_state, tokens, targets, length, around=around,
+            advance, loss, batch, length, around=around,
             keep_every=spacing(run.segment_states, n_segments), offload=run.segment_states == "cpu",
         )[0]  # fmt: skip

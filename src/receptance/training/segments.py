@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from receptance.models import State
+from receptance.training.batch import Batch
 
-Advance = Callable[[Tensor, State | None], State]  # tokens [B, t], start → end state; without the head
-SegmentLoss = Callable[[Tensor, Tensor, State | None], tuple[Tensor, State]]  # tokens, targets, start → mean loss, end
+Advance = Callable[[Batch, State | None], State]  # segment, start → end state; without the head
+SegmentLoss = Callable[[Batch, State | None], tuple[Tensor, State]]  # segment, start → its part of the loss, end state
 
 
 def _apart(last: bool) -> AbstractContextManager[object]:
@@ -27,8 +28,7 @@ def _apart(last: bool) -> AbstractContextManager[object]:
 def exact_backward(
     advance: Advance,
     loss: SegmentLoss,
-    tokens: Tensor,
-    targets: Tensor,
+    batch: Batch,
     segment_len: int,
     *,
     state: State | None = None,
@@ -36,21 +36,21 @@ def exact_backward(
     offload: bool = False,
     around: Callable[[bool], AbstractContextManager[object]] = _apart,
 ) -> tuple[Tensor, State]:
-    """Add the gradients of the mean loss over all of tokens [B, T] to the parameters; returns that loss and the end.
+    """Add the gradients of the sum of the segments' losses to the parameters; returns that sum and the end state.
 
     Equal to one backward pass through the whole, dropout included. `state`, the start, gets its gradient too if it asks
     for one. keep_every: keep the state at every n-th border and make the others again from it, at the price of a third
     forward pass; about √(number of segments) is the least memory. offload: keep the states in main memory.
     around(last): a context around each segment's forward and backward pass (to average gradients in the last alone).
     """
-    pieces = list(zip(tokens.split(segment_len, 1), targets.split(segment_len, 1)))
-    device = tokens.device
+    pieces = batch.segments(segment_len)
+    device = batch.tokens.device
     starts: dict[int, State | None] = {0: state}
     noise, now = [], state
     with torch.no_grad():
-        for i, (inputs, _) in enumerate(pieces[:-1]):
+        for i, piece in enumerate(pieces[:-1]):
             noise.append(_random_state(device))
-            now = advance(inputs, now)
+            now = advance(piece, now)
             if (i + 1) % keep_every == 0:
                 starts[i + 1] = now.to("cpu") if offload else now
     noise.append(_random_state(device))
@@ -65,16 +65,14 @@ def exact_backward(
         if i:
             assert start is not None
             start = _leaves(start.to(device))
-        inputs, wanted = pieces[i]
         with around(i == 0):
             _set_random_state(noise[i], device)
-            mean, after = loss(inputs, wanted, start)
-            share = mean * (inputs.shape[1] / tokens.shape[1])
+            part, after = loss(pieces[i], start)
             names = [name for name in pull if after[name].requires_grad]
-            torch.autograd.backward([share, *(after[name] for name in names)], [None, *(pull[name] for name in names)])
+            torch.autograd.backward([part, *(after[name] for name in names)], [None, *(pull[name] for name in names)])
         if i and start is not None:
             pull = {name: x.grad for name, x in start.items() if x.grad is not None}
-        total = total + share.detach()
+        total = total + part.detach()
         end = end or after.detach()
     assert end is not None
     return total, end
@@ -82,23 +80,21 @@ def exact_backward(
 
 def truncated_backward(
     loss: SegmentLoss,
-    tokens: Tensor,
-    targets: Tensor,
+    batch: Batch,
     segment_len: int,
     *,
     state: State | None = None,
     around: Callable[[bool], AbstractContextManager[object]] = _apart,
 ) -> tuple[Tensor, State]:
     """As `exact_backward`, but no gradient crosses a border: the past is read, and not taught. One forward pass."""
-    total = torch.zeros((), device=tokens.device)
-    pieces = list(zip(tokens.split(segment_len, 1), targets.split(segment_len, 1)))
-    for i, (inputs, wanted) in enumerate(pieces, 1):
+    total = torch.zeros((), device=batch.tokens.device)
+    pieces = batch.segments(segment_len)
+    for i, piece in enumerate(pieces, 1):
         with around(i == len(pieces)):
-            mean, after = loss(inputs, wanted, state)
-            share = mean * (inputs.shape[1] / tokens.shape[1])
-            share.backward()  # type: ignore[no-untyped-call]
+            part, after = loss(piece, state)
+            part.backward()  # type: ignore[no-untyped-call]
         state = after.detach()
-        total = total + share.detach()
+        total = total + part.detach()
     assert state is not None
     return total, state
 
@@ -114,7 +110,7 @@ def _fill(
     i: int,
     keep_every: int,
     advance: Advance,
-    pieces: list[tuple[Tensor, Tensor]],
+    pieces: list[Batch],
     noise: list[list[Tensor]],
     device: torch.device,
 ) -> None:
@@ -124,7 +120,7 @@ def _fill(
     now = now.to(device) if now is not None else None
     for j in range(first, i):
         _set_random_state(noise[j], device)
-        now = advance(pieces[j][0], now)
+        now = advance(pieces[j], now)
         starts[j + 1] = now
 
 
