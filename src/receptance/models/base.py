@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from receptance.models.state import State
+from receptance.ops import Operators, form_of
 from receptance.ops.head_loss import head_loss
 from receptance.ops.norm import add_norm, layer_norm
 from receptance.ops.pieces import upcast
@@ -45,14 +46,19 @@ class Call:
     """
 
     lengths: Tensor | None = None
-    backend: str = "auto"
+    backend: str | Operators = "auto"
     dropout: float = 0.0
     resets: Tensor | None = None
     cheap: Recompute = field(default_factory=Recompute)
 
+    @property
+    def form(self) -> str:
+        """The name that fused pieces choose by."""
+        return form_of(self.backend)
+
     def fused(self, piece: Callable[..., Any], *inputs: Any) -> Any:
         """Call a fused piece of `receptance.ops` with this call's back end; its results are not kept."""
-        return self.cheap(partial(piece, backend=self.backend), *inputs)
+        return self.cheap(partial(piece, backend=self.form), *inputs)
 
     def shift(self, x: Tensor, last: Tensor, mixes: Sequence[Tensor], present: bool = False) -> list[Tensor]:
         """x blended with its predecessors by each of `mixes`; nothing crosses from one document into the next."""
@@ -68,8 +74,8 @@ class Call:
         if self.dropout:
             x = self.drop(x + mixed)
             return x, self.norm(x, norm)
-        x, normed = add_norm(x, mixed, norm.weight, norm.bias, norm.eps, backend=self.backend)
-        self.cheap.remember(normed, partial(layer_norm, backend=self.backend), x, norm.weight, norm.bias, norm.eps)
+        x, normed = add_norm(x, mixed, norm.weight, norm.bias, norm.eps, backend=self.form)
+        self.cheap.remember(normed, partial(layer_norm, backend=self.form), x, norm.weight, norm.bias, norm.eps)
         return x, normed
 
     def drop(self, x: Tensor) -> Tensor:
@@ -182,7 +188,7 @@ class RWKV(nn.Module):
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
         last_only: bool = False,
-        backend: str = "auto",
+        backend: str | Operators = "auto",
     ) -> tuple[Tensor, State]:
         """Run T tokens on from `state` (None: from the start).
 
@@ -192,7 +198,7 @@ class RWKV(nn.Module):
         resets [B, T] or [T], bool: true at the first token of a document inside a row; it sees nothing before it, the
         given state included.
         last_only: logits of each row's last token alone, [V] or [B, V].
-        backend: "auto", or a name of `receptance.ops.BACKENDS`.
+        backend: "auto", a name of `receptance.ops.BACKENDS`, or an object with the operators.
         The returned state always has a batch axis (B = 1 for [T]). Raises ValueError on an empty or out-of-range input.
         """
         x, state, single, lengths = self.hidden(tokens, state, lengths=lengths, resets=resets, backend=backend)
@@ -212,7 +218,7 @@ class RWKV(nn.Module):
         token_weights: Tensor | None = None,
         total: Tensor | float | None = None,
         logit_penalty: float = 0.0,
-        backend: str = "auto",
+        backend: str | Operators = "auto",
     ) -> tuple[Tensor, State]:
         """Mean cross entropy in nats of the targets, both [B, T], and the state; logits are made block by block.
 
@@ -220,8 +226,9 @@ class RWKV(nn.Module):
         """
         x, state, _, _ = self.hidden(tokens, state, lengths=lengths, resets=resets, backend=backend)
         loss = head_loss(
-            x, self.head.weight, targets, logit_penalty, token_weights=token_weights, total=total, backend=backend
-        )
+            x, self.head.weight, targets, logit_penalty,
+            token_weights=token_weights, total=total, backend=form_of(backend),
+        )  # fmt: skip
         return loss, state
 
     def hidden(
@@ -231,7 +238,7 @@ class RWKV(nn.Module):
         *,
         lengths: Tensor | None,
         resets: Tensor | None,
-        backend: str,
+        backend: str | Operators,
     ) -> tuple[Tensor, State, bool, Tensor | None]:
         """Everything below the head: ([B, T, C] after ln_out, state, whether tokens had no batch axis, lengths)."""
         tokens = torch.as_tensor(tokens, dtype=torch.long, device=self.device)

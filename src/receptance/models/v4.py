@@ -104,8 +104,8 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, shift: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         xk, xr = call.shift(x, shift, [self.time_mix_k, self.time_mix_r], present=True)
-        k = relu_square(self.key(xk), backend=call.backend)  # [B, T, F]
-        return sigmoid_gate(self.receptance(xr), self.value(k), backend=call.backend), carry(x, shift, call)
+        k = relu_square(self.key(xk), backend=call.form)  # [B, T, F]
+        return sigmoid_gate(self.receptance(xr), self.value(k), backend=call.form), carry(x, shift, call)
 
 
 class PreBlock(nn.Module):

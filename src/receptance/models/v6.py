@@ -123,8 +123,8 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, shift: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         xk, xr = call.shift(x, shift, [self.time_maa_k, self.time_maa_r])
-        k = relu_square(self.key(xk), backend=call.backend)  # [B, T, F]
-        return sigmoid_gate(self.receptance(xr), self.value(k), backend=call.backend), carry(x, shift, call)
+        k = relu_square(self.key(xk), backend=call.form)  # [B, T, F]
+        return sigmoid_gate(self.receptance(xr), self.value(k), backend=call.form), carry(x, shift, call)
 
 
 class RWKV6(RWKV):
