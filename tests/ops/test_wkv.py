@@ -324,13 +324,3 @@ def test_no_reset_equals_no_resets(op):
     given = results(op, inputs, state, torch.Generator().manual_seed(1), resets=none)
     for a, b in zip(given, plain):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
-
-
-def test_a_back_end_without_resets_says_so(monkeypatch):
-    def wkv7(r, w, k, v, a, b, state):
-        raise AssertionError("must not be called")
-
-    monkeypatch.setitem(BACKENDS["wkv7"], "plain", wkv7)
-    inputs, state = draw("wkv7", 3)
-    with pytest.raises(ValueError, match=r"wkv7: the back end 'plain' cannot reset documents"):
-        call("wkv7", inputs, state, backend="plain", resets=torch.ones(2, 3, dtype=torch.bool))

@@ -9,7 +9,8 @@ from receptance.data import prepare
 from receptance.errors import ConfigError
 from receptance.tokenizers import tokenizer
 from receptance.training.data import open_data
-from receptance.training.loop import set_up, take_step
+from receptance.training.loop import set_up
+from receptance.training.step import Step
 
 
 def write_texts(folder):
@@ -70,7 +71,8 @@ def test_every_packing_learns(tmp_path, packing):
     run = set_up(
         configure(tmp_path, 'data.train=["large.jsonl"]', f"data.packing={packing}", "run.accumulate=2"), Listener()
     )
-    losses = [take_step(run, step).item() for step in range(15)]
+    step = Step(run, print)
+    losses = [step(i)[0].item() for i in range(15)]
     assert losses[-1] < losses[0] - 1.5
 
 
@@ -86,7 +88,8 @@ def test_accumulation_weighs_each_target_the_same_when_rows_are_padded(tmp_path)
         )  # fmt: skip
         padded = (run.batch(0)[1] < 0).sum(1)
         assert padded.unique().numel() > 1, "rows must differ for this to test anything"
-        after.append((take_step(run, 0).item(), torch.cat([p.detach().flatten() for p in run.model.parameters()])))
+        loss = Step(run, print)(0)[0].item()
+        after.append((loss, torch.cat([p.detach().flatten() for p in run.model.parameters()])))
     assert after[0][0] == pytest.approx(after[1][0], rel=1e-5)
     torch.testing.assert_close(after[0][1], after[1][1], rtol=1e-3, atol=1e-5)
 

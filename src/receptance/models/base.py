@@ -2,7 +2,9 @@
 
 import hashlib
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -10,6 +12,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from receptance.models.state import State
+from receptance.ops.head_loss import head_loss
+from receptance.ops.norm import add_norm, layer_norm
+from receptance.ops.pieces import upcast
+from receptance.ops.recompute import Recompute
+from receptance.ops.shift import shift_mix
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -34,22 +41,39 @@ class Call:
     """How one forward call runs, the same for every layer.
 
     lengths [B]: rows are padded at the end. resets [B, T]: true at the first token of a document, which sees nothing
-    before it.
+    before it. cheap: calls functions whose results need not be kept for the backward pass.
     """
 
     lengths: Tensor | None = None
     backend: str = "auto"
     dropout: float = 0.0
     resets: Tensor | None = None
+    cheap: Recompute = field(default_factory=Recompute)
+
+    def fused(self, piece: Callable[..., Any], *inputs: Any) -> Any:
+        """Call a fused piece of `receptance.ops` with this call's back end; its results are not kept."""
+        return self.cheap(partial(piece, backend=self.backend), *inputs)
+
+    def shift(self, x: Tensor, last: Tensor, mixes: Sequence[Tensor], present: bool = False) -> list[Tensor]:
+        """x blended with its predecessors by each of `mixes`; nothing crosses from one document into the next."""
+        mixed: list[Tensor] = self.fused(partial(shift_mix, resets=self.resets, present=present), x, last, mixes)
+        return mixed
+
+    def norm(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        out: Tensor = self.fused(layer_norm, x, norm.weight, norm.bias, norm.eps)
+        return out
+
+    def add(self, x: Tensor, mixed: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+        """The residual sum and its norm."""
+        if self.dropout:
+            x = self.drop(x + mixed)
+            return x, self.norm(x, norm)
+        x, normed = add_norm(x, mixed, norm.weight, norm.bias, norm.eps, backend=self.backend)
+        self.cheap.remember(normed, partial(layer_norm, backend=self.backend), x, norm.weight, norm.bias, norm.eps)
+        return x, normed
 
     def drop(self, x: Tensor) -> Tensor:
         return nn.functional.dropout(x, self.dropout) if self.dropout else x
-
-
-def token_shift(x: Tensor, last: Tensor, call: Call) -> Tensor:
-    """The previous position's vector, [B, T, C]; `last` [B, C] stands before position 0, zero before a document."""
-    previous = torch.cat([last[:, None].to(x.dtype), x[:, :-1]], 1)
-    return previous if call.resets is None else previous.masked_fill(call.resets[..., None], 0)
 
 
 def carry(x: Tensor, last: Tensor, call: Call) -> Tensor:
@@ -58,19 +82,6 @@ def carry(x: Tensor, last: Tensor, call: Call) -> Tensor:
         return x[:, -1]
     index = (call.lengths - 1).clamp(min=0)[:, None, None].expand(-1, 1, x.shape[2])
     return torch.where((call.lengths > 0)[:, None], x.gather(1, index).squeeze(1), last.to(x.dtype))
-
-
-def upcast(x: Tensor) -> Tensor:
-    """float32, unless already float64: the precision of decays, states and norms."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def group_norm(x: Tensor, norm: nn.GroupNorm) -> Tensor:
-    """GroupNorm over heads of [B, T, A], in at least float32, returned in x's dtype."""
-    y = nn.functional.group_norm(
-        upcast(x).flatten(0, 1), norm.num_groups, upcast(norm.weight), upcast(norm.bias), norm.eps
-    )
-    return y.view_as(x).to(x.dtype)
 
 
 class Block(nn.Module):
@@ -90,9 +101,9 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, v_first: Tensor | None, state: dict[str, Tensor], call: Call
     ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-        mixed, after = self.att(self.ln1(x), state, call)
-        x = call.drop(x + mixed)
-        mixed, shift = self.ffn(self.ln2(x), state["ffn_shift"], call)
+        mixed, after = self.att(call.norm(x, self.ln1), state, call)
+        x, normed = call.add(x, mixed, self.ln2)
+        mixed, shift = self.ffn(normed, state["ffn_shift"], call)
         return call.drop(x + mixed), v_first, {**after, "ffn_shift": shift}
 
 
@@ -114,6 +125,7 @@ class RWKV(nn.Module):
         self.ln_out = nn.LayerNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.activation_checkpointing = False  # recompute each block in the backward pass instead of keeping it
+        self.recompute: bool | None = None  # the elementwise work alone is recomputed; None: on a GPU
         self.dropout = 0.0  # in training mode: after the embedding and on the residual after each half block
         self._fingerprint: str | None = None
 
@@ -189,6 +201,29 @@ class RWKV(nn.Module):
         logits = self.head(x)
         return (logits[0] if single else logits), state
 
+    def loss(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        state: State | None = None,
+        *,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        token_weights: Tensor | None = None,
+        total: Tensor | float | None = None,
+        logit_penalty: float = 0.0,
+        backend: str = "auto",
+    ) -> tuple[Tensor, State]:
+        """Mean cross entropy in nats of the targets, both [B, T], and the state; logits are made block by block.
+
+        lengths, resets: as in `forward`. token_weights, total, logit_penalty: as in `receptance.ops.head_loss`.
+        """
+        x, state, _, _ = self.hidden(tokens, state, lengths=lengths, resets=resets, backend=backend)
+        loss = head_loss(
+            x, self.head.weight, targets, logit_penalty, token_weights=token_weights, total=total, backend=backend
+        )
+        return loss, state
+
     def hidden(
         self,
         tokens: list[int] | Tensor,
@@ -229,7 +264,12 @@ class RWKV(nn.Module):
         after = []
         for i, block in enumerate(self.blocks):
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x, v_first, new = checkpoint(block, x, v_first, state.layer(i), call, use_reentrant=False)
+                x, v_first, new = checkpoint(
+                    block, x, v_first, state.layer(i), call, use_reentrant=False, preserve_rng_state=call.dropout > 0
+                )
+            elif x.is_cuda if self.recompute is None else self.recompute:
+                with call.cheap:
+                    x, v_first, new = block(x, v_first, state.layer(i), call)
             else:
                 x, v_first, new = block(x, v_first, state.layer(i), call)
             after.append(new)

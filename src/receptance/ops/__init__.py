@@ -11,7 +11,6 @@ resets [B, T] (bool) is true at the first token of each document: for it and wha
 it is forgotten, the start state too.
 """
 
-import inspect
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from receptance.ops.pieces import PIECES, uses_triton
 from receptance.ops.wkv4 import chunk as chunk4
 from receptance.ops.wkv4 import naive as naive4
 from receptance.ops.wkv4.naive import EMPTY, State4
@@ -37,17 +37,17 @@ BACKENDS: dict[str, dict[str, Callable[..., Any]]] = {
 }
 
 # Back ends that need a GPU: operator → name → module of the function, imported on first use.
-GPU_BACKENDS: dict[str, dict[str, str]] = {
-    "wkv4": {"triton": "receptance.ops.wkv4.triton"},
-    "wkv6": {"triton": "receptance.ops.wkv6.triton"},
-    "wkv7": {"triton": "receptance.ops.wkv7.triton"},
-}
+GPU_BACKENDS: dict[str, dict[str, str]] = {op: {"triton": PIECES[op]} for op in BACKENDS}
+WIDEST_HEAD = 128  # of the Triton forms
 
 
-def choose_backend(op: str, backend: str, n_tokens: int) -> str:
-    """The back end that `backend` ("auto" or a name of the tables) means for this many tokens."""
+def choose_backend(op: str, backend: str, x: Tensor) -> str:
+    """The back end that `backend` ("auto" or a name of the tables) means for inputs like x [B, T, ...]."""
     if backend == "auto":
-        return "naive" if n_tokens == 1 else "chunk"
+        if x.shape[1] == 1:
+            return "naive"
+        fits = x.dim() == 3 or x.shape[-1] <= WIDEST_HEAD
+        return "triton" if fits and uses_triton(op, x) else "chunk"
     known = {**BACKENDS[op], **GPU_BACKENDS[op]}
     if backend not in known:
         raise ValueError(f"{op} has no back end {backend!r}; it has {sorted(known)} and 'auto'")
@@ -56,7 +56,7 @@ def choose_backend(op: str, backend: str, n_tokens: int) -> str:
 
 def _run(op: str, backend: str, inputs: tuple[Tensor, ...], *rest: Any, resets: Tensor | None) -> tuple[Tensor, Any]:
     """Call the back end: in float64 or float32, but a GPU kernel takes half-precision inputs as they are."""
-    name = choose_backend(op, backend, inputs[2].shape[1])  # wkv4's v, the others' k
+    name = choose_backend(op, backend, inputs[2])  # wkv4's v, the others' k
     if name in GPU_BACKENDS[op]:
         function = getattr(import_module(GPU_BACKENDS[op][name]), op)
     else:
@@ -64,10 +64,6 @@ def _run(op: str, backend: str, inputs: tuple[Tensor, ...], *rest: Any, resets: 
         dtype = _compute_dtype(*inputs)
         inputs = tuple(x.to(dtype) for x in inputs)
     with torch.autocast(inputs[0].device.type, enabled=False):  # it would run the inner products in bfloat16
-        if resets is None:
-            return function(*inputs, *rest)  # type: ignore[no-any-return]
-        if "resets" not in inspect.signature(function).parameters:
-            raise ValueError(f"{op}: the back end {name!r} cannot reset documents inside a row; take 'chunk'")
         return function(*inputs, *rest, resets=resets)  # type: ignore[no-any-return]
 
 
