@@ -69,18 +69,16 @@ def prepare(
     from receptance.data import read_manifest
     from receptance.tokenizers import tokenizer as open_tokenizer
 
-    with Bar() as bar:
-        data = run(
-            sources,
-            open_tokenizer(tokenizer),
-            out,
-            column=column,
-            separator=separator.replace("\\n", "\n").replace("\\t", "\t") if separator else None,
-            skip_bad=skip_bad,
-            processes=processes or cores(),
-            restart=restart,
-            progress=bar.show,
-        )
+    mark = separator.replace("\\n", "\n").replace("\\t", "\t") if separator else None
+    try:
+        with Bar() as bar:
+            data = run(
+                sources, open_tokenizer(tokenizer), out, column=column, separator=mark, skip_bad=skip_bad,
+                processes=processes or cores(), restart=restart, progress=bar.show,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        typer.echo("interrupted; the same command goes on from here", err=True)
+        raise
     typer.echo(f"{out}: {len(data.tokens):,} tokens in {len(data):,} documents")
     made_from = read_manifest(out)
     skipped = sum(source.skipped for source in made_from.sources) if made_from else 0
