@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -39,13 +39,17 @@ class Config(Protocol):
 class Call:
     """How one forward call runs, the same for every layer. lengths [B]: rows are padded at the end.
 
-    cheap: calls functions whose results need not be kept for the backward pass.
+    recompute: makes results of `cheap` again in the backward pass; None: they are kept.
     """
 
     lengths: Tensor | None = None
     backend: str = "auto"
     dropout: float = 0.0
-    cheap: Recompute = field(default_factory=Recompute)
+    recompute: Recompute | None = None
+
+    def cheap(self, function: Callable[..., Any], *inputs: Any) -> Any:
+        """function(*inputs), which need not be kept for the backward pass."""
+        return function(*inputs) if self.recompute is None else self.recompute(function, *inputs)
 
     def fused(self, piece: Callable[..., Any], *inputs: Any) -> Any:
         """Call a fused piece of `receptance.ops` with this call's back end; its results are not kept."""
@@ -61,7 +65,9 @@ class Call:
             x = self.drop(x + mixed)
             return x, self.norm(x, norm)
         x, normed = add_norm(x, mixed, norm.weight, norm.bias, norm.eps, backend=self.backend)
-        self.cheap.remember(normed, partial(layer_norm, backend=self.backend), x, norm.weight, norm.bias, norm.eps)
+        if self.recompute is not None:
+            again = partial(layer_norm, backend=self.backend)
+            self.recompute.remember(normed, again, x, norm.weight, norm.bias, norm.eps)
         return x, normed
 
     def drop(self, x: Tensor) -> Tensor:
@@ -238,20 +244,32 @@ class RWKV(nn.Module):
         else:
             self.check_state(state)
 
-        call = Call(lengths, backend, self.dropout if self.training else 0.0)
+        recompute = self._recompute(tokens.is_cuda)
+        call = Call(lengths, backend, self.dropout if self.training else 0.0, recompute)
         x = call.drop(self.blocks[0].ln0(self.emb(tokens)))  # type: ignore[operator]
         v_first: Tensor | None = None
         after = []
         for i, block in enumerate(self.blocks):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x, v_first, new = checkpoint(block, x, v_first, state.layer(i), call, use_reentrant=False)
-            elif x.is_cuda if self.recompute is None else self.recompute:
-                with call.cheap:
+            elif recompute is not None:
+                with recompute:
                     x, v_first, new = block(x, v_first, state.layer(i), call)
             else:
                 x, v_first, new = block(x, v_first, state.layer(i), call)
             after.append(new)
-        return self.ln_out(x), State({name: torch.stack([n[name] for n in after]) for name in state}), single, lengths
+        return (
+            call.norm(x, self.ln_out),
+            State({name: torch.stack([n[name] for n in after]) for name in state}),
+            single,
+            lengths,
+        )
+
+    def _recompute(self, on_gpu: bool) -> Recompute | None:
+        """None where nothing is kept for a backward pass, or others decide what is."""
+        wanted = on_gpu if self.recompute is None else self.recompute
+        decided = self.activation_checkpointing or torch.compiler.is_compiling()
+        return Recompute() if wanted and torch.is_grad_enabled() and not decided else None
 
 
 def fingerprint(version: str, tensors: dict[str, Tensor]) -> str:
