@@ -62,13 +62,24 @@ def test_token_shift_and_mixes(shape, present, dtype):
     check(kernel, plain, inputs, dtype)
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_token_shift_stops_at_a_document(own):
+    resets = torch.zeros(2, 37, dtype=torch.bool, device=DEVICE)
+    resets[0, [0, 5, 6]] = resets[1, [31, 36]] = True
+    inputs = [rand(2, 37, 64), rand(2, 64), rand(1, 1, 64), rand(1, 1, 64, seed=1)]
+    more = rand(2, 2, 37, 64, seed=4).to(DEVICE) if own else None
+    kernel = lambda x, last, *mixes: shift_kernels.shift_mix(x, last, mixes, more, resets)
+    plain = lambda x, last, *mixes: shift.shift_mix(x, last, mixes, more, resets=resets)
+    check(kernel, plain, inputs)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("present", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_mixes_of_each_position_its_own(shape, present, dtype):
     b, _, c = shape
     inputs = [rand(*shape), rand(b, c), rand(5, *shape, seed=9), *(rand(1, 1, c, seed=j) for j in range(5))]
-    kernel = lambda x, last, own, *mixes: shift_kernels.shift_mix(x, last, mixes, own, present)
+    kernel = lambda x, last, own, *mixes: shift_kernels.shift_mix(x, last, mixes, own, present=present)
     plain = lambda x, last, own, *mixes: shift.shift_mix(x, last, mixes, own, present=present)
     check(kernel, plain, inputs, dtype)
 
@@ -154,7 +165,7 @@ def operators() -> dict[str, tuple[object, ...]]:
     v = lambda seed=0: x(32, seed=seed)
     flat, head = x(1, 5, 32), x(1, 5, 2, 16)
     return {
-        "shift_mix": (flat, x(1, 32), x(3, 32), x(3, 1, 5, 32), False, torch.float32),
+        "shift_mix": (flat, x(1, 32), x(3, 32), x(3, 1, 5, 32), None, False, torch.float32),
         "decay_and_keys": (flat, head, x(1, 5, 32, seed=1), v(), v(1), v(2), v(3)),
         "value_residual": (flat, x(1, 5, 32, seed=1), x(1, 5, 32, seed=2), v()),
         "norm_and_gate": (head, v(), v(1), flat, x(1, 5, 2, 16, seed=1), x(1, 5, 2, 16, seed=2),

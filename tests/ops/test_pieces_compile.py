@@ -33,8 +33,8 @@ def main() -> None:
 
     tile = {"BR": 32, "BN": 64}
     limits = {"LOW": prepare.MIN_LOG_DECAY, "MIN_NORM": prepare.MIN_NORM, **tile}
-    shares = [(6, False, False), (3, True, False), (5, False, True)]
-    mixes = [{"M": m, "PRESENT": p, "OWN": o, "BR": 32, "BC": 64} for m, p, o in shares]
+    alone = {"own_ptr": None, "g_own_ptr": None, "resets_ptr": None}
+    mixes = [{"M": m, "PRESENT": p, "BR": 32, "BC": 64, **more} for m, p, more in ((6, False, alone), (5, True, {}))]
     gates = [{"GATE": g, "BONUS": b, **tile} for g, b in ((1, True), (2, False), (0, False))]
     rows = [{"ADD": add, "BR": 2, "BC": 1024} for add in (True, False)]
     losses = [{"WEIGHTED": w, "GRADIENT": g, "BLOCK": 8192} for w, g in ((True, True), (False, False))]
@@ -49,9 +49,11 @@ def main() -> None:
         *((loss._softmax_gradient, options) for options in losses),
     ]  # fmt: skip
     for kernel, options in kernels:
-        types = {name: "*fp32" if name in EXACT else "*i64" if name == "targets_ptr" else "*bf16"
+        types = {name: "*fp32" if name in EXACT else "*i64" if name == "targets_ptr" else
+                 "*i1" if name == "resets_ptr" else "*bf16"
                  for name in kernel.arg_names}  # fmt: skip
         types |= {name: kind for name, kind in PLAIN_NUMBERS.items() if name in types}
+        options = {name: value for name, value in options.items() if name in types}
         types |= dict.fromkeys(options, "constexpr")
         source = triton.compiler.ASTSource(kernel, types, constexprs=options)
         triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})

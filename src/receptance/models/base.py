@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -16,6 +16,7 @@ from receptance.ops.head_loss import head_loss
 from receptance.ops.norm import add_norm, layer_norm
 from receptance.ops.pieces import upcast
 from receptance.ops.recompute import Recompute
+from receptance.ops.shift import shift_mix
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -37,14 +38,16 @@ class Config(Protocol):
 
 @dataclass(frozen=True)
 class Call:
-    """How one forward call runs, the same for every layer. lengths [B]: rows are padded at the end.
+    """How one forward call runs, the same for every layer.
 
-    recompute: makes results of `cheap` again in the backward pass; None: they are kept.
+    lengths [B]: rows are padded at the end. resets [B, T]: true at the first token of a document, which sees nothing
+    before it. recompute: makes results of `cheap` again in the backward pass; None: they are kept.
     """
 
     lengths: Tensor | None = None
     backend: str = "auto"
     dropout: float = 0.0
+    resets: Tensor | None = None
     recompute: Recompute | None = None
 
     def cheap(self, function: Callable[..., Any], *inputs: Any) -> Any:
@@ -54,6 +57,13 @@ class Call:
     def fused(self, piece: Callable[..., Any], *inputs: Any) -> Any:
         """Call a fused piece of `receptance.ops` with this call's back end; its results are not kept."""
         return self.cheap(partial(piece, backend=self.backend), *inputs)
+
+    def shift(
+        self, x: Tensor, last: Tensor, mixes: Sequence[Tensor], own: Tensor | None = None, *, present: bool = False
+    ) -> list[Tensor]:
+        """x blended with its predecessors by each of `mixes`; nothing crosses from one document into the next."""
+        mixed: list[Tensor] = self.fused(partial(shift_mix, resets=self.resets, present=present), x, last, mixes, own)
+        return mixed
 
     def norm(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
         out: Tensor = self.fused(layer_norm, x, norm.weight, norm.bias, norm.eps)
@@ -178,6 +188,7 @@ class RWKV(nn.Module):
         state: State | None = None,
         *,
         lengths: Tensor | None = None,
+        resets: Tensor | None = None,
         last_only: bool = False,
         backend: str = "auto",
     ) -> tuple[Tensor, State]:
@@ -186,11 +197,13 @@ class RWKV(nn.Module):
         tokens: list or LongTensor [T] → logits [T, V]; LongTensor [B, T] → [B, T, V].
         lengths [B]: row i has lengths[i] tokens and padding of any id after them; the returned state is the one after
         its own last token, and logits beyond it mean nothing.
+        resets [B, T] or [T], bool: true at the first token of a document inside a row; it sees nothing before it, the
+        given state included.
         last_only: logits of each row's last token alone, [V] or [B, V].
         backend: "auto", or a name of `receptance.ops.BACKENDS`.
         The returned state always has a batch axis (B = 1 for [T]). Raises ValueError on an empty or out-of-range input.
         """
-        x, state, single, lengths = self.hidden(tokens, state, lengths=lengths, backend=backend)
+        x, state, single, lengths = self.hidden(tokens, state, lengths=lengths, resets=resets, backend=backend)
         if last_only:
             x = carry(x, x[:, 0], Call(lengths))
         logits = self.head(x)
@@ -203,6 +216,7 @@ class RWKV(nn.Module):
         state: State | None = None,
         *,
         lengths: Tensor | None = None,
+        resets: Tensor | None = None,
         token_weights: Tensor | None = None,
         total: Tensor | float | None = None,
         logit_penalty: float = 0.0,
@@ -210,16 +224,22 @@ class RWKV(nn.Module):
     ) -> tuple[Tensor, State]:
         """Mean cross entropy in nats of the targets, both [B, T], and the state; logits are made block by block.
 
-        token_weights, total, logit_penalty: as in `receptance.ops.head_loss`.
+        lengths, resets: as in `forward`. token_weights, total, logit_penalty: as in `receptance.ops.head_loss`.
         """
-        x, state, _, _ = self.hidden(tokens, state, lengths=lengths, backend=backend)
+        x, state, _, _ = self.hidden(tokens, state, lengths=lengths, resets=resets, backend=backend)
         loss = head_loss(
             x, self.head.weight, targets, logit_penalty, token_weights=token_weights, total=total, backend=backend
         )
         return loss, state
 
     def hidden(
-        self, tokens: list[int] | Tensor, state: State | None, *, lengths: Tensor | None, backend: str
+        self,
+        tokens: list[int] | Tensor,
+        state: State | None,
+        *,
+        lengths: Tensor | None,
+        resets: Tensor | None,
+        backend: str,
     ) -> tuple[Tensor, State, bool, Tensor | None]:
         """Everything below the head: ([B, T, C] after ln_out, state, whether tokens had no batch axis, lengths)."""
         tokens = torch.as_tensor(tokens, dtype=torch.long, device=self.device)
@@ -237,6 +257,8 @@ class RWKV(nn.Module):
             lengths = torch.as_tensor(lengths, device=self.device)
             if lengths.shape != (batch,) or not bool(((lengths >= 0) & (lengths <= t)).all()):
                 raise ValueError(f"lengths must be [{batch}] with values in [0, {t}], got {lengths.tolist()}")
+        if resets is not None:
+            resets = self._checked_resets(resets, batch, t)
         if state is None:
             state = self.zero_state(batch)
         elif state.batch != batch:
@@ -245,13 +267,15 @@ class RWKV(nn.Module):
             self.check_state(state)
 
         recompute = self._recompute(tokens.is_cuda)
-        call = Call(lengths, backend, self.dropout if self.training else 0.0, recompute)
+        call = Call(lengths, backend, self.dropout if self.training else 0.0, resets, recompute)
         x = call.drop(self.blocks[0].ln0(self.emb(tokens)))  # type: ignore[operator]
         v_first: Tensor | None = None
         after = []
         for i, block in enumerate(self.blocks):
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x, v_first, new = checkpoint(block, x, v_first, state.layer(i), call, use_reentrant=False)
+                x, v_first, new = checkpoint(
+                    block, x, v_first, state.layer(i), call, use_reentrant=False, preserve_rng_state=call.dropout > 0
+                )
             elif recompute is not None:
                 with recompute:
                     x, v_first, new = block(x, v_first, state.layer(i), call)
@@ -270,6 +294,15 @@ class RWKV(nn.Module):
         wanted = on_gpu if self.recompute is None else self.recompute
         decided = self.activation_checkpointing or torch.compiler.is_compiling()
         return Recompute() if wanted and torch.is_grad_enabled() and not decided else None
+
+    def _checked_resets(self, resets: Tensor, batch: int, t: int) -> Tensor:
+        if resets.dim() == 1:
+            resets = resets[None]
+        if resets.dtype != torch.bool or resets.shape != (batch, t):
+            raise ValueError(f"resets must be bool [{batch}, {t}], got {resets.dtype} {list(resets.shape)}")
+        if getattr(self.config, "time_state", False):
+            raise ValueError("a model with a tuned initial state cannot reset documents inside a row: give them rows")
+        return resets.to(self.device)
 
 
 def fingerprint(version: str, tensors: dict[str, Tensor]) -> str:

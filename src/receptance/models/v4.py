@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -27,9 +26,6 @@ from receptance.models.state import State
 from receptance.ops import EMPTY, wkv4
 from receptance.ops.ffn import relu_square, sigmoid_gate
 from receptance.ops.pieces import upcast
-from receptance.ops.shift import shift_mix
-
-mix_present = partial(shift_mix, present=True)  # RWKV-4 and 5: the mixes are the share of the present
 
 
 @dataclass(frozen=True)
@@ -78,7 +74,7 @@ class TimeMix(nn.Module):
 
     def forward(self, x: Tensor, state: dict[str, Tensor], call: Call) -> tuple[Tensor, dict[str, Tensor]]:
         mixes = [self.time_mix_k, self.time_mix_v, self.time_mix_r]
-        xk, xv, xr = call.fused(mix_present, x, state["att_shift"], mixes)
+        xk, xv, xr = call.shift(x, state["att_shift"], mixes, present=True)
         k, v, r = self.key(xk), self.value(xv), self.receptance(xr)  # [B, T, A]
         y, (num, den, exp) = wkv4(
             -upcast(self.time_decay).exp(),
@@ -87,6 +83,7 @@ class TimeMix(nn.Module):
             upcast(self.time_first),
             (state["num"], state["den"], state["exp"]),
             lengths=call.lengths,
+            resets=call.resets,
             backend=call.backend,
         )
         shift = carry(x, state["att_shift"], call)
@@ -106,7 +103,7 @@ class ChannelMix(nn.Module):
         self.value = nn.Linear(dim_ffn, n_embd, bias=False)
 
     def forward(self, x: Tensor, shift: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-        xk, xr = call.fused(mix_present, x, shift, [self.time_mix_k, self.time_mix_r])
+        xk, xr = call.shift(x, shift, [self.time_mix_k, self.time_mix_r], present=True)
         k = relu_square(self.key(xk), backend=call.backend)  # [B, T, F]
         return sigmoid_gate(self.receptance(xr), self.value(k), backend=call.backend), carry(x, shift, call)
 

@@ -20,7 +20,7 @@ from receptance.models.base import (
     ramp,
     tall_gain,
 )
-from receptance.models.v4 import ChannelMix, mix_present, mix_recipe
+from receptance.models.v4 import ChannelMix, mix_recipe
 from receptance.ops import wkv6
 from receptance.ops.heads import norm_and_gate
 from receptance.ops.pieces import upcast
@@ -100,7 +100,7 @@ class TimeMix(nn.Module):
         b, t, c = x.shape
         heads = (b, t, self.n_head, c // self.n_head)
         mixes = [self.time_mix_r, self.time_mix_k, self.time_mix_v, *([self.time_mix_g] if self.has_gate else [])]
-        xr, xk, xv, *xg = call.fused(mix_present, x, state["att_shift"], mixes)
+        xr, xk, xv, *xg = call.shift(x, state["att_shift"], mixes, present=True)
         r, k, v = self.receptance(xr).view(heads), self.key(xk).view(heads), self.value(xv).view(heads)
         gate = self.gate(xg[0]) if self.has_gate else None
         u = upcast(self.time_faaaa) if self.has_gate else upcast(self.time_first).exp()
@@ -108,7 +108,7 @@ class TimeMix(nn.Module):
         if w.dim() == 1:
             w, u = w[:, None], u[:, None]
         w, u = w.expand(heads[2:]), u.expand(heads[2:])
-        y, wkv = wkv6(r, w, k, v, u, state["wkv"], lengths=call.lengths, backend=call.backend)
+        y, wkv = wkv6(r, w, k, v, u, state["wkv"], lengths=call.lengths, resets=call.resets, backend=call.backend)
         norm = self.ln_x
         y = call.fused(norm_and_gate, y, norm.weight, norm.bias, norm.eps, gate, "silu")
         return self.output(y), {"att_shift": carry(x, state["att_shift"], call), "wkv": wkv}

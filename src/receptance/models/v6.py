@@ -25,7 +25,6 @@ from receptance.ops import wkv6
 from receptance.ops.ffn import relu_square, sigmoid_gate
 from receptance.ops.heads import norm_and_gate
 from receptance.ops.pieces import upcast
-from receptance.ops.shift import shift_mix
 
 
 @dataclass(frozen=True)
@@ -94,17 +93,17 @@ class TimeMix(nn.Module):
     def forward(self, x: Tensor, state: dict[str, Tensor], call: Call) -> tuple[Tensor, dict[str, Tensor]]:
         b, t, c = x.shape
         heads = (b, t, self.n_head, c // self.n_head)
-        (xx,) = call.fused(shift_mix, x, state["att_shift"], [self.time_maa_x])
+        (xx,) = call.shift(x, state["att_shift"], [self.time_maa_x])
         low = torch.tanh(xx @ self.time_maa_w1).view(b, t, 5, -1)
         own = call.cheap(torch.einsum, "btjr,jrc->jbtc", low, self.time_maa_w2.to(low.dtype))
         mixes = [self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g]
-        xw, xk, xv, xr, xg = call.fused(shift_mix, x, state["att_shift"], mixes, own)  # [B, T, C] each
+        xw, xk, xv, xr, xg = call.shift(x, state["att_shift"], mixes, own)  # [B, T, C] each
         r, k, v = self.receptance(xr).view(heads), self.key(xk).view(heads), self.value(xv).view(heads)
         gate = self.gate(xg)
         w = upcast(self.time_decay) + upcast(torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2)
         w = -w.exp().view(heads)  # log-decay of each token and channel, unbounded below
         u = upcast(self.time_faaaa)
-        y, wkv = wkv6(r, w, k, v, u, state["wkv"], lengths=call.lengths, backend=call.backend)
+        y, wkv = wkv6(r, w, k, v, u, state["wkv"], lengths=call.lengths, resets=call.resets, backend=call.backend)
         norm = self.ln_x
         y = call.fused(norm_and_gate, y, norm.weight, norm.bias, norm.eps, gate, "silu")
         return self.output(y), {"att_shift": carry(x, state["att_shift"], call), "wkv": wkv}
@@ -121,7 +120,7 @@ class ChannelMix(nn.Module):
         self.value = nn.Linear(f, c, bias=False)
 
     def forward(self, x: Tensor, shift: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-        xk, xr = call.fused(shift_mix, x, shift, [self.time_maa_k, self.time_maa_r])
+        xk, xr = call.shift(x, shift, [self.time_maa_k, self.time_maa_r])
         k = relu_square(self.key(xk), backend=call.backend)  # [B, T, F]
         return sigmoid_gate(self.receptance(xr), self.value(k), backend=call.backend), carry(x, shift, call)
 

@@ -25,7 +25,6 @@ from receptance.ops import wkv7
 from receptance.ops.ffn import relu_square
 from receptance.ops.heads import norm_and_gate
 from receptance.ops.prepare import decay_and_keys, value_residual
-from receptance.ops.shift import shift_mix
 
 
 def rank(x: float) -> int:
@@ -128,7 +127,7 @@ class TimeMix(nn.Module):
         b, t, c = x.shape
         heads = (b, t, self.n_head, c // self.n_head)
         mixes = [self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g]
-        xr, xw, xk, xv, xa, xg = call.fused(shift_mix, x, state["att_shift"], mixes)  # [B, T, C] each
+        xr, xw, xk, xv, xa, xg = call.shift(x, state["att_shift"], mixes)  # [B, T, C] each
         r = self.receptance(xr)
         k = self.key(xk)
         v = self.value(xv)
@@ -143,7 +142,9 @@ class TimeMix(nn.Module):
 
         r, k, v = (z.view(heads) for z in (r, k, v))
         w, k, erase, write = call.fused(decay_and_keys, w, k, a, self.w0, self.a0, self.k_k, self.k_a)
-        y, wkv = wkv7(r, w, k, v, erase, write, state["wkv"], lengths=call.lengths, backend=call.backend)
+        y, wkv = wkv7(
+            r, w, k, v, erase, write, state["wkv"], lengths=call.lengths, resets=call.resets, backend=call.backend
+        )
         norm = self.ln_x
         out = call.fused(norm_and_gate, y, norm.weight, norm.bias, norm.eps, g, "plain", (r, k, v, self.r_k))
         return self.output(out), v_first, {"att_shift": carry(x, state["att_shift"], call), "wkv": wkv}
@@ -157,7 +158,7 @@ class ChannelMix(nn.Module):
         self.value = nn.Linear(config.dim_ffn, config.n_embd, bias=False)
 
     def forward(self, x: Tensor, shift: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-        (xk,) = call.fused(shift_mix, x, shift, [self.x_k])
+        (xk,) = call.shift(x, shift, [self.x_k])
         k = relu_square(self.key(xk), backend=call.backend)  # [B, T, F]
         return self.value(k), carry(x, shift, call)
 

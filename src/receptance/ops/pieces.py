@@ -1,4 +1,4 @@
-"""Which form of a fused piece runs: the plain one in torch, on any device, or the Triton kernels on a GPU."""
+"""Which form of an operator or fused piece runs: plain torch on any device, or Triton kernels on a GPU."""
 
 import warnings
 from functools import cache
@@ -7,7 +7,7 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-# Fused piece → module of its Triton form, imported on first use. The plain form lies beside it.
+# Operator or fused piece → module of its Triton form, imported on first use. The plain form lies beside it.
 PIECES: dict[str, str] = {
     "ffn": "receptance.ops.ffn.triton",
     "head_loss": "receptance.ops.head_loss.triton",
@@ -15,6 +15,9 @@ PIECES: dict[str, str] = {
     "norm": "receptance.ops.norm.triton",
     "prepare": "receptance.ops.prepare.triton",
     "shift": "receptance.ops.shift.triton",
+    "wkv4": "receptance.ops.wkv4.triton",
+    "wkv6": "receptance.ops.wkv6.triton",
+    "wkv7": "receptance.ops.wkv7.triton",
 }
 
 
