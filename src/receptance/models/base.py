@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -42,14 +42,18 @@ class Call:
     """How one forward call runs, the same for every layer.
 
     lengths [B]: rows are padded at the end. resets [B, T]: true at the first token of a document, which sees nothing
-    before it. cheap: calls functions whose results need not be kept for the backward pass.
+    before it. recompute: makes results of `cheap` again in the backward pass; None: they are kept.
     """
 
     lengths: Tensor | None = None
     backend: str | Operators = "auto"
     dropout: float = 0.0
     resets: Tensor | None = None
-    cheap: Recompute = field(default_factory=Recompute)
+    recompute: Recompute | None = None
+
+    def cheap(self, function: Callable[..., Any], *inputs: Any) -> Any:
+        """function(*inputs), which need not be kept for the backward pass."""
+        return function(*inputs) if self.recompute is None else self.recompute(function, *inputs)
 
     @property
     def form(self) -> str:
@@ -60,9 +64,11 @@ class Call:
         """Call a fused piece of `receptance.ops` with this call's back end; its results are not kept."""
         return self.cheap(partial(piece, backend=self.form), *inputs)
 
-    def shift(self, x: Tensor, last: Tensor, mixes: Sequence[Tensor], present: bool = False) -> list[Tensor]:
+    def shift(
+        self, x: Tensor, last: Tensor, mixes: Sequence[Tensor], own: Tensor | None = None, *, present: bool = False
+    ) -> list[Tensor]:
         """x blended with its predecessors by each of `mixes`; nothing crosses from one document into the next."""
-        mixed: list[Tensor] = self.fused(partial(shift_mix, resets=self.resets, present=present), x, last, mixes)
+        mixed: list[Tensor] = self.fused(partial(shift_mix, resets=self.resets, present=present), x, last, mixes, own)
         return mixed
 
     def norm(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
@@ -75,7 +81,9 @@ class Call:
             x = self.drop(x + mixed)
             return x, self.norm(x, norm)
         x, normed = add_norm(x, mixed, norm.weight, norm.bias, norm.eps, backend=self.form)
-        self.cheap.remember(normed, partial(layer_norm, backend=self.form), x, norm.weight, norm.bias, norm.eps)
+        if self.recompute is not None:
+            again = partial(layer_norm, backend=self.form)
+            self.recompute.remember(normed, again, x, norm.weight, norm.bias, norm.eps)
         return x, normed
 
     def drop(self, x: Tensor) -> Tensor:
@@ -265,7 +273,8 @@ class RWKV(nn.Module):
         else:
             self.check_state(state)
 
-        call = Call(lengths, backend, self.dropout if self.training else 0.0, resets)
+        recompute = self._recompute(tokens.is_cuda)
+        call = Call(lengths, backend, self.dropout if self.training else 0.0, resets, recompute)
         x = call.drop(self.blocks[0].ln0(self.emb(tokens)))  # type: ignore[operator]
         v_first: Tensor | None = None
         after = []
@@ -274,13 +283,24 @@ class RWKV(nn.Module):
                 x, v_first, new = checkpoint(
                     block, x, v_first, state.layer(i), call, use_reentrant=False, preserve_rng_state=call.dropout > 0
                 )
-            elif x.is_cuda if self.recompute is None else self.recompute:
-                with call.cheap:
+            elif recompute is not None:
+                with recompute:
                     x, v_first, new = block(x, v_first, state.layer(i), call)
             else:
                 x, v_first, new = block(x, v_first, state.layer(i), call)
             after.append(new)
-        return self.ln_out(x), State({name: torch.stack([n[name] for n in after]) for name in state}), single, lengths
+        return (
+            call.norm(x, self.ln_out),
+            State({name: torch.stack([n[name] for n in after]) for name in state}),
+            single,
+            lengths,
+        )
+
+    def _recompute(self, on_gpu: bool) -> Recompute | None:
+        """None where nothing is kept for a backward pass, or others decide what is."""
+        wanted = on_gpu if self.recompute is None else self.recompute
+        decided = self.activation_checkpointing or torch.compiler.is_compiling()
+        return Recompute() if wanted and torch.is_grad_enabled() and not decided else None
 
     def _checked_resets(self, resets: Tensor, batch: int, t: int) -> Tensor:
         if resets.dim() == 1:

@@ -78,8 +78,8 @@ class TimeMix(nn.Module):
         k, v, r = self.key(xk), self.value(xv), self.receptance(xr)  # [B, T, A]
         y, (num, den, exp) = wkv4(
             -upcast(self.time_decay).exp(),
-            upcast(k),
-            upcast(v),
+            k,
+            v,
             upcast(self.time_first),
             (state["num"], state["den"], state["exp"]),
             lengths=call.lengths,
