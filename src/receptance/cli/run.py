@@ -98,7 +98,9 @@ def command(
     rwkv = load_model(source, dtype, device)
     tok = load_tokenizer(source, rwkv.config.vocab_size, tokenizer)
     start = state or preset.state
-    generation = generate_tokens(rwkv, tok, text, params=params, state=State.load(start, rwkv) if start else None)
+    opened = preset.new_document and not start and text
+    prompt_ids = [tok.eos_id, *tok.encode(text)] if opened else text
+    generation = generate_tokens(rwkv, tok, prompt_ids, params=params, state=State.load(start, rwkv) if start else None)
     if echo and not as_json:
         write(text)
     with interruptible() as interrupted:
