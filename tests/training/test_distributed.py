@@ -55,7 +55,9 @@ def config_of(folder, name, *overrides):
 
 def losses(folder, name):
     rows = map(json.loads, (folder / name / "run" / "log.jsonl").read_text().splitlines())
-    return [row.get("loss", row.get("held_bits_per_byte")) for row in rows]
+    return [
+        row[name] for row in rows for name in ("loss", "held_bits_per_byte", "held_ema_bits_per_byte") if name in row
+    ]
 
 
 class Stopped(Exception):
@@ -115,7 +117,7 @@ def compare_with_one(folder, tmp_path, name, overrides):
     alone = [setting for setting in overrides if truncated or not setting.startswith(ALONE)]
     whole = rc.load(train(config_of(tmp_path, name, *alone), Listener())).state_dict()
     expected = losses(tmp_path, name)
-    assert len(expected) == 4 + 2  # training and validation
+    assert len(expected) >= 4 + 2  # training and validation
     assert losses(folder, name) == pytest.approx(expected, rel=SAME)
     found = rc.load(folder / name / "run" / "model").state_dict()
     for key, x in whole.items():
@@ -133,11 +135,11 @@ def test_four_processes_reproduce_the_run_of_one_in_every_combination(more, tmp_
     compare_with_one(more, tmp_path, name, MORE[name])
 
 
-@pytest.mark.parametrize("sizes", [(2,), pytest.param((2, 3, 1), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sizes", [(2,), *(pytest.param(more, marks=pytest.mark.slow) for more in ((2, 3), (1,)))])
 def test_a_run_sharded_over_four_goes_on_with_fewer_or_more(folder, tmp_path, sizes):
     """The first two steps were saved by four, in the background; each number of processes takes one or more."""
     saved = shutil.copytree(folder / "four" / "run", tmp_path / "saved")  # the other case starts from there too
-    for until, size in zip((3, 4, 9)[-len(sizes) :], sizes):
+    for until, size in zip((3, 9)[-len(sizes) :], sizes):
         run(size, go_on, tmp_path, folder, "four", until, "parallel.kind=fsdp", "run.save_every=1")
     found = losses(folder, "four")
     shutil.rmtree(folder / "four" / "run")
