@@ -201,10 +201,11 @@ class RWKV(nn.Module):
                 raise ValueError(f"lengths must be [{batch}] with values in [0, {t}], got {lengths.tolist()}")
         if state is None:
             state = self.zero_state(batch)
-        elif state.batch != batch:
+        elif not isinstance(state, State):
+            state = State(state).to(self.device)
+        if state.batch != batch:
             raise ValueError(f"a state of {state.batch} rows for {batch} rows of tokens")
-        else:
-            self.check_state(state)
+        self.check_state(state)
 
         call = Call(lengths, backend, self.dropout if self.training else 0.0)
         x = call.drop(self.blocks[0].ln0(self.emb(tokens)))  # type: ignore[operator]

@@ -1,0 +1,83 @@
+"""Compile the C++ core with the C++ compiler that is there. Needs nothing of this package: the build back end runs it.
+
+`python -m receptance.native.build` builds it again, for instance after a compiler was installed.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+SOURCES = HERE / "csrc"
+LIBRARY = HERE / ("_core.dll" if os.name == "nt" else "_core.so")
+
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp-simd", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
+FLAGS += ["-ffp-contract=fast", "-fno-exceptions", "-fno-rtti", "-pthread", "-Wall"]
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1"]
+
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mprefer-vector-width=512"]
+ISA_FLAGS = {  # by machine, by source file
+    "x86_64": {"isa_avx2": AVX2, "isa_avx512": AVX512},
+    "aarch64": {"isa_neon": ["-march=armv8.2-a+dotprod+fp16"]},
+}
+MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
+
+
+class BuildError(Exception):
+    """There is no compiler, or it failed; the message says which and how."""
+
+
+def find_compiler() -> str:
+    """$CXX as every build tool reads it, else the first of the usual names."""
+    names = [os.environ.get("CXX", ""), "c++", "g++", "clang++"]
+    found = next((path for name in names if name and (path := shutil.which(name))), None)
+    if found is None:
+        raise BuildError("no C++ compiler found (looked for $CXX, c++, g++, clang++)")
+    return found
+
+
+def build(library: Path = LIBRARY, *, sanitize: bool = False, jobs: int | None = None) -> Path:
+    """Compile and link the core into `library`, which is replaced only when all is well. Raises BuildError."""
+    compiler = find_compiler()
+    machine = platform.machine().lower()
+    isa_flags = ISA_FLAGS.get(MACHINES.get(machine, machine), {})
+    flags = FLAGS + (SANITIZE if sanitize else [])
+    with tempfile.TemporaryDirectory() as folder:
+
+        def compile_one(source: Path) -> str:
+            target = f"{folder}/{source.stem}.o"
+            run([compiler, *flags, *isa_flags.get(source.stem, []), "-c", str(source), "-o", target])
+            return target
+
+        with ThreadPoolExecutor(jobs or min(os.cpu_count() or 1, 4)) as pool:
+            objects = list(pool.map(compile_one, sorted(SOURCES.glob("*.cpp"))))
+        part = library.with_name(f".{library.name}.{os.getpid()}.part")
+        try:
+            run([compiler, *flags, "-shared", *objects, "-o", str(part)])
+            os.replace(part, library)
+        finally:
+            part.unlink(missing_ok=True)
+    return library
+
+
+def run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise BuildError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+
+
+def main() -> None:
+    try:
+        print(build(sanitize="--sanitize" in sys.argv[1:]))
+    except BuildError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
