@@ -3,6 +3,7 @@
 import hashlib
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -98,6 +99,7 @@ class RWKV(nn.Module):
 
     config: Any
     blocks: nn.ModuleList
+    engine = "torch"
 
     def __init__(self, config: Any, blocks: list[nn.Module]):
         super().__init__()
@@ -155,6 +157,10 @@ class RWKV(nn.Module):
         found = {name: tuple(x.shape) for name, x in state.items()}
         if found != expected:
             raise ValueError(f"{source}: a state with {found}; this RWKV-{self.config.version} model needs {expected}")
+
+    def load_state(self, path: str | Path) -> State:
+        """`State.load(path, self)`."""
+        return State.load(path, self)
 
     def forward(
         self,

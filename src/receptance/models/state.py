@@ -119,6 +119,8 @@ class State(Mapping[str, Tensor]):
 
         Raises CheckpointError when the file is damaged, is no state, or belongs to another model.
         """
+        if model.engine == "native":
+            return model.load_state(path)
         path = Path(path)
         try:
             with safe_open(path, "pt") as file:

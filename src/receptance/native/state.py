@@ -65,9 +65,9 @@ class State(Mapping[str, Array]):
 
     def select(self, rows: int | list[int]) -> "State":
         """Some rows of the batch, in the given order; one may be taken several times (a fork)."""
-        if rows == 0 and self.batch == 1:  # the only row of a state that nobody changes
-            return self
         index = [rows] if isinstance(rows, int) else rows
+        if index == [0] and self.batch == 1:  # the only row of a state that nobody changes
+            return self
         return self._map(lambda x: x[:, index])
 
     def put(self, rows: int | list[int], other: "State") -> "State":
