@@ -60,9 +60,10 @@ def version_of(names: Mapping[str, object]) -> str:
     """The version that official tensor names and shapes tell. Raises CheckpointError when they are no RWKV's."""
     if len(names) > MAX_TENSORS:
         raise CheckpointError(f"has {len(names)} tensors, more than {MAX_TENSORS}; this is no RWKV checkpoint")
-    for pattern, what in UNSUPPORTED.items():
-        if found := next((name for name in names if re.search(pattern, name)), None):
-            raise CheckpointError(f"tensor {show(found)}: this is {what}; not supported")
+    any_of_them = re.compile("|".join(UNSUPPORTED))
+    if found := next((name for name in names if any_of_them.search(name)), None):
+        what = next(what for pattern, what in UNSUPPORTED.items() if re.search(pattern, found))
+        raise CheckpointError(f"tensor {show(found)}: this is {what}; not supported")
     if names and all(name.endswith(".att.time_state") for name in names):
         raise CheckpointError("holds only att.time_state: a tuned state, not a model; load its base model first")
     if "emb.weight" not in names or not any(name.startswith("blocks.") for name in names):

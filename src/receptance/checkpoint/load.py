@@ -14,7 +14,6 @@ from receptance.errors import CheckpointError, ConfigError
 
 from . import hf
 from .detect import check_sizes, compare, outline, shapes_make_sense, version_of, without_prefix
-from .pth import open_pth
 from .safetensors import OURS, open_safetensors
 from .source import FLOATS, TensorSource, map_file, open_regular, show
 
@@ -160,6 +159,8 @@ def open_file(path: Path) -> TensorSource:
     file = map_file(path)
     start = file.data[:512]
     if start.startswith(b"PK\x03\x04"):
+        from .pth import open_pth  # its imports take as long as loading a small model
+
         return open_pth(file)
     if start[8:9] == b"{":
         return open_safetensors(file)

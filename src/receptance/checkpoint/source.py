@@ -9,7 +9,6 @@ import mmap
 import stat
 import zlib
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -189,9 +188,11 @@ class TensorSource:
         def crc32(record: Record) -> int:
             return zlib.crc32(memoryview(record.file.data)[record.offset : record.offset + record.size])
 
-        if sum(record.size for record in self.records) < 1 << 20:
+        if sum(record.size for record in self.records) < 1 << 25:
             found: Iterable[int] = map(crc32, self.records)  # threads would cost more than the sums
         else:
+            from concurrent.futures import ThreadPoolExecutor
+
             with ThreadPoolExecutor() as pool:
                 found = list(pool.map(crc32, self.records))
         for record, value in zip(self.records, found):
