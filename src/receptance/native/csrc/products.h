@@ -3,14 +3,11 @@
 
 enum Epilogue { STORE, ADD, RELU2, SIGMOID, TANH };
 
-// 32 numbers of a quantised x: q * scale, their sum, and their absolute values for AVX2's unsigned x signed products
+// 32 numbers of a quantised x: q * scale, and their sum, which takes back what unsigned weights add
 struct XBlock {
   float scale;
   int32_t sum;
   int8_t q[BLOCK];
-#if defined(ISA_AVX2)
-  uint8_t size[BLOCK];
-#endif
 };
 
 struct Product {
@@ -41,9 +38,6 @@ void quantise(const float* x, int64_t n, XBlock* out) {
       int32_t q = (int32_t)((x[i] * inverse + 12582912.0f) - 12582912.0f);
       out->q[i] = (int8_t)q;
       total += q;
-#if defined(ISA_AVX2)
-      out->size[i] = (uint8_t)(q < 0 ? -q : q);
-#endif
     }
     out->scale = scale;
     out->sum = total;
@@ -227,25 +221,29 @@ inline void packed(const uint8_t* w, int64_t group_bytes, int64_t blocks, const 
       }
       __m256i dot[M][2] = {};  // Q8: 32-bit sums; Q4: 16-bit sums, which 8 products of 15 x 127 x 2 do not overflow
       for (int j = 0; j < VECTORS; j++) {
-        for (int h = 0; h < 2; h++) {
-          __m256i q = _mm256_loadu_si256((const __m256i*)(p + GROUP * 2 + j * 64 + h * 32));
-          if (T == Q8) {
-            for (int m = 0; m < M; m++) {
-              const XBlock& xb = x[m * ldq + b];
-              __m256i xs = _mm256_set1_epi32(read<int32_t>(xb.q + 4 * j));
-              __m256i size = _mm256_set1_epi32(read<int32_t>(xb.size + 4 * j));
-              __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(q, xs));
+        const __m256i* at = (const __m256i*)(p + GROUP * 2 + j * 64);
+        const __m256i q[2] = {_mm256_loadu_si256(at), _mm256_loadu_si256(at + 1)};
+        if (T == Q8) {  // products of unsigned and signed bytes: |w| and x with w's sign
+          const __m256i size[2] = {_mm256_abs_epi8(q[0]), _mm256_abs_epi8(q[1])};
+          for (int m = 0; m < M; m++) {
+            __m256i xs = _mm256_set1_epi32(read<int32_t>(x[m * ldq + b].q + 4 * j));
+            for (int h = 0; h < 2; h++) {
+              __m256i pairs = _mm256_maddubs_epi16(size[h], _mm256_sign_epi8(xs, q[h]));
               dot[m][h] = _mm256_add_epi32(dot[m][h], _mm256_madd_epi16(pairs, ones));
             }
-          } else {
-            __m256i low = _mm256_and_si256(q, _mm256_set1_epi8(15));
-            __m256i high = _mm256_and_si256(_mm256_srli_epi16(q, 4), _mm256_set1_epi8(15));
-            for (int m = 0; m < M; m++) {
-              const int8_t* xq = x[m * ldq + b].q;
-              __m256i xs = _mm256_set1_epi32(read<int32_t>(xq + 4 * j));
-              dot[m][h] = _mm256_add_epi16(dot[m][h], _mm256_maddubs_epi16(low, xs));
-              xs = _mm256_set1_epi32(read<int32_t>(xq + 16 + 4 * j));
-              dot[m][h] = _mm256_add_epi16(dot[m][h], _mm256_maddubs_epi16(high, xs));
+          }
+        } else {
+          const __m256i mask = _mm256_set1_epi8(15);
+          const __m256i low[2] = {_mm256_and_si256(q[0], mask), _mm256_and_si256(q[1], mask)};
+          const __m256i high[2] = {_mm256_and_si256(_mm256_srli_epi16(q[0], 4), mask),
+                                   _mm256_and_si256(_mm256_srli_epi16(q[1], 4), mask)};
+          for (int m = 0; m < M; m++) {
+            const int8_t* xq = x[m * ldq + b].q;
+            __m256i first = _mm256_set1_epi32(read<int32_t>(xq + 4 * j));
+            __m256i second = _mm256_set1_epi32(read<int32_t>(xq + 16 + 4 * j));
+            for (int h = 0; h < 2; h++) {
+              dot[m][h] = _mm256_add_epi16(dot[m][h], _mm256_maddubs_epi16(low[h], first));
+              dot[m][h] = _mm256_add_epi16(dot[m][h], _mm256_maddubs_epi16(high[h], second));
             }
           }
         }
@@ -328,6 +326,12 @@ inline void put(const Product& p, int64_t m, int64_t n, int64_t last, float* y) 
   for (int64_t i = 0; i < count; i++) to[i] = p.epilogue == ADD ? to[i] + y[i] : y[i];
 }
 
+#if defined(ISA_AVX512)
+constexpr int PACKED_TILE = 8;  // rows of x whose sums stay in registers
+#else
+constexpr int PACKED_TILE = 4;
+#endif
+
 template <int T>
 void packed_rows(const Product& p, int64_t first, int64_t last, int64_t rows) {
   const int64_t blocks = p.w->cols / BLOCK, group_bytes = blocks * (T == Q8 ? Q8_BYTES : Q4_BYTES);
@@ -341,13 +345,12 @@ void packed_rows(const Product& p, int64_t first, int64_t last, int64_t rows) {
     }
   }
   for (; n < last; n += GROUP) {
-    constexpr int M = 4;
     const uint8_t* group = w + n / GROUP * group_bytes;
     int64_t m = 0;
-    for (; m + M <= rows; m += M) {
-      float y[1][M][GROUP];
-      packed<T, 1, M>(group, group_bytes, blocks, p.q + m * blocks, blocks, y);
-      for (int i = 0; i < M; i++) put(p, m + i, n, last, y[0][i]);
+    for (; m + PACKED_TILE <= rows; m += PACKED_TILE) {
+      float y[1][PACKED_TILE][GROUP];
+      packed<T, 1, PACKED_TILE>(group, group_bytes, blocks, p.q + m * blocks, blocks, y);
+      for (int i = 0; i < PACKED_TILE; i++) put(p, m + i, n, last, y[0][i]);
     }
     for (; m < rows; m++) {
       float y[1][1][GROUP];
