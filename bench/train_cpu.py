@@ -30,6 +30,7 @@ from measure import (
 from torch import Tensor
 
 from receptance.models import RWKV, VERSIONS
+from receptance.training.config import OptimConfig
 from receptance.training.loss import language_model_loss
 from receptance.training.optim import build_optimizer, set_learning_rate
 
@@ -44,7 +45,7 @@ class Trainer:
     def __init__(self, version: str, batch: int, tokens: int):
         self.model: RWKV = lively_model(version, VOCAB, LAYERS, WIDTH).train()
         recipe = VERSIONS[version].recipe(self.model.config)
-        self.optimizer = build_optimizer(self.model, recipe, weight_decay=0.1)
+        self.optimizer = build_optimizer(self.model, recipe, OptimConfig())
         set_learning_rate(self.optimizer, 1e-4)
         text = torch.randint(VOCAB, (batch, tokens + 1), generator=torch.Generator().manual_seed(2))
         self.inputs, self.targets = text[:, :-1], text[:, 1:]

@@ -7,6 +7,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one core a worker: more threads than 
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, so before any test does it
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 

@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "data": {"errors", "tokenizers"},
     "engine": {"errors", "models", "checkpoint"},
     "generation": {"errors", "engine", "models", "tokenizers"},
-    "training": {"errors", "models", "data", "checkpoint", "tokenizers"},
+    "training": {"errors", "ops", "models", "data", "checkpoint", "tokenizers"},
     "cli": None,  # the top of the house
     "__init__": None,
     "__main__": None,

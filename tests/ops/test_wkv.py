@@ -1,5 +1,7 @@
 """Every back end of every operator against the independent reference outputs, and against the naive form."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -267,3 +269,58 @@ def test_an_empty_state_is_the_default():
     got, _ = call("wkv4", inputs, None)
     expected, _ = call("wkv4", inputs, [zero, zero, torch.full_like(zero, EMPTY)])
     assert torch.equal(got, expected)
+
+
+def resets_at(t: int, *rows: set[int]) -> Tensor:
+    return torch.tensor([[i in row for i in range(t)] for row in rows])
+
+
+# at 0, adjacent, last of a chunk, first of a chunk, several in a chunk, none, all
+RESETS = resets_at(100, {0, 1, 2, 31, 50, 99}, {32, 33, 64, 96}, set(), set(range(100)), {17, 40, 41, 63, 90})
+
+
+@pytest.mark.parametrize("op,backend", ALL)
+def test_documents_in_a_row_equal_documents_alone(op, backend):
+    """Outputs, final state and the gradient of every input and of the start state, with ragged rows."""
+    lengths = torch.tensor([100, 97, 100, 60, 40])
+    inputs, state = draw(op, 100, batch=5)
+    y, end = call(op, inputs, state, backend=backend, lengths=lengths, resets=RESETS)
+    ys, ends = [], []
+    for row, n in enumerate(lengths.tolist()):
+        cuts = [0, *[i for i in range(1, n) if RESETS[row, i]], n]
+        for first, last in pairwise(cuts):
+            document = [x if x.dim() < 3 else x[row : row + 1, first:last] for x in inputs]
+            fresh = first > 0 or bool(RESETS[row, 0])
+            part, after = call(op, document, None if fresh else [x[row : row + 1] for x in state], backend="naive")
+            ys.append(part[0])
+        ends.append(true_state(op, after))
+    got = [torch.cat([y[row, :n] for row, n in enumerate(lengths)]), *true_state(op, end)]
+    expected = [torch.cat(ys), *(torch.cat(parts) for parts in zip(*ends))]
+    g = torch.Generator().manual_seed(1)
+    weights = [torch.randn(x.shape, generator=g, dtype=torch.float64) for x in got]
+    leaves = [x for x in [*inputs, *state] if x.requires_grad]
+    got += torch.autograd.grad(got, leaves, weights)
+    expected += torch.autograd.grad(expected, leaves, weights)
+    for a, b in zip(got, expected):
+        torch.testing.assert_close(a, b, **EXACT)
+
+
+@pytest.mark.parametrize("t", [1, 2, 31, 33, 64, 300])
+@pytest.mark.parametrize("op,backend", FAST)
+def test_fast_equals_naive_with_resets(op, backend, t):
+    inputs, state = draw(op, t)
+    resets = torch.rand(2, t, generator=torch.Generator().manual_seed(t)) < 0.1
+    expected = results(op, inputs, state, torch.Generator().manual_seed(1), backend="naive", resets=resets)
+    got = results(op, inputs, state, torch.Generator().manual_seed(1), backend=backend, resets=resets)
+    for a, b in zip(got, expected):
+        torch.testing.assert_close(a, b, **EXACT)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_no_reset_equals_no_resets(op):
+    inputs, state = draw(op, 70)
+    none = torch.zeros(2, 70, dtype=torch.bool)
+    plain = results(op, inputs, state, torch.Generator().manual_seed(1))
+    given = results(op, inputs, state, torch.Generator().manual_seed(1), resets=none)
+    for a, b in zip(given, plain):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)

@@ -1,6 +1,7 @@
 """The Triton form of WKV-4 against the naive one in float64, on a GPU or, without one, in Triton's interpreter."""
 
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -73,6 +74,18 @@ def test_any_length(t):
 
 def test_many_chunks(plan):
     check(draw(1, 300, 5), FLOAT32)
+
+
+def test_documents_in_a_row(plan):
+    """First, adjacent, last and border tokens of chunks begin documents; one row has none, one ends early."""
+    resets = torch.zeros(3, 200, dtype=torch.bool, device=DEVICE)
+    resets[0, [0, 5, 6, 15, 16, 64, 127, 199]] = resets[2, [20, 69]] = True
+    lengths = torch.tensor([200, 200, 70], device=DEVICE)
+    inputs = draw(3, 200, 5)
+    got = results(partial(wkv4, resets=resets), inputs, lengths)
+    expected = results(partial(naive, resets=resets), inputs, lengths, double=True)
+    for name, x, ref in zip(NAMES, got, expected):
+        assert (x.double() - ref).norm() <= FLOAT32 * ref.norm(), name
 
 
 @pytest.mark.parametrize("c", [1, 37, 130])

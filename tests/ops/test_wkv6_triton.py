@@ -1,6 +1,7 @@
 """The Triton form of WKV-6 against the naive one in float64, on a GPU or, without one, in Triton's interpreter."""
 
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -55,6 +56,16 @@ def test_any_head_size(size):
 
 def test_batches_and_heads_do_not_mix():
     check(draw(3, 70, 2, 32), 1e-5)
+
+
+def test_documents_in_a_row():
+    """First, adjacent, last and border tokens of chunks and blocks begin documents; one row has none."""
+    resets = torch.zeros(2, 100, dtype=torch.bool, device=DEVICE)
+    resets[0, [0, 5, 6, 16, 31, 32, 99]] = True
+    inputs = draw(2, 100, 1, 32)
+    got = results(partial(wkv6, resets=resets), inputs)
+    for name, x, ref in zip(NAMES, got, results(partial(naive, resets=resets), inputs, torch.float64)):
+        assert (x.double() - ref).norm() <= 1e-5 * ref.norm(), name
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -41,7 +41,7 @@ def command(as_json: Annotated[bool, typer.Option("--json", help="A JSON list of
       receptance doctor
       receptance doctor --json
     """
-    checks = [*machine(), *torch_and_devices(), *back_ends(), *models()]
+    checks = [*machine(), *torch_and_devices(), *back_ends(), *training(), *models()]
     if as_json:
         write_json([asdict(check) for check in checks])
     else:
@@ -102,6 +102,29 @@ def back_ends() -> Iterator[Check]:
     for name in ("triton", "native"):
         if name not in names:
             yield Check(f"back end {name}", "no", f"not part of receptance {__version__}")
+
+
+def training() -> Iterator[Check]:
+    """What a training run would use here."""
+    if find_spec("torch") is None:
+        return
+    import torch
+
+    from receptance.training.metrics import free_memory, peak_flops
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    free = free_memory(device)
+    memory = "" if free is None else f", {free / 2**30:.1f} GiB free"
+    if device.type == "cuda":
+        peak = peak_flops(device, "bfloat16")
+        limit = "peak unknown: no MFU in the log" if peak is None else f"peak {peak / 1e12:.0f} TFLOP/s"
+        yield Check("training", "ok", f"cuda, bfloat16 products, the step as a CUDA graph; {limit}{memory}")
+    else:
+        yield Check("training", "ok", f"cpu, float32, {torch.get_num_threads()} threads{memory}")
+    for package in ("tensorboard", "wandb"):
+        version = _version(package)
+        hint = f"pip install 'receptance[{package}]' for run.{package}"
+        yield Check(package, "ok" if version else "no", version or hint)
 
 
 def models() -> Iterator[Check]:

@@ -1,5 +1,7 @@
 """`receptance train`: a run from a TOML file, with a progress bar, continued where it stopped."""
 
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,6 +29,9 @@ def train(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run (run.out).")] = None,
     show: Annotated[bool, typer.Option("--show", help="Print the whole configuration and stop.")] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Prepare data and model, print the memory needed, stop.")
+    ] = False,
 ) -> None:
     from receptance.training.config import read_config, to_json
 
@@ -44,9 +49,13 @@ def train(
         typer.echo(to_json(chosen))
         return
 
+    from receptance.training import announce_memory, set_up
     from receptance.training import train as run
 
     with Progress(chosen.steps) as progress:
+        if plan:
+            announce_memory(set_up(chosen, progress), progress)
+            return
         folder = run(chosen, progress, sample)
     typer.echo(f"finished: {folder}\ntry it: receptance run {folder} 'Once upon a time'")
 
@@ -72,6 +81,7 @@ class Progress:
         )  # fmt: skip
         self._task = self._bar.add_task("", total=steps)
         self._steps = steps
+        self._first: tuple[float, float] | None = None
 
     def __enter__(self) -> "Progress":
         self._bar.start()
@@ -84,7 +94,23 @@ class Progress:
         self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def step(self, row: dict[str, float]) -> None:
-        line = f"loss {row['loss']:.4f} · lr {row['lr']:.2e} · {row['tokens_per_second']:,.0f} tokens/s"
+        line = (
+            f"loss {row['loss']:.4f} · {row['bits']:.3f} bits · lr {row['lr']:.2e} · "
+            f"{row['tokens_per_second']:,.0f} tokens/s · {row['memory_gib']:.1f} GiB"
+        )
+        if "mfu" in row:
+            line += f" · MFU {row['mfu']:.0%}"
+        if row["skipped"]:
+            line += f" · {row['skipped']:.0f} skipped"
         self._bar.update(self._task, completed=row["step"], description=line)
         if not self._console.is_terminal:
-            self.message(f"step {row['step']:.0f}/{self._steps} · {line}")
+            self.message(f"step {row['step']:.0f}/{self._steps} · {line} · {self._left(row['step'])} left")
+
+    def _left(self, step: float) -> str:
+        """Time to the end at the pace since the first row."""
+        if self._first is None:
+            self._first = step, time.perf_counter()
+        first, start = self._first
+        if step == first:
+            return "?" if step < self._steps else "0:00:00"
+        return str(timedelta(seconds=round((time.perf_counter() - start) / (step - first) * (self._steps - step))))

@@ -2,7 +2,9 @@
 
 import hashlib
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,6 +13,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from receptance.models.state import State
+from receptance.ops.head_loss import head_loss
+from receptance.ops.norm import add_norm, layer_norm
+from receptance.ops.pieces import upcast
+from receptance.ops.recompute import Recompute
+from receptance.ops.shift import shift_mix
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -32,19 +39,42 @@ class Config(Protocol):
 
 @dataclass(frozen=True)
 class Call:
-    """How one forward call runs, the same for every layer. lengths [B]: rows are padded at the end."""
+    """How one forward call runs, the same for every layer.
+
+    lengths [B]: rows are padded at the end. resets [B, T]: true at the first token of a document, which sees nothing
+    before it. cheap: calls functions whose results need not be kept for the backward pass.
+    """
 
     lengths: Tensor | None = None
     backend: str = "auto"
     dropout: float = 0.0
+    resets: Tensor | None = None
+    cheap: Recompute = field(default_factory=Recompute)
+
+    def fused(self, piece: Callable[..., Any], *inputs: Any) -> Any:
+        """Call a fused piece of `receptance.ops` with this call's back end; its results are not kept."""
+        return self.cheap(partial(piece, backend=self.backend), *inputs)
+
+    def shift(self, x: Tensor, last: Tensor, mixes: Sequence[Tensor], present: bool = False) -> list[Tensor]:
+        """x blended with its predecessors by each of `mixes`; nothing crosses from one document into the next."""
+        mixed: list[Tensor] = self.fused(partial(shift_mix, resets=self.resets, present=present), x, last, mixes)
+        return mixed
+
+    def norm(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        out: Tensor = self.fused(layer_norm, x, norm.weight, norm.bias, norm.eps)
+        return out
+
+    def add(self, x: Tensor, mixed: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+        """The residual sum and its norm."""
+        if self.dropout:
+            x = self.drop(x + mixed)
+            return x, self.norm(x, norm)
+        x, normed = add_norm(x, mixed, norm.weight, norm.bias, norm.eps, backend=self.backend)
+        self.cheap.remember(normed, partial(layer_norm, backend=self.backend), x, norm.weight, norm.bias, norm.eps)
+        return x, normed
 
     def drop(self, x: Tensor) -> Tensor:
         return nn.functional.dropout(x, self.dropout) if self.dropout else x
-
-
-def token_shift(x: Tensor, last: Tensor) -> Tensor:
-    """The previous position's vector, [B, T, C]; `last` [B, C] stands before position 0."""
-    return torch.cat([last[:, None].to(x.dtype), x[:, :-1]], 1)
 
 
 def carry(x: Tensor, last: Tensor, call: Call) -> Tensor:
@@ -53,19 +83,6 @@ def carry(x: Tensor, last: Tensor, call: Call) -> Tensor:
         return x[:, -1]
     index = (call.lengths - 1).clamp(min=0)[:, None, None].expand(-1, 1, x.shape[2])
     return torch.where((call.lengths > 0)[:, None], x.gather(1, index).squeeze(1), last.to(x.dtype))
-
-
-def upcast(x: Tensor) -> Tensor:
-    """float32, unless already float64: the precision of decays, states and norms."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def group_norm(x: Tensor, norm: nn.GroupNorm) -> Tensor:
-    """GroupNorm over heads of [B, T, A], in at least float32, returned in x's dtype."""
-    y = nn.functional.group_norm(
-        upcast(x).flatten(0, 1), norm.num_groups, upcast(norm.weight), upcast(norm.bias), norm.eps
-    )
-    return y.view_as(x).to(x.dtype)
 
 
 class Block(nn.Module):
@@ -85,9 +102,9 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, v_first: Tensor | None, state: dict[str, Tensor], call: Call
     ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-        mixed, after = self.att(self.ln1(x), state, call)
-        x = call.drop(x + mixed)
-        mixed, shift = self.ffn(self.ln2(x), state["ffn_shift"], call)
+        mixed, after = self.att(call.norm(x, self.ln1), state, call)
+        x, normed = call.add(x, mixed, self.ln2)
+        mixed, shift = self.ffn(normed, state["ffn_shift"], call)
         return call.drop(x + mixed), v_first, {**after, "ffn_shift": shift}
 
 
@@ -110,6 +127,7 @@ class RWKV(nn.Module):
         self.ln_out = nn.LayerNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.activation_checkpointing = False  # recompute each block in the backward pass instead of keeping it
+        self.recompute: bool | None = None  # the elementwise work alone is recomputed; None: on a GPU
         self.dropout = 0.0  # in training mode: after the embedding and on the residual after each half block
         self._fingerprint: str | None = None
 
@@ -168,6 +186,7 @@ class RWKV(nn.Module):
         state: State | None = None,
         *,
         lengths: Tensor | None = None,
+        resets: Tensor | None = None,
         last_only: bool = False,
         backend: str = "auto",
     ) -> tuple[Tensor, State]:
@@ -176,18 +195,49 @@ class RWKV(nn.Module):
         tokens: list or LongTensor [T] → logits [T, V]; LongTensor [B, T] → [B, T, V].
         lengths [B]: row i has lengths[i] tokens and padding of any id after them; the returned state is the one after
         its own last token, and logits beyond it mean nothing.
+        resets [B, T] or [T], bool: true at the first token of a document inside a row; it sees nothing before it, the
+        given state included.
         last_only: logits of each row's last token alone, [V] or [B, V].
         backend: "auto", or a name of `receptance.ops.BACKENDS`.
         The returned state always has a batch axis (B = 1 for [T]). Raises ValueError on an empty or out-of-range input.
         """
-        x, state, single, lengths = self.hidden(tokens, state, lengths=lengths, backend=backend)
+        x, state, single, lengths = self.hidden(tokens, state, lengths=lengths, resets=resets, backend=backend)
         if last_only:
             x = carry(x, x[:, 0], Call(lengths))
         logits = self.head(x)
         return (logits[0] if single else logits), state
 
+    def loss(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        state: State | None = None,
+        *,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        token_weights: Tensor | None = None,
+        total: Tensor | float | None = None,
+        logit_penalty: float = 0.0,
+        backend: str = "auto",
+    ) -> tuple[Tensor, State]:
+        """Mean cross entropy in nats of the targets, both [B, T], and the state; logits are made block by block.
+
+        lengths, resets: as in `forward`. token_weights, total, logit_penalty: as in `receptance.ops.head_loss`.
+        """
+        x, state, _, _ = self.hidden(tokens, state, lengths=lengths, resets=resets, backend=backend)
+        loss = head_loss(
+            x, self.head.weight, targets, logit_penalty, token_weights=token_weights, total=total, backend=backend
+        )
+        return loss, state
+
     def hidden(
-        self, tokens: list[int] | Tensor, state: State | None, *, lengths: Tensor | None, backend: str
+        self,
+        tokens: list[int] | Tensor,
+        state: State | None,
+        *,
+        lengths: Tensor | None,
+        resets: Tensor | None,
+        backend: str,
     ) -> tuple[Tensor, State, bool, Tensor | None]:
         """Everything below the head: ([B, T, C] after ln_out, state, whether tokens had no batch axis, lengths)."""
         tokens = torch.as_tensor(tokens, dtype=torch.long, device=self.device)
@@ -205,6 +255,8 @@ class RWKV(nn.Module):
             lengths = torch.as_tensor(lengths, device=self.device)
             if lengths.shape != (batch,) or not bool(((lengths >= 0) & (lengths <= t)).all()):
                 raise ValueError(f"lengths must be [{batch}] with values in [0, {t}], got {lengths.tolist()}")
+        if resets is not None:
+            resets = self._checked_resets(resets, batch, t)
         if state is None:
             state = self.zero_state(batch)
         elif not isinstance(state, State):
@@ -213,17 +265,31 @@ class RWKV(nn.Module):
             raise ValueError(f"a state of {state.batch} rows for {batch} rows of tokens")
         self.check_state(state)
 
-        call = Call(lengths, backend, self.dropout if self.training else 0.0)
+        call = Call(lengths, backend, self.dropout if self.training else 0.0, resets)
         x = call.drop(self.blocks[0].ln0(self.emb(tokens)))  # type: ignore[operator]
         v_first: Tensor | None = None
         after = []
         for i, block in enumerate(self.blocks):
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x, v_first, new = checkpoint(block, x, v_first, state.layer(i), call, use_reentrant=False)
+                x, v_first, new = checkpoint(
+                    block, x, v_first, state.layer(i), call, use_reentrant=False, preserve_rng_state=call.dropout > 0
+                )
+            elif x.is_cuda if self.recompute is None else self.recompute:
+                with call.cheap:
+                    x, v_first, new = block(x, v_first, state.layer(i), call)
             else:
                 x, v_first, new = block(x, v_first, state.layer(i), call)
             after.append(new)
         return self.ln_out(x), State({name: torch.stack([n[name] for n in after]) for name in state}), single, lengths
+
+    def _checked_resets(self, resets: Tensor, batch: int, t: int) -> Tensor:
+        if resets.dim() == 1:
+            resets = resets[None]
+        if resets.dtype != torch.bool or resets.shape != (batch, t):
+            raise ValueError(f"resets must be bool [{batch}, {t}], got {resets.dtype} {list(resets.shape)}")
+        if getattr(self.config, "time_state", False):
+            raise ValueError("a model with a tuned initial state cannot reset documents inside a row: give them rows")
+        return resets.to(self.device)
 
 
 def fingerprint(version: str, tensors: dict[str, Tensor]) -> str:

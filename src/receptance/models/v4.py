@@ -21,11 +21,11 @@ from receptance.models.base import (
     norm_recipe,
     ramp,
     tall_gain,
-    token_shift,
-    upcast,
 )
 from receptance.models.state import State
 from receptance.ops import EMPTY, wkv4
+from receptance.ops.ffn import relu_square, sigmoid_gate
+from receptance.ops.pieces import upcast
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,9 @@ class TimeMix(nn.Module):
         self.output = nn.Linear(a, c, bias=False)
 
     def forward(self, x: Tensor, state: dict[str, Tensor], call: Call) -> tuple[Tensor, dict[str, Tensor]]:
-        prev = token_shift(x, state["att_shift"])
-        k = self.key(prev.lerp(x, self.time_mix_k.to(x.dtype)))  # [B, T, A]
-        v = self.value(prev.lerp(x, self.time_mix_v.to(x.dtype)))
-        r = torch.sigmoid(self.receptance(prev.lerp(x, self.time_mix_r.to(x.dtype))))
+        mixes = [self.time_mix_k, self.time_mix_v, self.time_mix_r]
+        xk, xv, xr = call.shift(x, state["att_shift"], mixes, present=True)
+        k, v, r = self.key(xk), self.value(xv), self.receptance(xr)  # [B, T, A]
         y, (num, den, exp) = wkv4(
             -upcast(self.time_decay).exp(),
             upcast(k),
@@ -84,10 +83,12 @@ class TimeMix(nn.Module):
             upcast(self.time_first),
             (state["num"], state["den"], state["exp"]),
             lengths=call.lengths,
+            resets=call.resets,
             backend=call.backend,
         )
         shift = carry(x, state["att_shift"], call)
-        return self.output(r * y.to(r.dtype)), {"att_shift": shift, "num": num, "den": den, "exp": exp}
+        y = call.fused(sigmoid_gate, r, y.to(r.dtype))
+        return self.output(y), {"att_shift": shift, "num": num, "den": den, "exp": exp}
 
 
 class ChannelMix(nn.Module):
@@ -102,10 +103,9 @@ class ChannelMix(nn.Module):
         self.value = nn.Linear(dim_ffn, n_embd, bias=False)
 
     def forward(self, x: Tensor, shift: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-        prev = token_shift(x, shift)
-        k = self.key(prev.lerp(x, self.time_mix_k.to(x.dtype)))  # [B, T, F]
-        r = torch.sigmoid(self.receptance(prev.lerp(x, self.time_mix_r.to(x.dtype))))
-        return r * self.value(k.relu().square()), carry(x, shift, call)
+        xk, xr = call.shift(x, shift, [self.time_mix_k, self.time_mix_r], present=True)
+        k = relu_square(self.key(xk), backend=call.backend)  # [B, T, F]
+        return sigmoid_gate(self.receptance(xr), self.value(k), backend=call.backend), carry(x, shift, call)
 
 
 class PreBlock(nn.Module):
@@ -120,9 +120,9 @@ class PreBlock(nn.Module):
         self.ffn = ChannelMix(config.n_embd, config.dim_ffn)
 
     def forward(self, x: Tensor, v_first: None, state: dict[str, Tensor], call: Call) -> tuple[Any, ...]:
-        mixed, first = self.ffnPre(self.ln1(x), state["att_shift"], call)
-        x = call.drop(x + mixed)
-        mixed, shift = self.ffn(self.ln2(x), state["ffn_shift"], call)
+        mixed, first = self.ffnPre(call.norm(x, self.ln1), state["att_shift"], call)
+        x, normed = call.add(x, mixed, self.ln2)
+        mixed, shift = self.ffn(normed, state["ffn_shift"], call)
         return call.drop(x + mixed), v_first, {**state, "att_shift": first, "ffn_shift": shift}
 
 

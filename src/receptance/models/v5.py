@@ -16,15 +16,14 @@ from receptance.models.base import (
     carry,
     depth,
     frame_recipe,
-    group_norm,
     norm_recipe,
     ramp,
     tall_gain,
-    token_shift,
-    upcast,
 )
 from receptance.models.v4 import ChannelMix, mix_recipe
 from receptance.ops import wkv6
+from receptance.ops.heads import norm_and_gate
+from receptance.ops.pieces import upcast
 
 
 @dataclass(frozen=True)
@@ -100,19 +99,18 @@ class TimeMix(nn.Module):
     def forward(self, x: Tensor, state: dict[str, Tensor], call: Call) -> tuple[Tensor, dict[str, Tensor]]:
         b, t, c = x.shape
         heads = (b, t, self.n_head, c // self.n_head)
-        prev = token_shift(x, state["att_shift"])
-        r = self.receptance(prev.lerp(x, self.time_mix_r.to(x.dtype))).view(heads)
-        k = self.key(prev.lerp(x, self.time_mix_k.to(x.dtype))).view(heads)
-        v = self.value(prev.lerp(x, self.time_mix_v.to(x.dtype))).view(heads)
+        mixes = [self.time_mix_r, self.time_mix_k, self.time_mix_v, *([self.time_mix_g] if self.has_gate else [])]
+        xr, xk, xv, *xg = call.shift(x, state["att_shift"], mixes, present=True)
+        r, k, v = self.receptance(xr).view(heads), self.key(xk).view(heads), self.value(xv).view(heads)
+        gate = self.gate(xg[0]) if self.has_gate else None
         u = upcast(self.time_faaaa) if self.has_gate else upcast(self.time_first).exp()
         w = -upcast(self.time_decay).exp()
         if w.dim() == 1:
             w, u = w[:, None], u[:, None]
         w, u = w.expand(heads[2:]), u.expand(heads[2:])
-        y, wkv = wkv6(r, w, k, v, u, state["wkv"], lengths=call.lengths, backend=call.backend)
-        y = group_norm(y.reshape(b, t, c), self.ln_x)
-        if self.has_gate:
-            y = y * nn.functional.silu(self.gate(prev.lerp(x, self.time_mix_g.to(x.dtype))))
+        y, wkv = wkv6(r, w, k, v, u, state["wkv"], lengths=call.lengths, resets=call.resets, backend=call.backend)
+        norm = self.ln_x
+        y = call.fused(norm_and_gate, y, norm.weight, norm.bias, norm.eps, gate, "silu")
         return self.output(y), {"att_shift": carry(x, state["att_shift"], call), "wkv": wkv}
 
 

@@ -17,14 +17,15 @@ from receptance.models.base import (
     carry,
     depth,
     frame_recipe,
-    group_norm,
     norm_recipe,
     ramp,
     tall_gain,
-    token_shift,
-    upcast,
 )
 from receptance.ops import wkv6
+from receptance.ops.ffn import relu_square, sigmoid_gate
+from receptance.ops.heads import norm_and_gate
+from receptance.ops.pieces import upcast
+from receptance.ops.shift import token_shift
 
 
 @dataclass(frozen=True)
@@ -93,20 +94,21 @@ class TimeMix(nn.Module):
     def forward(self, x: Tensor, state: dict[str, Tensor], call: Call) -> tuple[Tensor, dict[str, Tensor]]:
         b, t, c = x.shape
         heads = (b, t, self.n_head, c // self.n_head)
-        dx = token_shift(x, state["att_shift"]) - x  # [B, T, C]
+        dx = token_shift(x, state["att_shift"], call.resets) - x  # [B, T, C]
         low = torch.tanh((x + dx * self.time_maa_x) @ self.time_maa_w1).view(b, t, 5, -1)
         mix_w, mix_k, mix_v, mix_r, mix_g = torch.einsum("btjr,jrc->jbtc", low, self.time_maa_w2.to(low.dtype))
         r = self.receptance(x + dx * (self.time_maa_r + mix_r)).view(heads)
         k = self.key(x + dx * (self.time_maa_k + mix_k)).view(heads)
         v = self.value(x + dx * (self.time_maa_v + mix_v)).view(heads)
-        g = nn.functional.silu(self.gate(x + dx * (self.time_maa_g + mix_g)))
+        gate = self.gate(x + dx * (self.time_maa_g + mix_g))
         xw = x + dx * (self.time_maa_w + mix_w)
         w = upcast(self.time_decay) + upcast(torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2)
         w = -w.exp().view(heads)  # log-decay of each token and channel, unbounded below
         u = upcast(self.time_faaaa)
-        y, wkv = wkv6(r, w, k, v, u, state["wkv"], lengths=call.lengths, backend=call.backend)
-        y = group_norm(y.reshape(b, t, c), self.ln_x)
-        return self.output(y * g), {"att_shift": carry(x, state["att_shift"], call), "wkv": wkv}
+        y, wkv = wkv6(r, w, k, v, u, state["wkv"], lengths=call.lengths, resets=call.resets, backend=call.backend)
+        norm = self.ln_x
+        y = call.fused(norm_and_gate, y, norm.weight, norm.bias, norm.eps, gate, "silu")
+        return self.output(y), {"att_shift": carry(x, state["att_shift"], call), "wkv": wkv}
 
 
 class ChannelMix(nn.Module):
@@ -120,10 +122,9 @@ class ChannelMix(nn.Module):
         self.value = nn.Linear(f, c, bias=False)
 
     def forward(self, x: Tensor, shift: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-        dx = token_shift(x, shift) - x
-        k = self.key(x + dx * self.time_maa_k)  # [B, T, F]
-        r = torch.sigmoid(self.receptance(x + dx * self.time_maa_r))
-        return r * self.value(k.relu().square()), carry(x, shift, call)
+        xk, xr = call.shift(x, shift, [self.time_maa_k, self.time_maa_r])
+        k = relu_square(self.key(xk), backend=call.backend)  # [B, T, F]
+        return sigmoid_gate(self.receptance(xr), self.value(k), backend=call.backend), carry(x, shift, call)
 
 
 class RWKV6(RWKV):

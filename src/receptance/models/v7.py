@@ -17,16 +17,14 @@ from receptance.models.base import (
     carry,
     depth,
     frame_recipe,
-    group_norm,
     norm_recipe,
     ramp,
     tall_gain,
-    token_shift,
-    upcast,
 )
 from receptance.ops import wkv7
-
-MIN_LOG_DECAY = -math.exp(-0.5)  # a channel keeps at least e^-0.61 = 54.5 % per token
+from receptance.ops.ffn import relu_square
+from receptance.ops.heads import norm_and_gate
+from receptance.ops.prepare import decay_and_keys, value_residual
 
 
 def rank(x: float) -> int:
@@ -128,31 +126,28 @@ class TimeMix(nn.Module):
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         b, t, c = x.shape
         heads = (b, t, self.n_head, c // self.n_head)
-        dx = token_shift(x, state["att_shift"]) - x  # [B, T, C]
-        r = self.receptance(x + dx * self.x_r)
-        k = self.key(x + dx * self.x_k)
-        xv = x + dx * self.x_v
+        mixes = [self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g]
+        xr, xw, xk, xv, xa, xg = call.shift(x, state["att_shift"], mixes)  # [B, T, C] each
+        r = self.receptance(xr)
+        k = self.key(xk)
         v = self.value(xv)
         if v_first is None:
             v_first = v
         else:
-            v = v + (v_first - v) * torch.sigmoid(self.v0 + (xv @ self.v1) @ self.v2)
-        w = upcast(self.w0) + upcast(torch.tanh((x + dx * self.x_w) @ self.w1) @ self.w2)
-        w = MIN_LOG_DECAY * torch.sigmoid(w)  # log-decay; the chunked form relies on its bound
-        a = torch.sigmoid(self.a0 + ((x + dx * self.x_a) @ self.a1) @ self.a2)  # in-context learning rate
-        g = torch.sigmoid((x + dx * self.x_g) @ self.g1) @ self.g2
+            gate = call.cheap(torch.matmul, xv @ self.v1, self.v2)
+            v = call.fused(value_residual, v, v_first, gate, self.v0)
+        w = call.cheap(torch.matmul, torch.tanh(xw @ self.w1), self.w2)
+        a = call.cheap(torch.matmul, xa @ self.a1, self.a2)
+        g = call.cheap(torch.matmul, torch.sigmoid(xg @ self.g1), self.g2)
 
-        kk = nn.functional.normalize(
-            upcast(k * self.k_k).view(heads), dim=-1
-        )  # removal key, from k before its rescaling
-        k = k * (1 + (a - 1) * self.k_a)
-        r, k, v_, a = (z.view(heads) for z in (r, k, v, a))
-        y, wkv = wkv7(r, w.view(heads), k, v_, -kk, kk * a, state["wkv"], lengths=call.lengths, backend=call.backend)
-        y = group_norm(y.reshape(b, t, c), self.ln_x)
-        y = y + ((r * k * self.r_k).sum(-1, keepdim=True) * v_).view(
-            b, t, c
-        )  # bonus of the current token, after the norm
-        return self.output(y * g), v_first, {"att_shift": carry(x, state["att_shift"], call), "wkv": wkv}
+        r, k, v = (z.view(heads) for z in (r, k, v))
+        w, k, erase, write = call.fused(decay_and_keys, w, k, a, self.w0, self.a0, self.k_k, self.k_a)
+        y, wkv = wkv7(
+            r, w, k, v, erase, write, state["wkv"], lengths=call.lengths, resets=call.resets, backend=call.backend
+        )
+        norm = self.ln_x
+        out = call.fused(norm_and_gate, y, norm.weight, norm.bias, norm.eps, g, "plain", (r, k, v, self.r_k))
+        return self.output(out), v_first, {"att_shift": carry(x, state["att_shift"], call), "wkv": wkv}
 
 
 class ChannelMix(nn.Module):
@@ -163,8 +158,9 @@ class ChannelMix(nn.Module):
         self.value = nn.Linear(config.dim_ffn, config.n_embd, bias=False)
 
     def forward(self, x: Tensor, shift: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-        k = self.key(x + (token_shift(x, shift) - x) * self.x_k)  # [B, T, F]
-        return self.value(k.relu().square()), carry(x, shift, call)
+        (xk,) = call.shift(x, shift, [self.x_k])
+        k = relu_square(self.key(xk), backend=call.backend)  # [B, T, F]
+        return self.value(k), carry(x, shift, call)
 
 
 class Block(nn.Module):
@@ -180,9 +176,9 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, v_first: Tensor | None, state: dict[str, Tensor], call: Call
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        mixed, v_first, after = self.att(self.ln1(x), v_first, state, call)
-        x = call.drop(x + mixed)
-        mixed, shift = self.ffn(self.ln2(x), state["ffn_shift"], call)
+        mixed, v_first, after = self.att(call.norm(x, self.ln1), v_first, state, call)
+        x, normed = call.add(x, mixed, self.ln2)
+        mixed, shift = self.ffn(normed, state["ffn_shift"], call)
         return call.drop(x + mixed), v_first, {**after, "ffn_shift": shift}
 
 

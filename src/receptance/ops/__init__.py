@@ -6,6 +6,9 @@
 
 `w` is always the log-decay (≤ 0). States are explicit, go in and come out, and carry gradients both ways. Arithmetic is
 float64 when an input is float64 and float32 otherwise; y comes back in v's dtype, the state in the arithmetic's.
+
+resets [B, T] (bool) is true at the first token of each document: for it and what follows in the row, everything before
+it is forgotten, the start state too.
 """
 
 from collections.abc import Callable
@@ -15,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from receptance.ops.pieces import PIECES, uses_triton
 from receptance.ops.wkv4 import chunk as chunk4
 from receptance.ops.wkv4 import naive as naive4
 from receptance.ops.wkv4.naive import EMPTY, State4
@@ -33,26 +37,26 @@ BACKENDS: dict[str, dict[str, Callable[..., Any]]] = {
 }
 
 # Back ends that need a GPU: operator → name → module of the function, imported on first use.
-GPU_BACKENDS: dict[str, dict[str, str]] = {
-    "wkv4": {"triton": "receptance.ops.wkv4.triton"},
-    "wkv6": {"triton": "receptance.ops.wkv6.triton"},
-    "wkv7": {"triton": "receptance.ops.wkv7.triton"},
-}
+GPU_BACKENDS: dict[str, dict[str, str]] = {op: {"triton": PIECES[op]} for op in BACKENDS}
+WIDEST_HEAD = 128  # of the Triton forms
 
 
-def choose_backend(op: str, backend: str, n_tokens: int) -> str:
-    """The back end that `backend` ("auto" or a name of the tables) means for this many tokens."""
+def choose_backend(op: str, backend: str, x: Tensor) -> str:
+    """The back end that `backend` ("auto" or a name of the tables) means for inputs like x [B, T, ...]."""
     if backend == "auto":
-        return "naive" if n_tokens == 1 else "chunk"
+        if x.shape[1] == 1:
+            return "naive"
+        fits = x.dim() == 3 or x.shape[-1] <= WIDEST_HEAD
+        return "triton" if fits and uses_triton(op, x) else "chunk"
     known = {**BACKENDS[op], **GPU_BACKENDS[op]}
     if backend not in known:
         raise ValueError(f"{op} has no back end {backend!r}; it has {sorted(known)} and 'auto'")
     return backend
 
 
-def _run(op: str, backend: str, inputs: tuple[Tensor, ...], *rest: Any) -> tuple[Tensor, Any]:
+def _run(op: str, backend: str, inputs: tuple[Tensor, ...], *rest: Any, resets: Tensor | None) -> tuple[Tensor, Any]:
     """Call the back end: in float64 or float32, but a GPU kernel takes half-precision inputs as they are."""
-    name = choose_backend(op, backend, inputs[2].shape[1])  # wkv4's v, the others' k
+    name = choose_backend(op, backend, inputs[2])  # wkv4's v, the others' k
     if name in GPU_BACKENDS[op]:
         function = getattr(import_module(GPU_BACKENDS[op][name]), op)
     else:
@@ -60,7 +64,7 @@ def _run(op: str, backend: str, inputs: tuple[Tensor, ...], *rest: Any) -> tuple
         dtype = _compute_dtype(*inputs)
         inputs = tuple(x.to(dtype) for x in inputs)
     with torch.autocast(inputs[0].device.type, enabled=False):  # it would run the inner products in bfloat16
-        return function(*inputs, *rest)  # type: ignore[no-any-return]
+        return function(*inputs, *rest, resets=resets)  # type: ignore[no-any-return]
 
 
 def _compute_dtype(*inputs: Tensor) -> torch.dtype:
@@ -75,6 +79,7 @@ def wkv4(
     state: State4 | None = None,
     *,
     lengths: Tensor | None = None,
+    resets: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, State4]:
     """RWKV-4's exponentially weighted average (RWKV paper, eq. 16).
@@ -88,8 +93,15 @@ def wkv4(
         zero = k.new_zeros(k.shape[0], k.shape[2], dtype=dtype)
         state = zero, zero, torch.full_like(zero, EMPTY)
     num, den, exp = (x.to(dtype) for x in state)
-    y, after = _run("wkv4", backend, (w, k, v, u), (num, den, exp), lengths)
+    y, after = _run("wkv4", backend, (w, k, v, u), (num, den, exp), lengths, resets=_inside(resets, lengths))
     return y.to(v.dtype), after
+
+
+def _inside(resets: Tensor | None, lengths: Tensor | None) -> Tensor | None:
+    """The resets before each row's padding."""
+    if resets is None or lengths is None:
+        return resets
+    return resets & (torch.arange(resets.shape[1], device=resets.device) < lengths[:, None])
 
 
 def _matrix_state(state: Tensor | None, k: Tensor, dtype: torch.dtype) -> Tensor:
@@ -111,6 +123,7 @@ def wkv6(
     state: Tensor | None = None,
     *,
     lengths: Tensor | None = None,
+    resets: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Matrix-valued WKV of RWKV-5 and 6 (Eagle and Finch paper, section 4).
@@ -123,7 +136,7 @@ def wkv6(
     if lengths is not None:  # padding: decays nothing, writes nothing
         pad = _padding(k, lengths)
         w, k = w.masked_fill(pad, 0), k.masked_fill(pad, 0)
-    y, state = _run("wkv6", backend, (r, w, k, v, u), _matrix_state(state, k, dtype))
+    y, state = _run("wkv6", backend, (r, w, k, v, u), _matrix_state(state, k, dtype), resets=_inside(resets, lengths))
     return y.to(v.dtype), state
 
 
@@ -137,6 +150,7 @@ def wkv7(
     state: Tensor | None = None,
     *,
     lengths: Tensor | None = None,
+    resets: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Generalised delta rule of RWKV-7 (Goose paper, eq. 17).
@@ -148,5 +162,7 @@ def wkv7(
     if lengths is not None:  # padding: decays nothing, erases nothing, writes nothing
         pad = _padding(k, lengths)
         w, k, b = w.masked_fill(pad, 0), k.masked_fill(pad, 0), b.masked_fill(pad, 0)
-    y, state = _run("wkv7", backend, (r, w, k, v, a, b), _matrix_state(state, k, dtype))
+    y, state = _run(
+        "wkv7", backend, (r, w, k, v, a, b), _matrix_state(state, k, dtype), resets=_inside(resets, lengths)
+    )
     return y.to(v.dtype), state

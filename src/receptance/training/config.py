@@ -1,6 +1,7 @@
 """A run's configuration: frozen dataclasses, TOML on disk, dotted overrides on the command line."""
 
 import json
+import math
 import tomllib
 import types
 from collections.abc import Mapping, Sequence
@@ -44,23 +45,36 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW as the recipe of the version says, and the learning-rate schedule of the reference trainer.
+    """The optimiser over the recipe's groups, its schedules, and what is done to the loss and its gradient.
 
-    schedule: "cosine", "exponential" or "linear", from lr to lr_final over the run; warm-up multiplies it.
+    optimizer: "adamw", or "muon" for the hidden matrices. schedule: "cosine", "exponential", "linear" (the reference's)
+    or "wsd"; the last decay_fraction of a wsd run decays, "linear" or "1-sqrt". Warm-up multiplies any of them.
+    weight_decay_final: where the reference's exponential schedule of the weight decay ends.
     dropout: after the embedding and on the residual after each half block (0 in the reference's large runs).
+    ema: decay of an average of the weights. loss_spike, grad_spike: times the running mean. All three: 0 means off.
     """
 
+    optimizer: str = "adamw"
     lr: float = 6e-4
     lr_final: float = 6e-5
     schedule: str = "cosine"
     warmup_steps: int = 10
+    decay_fraction: float = 0.2
+    decay_shape: str = "linear"
     weight_decay: float = 0.1
+    weight_decay_final: float | None = None
     beta1: float = 0.9
     beta2: float = 0.99
     eps: float = 1e-18
+    muon_momentum: float = 0.95
     grad_clip: float = 1.0
     logit_penalty: float = 1e-4
     dropout: float = 0.0
+    ema: float = 0.0
+    skip_nonfinite: bool = True
+    loss_spike: float = 0.0
+    grad_spike: float = 0.0
+    max_skips: int = 20
 
 
 @dataclass(frozen=True)
@@ -69,8 +83,10 @@ class RunConfig:
 
     tokens: length of the run. batch_size: rows of ctx_len tokens per step, over `accumulate` passes.
     device, precision: "auto" takes a GPU with bfloat16 matrix products when there is one, else the CPU in float32.
+    cuda_graph: "auto", "on", "off": whether the GPU replays the whole step instead of being told each kernel.
     valid_tokens: upper bound per validation file (0: all of it). keep: finished checkpoints left on disk.
-    save_dtype: of the finished model in `out`/model.
+    early_stop: looks at the validation texts without an improvement after which the run ends (0: never).
+    save_dtype: of the finished model in `out`/model. wandb: a project's name; wandb_mode: "online" or "offline".
     """
 
     out: str = "runs/run"
@@ -82,14 +98,19 @@ class RunConfig:
     device: str = "auto"
     precision: str = "auto"
     activation_checkpointing: bool = False
+    cuda_graph: str = "auto"
     save_dtype: str = "float32"
     log_every: int = 10
     valid_every: int = 200
     valid_tokens: int = 200_000
+    early_stop: int = 0
     save_every: int = 200
     keep: int = 2
     sample: tuple[str, ...] = ()
     sample_tokens: int = 120
+    tensorboard: bool = False
+    wandb: str | None = None
+    wandb_mode: str = "online"
 
 
 @dataclass(frozen=True)
@@ -185,34 +206,49 @@ def check(config: TrainConfig) -> None:
         ("data.repeat", config.data.repeat, all(count >= 1 for count in config.data.repeat)),
         ("data.vocab_size", config.data.vocab_size, config.data.vocab_size >= 257),
         ("data.order", config.data.order, config.data.order in ("shuffled", "cubic")),
+        ("optim.optimizer", config.optim.optimizer, config.optim.optimizer in ("adamw", "muon")),
         ("optim.lr", config.optim.lr, config.optim.lr > 0),
         ("optim.lr_final", config.optim.lr_final, config.optim.lr_final >= 0),
-        ("optim.schedule", config.optim.schedule, config.optim.schedule in ("cosine", "exponential", "linear")),
+        ("optim.schedule", config.optim.schedule, config.optim.schedule in ("cosine", "exponential", "linear", "wsd")),
+        ("optim.decay_fraction", config.optim.decay_fraction, 0 <= config.optim.decay_fraction <= 1),
+        ("optim.decay_shape", config.optim.decay_shape, config.optim.decay_shape in ("linear", "1-sqrt")),
         ("optim.warmup_steps", config.optim.warmup_steps, config.optim.warmup_steps >= 0),
         ("optim.weight_decay", config.optim.weight_decay, config.optim.weight_decay >= 0),
+        ("optim.weight_decay_final", config.optim.weight_decay_final,
+         config.optim.weight_decay_final is None or config.optim.weight_decay_final > 0),
         ("optim.beta1", config.optim.beta1, 0 <= config.optim.beta1 < 1),
         ("optim.beta2", config.optim.beta2, 0 <= config.optim.beta2 < 1),
         ("optim.eps", config.optim.eps, config.optim.eps > 0),
+        ("optim.muon_momentum", config.optim.muon_momentum, 0 <= config.optim.muon_momentum < 1),
         ("optim.grad_clip", config.optim.grad_clip, config.optim.grad_clip >= 0),
         ("optim.logit_penalty", config.optim.logit_penalty, config.optim.logit_penalty >= 0),
         ("optim.dropout", config.optim.dropout, 0 <= config.optim.dropout < 1),
+        ("optim.ema", config.optim.ema, 0 <= config.optim.ema < 1),
+        ("optim.loss_spike", config.optim.loss_spike, config.optim.loss_spike == 0 or config.optim.loss_spike > 1),
+        ("optim.grad_spike", config.optim.grad_spike, config.optim.grad_spike == 0 or config.optim.grad_spike > 1),
+        ("optim.max_skips", config.optim.max_skips, config.optim.max_skips >= 1),
         ("run.tokens", config.run.tokens, config.run.tokens >= 1),
         ("run.ctx_len", config.run.ctx_len, config.run.ctx_len >= 1),
         ("run.batch_size", config.run.batch_size, config.run.batch_size >= 1),
         ("run.accumulate", config.run.accumulate, config.run.accumulate >= 1
          and config.run.batch_size % config.run.accumulate == 0),
         ("run.precision", config.run.precision, config.run.precision in ("auto", "float32", "bfloat16")),
+        ("run.cuda_graph", config.run.cuda_graph, config.run.cuda_graph in ("auto", "on", "off")),
         ("run.save_dtype", config.run.save_dtype, config.run.save_dtype in ("float32", "bfloat16", "float16")),
         ("run.seed", config.run.seed, config.run.seed >= 0),
         ("run.log_every", config.run.log_every, config.run.log_every >= 1),
         ("run.valid_every", config.run.valid_every, config.run.valid_every >= 1),
         ("run.valid_tokens", config.run.valid_tokens, config.run.valid_tokens >= 0),
+        ("run.early_stop", config.run.early_stop, config.run.early_stop >= 0),
         ("run.save_every", config.run.save_every, config.run.save_every >= 1),
         ("run.sample_tokens", config.run.sample_tokens, config.run.sample_tokens >= 0),
         ("run.keep", config.run.keep, config.run.keep >= 1),
+        ("run.wandb_mode", config.run.wandb_mode, config.run.wandb_mode in ("online", "offline")),
     ]  # fmt: skip
     if not config.data.train:
         raise ConfigError("nothing to train on: give a configuration file, or --text FILE, or data.train=[...]")
+    for section, values in asdict(config).items():
+        rules += [(f"{section}.{key}", x, math.isfinite(x)) for key, x in values.items() if isinstance(x, float)]
     for name, value, good in rules:
         if not good:
             raise ConfigError(f"{name} = {value!r} is out of range; see the defaults and limits in docs/training.md")

@@ -70,7 +70,6 @@ def _batch(model: RWKV, documents: list[np.ndarray], eos: int) -> Tensor:
         part = tokens[:, start : start + WINDOW + 1]
         inputs, targets = part[:, :-1], part[:, 1:]
         valid = torch.arange(start, start + targets.shape[1], device=model.device) < lengths[:, None]
-        logits, state = model.forward(inputs, state, lengths=valid.sum(1))
-        nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
-        total += nats.view_as(targets)[valid].sum().double()
+        nats, state = model.loss(inputs, targets, state, lengths=valid.sum(1), token_weights=valid, total=1.0)
+        total += nats.double()
     return total

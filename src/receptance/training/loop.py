@@ -3,11 +3,9 @@
 import json
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,20 +20,12 @@ from receptance.tokenizers import tokenizer as open_tokenizer
 from receptance.tokenizers import train_bpe
 from receptance.tokenizers.base import Tokenizer
 from receptance.training.config import TrainConfig, to_json
-from receptance.training.evaluate import Loss, evaluate
-from receptance.training.loss import language_model_loss
-from receptance.training.optim import build_optimizer, set_learning_rate
+from receptance.training.memory import plan_memory
+from receptance.training.optim import averaged, build_optimizer
+from receptance.training.report import Log, Meter, Reporter, Sampler, look, samples, should_stop, step_row, validate
 from receptance.training.resume import load_checkpoint, save_checkpoint, saved_config
-from receptance.training.schedule import learning_rate
-
-Sampler = Callable[[RWKV, Tokenizer, str, int], str]  # (model, tokenizer, prompt, tokens) → continuation
-
-
-class Reporter(Protocol):
-    """Where a run's news goes; the command line shows a progress bar, tests listen."""
-
-    def message(self, text: str) -> None: ...
-    def step(self, row: dict[str, float]) -> None: ...
+from receptance.training.step import Step
+from receptance.training.track import trackers
 
 
 @dataclass
@@ -52,11 +42,15 @@ class Run:
     model: RWKV
     optimizer: Optimizer
 
+    @property
+    def precision(self) -> str:
+        """Of matrix products: "float32" or "bfloat16"."""
+        if self.config.run.precision != "auto":
+            return self.config.run.precision
+        return "bfloat16" if self.device.type == "cuda" else "float32"
+
     def autocast(self) -> AbstractContextManager[object]:
-        precision = self.config.run.precision
-        if precision == "auto":
-            precision = "bfloat16" if self.device.type == "cuda" else "float32"
-        return torch.autocast(self.device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bfloat16" else nullcontext()
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets of one step, [B, T] each on the device."""
@@ -72,7 +66,8 @@ class Run:
 def train(config: TrainConfig, reporter: Reporter, sampler: Sampler | None = None) -> Path:
     """Train as configured, continuing the run in `run.out` if there is one. Returns the finished model's folder.
 
-    Raises ConfigError when `run.out` holds a run of another configuration, or the loss stops being finite.
+    Raises ConfigError when `run.out` holds a run of another configuration, or when too many updates in a row had to be
+    skipped.
     """
     run = set_up(config, reporter)
     first, warnings = load_checkpoint(run.out, run.model, run.optimizer)
@@ -80,26 +75,53 @@ def train(config: TrainConfig, reporter: Reporter, sampler: Sampler | None = Non
         reporter.message(warning)
     if first:
         reporter.message(f"continuing from step {first} of {config.steps}")
-    log = Log(run.out / "log.jsonl", first)
-    started, seen = time.perf_counter(), 0
-    for step in range(first, config.steps):
-        loss = take_step(run, step)
-        seen += config.run.batch_size * config.run.ctx_len
-        done = step + 1
-        if done % config.run.log_every == 0 or done == config.steps:
-            row = _row(run, step, loss, seen / (time.perf_counter() - started))
+    announce_memory(run, reporter)
+    with ExitStack() as stack:
+        following = trackers(config, run.out)
+        for tracker in following:
+            stack.callback(tracker.close)
+        log = Log(run.out / "log.jsonl", first, following)
+        last = take_steps(run, first, log, reporter, sampler)
+        return finish(run, last, log, reporter, sampler)
+
+
+def take_steps(run: Run, first: int, log: Log, reporter: Reporter, sampler: Sampler | None) -> int:
+    """From step `first` to the end, with rows, looks and checkpoints in between. Returns the number of steps taken."""
+    config, often = run.config, run.config.run
+    step, meter = Step(run, reporter.message), Meter(run, first)
+    skipped = 0.0
+    done = first
+    while done < config.steps and not should_stop(run, log):
+        outcome = step(done)
+        done += 1
+        is_last = done == config.steps
+        if done % often.log_every == 0 or is_last:
+            row = step_row(run, done - 1, outcome, meter)
             log.write(row)
             reporter.step(row)
-        if done % config.run.valid_every == 0 and done < config.steps:
-            pause = time.perf_counter()
-            _look(run, done, log, reporter, sampler)
-            started += time.perf_counter() - pause
-        if done % config.run.save_every == 0 or done == config.steps:
-            _require_finite(run, step, loss)
-            pause = time.perf_counter()
-            save_checkpoint(run.out, done, run.model, run.optimizer, to_json(config), config.run.keep)
-            started += time.perf_counter() - pause
-    return finish(run, log, reporter, sampler)
+            if row["skipped"] > skipped:
+                reporter.message(f"step {done}: {row['skipped']:.0f} updates skipped so far: loss or gradient was off")
+                skipped = row["skipped"]
+        pause = time.perf_counter()
+        if done % often.valid_every == 0 and not is_last:
+            look(run, done, log, reporter, sampler)
+        if done % often.save_every == 0 or is_last:
+            save_checkpoint(run.out, done, run.model, run.optimizer, to_json(config), often.keep)
+        meter.pause(time.perf_counter() - pause)
+    if done < config.steps:
+        save_checkpoint(run.out, done, run.model, run.optimizer, to_json(config), often.keep)
+        reporter.message(f"step {done}: no improvement in {often.early_stop} looks, so the run ends here")
+    return done
+
+
+def announce_memory(run: Run, reporter: Reporter) -> None:
+    plan = plan_memory(run)
+    reporter.message(str(plan))
+    if not plan.fits:
+        reporter.message(
+            f"that is more than {run.device} has free: raise run.accumulate, set run.activation_checkpointing, or "
+            "lower run.batch_size or run.ctx_len"
+        )
 
 
 def set_up(config: TrainConfig, reporter: Reporter) -> Run:
@@ -119,9 +141,7 @@ def set_up(config: TrainConfig, reporter: Reporter) -> Run:
     model.activation_checkpointing = config.run.activation_checkpointing
     optim = config.optim
     recipe = type(model).recipe(model.config, optim.lr)  # type: ignore[attr-defined]
-    optimizer = build_optimizer(
-        model, recipe, weight_decay=optim.weight_decay, betas=(optim.beta1, optim.beta2), eps=optim.eps
-    )
+    optimizer = build_optimizer(model, recipe, optim)
     order = ORDERS[config.data.order](len(train_data.tokens), config.run.ctx_len, config.run.seed)
     size = sum(p.numel() for p in model.parameters())
     reporter.message(
@@ -131,105 +151,34 @@ def set_up(config: TrainConfig, reporter: Reporter) -> Run:
     return Run(config, out, device, tokenizer, train_data, data, order, model.train(), optimizer)
 
 
-def take_step(run: Run, step: int) -> Tensor:
-    """One optimiser step; returns the batch's mean loss (a tensor on the device, not synchronised)."""
-    config, optim = run.config.run, run.config.optim
-    torch.manual_seed(config.seed * 1_000_003 + step)  # dropout depends on the step alone, so a resumed run repeats it
-    set_learning_rate(
-        run.optimizer,  # type: ignore[arg-type]
-        learning_rate(step, run.config.steps, lr=optim.lr, lr_final=optim.lr_final,
-                      warmup_steps=optim.warmup_steps, kind=optim.schedule),
-    )  # fmt: skip
-    inputs, targets = run.batch(step)
-    total = torch.zeros((), device=run.device)
-    for part, wanted in zip(inputs.chunk(config.accumulate), targets.chunk(config.accumulate)):
-        with run.autocast():
-            logits, _ = run.model.forward(part)
-        loss = language_model_loss(logits.float(), wanted, optim.logit_penalty) / config.accumulate
-        loss.backward()  # type: ignore[no-untyped-call]
-        total += loss.detach()
-    if optim.grad_clip:
-        torch.nn.utils.clip_grad_norm_(run.model.parameters(), optim.grad_clip)
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
-    return total
+def finish(run: Run, steps: int, log: Log, reporter: Reporter, sampler: Sampler | None) -> Path:
+    """Write the model's folder, and that of the averaged weights if there are any, `out`/model-ema."""
+    if run.config.optim.ema:
+        with averaged(run.optimizer, run.config.optim.ema, steps):
+            release(run, run.out / "model-ema", steps, "_ema", log, reporter)
+    folder = run.out / "model"
+    release(run, folder, steps, "", log, reporter)
+    samples(run, steps, reporter, sampler)
+    return folder
 
 
-def finish(run: Run, log: "Log", reporter: Reporter, sampler: Sampler | None) -> Path:
-    """Round to the stored precision, measure that, and write the model folder: weights, config and tokenizer."""
+def release(run: Run, folder: Path, steps: int, suffix: str, log: Log, reporter: Reporter) -> None:
+    """Round to the stored precision, measure that, and write weights, config, tokenizer and training.json."""
     dtype = getattr(torch, run.config.run.save_dtype)
     with torch.no_grad():
         for parameter in run.model.parameters():
             parameter.copy_(parameter.to(dtype))
-    results = _look(run, run.config.steps, log, reporter, sampler)
-    folder = run.out / "model"
+    results = validate(run, steps, suffix, log, reporter)
     save({name: x.detach().to(dtype) for name, x in run.model.state_dict().items()}, folder, format="folder")
     run.tokenizer.save(folder)
     report = {
         "parameters": sum(p.numel() for p in run.model.parameters()),
-        "tokens_seen": run.config.steps * run.config.run.batch_size * run.config.run.ctx_len,
+        "tokens_seen": steps * run.config.run.batch_size * run.config.run.ctx_len,
         "validation": {name: {"bits_per_byte": x.bits_per_byte, "nats_per_token": x.per_token, "tokens": x.tokens,
                               "bytes": x.n_bytes} for name, x in results.items()},
         "config": json.loads(to_json(run.config)),
     }  # fmt: skip
     (folder / "training.json").write_text(json.dumps(report, indent=2))
-    return folder
-
-
-class Log:
-    """The run's history, one JSON object a line; rows beyond the step we resume from are dropped."""
-
-    def __init__(self, path: Path, first: int):
-        self.path = path
-        kept = []
-        if first and path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    row = json.loads(line)
-                except ValueError:  # the line being written when the run was killed
-                    continue
-                if row["step"] <= first:
-                    kept.append(line + "\n")
-        path.write_text("".join(kept))
-
-    def write(self, row: dict[str, float]) -> None:
-        with open(self.path, "a") as file:
-            file.write(json.dumps(row) + "\n")
-
-
-def _require_finite(run: Run, step: int, loss: Tensor) -> float:
-    value = loss.item()
-    if not np.isfinite(value):
-        raise ConfigError(
-            f"the loss became {value} by step {step + 1}; the last good checkpoint is in {run.out / 'checkpoints'}. "
-            "Lower optim.lr or raise optim.warmup_steps"
-        )
-    return value
-
-
-def _row(run: Run, step: int, loss: Tensor, tokens_per_second: float) -> dict[str, float]:
-    value = _require_finite(run, step, loss)
-    lr = min(group["lr"] / group["lr_scale"] for group in run.optimizer.param_groups)
-    return {"step": step + 1, "loss": value, "lr": lr, "tokens_per_second": tokens_per_second}
-
-
-def _look(run: Run, step: int, log: Log, reporter: Reporter, sampler: Sampler | None) -> dict[str, Loss]:
-    """Validation losses and sample texts."""
-    results = {}
-    for name, data in run.valid.items():
-        with run.autocast() if step < run.config.steps else nullcontext():
-            results[name] = loss = evaluate(run.model, run.tokenizer, data, run.config.run.valid_tokens)
-        log.write({"step": step, f"{name}_bits_per_byte": loss.bits_per_byte, f"{name}_loss": loss.per_token})
-        reporter.message(
-            f"step {step}: {name} {loss.bits_per_byte:.4f} bits per byte ({loss.per_token:.4f} nats per token)"
-        )
-    if sampler is not None:
-        run.model.eval()
-        for prompt in run.config.run.sample:
-            text = sampler(run.model, run.tokenizer, prompt, run.config.run.sample_tokens)
-            reporter.message(f"step {step}: {prompt}{text}")
-        run.model.train()
-    return results
 
 
 def _refuse_other_run(out: Path, config: TrainConfig) -> None:
@@ -237,6 +186,7 @@ def _refuse_other_run(out: Path, config: TrainConfig) -> None:
     if old is None:
         return
     new = json.loads(to_json(config))
+    defaults = json.loads(to_json(TrainConfig()))  # what a setting was before it existed
     free = {
         "log_every",
         "valid_every",
@@ -247,10 +197,16 @@ def _refuse_other_run(out: Path, config: TrainConfig) -> None:
         "device",
         "out",
         "valid_tokens",
+        "cuda_graph",
+        "early_stop",
+        "tensorboard",
+        "wandb",
+        "wandb_mode",
+        "max_skips",
     }
     for section in new:
         for key, value in new[section].items():
-            before = old.get(section, {}).get(key)  # type: ignore[attr-defined]
+            before = old.get(section, {}).get(key, defaults[section][key])  # type: ignore[attr-defined]
             if key not in free and key != "root" and before != value:
                 raise ConfigError(
                     f"{out} holds a run with {section}.{key} = {before!r}, this configuration says {value!r}; "

@@ -11,6 +11,8 @@ def learning_rate(
     lr_final: float,
     warmup_steps: int,
     kind: str = "cosine",
+    decay_fraction: float = 0.2,
+    decay_shape: str = "linear",
     warmup_floor: float = 0.01,
 ) -> float:
     """Learning rate of 0-based `step` in a run of `total` steps.
@@ -18,8 +20,15 @@ def learning_rate(
     "cosine" is the reference's schedule by tokens, "exponential" its schedule by steps, whose progress counts the step
     being taken ("linear" is what that becomes when a rate is 0). Warm-up multiplies the rate by warmup_floor..1: 0.01
     in the v5 to v7 trainers, 0.2 in v4neo.
+    "wsd" (warm-up, stable, decay): constant until the last decay_fraction of the run, then down to lr_final in a line
+    or, "1-sqrt", steeply at first (A. Hägele et al., "Scaling laws and compute-optimal training beyond fixed training
+    durations", 2024).
     """
     floor = warmup_floor + (1 - warmup_floor) * step / warmup_steps if step < warmup_steps else 1.0
+    if kind == "wsd":
+        first = total * (1 - decay_fraction)
+        done = max(step - first, 0.0) / (total - first) if total > first else 0.0
+        return floor * (lr + (lr_final - lr) * (done if decay_shape == "linear" else math.sqrt(done)))
     return floor * _decayed(step, total, lr, lr_final, warmup_steps, kind)
 
 

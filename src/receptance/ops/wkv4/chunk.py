@@ -1,110 +1,162 @@
 """RWKV-4's WKV in parallel over time, in plain torch: ~2√T small steps instead of T.
 
-The recurrence (num, den) ← e^w (num, den) + e^{k} (v, 1) is an associative scan. T is cut into n chunks of L ≈ √T
-tokens; all chunks are scanned side by side from an empty state, then the chunk ends are chained and each chunk's start
-is folded into its tokens. Every exponent is relative to a running maximum (spec of the stable form: RWKV-4 paper,
-appendix; the backward pass is the same scan run from the end, see docs/maths.md).
+The state is kept as an average a = num/den and a log-weight ℓ = log den. Then a token is one step of an average,
+
+    p = σ(k - ℓ - w),   a ← a + p (v - a),   ℓ ← log(e^{ℓ+w} + e^k),   y = a + σ(u + k - ℓ) (v - a),
+
+in which ℓ knows nothing of v, and a obeys a linear recurrence whose factors 1 - p are known in advance and at most 1.
+Both are scanned in n chunks of L ≈ √T tokens: all chunks side by side from an empty state, then the chunks' ends are
+chained and each chunk's start is folded into its tokens. The backward pass is two more such linear recurrences, run
+from the end, without an exponential (docs/maths.md).
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from receptance.ops.wkv4.naive import EMPTY, State4
 
 
-def _combine(a: State4, b: State4) -> State4:
-    """Sum of two (num, den, exp) triples."""
-    top = torch.maximum(a[2], b[2])
-    ea, eb = (a[2] - top).exp(), (b[2] - top).exp()
-    return ea * a[0] + eb * b[0], ea * a[1] + eb * b[1], top
+def log_weights(w: Tensor, k: Tensor, start: Tensor, resets: Tensor | None) -> Tensor:
+    """ℓ before each position, for k in chunks [B, n, L, C] and start [B, C].
 
-
-def scan(w: Tensor, e: Tensor, x: Tensor, y: Tensor, start: State4) -> State4:
-    """States *before* each of T+1 positions of (num, den) ← e^w (num, den) + e^{e_t} (x_t, y_t).
-
-    w [C]; e, x, y [B, T, C]; start [B, C] ×3. Returns three [B, T+1, C]; position 0 is the start, T the final state.
+    resets [B, n, L, 1]: positions where the past is forgotten before they are read.
     """
-    b, t, c = e.shape
-    length = max(1, math.isqrt(t + 1))
-    n = -(-(t + 1) // length)
-    pad = n * length - t
-    e = torch.nn.functional.pad(e, (0, 0, 0, pad), value=EMPTY).view(b, n, length, c)
-    x, y = (torch.nn.functional.pad(z, (0, 0, 0, pad)).view(b, n, length, c) for z in (x, y))
-
-    zero = torch.zeros_like(e[:, :, 0])
-    local: State4 = (zero, zero, torch.full_like(zero, EMPTY))
+    length = k.shape[2]
+    local = torch.full_like(k[:, :, 0], EMPTY)
     inside = []
     for j in range(length):  # all chunks at once, each from nothing
+        if resets is not None:
+            local = local.masked_fill(resets[:, :, j], EMPTY)
         inside.append(local)
-        num, den, exp = local
-        local = _combine((num, den, exp + w), (x[:, :, j], y[:, :, j], e[:, :, j]))
+        local = torch.logaddexp(local + w, k[:, :, j])
+    whole = None if resets is None else ~resets.any(2)  # [B, n, 1]: the start reaches the chunk's end
     carry, starts = start, []
-    for i in range(n):  # chain the chunk ends
+    for i in range(k.shape[1]):  # chain the chunks' ends
         starts.append(carry)
-        num, den, exp = carry
-        carry = _combine((num, den, exp + length * w), (local[0][:, i], local[1][:, i], local[2][:, i]))
-
+        carry = carry + length * w
+        if whole is not None:
+            carry = torch.where(whole[:, i], carry, EMPTY)
+        carry = torch.logaddexp(carry, local[:, i])
     steps = torch.arange(length, device=w.device, dtype=w.dtype)[:, None]  # [L, 1]
-    first = [torch.stack(part, 1)[:, :, None] for part in zip(*starts)]  # [B, n, 1, C]
-    rest = [torch.stack(part, 2) for part in zip(*inside)]  # [B, n, L, C]
-    out = _combine((first[0], first[1], first[2] + steps * w), (rest[0], rest[1], rest[2]))
-    num, den, exp = (z.view(b, n * length, c)[:, : t + 1] for z in out)
-    return num, den, exp
+    reaching = torch.stack(starts, 1)[:, :, None] + steps * w
+    if resets is not None:
+        reaching = reaching.masked_fill(resets.cumsum(2) > 0, EMPTY)
+    return torch.logaddexp(reaching, torch.stack(inside, 2))
+
+
+class Recurrence:
+    """x ← keep·x + add over positions in chunks [B, n, L, C], from either end, for several `add`s."""
+
+    def __init__(self, keep: Tensor, *, from_end: bool = False):
+        self._keep = keep.unbind(2)
+        self._order = self._ordered(range(len(self._keep)), from_end)
+        self._chunks = self._ordered(range(keep.shape[1]), from_end)
+        product, reach = torch.ones_like(self._keep[0]), list(self._keep)
+        for j in self._order:
+            reach[j] = product
+            product = product * self._keep[j]
+        self._reach, self._through = (
+            torch.stack(reach, 2),
+            product,
+        )  # of the chunk's start: to each position, to the end
+
+    @staticmethod
+    def _ordered(indices: range, from_end: bool) -> Sequence[int]:
+        return indices[::-1] if from_end else indices
+
+    def before(self, add: Tensor, start: Tensor) -> Tensor:
+        """x before each position is reached, shaped as `add`; start [B, C]."""
+        parts = add.unbind(2)
+        local, inside = torch.zeros_like(parts[0]), list(parts)
+        for j in self._order:
+            inside[j] = local
+            local = torch.addcmul(parts[j], self._keep[j], local)
+        carry, starts = start, [start] * add.shape[1]
+        for i in self._chunks:
+            starts[i] = carry
+            carry = torch.addcmul(local[:, i], self._through[:, i], carry)
+        return torch.addcmul(torch.stack(inside, 2), self._reach, torch.stack(starts, 1)[:, :, None])
 
 
 class _WKV4(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, w: Tensor, k: Tensor, v: Tensor, u: Tensor, num: Tensor, den: Tensor, exp: Tensor,
-                lengths: Tensor | None) -> tuple[Tensor, ...]:  # fmt: skip
-        nums, dens, exps = scan(w, k, v, torch.ones_like(v), (num, den, exp))
-        before = nums[:, :-1], dens[:, :-1], exps[:, :-1]
-        top = torch.maximum(before[2], u + k)  # [B, T, C]
-        past, now = (before[2] - top).exp(), (u + k - top).exp()
-        norm = past * before[1] + now
-        y = (past * before[0] + now * v) / norm
-        if lengths is None:
-            end = [z[:, -1] for z in (nums, dens, exps)]
-        else:
-            rows = torch.arange(len(lengths), device=k.device)
-            end = [z[rows, lengths] for z in (nums, dens, exps)]
-        ctx.save_for_backward(w, k, v, u, *before, exp, top, norm, y, end[2], lengths)
-        ctx.mark_non_differentiable(end[2])
-        return y, end[0].clone(), end[1].clone(), end[2].clone()
+                lengths: Tensor | None, resets: Tensor | None) -> tuple[Tensor, ...]:  # fmt: skip
+        b, t, c = k.shape
+        length = max(1, math.isqrt(t + 1))
+        n = -(-(t + 1) // length)  # position t, with the final state before it, is there too
+        chunks = (b, n, length, c)
+        extra = n * length - t
+        k, v = pad(k, (0, 0, 0, extra), value=EMPTY).view(chunks), pad(v, (0, 0, 0, extra)).view(chunks)
+        if resets is not None:
+            resets = pad(resets, (0, extra)).view(b, n, length, 1)
+        seen = den > 0
+        start_a = torch.where(seen, num / den, 0)
+        start_l = torch.where(seen, exp + den.log(), EMPTY)
+        l = log_weights(w, k, start_l, resets)
+        p = (k - l).sub_(w).sigmoid_()  # in place: at these sizes fresh memory costs more than the arithmetic
+        a = Recurrence(1 - p).before(p * v, start_a)
+        if resets is not None:
+            a = a.masked_fill(resets, 0)
+        s = (k - l).add_(u).sigmoid_()
+        y = torch.addcmul(a, s, v - a)
+        rows = torch.arange(b, device=k.device)
+        last = torch.full((b,), t, device=k.device) if lengths is None else lengths
+        end_a, end_l = (x.view(b, n * length, c)[rows, last] for x in (a, l))
+        ctx.save_for_backward(p, s, v, a, start_a, den, end_a, last)
+        ctx.t = t
+        ctx.mark_non_differentiable(end_l)
+        return y.view(b, n * length, c)[:, :t], end_a, torch.ones_like(end_a), end_l
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor, gnum: Tensor, gden: Tensor, gexp: Tensor) -> tuple[Tensor | None, ...]:
-        w, k, v, u, num, den, exp, exp0, top, norm, y, exp_end, lengths = ctx.saved_tensors
-        b, t, _ = k.shape
-        rows = torch.arange(b, device=k.device)
-        if lengths is None:
-            lengths = torch.full((b,), t, device=k.device)
-        # The output's gradient is q·e^{-top} w.r.t. the true numerator and -q·y·e^{-top} w.r.t. the denominator.
-        q = gy / norm
-        q = q.masked_fill((torch.arange(t, device=k.device) >= lengths[:, None])[:, :, None], 0)
-        # G_t, the gradient w.r.t. the state after token t, obeys G_{t-1} = e^w G_t + (token t's share): the same scan
-        # run from the end. The final state's own gradient enters as the share of the position after a row's last token.
-        extra = (0, 0, 0, 1)
-        gp, gr, ge = (torch.nn.functional.pad(z, extra) for z in (q, -q * y, -top))
-        gp[rows, lengths], gr[rows, lengths], ge[rows, lengths] = gnum, gden, -exp_end
-        zero = torch.zeros_like(exp0)
-        start = (zero, zero, torch.full_like(zero, EMPTY))
-        p, r, o = (z.flip(1) for z in scan(w, ge.flip(1), gp.flip(1), gr.flip(1), start))
-        p0, r0, o0 = p[:, 0], r[:, 0], o[:, 0]
-        p, r, o = p[:, 1 : t + 1], r[:, 1 : t + 1], o[:, 1 : t + 1]
+        p, s, v, a, start_a, den, end_a, last = ctx.saved_tensors
+        b, n, length, c = p.shape
+        flat = (b, n * length, c)
+        rows = torch.arange(b, device=p.device)
+        gy = pad(gy, (0, 0, 0, n * length - ctx.t))
+        gy = gy.masked_fill((torch.arange(n * length, device=p.device) >= last[:, None])[:, :, None], 0).view(p.shape)
+        keep, ahead = 1 - p, v - a
+        recurrence, zero = Recurrence(keep, from_end=True), torch.zeros_like(end_a)
 
-        now, later = (u + k - top).exp() * q, (k + o).exp()
-        gk = now * (v - y) + later * (p * v + r)
-        gv = now + later * p
-        gu = (now * (v - y)).sum((0, 1))
-        gw = ((w + exp + o).exp() * (p * num + r * den)).sum((0, 1))
-        scale = (o0 + exp0).exp()
-        return gw, gk, gv, gu, p0 * scale, r0 * scale, None, None
+        def shares(by_reading: Tensor, final: Tensor) -> Tensor:
+            """The gradient that each position's state gets at once: by its token's read, and where the row ends."""
+            by_reading.view(flat)[rows, last] += final
+            return by_reading
+
+        read = s * gy
+        add = shares(gy - read, gnum)
+        ga = recurrence.before(add, zero)  # of the average after each token
+        gs = (1 - s).mul_(read).mul_(ahead)  # of the argument of y's σ
+        written = p * ga
+        gp = (keep * written).mul_(ahead)  # of the argument of p's σ
+        both = gs + gp
+        add_l = shares(-both, gnum * end_a + gden)
+        gl = recurrence.before(add_l, zero)  # of the log-weight after each token
+        gk = both.addcmul_(p, gl).view(flat)[:, : ctx.t]
+        gv = written.add_(read).view(flat)[:, : ctx.t]
+        gw = (keep * gl).sub_(gp).sum((0, 1, 2))
+        ga0 = add[:, 0, 0] + keep[:, 0, 0] * ga[:, 0, 0]
+        gl0 = add_l[:, 0, 0] + keep[:, 0, 0] * gl[:, 0, 0]
+        seen = den > 0
+        gnum0, gden0 = (torch.where(seen, x / den, 0) for x in (ga0, gl0 - start_a * ga0))
+        return gw, gk, gv, gs.sum((0, 1, 2)), gnum0, gden0, None, None, None
 
 
-def wkv4(w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: State4, lengths: Tensor | None) -> tuple[Tensor, State4]:
-    """Same contract as the naive form; about √T sequential steps of [B, √T, C] work."""
-    y, num, den, exp = _WKV4.apply(w, k, v, u, *state, lengths)  # type: ignore[no-untyped-call]
+def wkv4(
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    u: Tensor,
+    state: State4,
+    lengths: Tensor | None,
+    resets: Tensor | None = None,
+) -> tuple[Tensor, State4]:
+    """Same contract as the naive form; about √T sequential steps of [B, √T, C] work. The state's den returns as 1."""
+    y, num, den, exp = _WKV4.apply(w, k, v, u, *state, lengths, resets)  # type: ignore[no-untyped-call]
     return y, (num, den, exp)

@@ -8,16 +8,27 @@ State4 = tuple[Tensor, Tensor, Tensor]  # numerator, denominator, exponent: [B, 
 EMPTY = -1e38  # exponent of a state that has seen nothing
 
 
-def wkv4(w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: State4, lengths: Tensor | None) -> tuple[Tensor, State4]:
+def wkv4(
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    u: Tensor,
+    state: State4,
+    lengths: Tensor | None,
+    resets: Tensor | None = None,
+) -> tuple[Tensor, State4]:
     """y_t = (Σ_{s<t} e^{(t-1-s)w + k_s} v_s + e^{u+k_t} v_t) / (the same sum without v), per channel.
 
     w, u [C]; k, v [B, T, C]. Exponents are kept relative to a running maximum, so nothing overflows; the maximum is a
-    pure normaliser and carries no gradient.
+    pure normaliser and carries no gradient. Where resets [B, T] is true, the state is emptied before the token.
     """
     num, den, exp = state
     ys = []
     for t in range(k.shape[1]):
         kt, vt = k[:, t], v[:, t]
+        if resets is not None:
+            empty = resets[:, t, None]
+            num, den, exp = num.masked_fill(empty, 0), den.masked_fill(empty, 0), exp.masked_fill(empty, EMPTY)
         top = torch.maximum(exp, u + kt).detach()
         past, now = (exp - top).exp(), (u + kt - top).exp()
         ys.append((past * num + now * vt) / (past * den + now))

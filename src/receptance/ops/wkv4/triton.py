@@ -72,29 +72,18 @@ def _length(lengths_ptr, b, T):
 
 
 @triton.jit
-def _load_rows(ptr, c, left, other, C: tl.constexpr, BC: tl.constexpr, S: tl.constexpr, MASKED: tl.constexpr):
-    """S rows of channels from ptr on, as a tuple; with MASKED only the first `left` exist and the rest is `other`."""
+def _load_rows(ptr, c, left, other, C: tl.constexpr, BC: tl.constexpr, S: tl.constexpr):
+    """S rows of channels from ptr on, as a tuple; only the first `left` exist and the rest is `other`."""
     rows = ()
     for s in tl.static_range(S):
-        if MASKED:
-            row = tl.load(ptr + s * C + c, mask=c < tl.where(s < left, C, 0), other=other)
-        elif C % BC == 0:
-            row = tl.load(ptr + s * C + c)
-        else:
-            row = tl.load(ptr + s * C + c, mask=c < C, other=0.0)
+        row = tl.load(ptr + s * C + c, mask=c < tl.where(s < left, C, 0), other=other)
         rows = rows + (row,)  # noqa: RUF005 - Triton unpacks no tuples
     return rows
 
 
 @triton.jit
-def _store_row(ptr, c, x, s, left, C: tl.constexpr, BC: tl.constexpr, MASKED: tl.constexpr):
-    x = x.to(ptr.dtype.element_ty)
-    if MASKED:
-        tl.store(ptr + s * C + c, x, mask=c < tl.where(s < left, C, 0))
-    elif C % BC == 0:
-        tl.store(ptr + s * C + c, x)
-    else:
-        tl.store(ptr + s * C + c, x, mask=c < C)
+def _store_row(ptr, c, x, s, left, C: tl.constexpr, BC: tl.constexpr):
+    tl.store(ptr + s * C + c, x.to(ptr.dtype.element_ty), mask=c < tl.where(s < left, C, 0))
 
 
 @triton.jit
@@ -112,49 +101,59 @@ def _store_state(num_ptr, den_ptr, exp_ptr, at, c, num, den, exp, C: tl.constexp
     tl.store(exp_ptr + at * C + c, exp, mask=c < C)
 
 
-# Every kernel walks its chunk in blocks of S tokens: the full blocks, then with MASKED those that reach past the row's
-# length. A token past it has k = -∞, v = 0 and no decay, so it changes no state; its y and gradients are written as 0.
+@triton.jit
+def _emptied(exp, resets_ptr, token, s, left):
+    """The exponent of the state that token + s finds: that of an empty state where a document begins."""
+    if resets_ptr is None:
+        return exp
+    else:
+        begins = tl.load(resets_ptr + token + s, mask=s < left, other=0).to(tl.int32) != 0
+        return tl.where(begins, _EMPTY, exp)
+
+
+# Every kernel walks its chunk in blocks of S tokens. A token past the row's length has k = -∞, v = 0 and no decay: it
+# changes no state, and its y and gradients are written as 0. (An unmasked copy of each block for the full ones takes
+# the compiler four times as long.)
 
 
 @triton.jit
 def _ends_block(
-    k_ptr, v_ptr, first, left, c, w, num, den, exp,
-    C: tl.constexpr, BC: tl.constexpr, S: tl.constexpr, MASKED: tl.constexpr,
+    resets_ptr, k_ptr, v_ptr, token, left, c, w, num, den, exp,
+    C: tl.constexpr, BC: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    ks = _load_rows(k_ptr + first, c, left, float("-inf"), C, BC, S, MASKED)
-    vs = _load_rows(v_ptr + first, c, left, 0.0, C, BC, S, MASKED)
+    first = token * C
+    ks = _load_rows(k_ptr + first, c, left, float("-inf"), C, BC, S)
+    vs = _load_rows(v_ptr + first, c, left, 0.0, C, BC, S)
     for s in tl.static_range(S):
-        decay = tl.where(s < left, w, 0.0) if MASKED else w
+        exp = _emptied(exp, resets_ptr, token, s, left)
+        decay = tl.where(s < left, w, 0.0)
         num, den, exp, _, _ = _step(num, den, exp, decay, ks[s].to(tl.float32), vs[s].to(tl.float32))
     return num, den, exp
 
 
 @triton.jit
 def _chunk_ends(
-    w_ptr, k_ptr, v_ptr, lengths_ptr, num_ptr, den_ptr, exp_ptr, T, L, chunks,
+    w_ptr, k_ptr, v_ptr, lengths_ptr, resets_ptr, num_ptr, den_ptr, exp_ptr, T, L, chunks,
     C: tl.constexpr, BC: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
     """The state after each chunk that began empty."""
     b, chunk, c = _place(chunks, C, BC, False)
     start = chunk * L
     alive = tl.minimum(_length(lengths_ptr, b, T) - start, L)  # tokens of this chunk inside the row
-    full = tl.maximum(alive, 0) // S
     w = tl.load(w_ptr + c, mask=c < C, other=0.0)
     num = tl.zeros([BC], tl.float32)
     den = tl.zeros([BC], tl.float32)
     exp = tl.zeros([BC], tl.float32) + _EMPTY
-    first = (b * T + start) * C
-    for _ in range(full):
-        num, den, exp = _ends_block(k_ptr, v_ptr, first, S, c, w, num, den, exp, C, BC, S, False)
-        first += S * C
-    if full * S < alive:
-        num, den, exp = _ends_block(k_ptr, v_ptr, first, alive - full * S, c, w, num, den, exp, C, BC, S, True)
+    token = b * T + start
+    for i in range(0, alive, S):
+        num, den, exp = _ends_block(resets_ptr, k_ptr, v_ptr, token, alive - i, c, w, num, den, exp, C, BC, S)
+        token += S
     _store_state(num_ptr, den_ptr, exp_ptr, b * chunks + chunk, c, num, den, exp, C)
 
 
 @triton.jit
 def _chain_ends(
-    w_ptr, lengths_ptr, num_ptr, den_ptr, exp_ptr, nums_ptr, dens_ptr, exps_ptr,
+    w_ptr, lengths_ptr, fresh_ptr, num_ptr, den_ptr, exp_ptr, nums_ptr, dens_ptr, exps_ptr,
     end_num_ptr, end_den_ptr, end_exp_ptr, T, L, chunks,
     C: tl.constexpr, BC: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
@@ -165,14 +164,17 @@ def _chain_ends(
     num, den, exp = _load_state(num_ptr, den_ptr, exp_ptr, b, c, C)
     for group in range(0, chunks, G):
         first = (b * chunks + group) * C
-        ns = _load_rows(nums_ptr + first, c, chunks - group, 0.0, C, BC, G, True)
-        ds = _load_rows(dens_ptr + first, c, chunks - group, 0.0, C, BC, G, True)
-        es = _load_rows(exps_ptr + first, c, chunks - group, _EMPTY, C, BC, G, True)
+        ns = _load_rows(nums_ptr + first, c, chunks - group, 0.0, C, BC, G)
+        ds = _load_rows(dens_ptr + first, c, chunks - group, 0.0, C, BC, G)
+        es = _load_rows(exps_ptr + first, c, chunks - group, _EMPTY, C, BC, G)
         for i in tl.static_range(G):
-            _store_row(nums_ptr + first, c, num, i, chunks - group, C, BC, True)
-            _store_row(dens_ptr + first, c, den, i, chunks - group, C, BC, True)
-            _store_row(exps_ptr + first, c, exp, i, chunks - group, C, BC, True)
+            _store_row(nums_ptr + first, c, num, i, chunks - group, C, BC)
+            _store_row(dens_ptr + first, c, den, i, chunks - group, C, BC)
+            _store_row(exps_ptr + first, c, exp, i, chunks - group, C, BC)
             tokens = tl.maximum(tl.minimum(length - (group + i) * L, L), 0)
+            if fresh_ptr is not None:  # a document begins inside the chunk: nothing of its start is left
+                fresh = tl.load(fresh_ptr + b * chunks + group + i, mask=group + i < chunks, other=0).to(tl.int32) != 0
+                exp = tl.where(fresh, _EMPTY, exp)
             faded = exp + tokens.to(tl.float32) * w
             past, now = _pair(faded, es[i])
             num, den, exp = past * num + now * ns[i], past * den + now * ds[i], tl.maximum(faded, es[i])
@@ -181,26 +183,27 @@ def _chain_ends(
 
 @triton.jit
 def _outputs_block(
-    k_ptr, v_ptr, y_ptr, first, left, rest, c, w, u, num, den, exp,
-    C: tl.constexpr, BC: tl.constexpr, S: tl.constexpr, MASKED: tl.constexpr,
+    resets_ptr, k_ptr, v_ptr, y_ptr, token, left, rest, c, w, u, num, den, exp,
+    C: tl.constexpr, BC: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    ks = _load_rows(k_ptr + first, c, left, float("-inf"), C, BC, S, MASKED)
-    vs = _load_rows(v_ptr + first, c, left, 0.0, C, BC, S, MASKED)
+    first = token * C
+    ks = _load_rows(k_ptr + first, c, left, float("-inf"), C, BC, S)
+    vs = _load_rows(v_ptr + first, c, left, 0.0, C, BC, S)
     for s in tl.static_range(S):
         k, v = ks[s].to(tl.float32), vs[s].to(tl.float32)
+        exp = _emptied(exp, resets_ptr, token, s, left)
         past, now = _pair(exp, u + k)
         y = (past * num + now * v) / (past * den + now)
-        if MASKED:
-            y = tl.where(s < left, y, 0.0)
-        _store_row(y_ptr + first, c, y, s, rest, C, BC, MASKED)
-        decay = tl.where(s < left, w, 0.0) if MASKED else w
+        y = tl.where(s < left, y, 0.0)
+        _store_row(y_ptr + first, c, y, s, rest, C, BC)
+        decay = tl.where(s < left, w, 0.0)
         num, den, exp, _, _ = _step(num, den, exp, decay, k, v)
     return num, den, exp
 
 
 @triton.jit
 def _outputs(
-    w_ptr, k_ptr, v_ptr, u_ptr, lengths_ptr, num_ptr, den_ptr, exp_ptr, y_ptr,
+    w_ptr, k_ptr, v_ptr, u_ptr, lengths_ptr, resets_ptr, num_ptr, den_ptr, exp_ptr, y_ptr,
     saved_num_ptr, saved_den_ptr, saved_exp_ptr, end_num_ptr, end_den_ptr, end_exp_ptr, T, L, chunks,
     C: tl.constexpr, BC: tl.constexpr, S: tl.constexpr, SAVE: tl.constexpr, END: tl.constexpr,
 ):  # fmt: skip
@@ -208,25 +211,19 @@ def _outputs(
     b, chunk, c = _place(chunks, C, BC, not END)
     start = chunk * L
     stop = tl.minimum(L, T - start)
-    alive = tl.maximum(tl.minimum(_length(lengths_ptr, b, T) - start, L), 0)
-    full = alive // S
+    alive = tl.minimum(_length(lengths_ptr, b, T) - start, L)
     w = tl.load(w_ptr + c, mask=c < C, other=0.0)
     u = tl.load(u_ptr + c, mask=c < C, other=0.0)
     num, den, exp = _load_state(num_ptr, den_ptr, exp_ptr, b * chunks + chunk, c, C)
-    first = (b * T + start) * C
+    token = b * T + start
     at = b * tl.cdiv(T, S) + start // S
-    for _ in range(full):
+    for i in range(0, stop, S):
         if SAVE:
             _store_state(saved_num_ptr, saved_den_ptr, saved_exp_ptr, at, c, num, den, exp, C)
-        num, den, exp = _outputs_block(k_ptr, v_ptr, y_ptr, first, S, S, c, w, u, num, den, exp, C, BC, S, False)
-        first += S * C
-        at += 1
-    for i in range(full, tl.cdiv(stop, S)):
-        if SAVE:
-            _store_state(saved_num_ptr, saved_den_ptr, saved_exp_ptr, at, c, num, den, exp, C)
-        left, rest = alive - i * S, stop - i * S
-        num, den, exp = _outputs_block(k_ptr, v_ptr, y_ptr, first, left, rest, c, w, u, num, den, exp, C, BC, S, True)
-        first += S * C
+        num, den, exp = _outputs_block(
+            resets_ptr, k_ptr, v_ptr, y_ptr, token, alive - i, stop - i, c, w, u, num, den, exp, C, BC, S
+        )
+        token += S
         at += 1
     if END:
         _store_state(end_num_ptr, end_den_ptr, end_exp_ptr, b, c, num, den, exp, C)
@@ -234,20 +231,22 @@ def _outputs(
 
 @triton.jit
 def _chunk_gradients_block(
-    k_ptr, v_ptr, gy_ptr, first, left, c, w, u, num, den, exp, p, r, through,
-    C: tl.constexpr, BC: tl.constexpr, S: tl.constexpr, MASKED: tl.constexpr,
+    resets_ptr, k_ptr, v_ptr, gy_ptr, token, left, c, w, u, num, den, exp, p, r, through,
+    C: tl.constexpr, BC: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    ks = _load_rows(k_ptr + first, c, left, float("-inf"), C, BC, S, MASKED)
-    vs = _load_rows(v_ptr + first, c, left, 0.0, C, BC, S, MASKED)
-    gs = _load_rows(gy_ptr + first, c, left, 0.0, C, BC, S, MASKED)
+    first = token * C
+    ks = _load_rows(k_ptr + first, c, left, float("-inf"), C, BC, S)
+    vs = _load_rows(v_ptr + first, c, left, 0.0, C, BC, S)
+    gs = _load_rows(gy_ptr + first, c, left, 0.0, C, BC, S)
     for s in tl.static_range(S):
         k, v = ks[s].to(tl.float32), vs[s].to(tl.float32)
+        exp = _emptied(exp, resets_ptr, token, s, left)
         past, now = _pair(exp, u + k)
         norm = 1.0 / (past * den + now)
         share = gs[s].to(tl.float32) * norm * past * through
         p += share
         r -= share * ((past * num + now * v) * norm)
-        decay = tl.where(s < left, w, 0.0) if MASKED else w
+        decay = tl.where(s < left, w, 0.0)
         num, den, exp, past, now = _step(num, den, exp, decay, k, v)
         through *= past
     return num, den, exp, p, r, through
@@ -255,7 +254,7 @@ def _chunk_gradients_block(
 
 @triton.jit
 def _chunk_gradients(
-    w_ptr, k_ptr, v_ptr, u_ptr, gy_ptr, lengths_ptr, saved_num_ptr, saved_den_ptr, saved_exp_ptr,
+    w_ptr, k_ptr, v_ptr, u_ptr, gy_ptr, lengths_ptr, resets_ptr, saved_num_ptr, saved_den_ptr, saved_exp_ptr,
     ps_ptr, rs_ptr, throughs_ptr, T, L, chunks, C: tl.constexpr, BC: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
     """What each chunk's outputs send to (num, den) at its start, and the factor that its end's gradient passes with.
@@ -265,7 +264,6 @@ def _chunk_gradients(
     b, chunk, c = _place(chunks, C, BC, False)
     start = chunk * L
     alive = tl.minimum(_length(lengths_ptr, b, T) - start, L)
-    full = tl.maximum(alive, 0) // S
     w = tl.load(w_ptr + c, mask=c < C, other=0.0)
     u = tl.load(u_ptr + c, mask=c < C, other=0.0)
     at = b * tl.cdiv(T, S) + start // S
@@ -273,17 +271,12 @@ def _chunk_gradients(
     p = tl.zeros([BC], tl.float32)
     r = tl.zeros([BC], tl.float32)
     through = tl.zeros([BC], tl.float32) + 1.0
-    first = (b * T + start) * C
-    for _ in range(full):
+    token = b * T + start
+    for i in range(0, alive, S):
         num, den, exp, p, r, through = _chunk_gradients_block(
-            k_ptr, v_ptr, gy_ptr, first, S, c, w, u, num, den, exp, p, r, through, C, BC, S, False
+            resets_ptr, k_ptr, v_ptr, gy_ptr, token, alive - i, c, w, u, num, den, exp, p, r, through, C, BC, S
         )
-        first += S * C
-    if full * S < alive:
-        left = alive - full * S
-        num, den, exp, p, r, through = _chunk_gradients_block(
-            k_ptr, v_ptr, gy_ptr, first, left, c, w, u, num, den, exp, p, r, through, C, BC, S, True
-        )
+        token += S
     _store_state(ps_ptr, rs_ptr, throughs_ptr, b * chunks + chunk, c, p, r, through, C)
 
 
@@ -300,12 +293,12 @@ def _chain_gradients(
     for step in range(groups):
         group = (groups - 1 - step) * G
         first = (b * chunks + group) * C
-        ps = _load_rows(ps_ptr + first, c, chunks - group, 0.0, C, BC, G, True)
-        rs = _load_rows(rs_ptr + first, c, chunks - group, 0.0, C, BC, G, True)
-        fs = _load_rows(throughs_ptr + first, c, chunks - group, 1.0, C, BC, G, True)
+        ps = _load_rows(ps_ptr + first, c, chunks - group, 0.0, C, BC, G)
+        rs = _load_rows(rs_ptr + first, c, chunks - group, 0.0, C, BC, G)
+        fs = _load_rows(throughs_ptr + first, c, chunks - group, 1.0, C, BC, G)
         for i in tl.static_range(G - 1, -1, -1):
-            _store_row(ps_ptr + first, c, p, i, chunks - group, C, BC, True)
-            _store_row(rs_ptr + first, c, r, i, chunks - group, C, BC, True)
+            _store_row(ps_ptr + first, c, p, i, chunks - group, C, BC)
+            _store_row(rs_ptr + first, c, r, i, chunks - group, C, BC)
             p, r = fs[i] * p + ps[i], fs[i] * r + rs[i]
     tl.store(gnum0_ptr + b * C + c, p, mask=c < C)
     tl.store(gden0_ptr + b * C + c, r, mask=c < C)
@@ -313,23 +306,23 @@ def _chain_gradients(
 
 @triton.jit
 def _input_gradients_block(
-    k_ptr, v_ptr, gy_ptr, gk_ptr, gv_ptr, first, left, rest, c, w, u, num, den, exp, p, r, gw, gu,
-    C: tl.constexpr, BC: tl.constexpr, S: tl.constexpr, MASKED: tl.constexpr,
+    resets_ptr, k_ptr, v_ptr, gy_ptr, gk_ptr, gv_ptr, token, left, rest, c, w, u, num, den, exp, p, r, gw, gu,
+    C: tl.constexpr, BC: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    ks = _load_rows(k_ptr + first, c, left, float("-inf"), C, BC, S, MASKED)
-    vs = _load_rows(v_ptr + first, c, left, 0.0, C, BC, S, MASKED)
-    gs = _load_rows(gy_ptr + first, c, left, 0.0, C, BC, S, MASKED)
+    first = token * C
+    ks = _load_rows(k_ptr + first, c, left, float("-inf"), C, BC, S)
+    vs = _load_rows(v_ptr + first, c, left, 0.0, C, BC, S)
+    gs = _load_rows(gy_ptr + first, c, left, 0.0, C, BC, S)
     ys, to_past, to_now, pasts, nows = (), (), (), (), ()
     for s in tl.static_range(S):
         k, v = ks[s].to(tl.float32), vs[s].to(tl.float32)
+        exp = _emptied(exp, resets_ptr, token, s, left)
         past, now = _pair(exp, u + k)
         norm = 1.0 / (past * den + now)
         y = (past * num + now * v) * norm
         q = gs[s].to(tl.float32) * norm
-        decay = w
-        if MASKED:
-            y, q = tl.where(s < left, y, 0.0), tl.where(s < left, q, 0.0)
-            decay = tl.where(s < left, w, 0.0)
+        y, q = tl.where(s < left, y, 0.0), tl.where(s < left, q, 0.0)
+        decay = tl.where(s < left, w, 0.0)
         ys, to_past, to_now = ys + (y,), to_past + (q * past,), to_now + (q * now,)  # noqa: RUF005
         num, den, exp, past, now = _step(num, den, exp, decay, k, v)
         pasts, nows = pasts + (past,), nows + (now,)  # noqa: RUF005
@@ -339,10 +332,10 @@ def _input_gradients_block(
         direct = to_now[s] * (v - ys[s])
         stored = nows[s] * (p * v + r)
         gk = direct + stored
-        _store_row(gk_ptr + first, c, gk, s, rest, C, BC, MASKED)
-        _store_row(gv_ptr + first, c, to_now[s] + nows[s] * p, s, rest, C, BC, MASKED)
+        _store_row(gk_ptr + first, c, gk, s, rest, C, BC)
+        _store_row(gv_ptr + first, c, to_now[s] + nows[s] * p, s, rest, C, BC)
         gu += direct
-        gw += tl.where(s < left, h - stored, 0.0) if MASKED else h - stored
+        gw += tl.where(s < left, h - stored, 0.0)
         h -= gk
         p = pasts[s] * p + to_past[s]
         r = pasts[s] * r - to_past[s] * ys[s]
@@ -351,7 +344,7 @@ def _input_gradients_block(
 
 @triton.jit
 def _input_gradients(
-    w_ptr, k_ptr, v_ptr, u_ptr, gy_ptr, lengths_ptr, saved_num_ptr, saved_den_ptr, saved_exp_ptr,
+    w_ptr, k_ptr, v_ptr, u_ptr, gy_ptr, lengths_ptr, resets_ptr, saved_num_ptr, saved_den_ptr, saved_exp_ptr,
     ps_ptr, rs_ptr, gk_ptr, gv_ptr, gws_ptr, gus_ptr, gnum0_ptr, gden0_ptr, T, L, chunks,
     C: tl.constexpr, BC: tl.constexpr, S: tl.constexpr, START: tl.constexpr,
 ):  # fmt: skip
@@ -359,8 +352,7 @@ def _input_gradients(
     b, chunk, c = _place(chunks, C, BC, not START)
     start = chunk * L
     stop = tl.minimum(L, T - start)
-    alive = tl.maximum(tl.minimum(_length(lengths_ptr, b, T) - start, L), 0)
-    full = alive // S
+    alive = tl.minimum(_length(lengths_ptr, b, T) - start, L)
     w = tl.load(w_ptr + c, mask=c < C, other=0.0)
     u = tl.load(u_ptr + c, mask=c < C, other=0.0)
     where = (b * chunks + chunk) * C + c
@@ -370,22 +362,15 @@ def _input_gradients(
     gu = tl.zeros([BC], tl.float32)
     blocks = tl.cdiv(stop, S)
     at = b * tl.cdiv(T, S) + start // S + blocks - 1
-    first = (b * T + start + (blocks - 1) * S) * C
-    for step in range(blocks - full):
-        i = blocks - 1 - step
+    token = b * T + start + (blocks - 1) * S
+    for step in range(blocks):
+        i = (blocks - 1 - step) * S
         num, den, exp = _load_state(saved_num_ptr, saved_den_ptr, saved_exp_ptr, at, c, C)
         p, r, gw, gu = _input_gradients_block(
-            k_ptr, v_ptr, gy_ptr, gk_ptr, gv_ptr, first, alive - i * S, stop - i * S, c, w, u, num, den, exp, p, r,
-            gw, gu, C, BC, S, True,
+            resets_ptr, k_ptr, v_ptr, gy_ptr, gk_ptr, gv_ptr, token, alive - i, stop - i, c, w, u, num, den, exp, p, r,
+            gw, gu, C, BC, S,
         )  # fmt: skip
-        first -= S * C
-        at -= 1
-    for _ in range(full):
-        num, den, exp = _load_state(saved_num_ptr, saved_den_ptr, saved_exp_ptr, at, c, C)
-        p, r, gw, gu = _input_gradients_block(
-            k_ptr, v_ptr, gy_ptr, gk_ptr, gv_ptr, first, S, S, c, w, u, num, den, exp, p, r, gw, gu, C, BC, S, False
-        )
-        first -= S * C
+        token -= S
         at -= 1
     tl.store(gws_ptr + where, gw, mask=c < C)
     tl.store(gus_ptr + where, gu, mask=c < C)
@@ -407,9 +392,16 @@ def _plan(k: Tensor, v: Tensor, backward: bool) -> tuple[int, int, dict[str, int
     is_packed = c % 2 == 0 and k.element_size() == v.element_size() == 2  # two channels to a 32-bit load
     threads = width // 2 if is_packed and not backward else width
     over_chunks = {"C": c, "BC": width, "S": BLOCK, "num_warps": max(1, threads // 32), "num_stages": 1}
-    over_chunks["maxnreg"] = 64 if is_packed else 96
+    over_chunks["maxnreg"] = 80 if is_packed else 96
     chains = {"C": c, "BC": 32, "G": GROUP, "num_warps": 1, "num_stages": 1}
     return length, triton.cdiv(t, length), over_chunks, chains
+
+
+def _any(resets: Tensor | None, length: int) -> Tensor | None:
+    """[B, chunks]: whether a document begins inside each chunk."""
+    if resets is None:
+        return None
+    return torch.nn.functional.pad(resets, (0, -resets.shape[1] % length)).view(len(resets), -1, length).any(-1)
 
 
 def _buffers(n: int, shape: tuple[int, ...], like: Tensor) -> tuple[Tensor, ...]:
@@ -419,7 +411,7 @@ def _buffers(n: int, shape: tuple[int, ...], like: Tensor) -> tuple[Tensor, ...]
 class _WKV4(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, w: Tensor, k: Tensor, v: Tensor, u: Tensor, num: Tensor, den: Tensor, exp: Tensor,
-                lengths: Tensor | None, is_saving: bool) -> tuple[Tensor, ...]:  # fmt: skip
+                lengths: Tensor | None, resets: Tensor | None, is_saving: bool) -> tuple[Tensor, ...]:  # fmt: skip
         batch, t, c = k.shape
         length, chunks, meta, chain = _plan(k, v, backward=False)
         blocks = triton.cdiv(c, meta["BC"])
@@ -428,15 +420,32 @@ class _WKV4(torch.autograd.Function):
         starts = num, den, exp
         if chunks > 1:
             starts = _buffers(3, (batch, chunks, c), k)  # type: ignore[assignment]
-            _chunk_ends[(batch * chunks * blocks,)](w, k, v, lengths, *starts, t, length, chunks, **meta)
+            _chunk_ends[(batch * chunks * blocks,)](w, k, v, lengths, resets, *starts, t, length, chunks, **meta)
             grid = (batch * triton.cdiv(c, chain["BC"]),)
-            _chain_ends[grid](w, lengths, num, den, exp, *starts, *end, t, length, chunks, **chain)
+            _chain_ends[grid](
+                w, lengths, _any(resets, length), num, den, exp, *starts, *end, t, length, chunks, **chain
+            )
         saved = _buffers(3, (batch, triton.cdiv(t, BLOCK), c), k) if is_saving else end
         _outputs[(batch * chunks * blocks,)](
-            w, k, v, u, lengths, *starts, y, *saved, *end, t, length, chunks, SAVE=is_saving, END=chunks == 1, **meta
+            w,
+            k,
+            v,
+            u,
+            lengths,
+            resets,
+            *starts,
+            y,
+            *saved,
+            *end,
+            t,
+            length,
+            chunks,
+            SAVE=is_saving,
+            END=chunks == 1,
+            **meta,
         )
         if is_saving:
-            ctx.save_for_backward(w, k, v, u, lengths, *saved)
+            ctx.save_for_backward(w, k, v, u, lengths, resets, *saved)
         ctx.mark_non_differentiable(end[2])
         return y, *end
 
@@ -444,7 +453,7 @@ class _WKV4(torch.autograd.Function):
     def backward(  # type: ignore[override]
         ctx: Any, gy: Tensor, gnum: Tensor, gden: Tensor, _: Tensor
     ) -> tuple[Tensor | None, ...]:
-        w, k, v, u, lengths, *saved = ctx.saved_tensors
+        w, k, v, u, lengths, resets, *saved = ctx.saved_tensors
         batch, t, c = k.shape
         length, chunks, meta, chain = _plan(k, v, backward=True)
         grid = (batch * chunks * triton.cdiv(c, meta["BC"]),)
@@ -454,20 +463,28 @@ class _WKV4(torch.autograd.Function):
         if chunks > 1:
             ends = p, r = _buffers(2, (batch, chunks, c), k)
             (through,) = _buffers(1, (batch, chunks, c), k)
-            _chunk_gradients[grid](w, k, v, u, gy, lengths, *saved, p, r, through, t, length, chunks, **meta)
+            _chunk_gradients[grid](w, k, v, u, gy, lengths, resets, *saved, p, r, through, t, length, chunks, **meta)
             small = (batch * triton.cdiv(c, chain["BC"]),)
             _chain_gradients[small](gnum, gden, p, r, through, gnum0, gden0, chunks, **chain)
         gk, gv = torch.empty_like(k), torch.empty_like(v)
         (shares,) = _buffers(1, (2, batch * chunks, c), k)
         _input_gradients[grid](
-            w, k, v, u, gy, lengths, *saved, *ends, gk, gv, shares[0], shares[1], gnum0, gden0, t, length, chunks,
-            START=chunks == 1, **{**meta, "maxnreg": 128},
+            w, k, v, u, gy, lengths, resets, *saved, *ends, gk, gv, shares[0], shares[1], gnum0, gden0, t, length,
+            chunks, START=chunks == 1, **{**meta, "maxnreg": 128},
         )  # fmt: skip
         gw, gu = shares.sum(1)
-        return gw, gk, gv, gu, gnum0, gden0, None, None, None
+        return gw, gk, gv, gu, gnum0, gden0, None, None, None, None
 
 
-def wkv4(w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: State4, lengths: Tensor | None) -> tuple[Tensor, State4]:
+def wkv4(
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    u: Tensor,
+    state: State4,
+    lengths: Tensor | None,
+    resets: Tensor | None = None,
+) -> tuple[Tensor, State4]:
     """Same contract as the naive form, but k and v may stay in half precision; everything else is float32.
 
     y and the gradients past a row's length are 0. float64 is refused: the other forms compute in it.
@@ -476,6 +493,15 @@ def wkv4(w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: State4, lengths: Ten
         raise TypeError('the Triton form of wkv4 computes in float32; for float64 inputs use backend="chunk"')
     w, u, num, den, exp = (x.float().contiguous() for x in (w, u, *state))
     is_saving = torch.is_grad_enabled() and any(x.requires_grad for x in (w, k, v, u, num, den))
-    args = w, k.contiguous(), v.contiguous(), u, num, den, exp.detach(), lengths, is_saving
+    args = w, k.contiguous(), v.contiguous(), u, num, den, exp.detach(), lengths, resets, is_saving
     y, num, den, exp = _WKV4.apply(*args)  # type: ignore[no-untyped-call]
     return y, (num, den, exp)
+
+
+def probe() -> None:
+    """Build and run the kernels; raises whatever goes wrong."""
+    x = torch.zeros(1, 2, 32, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    w = torch.zeros(32, device="cuda")
+    zero = torch.zeros(1, 32, device="cuda")
+    wkv4(w, x, x, w, (zero, zero, zero), None)[0].sum().backward()
+    torch.cuda.synchronize()

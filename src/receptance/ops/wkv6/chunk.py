@@ -46,18 +46,35 @@ def to_chunks(x: Tensor, length: int) -> Tensor:
     return x.view(b, -1, length, h, n).permute(0, 3, 1, 2, 4)
 
 
-def wkv6(r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def segments(resets: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What a reset cuts inside chunks: masks [B, 1, T/L, L, L], [B, 1, T/L, L, 1] twice.
+
+    Whether two tokens belong to one document; whether a token sees the chunk's start; whether the chunk's end sees it.
+    """
+    padded = torch.nn.functional.pad(resets, (0, -resets.shape[1] % length))
+    segment = padded.view(len(resets), 1, -1, length, 1).cumsum(-2)
+    return segment == segment.mT, segment == 0, segment == segment[..., -1:, :]
+
+
+def wkv6(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor, resets: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Same contract as the naive form."""
     b, t, h, n = r.shape
     r, w, k, v = (to_chunks(x, CHUNK).contiguous() for x in (r, w, k, v))  # [B, H, n, L, N]
     scores = strict_scores(r, k, w)
     bonus = (r * u[:, None, None] * k).sum(-1, keepdim=True)
-    y = scores @ v + bonus * v
-    new = v.mT @ (k * sums_after(w).exp())  # what each chunk adds to the state: [B, H, n, N, N]
+    reads, writes = r * sums_before(w).exp(), k * sums_after(w).exp()
     decay = w.sum(-2, keepdim=True).exp()  # [B, H, n, 1, N]
+    if resets is not None:
+        same, from_start, to_end = segments(resets, CHUNK)
+        scores, reads, writes = scores * same, reads * from_start, writes * to_end
+        decay = decay * from_start[..., -1:, :]
+    y = scores @ v + bonus * v
+    new = v.mT @ writes  # what each chunk adds to the state: [B, H, n, N, N]
     starts = []
     for decay_, new_ in zip(decay.unbind(2), new.unbind(2)):
         starts.append(state)
         state = state * decay_ + new_
-    y = y + (r * sums_before(w).exp()) @ torch.stack(starts, 2).mT
+    y = y + reads @ torch.stack(starts, 2).mT
     return y.permute(0, 2, 3, 1, 4).reshape(b, -1, h, n)[:, :t], state

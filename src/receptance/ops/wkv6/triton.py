@@ -1,4 +1,4 @@
-"""RWKV-5 and 6's WKV on a GPU: chunks of 64 tokens in parallel, tensor-core products, a small serial pass over states.
+"""RWKV-5 and 6's WKV on a GPU: chunks of 32 tokens in parallel, tensor-core products, a small serial pass over states.
 
 Per chunk with start state S₀; tiles [L, N]; upto, before: inclusive and exclusive sums of the log-decay; end: the last:
 
@@ -11,7 +11,7 @@ Backward: `_outer` (gyᵀ (r e^before), what y sends to S₀) → `_scan` from t
 large as the rounding of y itself. The decay is applied outside the products, so a long-lived state is never rounded.
 
 Decays may be arbitrarily strong, so A is no single product of two factors. It is one masked product per level: pairs in
-sibling blocks of 32, 16 and 8 tokens meet at the siblings' border, and both factors are ≤ 1. Inside 8 tokens they meet
+sibling blocks of 16 and 8 tokens meet at the siblings' border, and both factors are ≤ 1. Inside 8 tokens they meet
 in the middle of the block, and one may exceed 1 by three decays at most; FLOOR keeps that finite. Exponents are sums of
 the decays between two tokens, not differences of long sums: a decay of -1e4 does not blur the tiny ones after it.
 """
@@ -24,8 +24,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK = 64
-LEVELS = tl.constexpr(3)  # sibling blocks of 1, 2 and 4 times 8 tokens
+CHUNK = 32
+LEVELS = tl.constexpr(2)  # sibling blocks of 1 and 2 times 8 tokens
 BLOCK = tl.constexpr(8)
 FLOOR = tl.constexpr(-23.0)  # of one token's log-decay: e^-23 = 1e-10, below what float32 sees; -inf is welcome
 CAP = tl.constexpr(70.0)  # ≥ 3·23; only pairs outside the triangle reach it, and they are masked
@@ -100,6 +100,25 @@ def _blocks(x, L: tl.constexpr, BN: tl.constexpr):  # [L, N] → [L/8, N]: sums 
 
 
 @triton.jit
+def _documents(resets_ptr, i, left):
+    """Which document of the chunk each token belongs to [L], and the last one; 0 is the one that began before it."""
+    if resets_ptr is None:
+        return i * 0, 0
+    else:
+        document = tl.cumsum(tl.load(resets_ptr + i, mask=i < left, other=0).to(tl.int32), 0)
+        return document, tl.max(document, 0)
+
+
+@triton.jit
+def _at(resets_ptr, number, H, chunks, T, L: tl.constexpr):
+    """Where the chunk's tokens begin in `resets` [B, T]."""
+    if resets_ptr is None:
+        return resets_ptr
+    else:
+        return resets_ptr + (number // H // chunks).to(tl.int64) * T + (number // H % chunks) * L
+
+
+@triton.jit
 def _where(T, H, chunks, w_b, w_t, w_h, N: tl.constexpr, L: tl.constexpr):
     """This program's chunk: its number, head, tokens left from its first on, and where the inputs and w start.
 
@@ -115,7 +134,7 @@ def _where(T, H, chunks, w_b, w_t, w_h, N: tl.constexpr, L: tl.constexpr):
 
 @triton.jit
 def _outer(
-    x_ptr, w_ptr, v_ptr, s_ptr, d_ptr, w_b, w_t, w_h, w_n, T, H, chunks,
+    x_ptr, w_ptr, v_ptr, resets_ptr, s_ptr, d_ptr, w_b, w_t, w_h, w_n, T, H, chunks,
     N: tl.constexpr, BN: tl.constexpr, L: tl.constexpr, READS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """s = vᵀ (x e^before) if READS, else vᵀ (x e^{end - upto}) and d = e^end."""
@@ -123,12 +142,15 @@ def _outer(
     i, n = tl.arange(0, L), tl.arange(0, BN)
     mask = (i[:, None] < left) & (n[None, :] < N)
     _, before, after, total = _decays(w_ptr + start_w, i, n, w_t, w_n, mask, L, BN)
+    document, last = _documents(_at(resets_ptr, number, H, chunks, T, L), i, left)
     if READS:
         factor = tl.exp(before + _earlier(total, L)[:, None, :])
     else:
         factor = tl.exp(after + _later(total, L)[:, None, :])
-        tl.store(d_ptr + number * N + n, tl.exp(tl.sum(total, 0)), mask=n < N)
+        decay = tl.where(last == 0, tl.exp(tl.sum(total, 0)), 0.0)
+        tl.store(d_ptr + number * N + n, decay, mask=n < N)
     x = _load(x_ptr + start, i, n, H * N, 1, mask) * tl.reshape(factor, [L, BN])
+    x = tl.where((document == (0 if READS else last))[:, None], x, 0.0)
     v = _load(v_ptr + start, i, n, H * N, 1, mask)
     s = tl.dot(tl.trans(v), x, input_precision=PRECISION)
     tl.store(s_ptr + number * N * N + n[:, None] * N + n[None, :], s, mask=(n[:, None] < N) & (n[None, :] < N))
@@ -156,7 +178,7 @@ def _scan(
 
 @triton.jit
 def _apply(
-    r_ptr, w_ptr, k_ptr, u_ptr, s_ptr, x_ptr, y_ptr, w_t, w_n, left, H,
+    r_ptr, w_ptr, k_ptr, u_ptr, resets_ptr, s_ptr, x_ptr, y_ptr, w_t, w_n, left, H,
     N: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, L: tl.constexpr, BACK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y = A x + (r e^before) Sᵀ of one chunk; if BACK, y = Aᵀ x + (k e^{end - upto}) Sᵀ. Pointers are the chunk's."""
@@ -165,6 +187,9 @@ def _apply(
         ordered = i[:, None] < i[None, :]
     else:
         ordered = i[:, None] > i[None, :]
+    document, last = _documents(resets_ptr, i, left)
+    ordered = ordered & (document[:, None] == document[None, :])
+    linked = (document == (last if BACK else 0))[:, None]  # tokens that S₁ sees, or that see S₀
     scores = tl.zeros([L, L], tl.float32)
     bonus = tl.zeros([L], tl.float32)
     y = tl.zeros([L, BN], tl.float32)
@@ -193,7 +218,7 @@ def _apply(
         else:
             q = r * tl.reshape(before * tl.exp(_earlier(total, L))[:, None, :], [L, BC])
         s = tl.load(s_ptr + m[:, None] * N + n[None, :], mask=(m[:, None] < N) & (n[None, :] < N), other=0.0)
-        y = tl.dot(q, tl.trans(s), y, input_precision=PRECISION)
+        y = tl.dot(tl.where(linked, q, 0.0), tl.trans(s), y, input_precision=PRECISION)
     mask = (i[:, None] < left) & (m[None, :] < N)
     scores = tl.where(i[:, None] == i[None, :], bonus[:, None], scores)
     y = tl.dot(scores, _load(x_ptr, i, m, H * N, 1, mask), y, input_precision=PRECISION)
@@ -202,19 +227,19 @@ def _apply(
 
 @triton.jit
 def _outputs(
-    r_ptr, w_ptr, k_ptr, v_ptr, u_ptr, s_ptr, y_ptr, w_b, w_t, w_h, w_n, T, H, chunks,
+    r_ptr, w_ptr, k_ptr, v_ptr, u_ptr, resets_ptr, s_ptr, y_ptr, w_b, w_t, w_h, w_n, T, H, chunks,
     N: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, L: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     number, head, left, start, start_w = _where(T, H, chunks, w_b, w_t, w_h, N, L)
     _apply(
-        r_ptr + start, w_ptr + start_w, k_ptr + start, u_ptr + head * N, s_ptr + number * N * N, v_ptr + start,
-        y_ptr + start, w_t, w_n, left, H, N, BN, BC, L, False, PRECISION,
+        r_ptr + start, w_ptr + start_w, k_ptr + start, u_ptr + head * N, _at(resets_ptr, number, H, chunks, T, L),
+        s_ptr + number * N * N, v_ptr + start, y_ptr + start, w_t, w_n, left, H, N, BN, BC, L, False, PRECISION,
     )  # fmt: skip
 
 
 @triton.jit
 def _gradients(
-    r_ptr, w_ptr, k_ptr, v_ptr, u_ptr, gy_ptr, s_ptr, gs_ptr, gr_ptr, gw_ptr, gk_ptr, gv_ptr, gu_ptr,
+    r_ptr, w_ptr, k_ptr, v_ptr, u_ptr, gy_ptr, resets_ptr, s_ptr, gs_ptr, gr_ptr, gw_ptr, gk_ptr, gv_ptr, gu_ptr,
     w_b, w_t, w_h, w_n, T, H, chunks,
     N: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, L: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -225,8 +250,8 @@ def _gradients(
     """
     number, head, left, start, start_w = _where(T, H, chunks, w_b, w_t, w_h, N, L)
     _apply(
-        r_ptr + start, w_ptr + start_w, k_ptr + start, u_ptr + head * N, gs_ptr + number * N * N, gy_ptr + start,
-        gv_ptr + start, w_t, w_n, left, H, N, BN, BC, L, True, PRECISION,
+        r_ptr + start, w_ptr + start_w, k_ptr + start, u_ptr + head * N, _at(resets_ptr, number, H, chunks, T, L),
+        gs_ptr + number * N * N, gy_ptr + start, gv_ptr + start, w_t, w_n, left, H, N, BN, BC, L, True, PRECISION,
     )  # fmt: skip
 
     i, m = tl.arange(0, L), tl.arange(0, BN)  # tokens, value channels
@@ -239,6 +264,9 @@ def _gradients(
     # The gradient of A below the diagonal, its mirror image above: one product then serves late and early tokens.
     g = tl.dot(gy, tl.trans(v), input_precision=PRECISION)
     g = tl.where(lower, g, tl.dot(v, tl.trans(gy), input_precision=PRECISION))
+    document, last = _documents(_at(resets_ptr, number, H, chunks, T, L), i, left)
+    g = tl.where(document[:, None] == document[None, :], g, 0.0)
+    opens, closes = (document == 0)[:, None], (document == last)[:, None]
 
     for c in tl.range(0, BN // BC, num_stages=1):  # key channels
         n = c * BC + tl.arange(0, BC)
@@ -257,13 +285,16 @@ def _gradients(
         s = tl.load(s_ptr + square, mask=inside, other=0.0)
         gs = tl.load(gs_ptr + square, mask=inside, other=0.0)
         before, after = tl.exp(before), tl.exp(after)
-        g_total = (tl.sum(s * gs, 0) * tl.exp(tl.sum(total, 0)))[None, :] - _blocks(k * gk, L, BC)
+        through = tl.where(last == 0, tl.sum(s * gs, 0) * tl.exp(tl.sum(total, 0)), 0.0)
+        g_total = through[None, :] - _blocks(k * gk, L, BC)
         factor = tl.reshape(before * tl.exp(_earlier(total, L))[:, None, :], [L, BC])
-        gz = tl.dot(_load(gy_ptr + start, i, m, H * N, 1, filled), s, input_precision=PRECISION) * factor
+        gz = tl.dot(_load(gy_ptr + start, i, m, H * N, 1, filled), s, input_precision=PRECISION)
+        gz = tl.where(opens, gz * factor, 0.0)
         g_total += _later(_blocks(r * gz, L, BC), L)
         gr += gz
         factor = tl.reshape(after * tl.exp(_later(total, L))[:, None, :], [L, BC])
-        gz = tl.dot(_load(v_ptr + start, i, m, H * N, 1, filled), gs, input_precision=PRECISION) * factor
+        gz = tl.dot(_load(v_ptr + start, i, m, H * N, 1, filled), gs, input_precision=PRECISION)
+        gz = tl.where(closes, gz * factor, 0.0)
         g_total += _earlier(_blocks(k * gz, L, BC), L)
         gk += gz
 
@@ -296,7 +327,7 @@ class _Sizes:
 
     def __init__(self, n: int) -> None:
         width = max(16, triton.next_power_of_2(n))
-        self.tile = {"N": n, "BN": width, "L": CHUNK, "num_warps": 4 if width <= 64 else 8}
+        self.tile = {"N": n, "BN": width, "L": CHUNK, "num_warps": 2 if width <= 64 else 4}
         self.keys = min(width, 32)  # key channels at a time: more do not fit the registers
         self.scan = {"N": n, "BN": width, "BV": max(1, 512 // width), "STAGES": 6, "num_warps": 4}
 
@@ -304,7 +335,7 @@ class _Sizes:
 class _WKV6(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor,
-                precision: str) -> tuple[Tensor, Tensor]:  # fmt: skip
+                resets: Tensor | None, precision: str) -> tuple[Tensor, Tensor]:  # fmt: skip
         batch, t, h, n = r.shape
         chunks, sizes = triton.cdiv(t, CHUNK), _Sizes(n)
         grid, shape = (batch * chunks * h,), (*w.stride(), t, h, chunks)
@@ -313,17 +344,17 @@ class _WKV6(torch.autograd.Function):
         end, y = torch.empty_like(state), torch.empty_like(v)
         meta = {**sizes.tile, "PRECISION": precision}
         scan_grid = (batch * h, triton.cdiv(n, sizes.scan["BV"]))
-        _outer[grid](k, w, v, s, decay, *shape, READS=False, **meta)
+        _outer[grid](k, w, v, resets, s, decay, *shape, READS=False, **meta)
         _scan[scan_grid](s, decay, state, end, h, chunks, REVERSE=False, **sizes.scan)
-        _outputs[grid](r, w, k, v, u, s, y, *shape, BC=sizes.keys, **meta)
-        ctx.save_for_backward(r, w, k, v, u, s, decay)
+        _outputs[grid](r, w, k, v, u, resets, s, y, *shape, BC=sizes.keys, **meta)
+        ctx.save_for_backward(r, w, k, v, u, resets, s, decay)
         ctx.precision = precision
         return y, end
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gy: Tensor, g_end: Tensor) -> tuple[Tensor | None, ...]:
-        r, w, k, v, u, s, decay = ctx.saved_tensors
+        r, w, k, v, u, resets, s, decay = ctx.saved_tensors
         batch, t, h, n = r.shape
         chunks, sizes = triton.cdiv(t, CHUNK), _Sizes(n)
         grid, shape = (batch * chunks * h,), (*w.stride(), t, h, chunks)
@@ -331,17 +362,24 @@ class _WKV6(torch.autograd.Function):
         gs, g_start = torch.empty_like(s), torch.empty_like(g_end)
         meta = {**sizes.tile, "PRECISION": ctx.precision}
         scan_grid = (batch * h, triton.cdiv(n, sizes.scan["BV"]))
-        _outer[grid](r, w, gy, gs, decay, *shape, READS=True, **meta)
+        _outer[grid](r, w, gy, resets, gs, decay, *shape, READS=True, **meta)
         _scan[scan_grid](gs, decay, g_end, g_start, h, chunks, REVERSE=True, **sizes.scan)
         gr, gk, gv = (torch.empty_like(x) for x in (r, k, v))
         gw = torch.empty(w.shape, dtype=w.dtype, device=w.device)  # w itself may be an expanded constant
         gu = torch.empty_like(decay)
-        _gradients[grid](r, w, k, v, u, gy, s, gs, gr, gw, gk, gv, gu, *shape, BC=sizes.keys, **meta)
-        return gr, gw, gk, gv, gu.sum((0, 1)).to(u.dtype), g_start, None
+        _gradients[grid](r, w, k, v, u, gy, resets, s, gs, gr, gw, gk, gv, gu, *shape, BC=sizes.keys, **meta)
+        return gr, gw, gk, gv, gu.sum((0, 1)).to(u.dtype), g_start, None, None
 
 
 def wkv6(
-    r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor, precision: str | None = None
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    u: Tensor,
+    state: Tensor,
+    resets: Tensor | None = None,
+    precision: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Same contract as the naive form, but inputs may stay in half precision; the state is float32.
 
@@ -352,5 +390,13 @@ def wkv6(
     precision = precision or ("tf32x3" if v.dtype == torch.float32 else "tf32")
     r, k, v, u, state = (x.contiguous() for x in (r, k, v, u, state))
     with torch.cuda.device_of(r):
-        y, end = _WKV6.apply(r, w, k, v, u, state, precision)  # type: ignore[no-untyped-call]
+        y, end = _WKV6.apply(r, w, k, v, u, state, resets, precision)  # type: ignore[no-untyped-call]
     return y, end
+
+
+def probe() -> None:
+    """Build and run the kernels; raises whatever goes wrong."""
+    x = torch.zeros(1, 2, 1, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    u, state = torch.zeros(1, 64, device="cuda"), torch.zeros(1, 1, 64, 64, device="cuda")
+    wkv6(x, x, x, x, u, state)[0].sum().backward()
+    torch.cuda.synchronize()

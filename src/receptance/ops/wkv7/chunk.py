@@ -9,12 +9,14 @@ about -5 per token; the model's own bound is -e^{-1/2} = -0.61.
 import torch
 from torch import Tensor
 
-from receptance.ops.wkv6.chunk import to_chunks
+from receptance.ops.wkv6.chunk import segments, to_chunks
 
 CHUNK = 32
 
 
-def wkv7(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def wkv7(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, resets: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Same contract as the naive form."""
     batch, t, h, n = r.shape
     r, w, k, v, a, b = (to_chunks(x, CHUNK) for x in (r, w, k, v, a, b))  # [B, H, n, L, N]
@@ -29,16 +31,24 @@ def wkv7(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state
     (ab, ak), (rb, rk) = ((x.split(CHUNK, -1)) for x in (reads @ writes.mT).split(CHUNK, -2))
     ab, ak, rb, rk = ab.tril(-1), ak.tril(-1), rb.tril(), rk.tril()  # [B, H, n, L, L]
 
-    # u = (I - ab)⁻¹ (ak V + a₀ S₀ᵀ) = uv + ua S₀ᵀ
-    rhs = torch.cat([ak @ v, a * before.exp()], -1)
-    uv, ua = torch.linalg.solve_triangular(-ab, rhs, upper=False, unitriangular=True).split(n, -1)
+    a0, r0 = a * before.exp(), r * upto.exp()  # what reads S₀
     tail = (end - upto).exp()
     b_end, k_end = b * tail, k * tail
-    p = torch.diag_embed(end.squeeze(-2).exp()) + ua.mT @ b_end  # [B, H, n, N, N]
+    decay = end.squeeze(-2).exp()  # [B, H, n, N]
+    if resets is not None:
+        same, from_start, to_end = segments(resets, CHUNK)
+        ab, ak, rb, rk = ab * same, ak * same, rb * same, rk * same
+        a0, r0, b_end, k_end = a0 * from_start, r0 * from_start, b_end * to_end, k_end * to_end
+        decay = decay * from_start[..., -1, :]
+
+    # u = (I - ab)⁻¹ (ak V + a₀ S₀ᵀ) = uv + ua S₀ᵀ
+    rhs = torch.cat([ak @ v, a0], -1)
+    uv, ua = torch.linalg.solve_triangular(-ab, rhs, upper=False, unitriangular=True).split(n, -1)
+    p = torch.diag_embed(decay) + ua.mT @ b_end  # [B, H, n, N, N]
     q = uv.mT @ b_end + v.mT @ k_end
     starts = []
     for p_, q_ in zip(p.unbind(2), q.unbind(2)):  # unbind: indexing would cost a full-size zero fill each, backwards
         starts.append(state)
         state = state @ p_ + q_
-    y = (r * upto.exp() + rb @ ua) @ torch.stack(starts, 2).mT + rk @ v + rb @ uv
+    y = (r0 + rb @ ua) @ torch.stack(starts, 2).mT + rk @ v + rb @ uv
     return y.permute(0, 2, 3, 1, 4).reshape(batch, -1, h, n)[:, :t], state

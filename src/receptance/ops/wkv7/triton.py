@@ -1,15 +1,21 @@
-"""RWKV-7's WKV on a GPU: chunks of 64 tokens in parallel (32 for wide heads), one small serial pass over states.
+"""RWKV-7's WKV on a GPU: chunks of 32 tokens in parallel, one serial pass over their states.
 
 Per chunk with start state S₀ (docs/maths.md; all tiles [L, N], exponents relative to the middle of the chunk):
 
-    T = (I - tril₋(a bᵀ))⁻¹        u = T (tril₋(a kᵀ) v + a₀ S₀ᵀ)        a₀, r₀: relative to the chunk's start
-    y = r₀ S₀ᵀ + tril(r kᵀ) v + tril(r bᵀ) u                              b₁, k₁: relative to its end
-    S₁ = S₀ diag(e^end) + uᵀ b₁ + vᵀ k₁ = S₀ diag(e^end) + S₀ P + Q
+    T = (I - tril₋(a bᵀ))⁻¹        A = T a₀        X = T tril₋(a kᵀ)        a₀, r₀: relative to the chunk's start
+    R = r₀ + tril(r bᵀ) A          Y = tril(r kᵀ) + tril(r bᵀ) X
+    K = k₁ + Xᵀ b₁                                                          b₁, k₁: relative to its end
+    y = R S₀ᵀ + Y v                S₁ = S₀ diag(e^end) + (A S₀ᵀ)ᵀ b₁ + vᵀ K
 
-Forward: `_prepare` (T, P, Q of every chunk), `_scan` (S₀ of every chunk, written over Q), `_outputs`. Backward:
-`_prepare_backward` (P again and G, what the outputs send to S₀), `_scan` from the end (dS₁ of every chunk, over G),
-`_value_gradients`, `_key_gradients`. Saved between the passes: the inputs, T and S₀ in float32. The decay's diagonal is
-applied outside the products, so that a long-lived state is never rounded to the products' precision.
+The gradient of the states runs the same recurrence backwards: dS₀ = dS₁ diag(e^end) + (b₁ dS₁ᵀ)ᵀ A + gyᵀ R.
+
+Forward: `_prepare` (A, b₁, R, K, Y of every chunk), `_sequence` (y and each S₀). Backward: `_prepare` again,
+`_sequence` backwards (each dS₁), `_gradients`. When batch × heads leave the GPU idle, rows are cut into segments: a
+first pass finds each segment's own map S → S P + Q, `_join` the segments' start states.
+
+Between the kernels, what half-precision inputs became travels as float16 with a scale per token or state row: as exact
+as the tf32 operands that it turns into, at half the bytes. The decay's diagonal is applied outside the products, so
+that a long-lived state is never rounded.
 """
 
 from dataclasses import dataclass
@@ -20,15 +26,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = tl.constexpr(16)  # the triangular inverse substitutes inside blocks of 16 and merges them by products
+CHUNK = 32
+LEVELS = tl.constexpr(5)  # 2^5 tokens a chunk
 
 
 @triton.jit
 def _dot(x, y, PRECISION: tl.constexpr):
-    """x @ y in float32: operands rounded to bfloat16, or multiplied as "tf32" or "ieee"."""
-    if PRECISION == "bf16":
-        return tl.dot(x.to(tl.bfloat16), y.to(tl.bfloat16))
-    return tl.dot(x, y, input_precision=PRECISION)
+    """x @ y in float32; operands multiplied as "tf32" or "ieee"."""
+    return tl.dot(x.to(tl.float32), y.to(tl.float32), input_precision=PRECISION)
 
 
 @triton.jit
@@ -42,31 +47,23 @@ def _row(x, index, L: tl.constexpr):  # row `index` of a tile [L, N]
 
 
 @triton.jit
+def _unit(x):
+    """x [L, N] over each row's largest magnitude, and those magnitudes [L] (1 where a row is zero)."""
+    top = tl.max(tl.abs(x), 1)
+    top = tl.where(top > 0, top, 1.0)
+    return x / top[:, None], top
+
+
+@triton.jit
 def _inverse(ab, L: tl.constexpr, PRECISION: tl.constexpr):
-    """(I - ab)⁻¹ of a strictly lower triangular [L, L]."""
-    M: tl.constexpr = L // BLOCK
-    i = tl.arange(0, M)
-    j = tl.arange(0, BLOCK)
-    diagonal = i[:, None, None, None] == i[None, None, :, None]  # [M, 1, M, 1]
-    d = tl.sum(tl.where(diagonal, tl.reshape(ab, [M, BLOCK, M, BLOCK]), 0.0), 2)  # [M, 16, 16]
-    x = tl.where((j[:, None] == j[None, :])[None, :, :], 1.0, 0.0) + tl.zeros([M, BLOCK, BLOCK], tl.float32)
-    for step in range(1, BLOCK):  # row `step` of every block: x_step = Σ_j d[step, j] x_j + e_step
-        here = (j == step)[None, :, None]
-        row = tl.sum(tl.where(here, d, 0.0), 1)  # [M, 16]
-        new = tl.sum(row[:, :, None] * x, 1)
-        x = tl.where(here, new[:, None, :] + x, x)
-    inner = tl.reshape(tl.where(diagonal, x[:, :, None, :], 0.0), [L, L])
-    if M == 1:
-        return inner
-    same = (tl.arange(0, L)[:, None] // BLOCK) == (tl.arange(0, L)[None, :] // BLOCK)
-    m = _dot(inner, tl.where(same, 0.0, ab), PRECISION)  # nilpotent over blocks
-    total = inner + _dot(m, inner, PRECISION)  # (I + m) inner
-    power = m
-    reach: tl.constexpr = M // 2
-    if reach > 1:  # four blocks: (I + m²)(I + m)
-        power = _dot(m, m, PRECISION)
-        total = total + _dot(power, total, PRECISION)
-    return total
+    """(I - ab)⁻¹ of a strictly lower triangular [L, L]: blocks of two directly, then siblings merged by products."""
+    i = tl.arange(0, L)
+    apart = i[:, None] ^ i[None, :]
+    x = tl.where(apart == 0, 1.0, tl.where(apart == 1, ab, 0.0))
+    for level in tl.static_range(1, LEVELS):
+        between = tl.where(apart >> level == 1, ab, 0.0)
+        x += _dot(x, _dot(between, x, PRECISION), PRECISION)
+    return x
 
 
 @triton.jit
@@ -77,308 +74,395 @@ def _decays(w, L: tl.constexpr):
 
 
 @triton.jit
-def _prepare(
-    w_ptr, k_ptr, v_ptr, a_ptr, b_ptr, t_ptr, p_ptr, q_ptr, d_ptr, T, H, chunks,
-    N: tl.constexpr, BN: tl.constexpr, L: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
-    chunk, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    base, stride = (bh // H) * T * H * N + (bh % H) * N, H * N
-    t, n = chunk * L + tl.arange(0, L), tl.arange(0, BN)
-    mask = (t[:, None] < T) & (n[None, :] < N)
-    w = _load(w_ptr, base, t, n, stride, mask)
-    upto, before, mid, end = _decays(w, L)
-    a = _load(a_ptr, base, t, n, stride, mask) * tl.exp(before - mid[None, :])
-    fall = tl.exp(mid[None, :] - upto)
-    b = _load(b_ptr, base, t, n, stride, mask) * fall
-    k = _load(k_ptr, base, t, n, stride, mask) * fall
-    v = _load(v_ptr, base, t, n, stride, mask)
-
-    i = tl.arange(0, L)
-    lower = i[:, None] > i[None, :]
-    ab = tl.where(lower, _dot(a, tl.trans(b), EXACT), 0.0)
-    inverse = _inverse(ab, L, EXACT)
-    ak = tl.where(lower, _dot(a, tl.trans(k), PRECISION), 0.0)
-    uv = _dot(inverse, _dot(ak, v, PRECISION), PRECISION)
-    ua = _dot(inverse, a * tl.exp(mid)[None, :], PRECISION)
-    rest = tl.exp(end - mid)[None, :]
-    p = _dot(tl.trans(ua), b * rest, PRECISION)
-    q = _dot(tl.trans(uv), b * rest, PRECISION)
-    q += _dot(tl.trans(v), k * rest, PRECISION)
-
-    where = bh * chunks + chunk
-    tl.store(t_ptr + where * L * L + i[:, None] * L + i[None, :], inverse)
-    square = where * N * N + n[:, None] * N + n[None, :]
-    inside = (n[:, None] < N) & (n[None, :] < N)
-    tl.store(p_ptr + square, p, mask=inside)
-    tl.store(q_ptr + square, q, mask=inside)
-    tl.store(d_ptr + where * N + n, tl.exp(end), mask=n < N)
+def _documents(resets_ptr, start, t, T):
+    """Which document of the chunk each token belongs to [L], and the last one; 0 is the one that began before it."""
+    if resets_ptr is None:
+        return t * 0, 0
+    else:
+        document = tl.cumsum(tl.load(resets_ptr + start + t, mask=t < T, other=0).to(tl.int32), 0)
+        return document, tl.max(document, 0)
 
 
 @triton.jit
-def _scan(
-    p_ptr, q_ptr, d_ptr, start_ptr, end_ptr, chunks,
+def _prepare(
+    r_ptr, w_ptr, k_ptr, a_ptr, b_ptr, resets_ptr, a0_ptr, b1_ptr, r0_ptr, k1_ptr, y_ptr, t_ptr, d_ptr, rs_ptr, ks_ptr,
+    T, H, chunks,
+    N: tl.constexpr, BN: tl.constexpr, L: tl.constexpr, PRECISION: tl.constexpr, BACKWARD: tl.constexpr,
+):  # fmt: skip
+    """A, b₁, R, e^end and r's scale of every chunk; forward also K, Y and k's scale, backward T."""
+    chunk, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    base, stride = (bh // H) * T * H * N + (bh % H) * N, H * N
+    i, n = tl.arange(0, L), tl.arange(0, BN)
+    t = chunk * L + i
+    mask = (t[:, None] < T) & (n[None, :] < N)
+    upto, before, mid, end = _decays(_load(w_ptr, base, t, n, stride, mask), L)
+    document, last = _documents(resets_ptr, (bh // H) * T, t, T)
+    same = document[:, None] == document[None, :]
+    lower, strict = same & (i[:, None] >= i[None, :]), same & (i[:, None] > i[None, :])
+    opens = tl.where(document == 0, 1.0, 0.0)[:, None]  # tokens that still see S₀
+    closes = tl.where(document == last, 1.0, 0.0)[:, None]  # tokens that S₁ still sees
+    fall = tl.exp(mid[None, :] - upto)
+    b = _load(b_ptr, base, t, n, stride, mask) * fall
+    a = _load(a_ptr, base, t, n, stride, mask) * tl.exp(before - mid[None, :])
+    inverse = _inverse(tl.where(strict, _dot(a, tl.trans(b), PRECISION), 0.0), L, PRECISION)
+    to_end, from_start = tl.exp(end - mid)[None, :] * closes, tl.exp(mid)[None, :] * opens
+
+    where = bh * chunks + chunk
+    tile = where * L * N + i[:, None] * N + n[None, :]
+    square = where * L * L + i[:, None] * L + i[None, :]
+    wide = n[None, :] < N
+    a0 = _dot(inverse, a * from_start, PRECISION)
+    b1 = b * to_end
+    tl.store(a0_ptr + tile, a0.to(a0_ptr.dtype.element_ty), mask=wide)
+    tl.store(b1_ptr + tile, b1.to(b1_ptr.dtype.element_ty), mask=wide)
+    tl.store(d_ptr + where * N + n, tl.where(last == 0, tl.exp(end), 0.0), mask=n < N)
+
+    r, scale = _unit(_load(r_ptr, base, t, n, stride, mask))
+    tl.store(rs_ptr + where * L + i, scale)
+    r *= tl.exp(upto - mid[None, :])
+    rb = tl.where(lower, _dot(r, tl.trans(b), PRECISION), 0.0)
+    r0 = r * from_start + _dot(rb, a0, PRECISION)
+    tl.store(r0_ptr + tile, r0.to(r0_ptr.dtype.element_ty), mask=wide)
+    if BACKWARD:
+        tl.store(t_ptr + square, inverse)
+    else:
+        k, scale = _unit(_load(k_ptr, base, t, n, stride, mask))
+        tl.store(ks_ptr + where * L + i, scale)
+        k *= fall
+        x = _dot(inverse, tl.where(strict, _dot(a, tl.trans(k), PRECISION), 0.0), PRECISION)
+        k1 = k * to_end + _dot(tl.trans(x), b1, PRECISION)
+        tl.store(k1_ptr + tile, k1.to(k1_ptr.dtype.element_ty), mask=wide)
+        y = tl.where(lower, _dot(r, tl.trans(k), PRECISION), 0.0) + _dot(rb, x, PRECISION)
+        tl.store(y_ptr + square, y.to(y_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _sequence(
+    a_ptr, b_ptr, x_ptr, xs_ptr, c_ptr, d_ptr, start_ptr, end_ptr, saved_ptr, scale_ptr,
+    r_ptr, rs_ptr, q_ptr, y_ptr, T, H, chunks, length, segments,
+    N: tl.constexpr, BN: tl.constexpr, L: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+    REVERSE: tl.constexpr, SAVE: tl.constexpr, OUTPUT: tl.constexpr, MAP: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """S ← S diag(d) + (a Sᵀ)ᵀ b + xᵀ c over the `length` chunks of one segment, for BV of the state's rows.
+
+    SAVE: each chunk's S from before its update. OUTPUT: y = r Sᵀ + q x. MAP: start and end hold 2N rows a segment; the
+    second N begin as the identity and take no x, so the end is Q over P.
+    """
+    bh, segment, block = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    base, stride = (bh // H) * T * H * N + (bh % H) * N, H * N
+    i, n = tl.arange(0, L), tl.arange(0, BN)
+    rows = block * BV + tl.arange(0, BV)
+    taken = rows < N  # by x; in a MAP the rest are P's
+    square = rows[:, None] * N + n[None, :]
+    inside = (rows[:, None] < (2 * N if MAP else N)) & (n[None, :] < N)
+    at = (bh * segments + segment) * N * N
+    if MAP:
+        at *= 2
+        state = tl.where(rows[:, None] - N == n[None, :], 1.0, 0.0)
+    else:
+        state = tl.load(start_ptr + at + square, mask=inside, other=0.0)
+    for step in tl.range(0, length, num_stages=STAGES):
+        chunk = segment * length + (length - 1 - step if REVERSE else step)
+        left, short = tl.where(chunk < chunks, N, 0), tl.where(chunk < chunks, L, 0)  # the last segment may be short
+        where = bh * chunks + chunk
+        t = chunk * L + i
+        tile, wide = where * L * N + i[:, None] * N + n[None, :], n[None, :] < left
+        a = tl.load(a_ptr + tile, mask=wide, other=0.0)
+        b = tl.load(b_ptr + tile, mask=wide, other=0.0)
+        c = tl.load(c_ptr + tile, mask=wide, other=0.0)
+        d = tl.load(d_ptr + where * N + n, mask=n < left, other=1.0)
+        x = _load(x_ptr, base, t, rows, stride, (t[:, None] < T) & taken[None, :])
+        x *= tl.load(xs_ptr + where * L + i, mask=i < short, other=0.0)[:, None]
+        if SAVE:
+            unit, top = _unit(state)
+            if saved_ptr.dtype.element_ty == tl.float32:
+                unit, top = state, top * 0 + 1
+            tl.store(saved_ptr + where * N * N + square, unit.to(saved_ptr.dtype.element_ty), mask=inside & wide)
+            tl.store(scale_ptr + where * N + rows, top, mask=rows < left)
+        back = tl.trans(state)
+        if OUTPUT:
+            r = tl.load(r_ptr + tile, mask=wide, other=0.0)
+            q = tl.load(q_ptr + where * L * L + i[:, None] * L + i[None, :], mask=i[:, None] < short, other=0.0)
+            y = _dot(r, back, PRECISION) + _dot(q, x, PRECISION)
+            y *= tl.load(rs_ptr + where * L + i, mask=i < short, other=0.0)[:, None]
+            place = y_ptr + base + t[:, None] * stride + rows[None, :]
+            tl.store(place, y.to(y_ptr.dtype.element_ty), mask=(t[:, None] < T) & taken[None, :])
+        u = _dot(a, back, PRECISION)
+        state = state * d[None, :] + _dot(tl.trans(u), b, PRECISION) + _dot(tl.trans(x), c, PRECISION)
+    tl.store(end_ptr + at + square, state, mask=inside)
+
+
+@triton.jit
+def _join(
+    map_ptr, first_ptr, starts_ptr, segments,
     N: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """S ← S diag(d) + S P + Q over chunks; each chunk's S before the update goes where its Q was. Backwards with Pᵀ."""
+    """Every segment's start state from the first one's and the segments' maps, Q over P each."""
     bh, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     rows, n = block * BV + tl.arange(0, BV), tl.arange(0, BN)
-    mask = (rows[:, None] < N) & (n[None, :] < N)
-    tile = rows[:, None] * N + n[None, :]
-    square = n[None, :] * N + n[:, None] if REVERSE else n[:, None] * N + n[None, :]
-    inside = (n[:, None] < N) & (n[None, :] < N)
-    state = tl.load(start_ptr + bh * N * N + tile, mask=mask, other=0.0)
-    for step in range(chunks):
-        where = bh * chunks + (chunks - 1 - step if REVERSE else step)
-        p = tl.load(p_ptr + where * N * N + square, mask=inside, other=0.0)
-        q = tl.load(q_ptr + where * N * N + tile, mask=mask, other=0.0)
-        d = tl.load(d_ptr + where * N + n, mask=n < N, other=0.0)
-        tl.store(q_ptr + where * N * N + tile, state, mask=mask)
-        state = state * d[None, :] + q + _dot(state, p, PRECISION)
-    tl.store(end_ptr + bh * N * N + tile, state, mask=mask)
+    tile, inside = rows[:, None] * N + n[None, :], (rows[:, None] < N) & (n[None, :] < N)
+    square, full = N * N + n[:, None] * N + n[None, :], (n[:, None] < N) & (n[None, :] < N)
+    state = tl.load(first_ptr + bh * N * N + tile, mask=inside, other=0.0)
+    for step in range(segments):
+        where = bh * segments + (segments - 1 - step if REVERSE else step)
+        tl.store(starts_ptr + where * N * N + tile, state, mask=inside)
+        p = tl.load(map_ptr + where * 2 * N * N + square, mask=full, other=0.0)
+        q = tl.load(map_ptr + where * 2 * N * N + tile, mask=inside, other=0.0)
+        state = _dot(state, p, PRECISION) + q
 
 
 @triton.jit
-def _outputs(
-    r_ptr, w_ptr, k_ptr, v_ptr, a_ptr, b_ptr, t_ptr, s_ptr, y_ptr, T, H, chunks,
+def _gradients(
+    r_ptr, w_ptr, k_ptr, v_ptr, a_ptr, b_ptr, gy_ptr, resets_ptr, t_ptr, s_ptr, ss_ptr, gs_ptr, gss_ptr,
+    gr_ptr, gw_ptr, gk_ptr, gv_ptr, ga_ptr, gb_ptr, T, H, chunks,
     N: tl.constexpr, BN: tl.constexpr, L: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """All input gradients of a chunk from its start state S₀ and the gradient dS₁ of its end state.
+
+    u = T (tril₋(a kᵀ) v + a₀ S₀ᵀ) are the erased vectors, z = Tᵀ (tril(r bᵀ)ᵀ gy + b₁ dS₁ᵀ) their system's gradient.
+    """
     chunk, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     base, stride = (bh // H) * T * H * N + (bh % H) * N, H * N
-    t, n, i = chunk * L + tl.arange(0, L), tl.arange(0, BN), tl.arange(0, L)
+    i, n = tl.arange(0, L), tl.arange(0, BN)
+    t = chunk * L + i
     mask = (t[:, None] < T) & (n[None, :] < N)
-    w = _load(w_ptr, base, t, n, stride, mask)
-    upto, before, mid, _ = _decays(w, L)
-    a = _load(a_ptr, base, t, n, stride, mask) * tl.exp(before - mid[None, :])
-    r = _load(r_ptr, base, t, n, stride, mask) * tl.exp(upto - mid[None, :])
-    fall = tl.exp(mid[None, :] - upto)
+    tile = base + t[:, None] * stride + n[None, :]
+    where = bh * chunks + chunk
+    document, last = _documents(resets_ptr, (bh // H) * T, t, T)
+    same = document[:, None] == document[None, :]
+    lower, strict = same & (i[:, None] >= i[None, :]), same & (i[:, None] > i[None, :])
+    upto, before, mid, end = _decays(_load(w_ptr, base, t, n, stride, mask), L)
+    rise_a, rise_r, fall = tl.exp(before - mid[None, :]), tl.exp(upto - mid[None, :]), tl.exp(mid[None, :] - upto)
+    a = _load(a_ptr, base, t, n, stride, mask) * rise_a
+    r = _load(r_ptr, base, t, n, stride, mask) * rise_r
+    b = _load(b_ptr, base, t, n, stride, mask) * fall
     k = _load(k_ptr, base, t, n, stride, mask) * fall
     v = _load(v_ptr, base, t, n, stride, mask)
-    where = bh * chunks + chunk
-    # S₀ᵀ scaled so that it meets the mid-chunk exponents of a and r
-    s = tl.load(
-        s_ptr + where * N * N + n[None, :] * N + n[:, None], mask=(n[:, None] < N) & (n[None, :] < N), other=0.0
-    ) * tl.exp(mid)[:, None]  # fmt: skip
-    u = _dot(a, s, PRECISION)
-    ak = tl.where(i[:, None] > i[None, :], _dot(a, tl.trans(k), PRECISION), 0.0)
-    u += _dot(ak, v, PRECISION)
-    u = _dot(tl.load(t_ptr + where * L * L + i[:, None] * L + i[None, :]), u, PRECISION)
-    y = _dot(r, s, PRECISION)
-    rk = tl.where(i[:, None] >= i[None, :], _dot(r, tl.trans(k), PRECISION), 0.0)
-    y += _dot(rk, v, PRECISION)
-    b = _load(b_ptr, base, t, n, stride, mask) * fall
-    rb = tl.where(i[:, None] >= i[None, :], _dot(r, tl.trans(b), PRECISION), 0.0)
-    y += _dot(rb, u, PRECISION)
-    tl.store(y_ptr + base + t[:, None] * stride + n[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+    gy = _load(gy_ptr, base, t, n, stride, mask)
+    opens = tl.where(document == 0, 1.0, 0.0)[:, None]
+    closes = tl.where(document == last, 1.0, 0.0)[:, None]
 
-
-@triton.jit
-def _prepare_backward(
-    r_ptr, w_ptr, a_ptr, b_ptr, gy_ptr, t_ptr, p_ptr, g_ptr, d_ptr, T, H, chunks,
-    N: tl.constexpr, BN: tl.constexpr, L: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """P, e^end, and G = gyᵀ (r₀ + tril(r bᵀ) T a₀): what a chunk's outputs send to its start state."""
-    chunk, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    base, stride = (bh // H) * T * H * N + (bh % H) * N, H * N
-    t, n, i = chunk * L + tl.arange(0, L), tl.arange(0, BN), tl.arange(0, L)
-    mask = (t[:, None] < T) & (n[None, :] < N)
-    w = _load(w_ptr, base, t, n, stride, mask)
-    upto, before, mid, end = _decays(w, L)
-    a = _load(a_ptr, base, t, n, stride, mask) * tl.exp(before)
-    r = _load(r_ptr, base, t, n, stride, mask) * tl.exp(upto - mid[None, :])
-    b = _load(b_ptr, base, t, n, stride, mask) * tl.exp(mid[None, :] - upto)
-    where = bh * chunks + chunk
-    inverse = tl.load(t_ptr + where * L * L + i[:, None] * L + i[None, :])
-    ua = _dot(inverse, a, PRECISION)
-    p = _dot(tl.trans(ua), b * tl.exp(end - mid)[None, :], PRECISION)
-    rb = tl.where(i[:, None] >= i[None, :], _dot(r, tl.trans(b), PRECISION), 0.0)
-    reads = r * tl.exp(mid)[None, :] + _dot(rb, ua, PRECISION)
-    g = _dot(tl.trans(_load(gy_ptr, base, t, n, stride, mask)), reads, PRECISION)
+    # S₀ and dS₁ [value, key], scaled to meet the mid-chunk exponents; what S₀ diag(e^end) gives the end exponent
     square = where * N * N + n[:, None] * N + n[None, :]
     inside = (n[:, None] < N) & (n[None, :] < N)
-    tl.store(p_ptr + square, p, mask=inside)
-    tl.store(g_ptr + square, g, mask=inside)
-    tl.store(d_ptr + where * N + n, tl.exp(end), mask=n < N)
+    s = tl.load(s_ptr + square, mask=inside, other=0.0).to(tl.float32)
+    s *= tl.load(ss_ptr + where * N + n, mask=n < N, other=0.0)[:, None] * tl.exp(mid)[None, :]
+    gs = tl.load(gs_ptr + square, mask=inside, other=0.0).to(tl.float32)
+    gs *= tl.load(gss_ptr + where * N + n, mask=n < N, other=0.0)[:, None] * tl.exp(end - mid)[None, :]
+    ends = tl.where(last == 0, tl.sum(s * gs, 0), 0.0)
 
-
-@triton.jit
-def _value_gradients(
-    r_ptr, w_ptr, k_ptr, v_ptr, a_ptr, b_ptr, gy_ptr, t_ptr, s_ptr, gs_ptr, u_ptr, z_ptr, gv_ptr, T, H, chunks,
-    N: tl.constexpr, BN: tl.constexpr, L: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """u, z (the gradient of the triangular system's right side) and v's gradient, from S₀ and the end gradient dS₁."""
-    chunk, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    base, stride = (bh // H) * T * H * N + (bh % H) * N, H * N
-    t, n, i = chunk * L + tl.arange(0, L), tl.arange(0, BN), tl.arange(0, L)
-    mask = (t[:, None] < T) & (n[None, :] < N)
-    inside = (n[:, None] < N) & (n[None, :] < N)
-    where = bh * chunks + chunk
-    square = where * N * N + n[None, :] * N + n[:, None]  # transposed: [key, value]
-    strict, lower = i[:, None] > i[None, :], i[:, None] >= i[None, :]
-    upto, before, mid, end = _decays(_load(w_ptr, base, t, n, stride, mask), L)
-    a = _load(a_ptr, base, t, n, stride, mask) * tl.exp(before - mid[None, :])
-    fall = tl.exp(mid[None, :] - upto)
-    k = _load(k_ptr, base, t, n, stride, mask) * fall
-    s = tl.load(s_ptr + square, mask=inside, other=0.0) * tl.exp(mid)[:, None]
+    inverse = tl.load(t_ptr + where * L * L + i[:, None] * L + i[None, :])
     ak = tl.where(strict, _dot(a, tl.trans(k), PRECISION), 0.0)
-    u = _dot(ak, _load(v_ptr, base, t, n, stride, mask), PRECISION) + _dot(a, s, PRECISION)
-    u = _dot(tl.load(t_ptr + where * L * L + i[:, None] * L + i[None, :]), u, PRECISION)
-    scratch = where * L * N + i[:, None] * N + n[None, :]
-    tl.store(u_ptr + scratch, u, mask=n[None, :] < N)
-
-    r = _load(r_ptr, base, t, n, stride, mask) * tl.exp(upto - mid[None, :])
-    b = _load(b_ptr, base, t, n, stride, mask) * fall
-    gy = _load(gy_ptr, base, t, n, stride, mask)
-    gs = tl.load(gs_ptr + square, mask=inside, other=0.0) * tl.exp(end - mid)[:, None]
-    br = tl.where(strict, 0.0, _dot(b, tl.trans(r), PRECISION))  # tril(r bᵀ)ᵀ
-    z = _dot(br, gy, PRECISION) + _dot(b, gs, PRECISION)
-    z = _dot(tl.load(t_ptr + where * L * L + i[None, :] * L + i[:, None]), z, PRECISION)
-    tl.store(z_ptr + scratch, z, mask=n[None, :] < N)
-    gv = _dot(tl.trans(ak), z, PRECISION) + _dot(k, gs, PRECISION)
+    u = _dot(ak, v, PRECISION) + _dot(a, tl.trans(s), PRECISION) * opens
+    u = _dot(inverse, u, PRECISION)
+    rb = tl.where(lower, _dot(r, tl.trans(b), PRECISION), 0.0)
+    z = _dot(tl.trans(rb), gy, PRECISION) + _dot(b, tl.trans(gs), PRECISION) * closes
+    z = _dot(tl.trans(inverse), z, PRECISION)
     rk = tl.where(lower, _dot(r, tl.trans(k), PRECISION), 0.0)
-    gv += _dot(tl.trans(rk), gy, PRECISION)
-    tl.store(gv_ptr + base + t[:, None] * stride + n[None, :], gv.to(gv_ptr.dtype.element_ty), mask=mask)
+    gv = _dot(tl.trans(ak), z, PRECISION) + _dot(tl.trans(rk), gy, PRECISION)
+    gv += _dot(k, tl.trans(gs), PRECISION) * closes
+    tl.store(gv_ptr + tile, gv.to(gv_ptr.dtype.element_ty), mask=mask)
 
-
-@triton.jit
-def _key_gradients(
-    r_ptr, w_ptr, k_ptr, v_ptr, a_ptr, b_ptr, gy_ptr, u_ptr, z_ptr, s_ptr, gs_ptr,
-    gr_ptr, gw_ptr, gk_ptr, ga_ptr, gb_ptr, T, H, chunks,
-    N: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, L: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Gradients of r, k, a, b as they meet in the four score matrices, and from them w's, for BK key channels."""
-    chunk, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    base, stride = (bh // H) * T * H * N + (bh % H) * N, H * N
-    t, m, i = chunk * L + tl.arange(0, L), tl.arange(0, BN), tl.arange(0, L)  # m: value channels
-    n = tl.program_id(2) * BK + tl.arange(0, BK)
-    mask, mask_v = (t[:, None] < T) & (n[None, :] < N), (t[:, None] < T) & (m[None, :] < N)
-    inside = (m[:, None] < N) & (n[None, :] < N)
-    where = bh * chunks + chunk
-    square = where * N * N + m[:, None] * N + n[None, :]
-    tile = base + t[:, None] * stride + n[None, :]
-    strict, lower = i[:, None] > i[None, :], i[:, None] >= i[None, :]
-    upto, before, mid, end = _decays(_load(w_ptr, base, t, n, stride, mask), L)
-    fall = tl.exp(mid[None, :] - upto)
-    b = _load(b_ptr, base, t, n, stride, mask) * fall
-    k = _load(k_ptr, base, t, n, stride, mask) * fall
-    v = _load(v_ptr, base, t, m, stride, mask_v)
-    scratch = where * L * N + i[:, None] * N + m[None, :]
-    u = tl.load(u_ptr + scratch, mask=m[None, :] < N, other=0.0)
-    z = tl.load(z_ptr + scratch, mask=m[None, :] < N, other=0.0)
-    s = tl.load(s_ptr + square, mask=inside, other=0.0) * tl.exp(mid)[None, :]
-
-    # One row of score matrices at a time: those that a reads …
-    rise = tl.exp(before - mid[None, :])
-    read = _load(a_ptr, base, t, n, stride, mask) * rise
+    # the score matrices that a reads …
     scores = tl.where(strict, _dot(z, tl.trans(u), PRECISION), 0.0)
-    grad = _dot(scores, b, PRECISION)
-    gb = _dot(tl.trans(scores), read, PRECISION)
+    grad = _dot(scores, b, PRECISION) + _dot(z * opens, s, PRECISION)
+    gb = _dot(tl.trans(scores), a, PRECISION)
     scores = tl.where(strict, _dot(z, tl.trans(v), PRECISION), 0.0)
     grad += _dot(scores, k, PRECISION)
-    gk = _dot(tl.trans(scores), read, PRECISION)
-    grad += _dot(z, s, PRECISION)
-    tl.store(ga_ptr + tile, (grad * rise).to(ga_ptr.dtype.element_ty), mask=mask)
-    g_before = grad * read
+    gk = _dot(tl.trans(scores), a, PRECISION)
+    tl.store(ga_ptr + tile, (grad * rise_a).to(ga_ptr.dtype.element_ty), mask=mask)
+    both = grad * a  # the gradient of the exponents that a, and below r, carry
     # … and those that r reads
-    rise = tl.exp(upto - mid[None, :])
-    read = _load(r_ptr, base, t, n, stride, mask) * rise
-    gy = _load(gy_ptr, base, t, m, stride, mask_v)
     scores = tl.where(lower, _dot(gy, tl.trans(u), PRECISION), 0.0)
-    grad = _dot(scores, b, PRECISION)
-    gb += _dot(tl.trans(scores), read, PRECISION)
+    grad = _dot(scores, b, PRECISION) + _dot(gy * opens, s, PRECISION)
+    gb += _dot(tl.trans(scores), r, PRECISION)
     scores = tl.where(lower, _dot(gy, tl.trans(v), PRECISION), 0.0)
     grad += _dot(scores, k, PRECISION)
-    gk += _dot(tl.trans(scores), read, PRECISION)
-    grad += _dot(gy, s, PRECISION)
-    tl.store(gr_ptr + tile, (grad * rise).to(gr_ptr.dtype.element_ty), mask=mask)
-    g_upto = grad * read
+    gk += _dot(tl.trans(scores), r, PRECISION)
+    tl.store(gr_ptr + tile, (grad * rise_r).to(gr_ptr.dtype.element_ty), mask=mask)
+    g_upto = grad * r
     # what b and k wrote into the end state
-    gs = tl.load(gs_ptr + square, mask=inside, other=0.0)
-    ends = tl.sum(s * gs, 0) * tl.exp(end - mid)  # [N]: what S₀ diag(e^end) gives the end exponent
-    gs = gs * tl.exp(end - mid)[None, :]
-    through = _dot(u, gs, PRECISION)
+    through = _dot(u * closes, gs, PRECISION)
     ends += tl.sum(through * b, 0)
     gb += through
     tl.store(gb_ptr + tile, (gb * fall).to(gb_ptr.dtype.element_ty), mask=mask)
-    through = _dot(v, gs, PRECISION)
+    through = _dot(v * closes, gs, PRECISION)
     ends += tl.sum(through * k, 0)
     gk += through
     tl.store(gk_ptr + tile, (gk * fall).to(gk_ptr.dtype.element_ty), mask=mask)
     g_upto -= gb * b + gk * k
     # w_s enters every inclusive sum from s on, every exclusive one after s, and the end
-    both = g_upto + g_before
+    both += g_upto
     gw = tl.sum(both, 0)[None, :] - tl.cumsum(both, 0) + g_upto + ends[None, :]
     tl.store(gw_ptr + tile, gw.to(gw_ptr.dtype.element_ty), mask=mask)
 
 
+PROGRAMS = 512  # of `_sequence`, enough to fill an H200
+MIN_SEGMENT = 16  # chunks
+
+
 @dataclass(frozen=True)
 class _Plan:
-    """Tile sizes for a head: chunk length, power-of-two width, value rows and key channels that one program takes."""
+    """Launch settings for one shape: the one place to tune."""
 
-    chunk: int
-    width: int
-    rows: int
-    keys: int
-    warps: int
+    batch: int
+    t: int
+    h: int
+    n: int
+    precision: str
 
-    @staticmethod
-    def of(n: int) -> "_Plan":
-        width = max(16, triton.next_power_of_2(n))
-        return _Plan(64 if width <= 64 else 32, width, 16, min(width, 32), 4 if width <= 32 else 8)
+    @property
+    def chunks(self) -> int:
+        return triton.cdiv(self.t, CHUNK)
 
-    def meta(self, n: int, precision: str) -> dict[str, Any]:
-        return {"N": n, "BN": self.width, "PRECISION": precision, "num_warps": self.warps}
+    @property
+    def heads(self) -> int:
+        return self.batch * self.h
+
+    @property
+    def width(self) -> int:
+        return max(16, triton.next_power_of_2(self.n))
+
+    @property
+    def rows(self) -> int:  # of the state that one program of `_sequence` takes
+        return min(self.width, 32)
+
+    @property
+    def length(self) -> int:
+        """Chunks in a segment."""
+        programs = self.heads * triton.cdiv(self.n, self.rows)
+        wanted = max(1, PROGRAMS // programs)
+        return self.chunks if wanted == 1 else min(self.chunks, max(MIN_SEGMENT, triton.cdiv(self.chunks, wanted)))
+
+    def meta(self, warps: int) -> dict[str, Any]:
+        return {"N": self.n, "BN": self.width, "L": CHUNK, "PRECISION": self.precision, "num_warps": warps}
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What `_prepare` leaves for the other kernels; tensors [heads, chunks, L, N] unless said otherwise."""
+
+    a: Tensor
+    b: Tensor
+    r: Tensor
+    k: Tensor | None
+    y: Tensor | None  # [heads, chunks, L, L]
+    inverse: Tensor | None  # [heads, chunks, L, L], float32
+    decay: Tensor  # [heads, chunks, N], float32, as all scales
+    r_scale: Tensor  # [heads, chunks, L]
+    k_scale: Tensor | None
+
+
+def _run_prepare(plan: _Plan, r: Tensor, w: Tensor, k: Tensor, a: Tensor, b: Tensor, resets: Tensor | None,
+                 backward: bool) -> _Prepared:  # fmt: skip
+    half = torch.float32 if plan.precision == "ieee" else torch.float16
+    new = lambda *shape, dtype=half: torch.empty((plan.heads, plan.chunks, *shape), dtype=dtype, device=r.device)
+    tile, square, scale = (CHUNK, plan.n), (CHUNK, CHUNK), (CHUNK,)
+    out = _Prepared(
+        new(*tile), new(*tile), new(*tile),
+        None if backward else new(*tile),
+        None if backward else new(*square),
+        new(*square, dtype=torch.float32) if backward else None,
+        new(plan.n, dtype=torch.float32), new(*scale, dtype=torch.float32),
+        None if backward else new(*scale, dtype=torch.float32),
+    )  # fmt: skip
+    _prepare[(plan.chunks, plan.heads)](
+        r, w, k, a, b, resets, out.a, out.b, out.r, out.k, out.y, out.inverse, out.decay, out.r_scale, out.k_scale,
+        plan.t, plan.h, plan.chunks, BACKWARD=backward, **plan.meta(2),
+    )  # fmt: skip
+    return out
+
+
+def _run_sequence(plan: _Plan, a: Tensor, b: Tensor, x: Tensor, x_scale: Tensor, c: Tensor, decay: Tensor,
+                  start: Tensor, saved: tuple[Tensor, Tensor] | None, outputs: tuple[Tensor, ...] | None,
+                  reverse: bool) -> Tensor:  # fmt: skip
+    """The final state [B, H, N, N] of the recurrence that `_sequence` describes."""
+    heads, n = plan.heads, plan.n
+    segments = triton.cdiv(plan.chunks, plan.length)
+    sizes = plan.t, plan.h, plan.chunks, plan.length, segments
+    inputs = a, b, x, x_scale, c, decay
+    meta: dict[str, Any] = {"BV": plan.rows, "REVERSE": reverse, "STAGES": 2, **plan.meta(2)}
+    none = None, None, None, None
+    starts = start
+    if segments > 1:
+        maps = torch.empty((heads, segments, 2 * n, n), dtype=torch.float32, device=x.device)
+        grid = heads, segments, triton.cdiv(2 * n, plan.rows)
+        _sequence[grid](
+            *inputs, None, maps, None, None, *none, *sizes, SAVE=False, OUTPUT=False, MAP=True, **meta
+        )  # fmt: skip
+        starts = torch.empty((heads, segments, n, n), dtype=torch.float32, device=x.device)
+        _join[(heads, triton.cdiv(n, 16))](
+            maps, start, starts, segments, N=n, BN=plan.width, BV=16, REVERSE=reverse, PRECISION="ieee"
+        )
+    ends = torch.empty((heads, segments, n, n), dtype=torch.float32, device=x.device)
+    _sequence[(heads, segments, triton.cdiv(n, plan.rows))](
+        *inputs, starts, ends, *(saved or (None, None)), *(outputs or none), *sizes,
+        SAVE=saved is not None, OUTPUT=outputs is not None, MAP=False, **meta,
+    )  # fmt: skip
+    return ends[:, 0 if reverse else -1].reshape(start.shape)
+
+
+def _new_states(plan: _Plan, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for a state per chunk, and its rows' scales."""
+    dtype = torch.float32 if plan.precision == "ieee" else torch.float16
+    states = torch.empty((plan.heads, plan.chunks, plan.n, plan.n), dtype=dtype, device=like.device)
+    return states, torch.empty((plan.heads, plan.chunks, plan.n), dtype=torch.float32, device=like.device)
 
 
 class _WKV7(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor,
-                precision: str) -> tuple[Tensor, Tensor]:  # fmt: skip
+                resets: Tensor | None, precision: str, is_saving: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
         batch, t, h, n = r.shape
-        plan = _Plan.of(n)
-        chunks, heads, meta = triton.cdiv(t, plan.chunk), batch * h, plan.meta(n, precision)
-        new = lambda *shape: torch.empty((heads, chunks, *shape), dtype=torch.float32, device=r.device)
-        inverse, p, s, decay = new(plan.chunk, plan.chunk), new(n, n), new(n, n), new(n)
-        end, y = torch.empty_like(state), torch.empty_like(v)
-        tiles, scans = (chunks, heads), (heads, triton.cdiv(n, plan.rows))
-        exact = "ieee" if precision == "ieee" else "tf32"
-        _prepare[tiles](w, k, v, a, b, inverse, p, s, decay, t, h, chunks, L=plan.chunk, EXACT=exact, **meta)
-        _scan[scans](p, s, decay, state, end, chunks, BV=plan.rows, REVERSE=False, **{**meta, "num_warps": 4})
-        _outputs[tiles](r, w, k, v, a, b, inverse, s, y, t, h, chunks, L=plan.chunk, **meta)
-        ctx.save_for_backward(r, w, k, v, a, b, inverse, s)
-        ctx.precision = precision
+        plan = _Plan(batch, t, h, n, precision)
+        p = _run_prepare(plan, r, w, k, a, b, resets, backward=False)
+        assert p.k is not None
+        assert p.y is not None
+        assert p.k_scale is not None
+        y = torch.empty_like(v)
+        saved = _new_states(plan, r) if is_saving else None
+        outputs = p.r, p.r_scale, p.y, y
+        end = _run_sequence(plan, p.a, p.b, v, p.k_scale, p.k, p.decay, state, saved, outputs, reverse=False)
+        if saved is not None:
+            ctx.save_for_backward(r, w, k, v, a, b, resets, *saved)
+            ctx.plan = plan
         return y, end
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor, g_end: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        r, w, k, v, a, b, inverse, s = ctx.saved_tensors
-        batch, t, h, n = r.shape
-        plan = _Plan.of(n)
-        chunks, heads, meta = triton.cdiv(t, plan.chunk), batch * h, plan.meta(n, ctx.precision)
+        r, w, k, v, a, b, resets, states, scales = ctx.saved_tensors
+        plan: _Plan = ctx.plan
         gy, g_end = gy.contiguous(), g_end.contiguous()
-        p, gs = torch.empty_like(s), torch.empty_like(s)
-        decay, g_start = s.new_empty(heads, chunks, n), torch.empty_like(g_end)
-        tiles, scans = (chunks, heads), (heads, triton.cdiv(n, plan.rows))
-        _prepare_backward[tiles](r, w, a, b, gy, inverse, p, gs, decay, t, h, chunks, L=plan.chunk, **meta)
-        _scan[scans](p, gs, decay, g_end, g_start, chunks, BV=plan.rows, REVERSE=True, **{**meta, "num_warps": 4})
-        gr, gw, gk, gv, ga, gb = (torch.empty_like(x) for x in (r, w, k, v, a, b))
-        u = p if n == plan.chunk else s.new_empty(heads, chunks, plan.chunk, n)  # P is no longer needed
-        z = torch.empty_like(u)
-        _value_gradients[tiles](r, w, k, v, a, b, gy, inverse, s, gs, u, z, gv, t, h, chunks, L=plan.chunk, **meta)
-        _key_gradients[(*tiles, triton.cdiv(n, plan.keys))](
-            r, w, k, v, a, b, gy, u, z, s, gs, gr, gw, gk, ga, gb, t, h, chunks, L=plan.chunk, BK=plan.keys, **meta
-        )
-        return gr, gw, gk, gv, ga, gb, g_start, None
+        p = _run_prepare(plan, r, w, k, a, b, resets, backward=True)
+        g_states = _new_states(plan, r)
+        g_start = _run_sequence(
+            plan, p.b, p.a, gy, p.r_scale, p.r, p.decay, g_end, g_states, None, reverse=True
+        )  # fmt: skip
+        grads = [torch.empty_like(x) for x in (r, w, k, v, a, b)]
+        _gradients[(plan.chunks, plan.heads)](
+            r, w, k, v, a, b, gy, resets, p.inverse, states, scales, *g_states, *grads, plan.t, plan.h, plan.chunks,
+            **plan.meta(4),
+        )  # fmt: skip
+        return *grads, g_start, None, None, None
 
 
 def wkv7(
-    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, precision: str | None = None
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, resets: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Same contract as the naive form, but inputs may stay in half precision; the state is float32.
 
-    Any T and head sizes up to 128. precision of the products: "tf32" by default, "ieee" for float32 inputs. "bf16" is
-    twice as fast per product and too coarse: 3e-3 in y, 1e-2 in w's gradient, which is a difference of sums.
+    Any T and head sizes up to 128. Products are tf32 for half-precision inputs; bfloat16 would be too coarse: 3e-3 in
+    y, 1e-2 in w's gradient, which is a difference of sums.
     """
-    precision = precision or ("ieee" if v.dtype == torch.float32 else "tf32")
     inputs = [x.contiguous() for x in (r, w, k, v, a, b, state)]
-    y, end = _WKV7.apply(*inputs, precision)  # type: ignore[no-untyped-call]
+    is_saving = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    precision = "ieee" if v.dtype == torch.float32 else "tf32"
+    y, end = _WKV7.apply(*inputs, resets, precision, is_saving)  # type: ignore[no-untyped-call]
     return y, end
+
+
+def probe() -> None:
+    """Build and run the kernels; raises whatever goes wrong."""
+    x = torch.zeros(1, 2, 1, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    wkv7(x, x, x, x, x, x, torch.zeros(1, 1, 64, 64, device="cuda"))[0].sum().backward()
+    torch.cuda.synchronize()

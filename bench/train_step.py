@@ -1,0 +1,310 @@
+"""A whole training step on a GPU: forward, loss, backward, clipping and fused AdamW, at 32,768 tokens a step.
+
+    PYTHONPATH=src python bench/train_step.py [--models v7-0.4B v7-0.1B v4-0.17B] [--out FILE]
+
+Vocabulary 65,536. `master`: bfloat16 weights with float32 masters in the optimiser; `autocast`: float32 weights and
+products in bfloat16. Loss and gradients of a small model on the GPU must first agree with float32 on the CPU, or there
+is no report. Each cell: tokens/s by the median of CUDA-event times, MFU (6 × parameters of matrix products × tokens ÷
+time ÷ 989 TFLOP/s), peak memory, GPU time by group of kernels in one profiled step (the head's products count as GEMM).
+`graph` replays the step as one CUDA graph. A table, then one line of JSON. --toy runs it all at toy size on any device.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import Row, lively_model, machine, matrix_elements, rounded
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from receptance.models import RWKV, VERSIONS
+from receptance.ops import GPU_BACKENDS
+from receptance.ops.pieces import PIECES
+from receptance.training.optim import param_groups
+
+VOCAB = 65_536
+PEAK_FLOPS = 989e12  # dense bfloat16 of an H100 or H200
+MODELS = {"v7-0.4B": ("7", 24, 1024), "v7-0.1B": ("7", 12, 768), "v4-0.17B": ("4", 12, 768)}
+SHAPES = [(8, 4096), (32, 1024)]
+TOY = {"v7-toy": ("7", 2, 64), "v4-toy": ("4", 2, 64)}
+LOGIT_PENALTY = 1e-4
+TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}  # of loss and gradients (by their joint norm) against float32 on a CPU
+
+
+class MasterAdamW:
+    """Fused AdamW over float32 copies of the parameters, copied back after each step."""
+
+    def __init__(self, model: RWKV):
+        recipe = type(model).recipe(model.config)  # type: ignore[attr-defined]
+        groups: list[dict[str, Any]] = param_groups(model, recipe, weight_decay=0.1)
+        self.parameters = [p for group in groups for p in group["params"]]
+        self.masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in self.parameters]
+        masters = iter(self.masters)
+        for group in groups:
+            group["params"] = [next(masters) for _ in group["params"]]
+            group["lr"] = torch.tensor(1e-4 * group["lr_scale"], device=model.device)
+        cuda = model.device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), eps=1e-18, fused=True, capturable=cuda)
+
+    def step(self) -> None:
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
+        copies = [(master, p) for master, p in zip(self.masters, self.parameters) if master is not p]
+        for master, p in copies:
+            master.grad = None if p.grad is None else p.grad.float()
+        self.optimizer.step()
+        if copies:
+            torch._foreach_copy_([p.detach() for _, p in copies], [master.detach() for master, _ in copies])
+        for p in (*self.parameters, *self.masters):
+            p.grad = None
+
+
+@dataclass
+class Step:
+    """One training step on a fixed batch."""
+
+    model: RWKV
+    optimizer: MasterAdamW
+    inputs: Tensor
+    targets: Tensor
+    autocast: bool
+    backend: str
+
+    def __call__(self) -> Tensor:
+        device = self.inputs.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self.autocast):
+            loss, _ = self.model.loss(self.inputs, self.targets, logit_penalty=LOGIT_PENALTY, backend=self.backend)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        return loss.detach()
+
+
+@torch.no_grad()
+def build(name: str, sizes: tuple[str, int, int], vocab: int, dtype: torch.dtype, device: str) -> RWKV:
+    """Vectors by the recipe, matrices of plain noise: orthogonal ones of this size take minutes and cost the same."""
+    version, n_layer, n_embd = sizes
+    cls = VERSIONS[version]
+    config = cls.Config.make(vocab, n_layer, n_embd)
+    model: RWKV = cls(config, device=device, dtype=torch.float32)  # type: ignore[call-arg,arg-type]
+    recipe = cls.recipe(config)  # type: ignore[arg-type]
+    for key, parameter in model.named_parameters():
+        init = recipe[key].init
+        if isinstance(init, Tensor):
+            parameter.copy_(init.reshape(parameter.shape))
+        else:
+            parameter.normal_(std=0.5 * max(parameter.shape) ** -0.5)
+    return model.to(dtype).train()
+
+
+def check(version: str, device: str, backend: str) -> Row:
+    """Loss and gradients of a small model on this device against float32 on the CPU; no report when too far."""
+    row: Row = {}
+    tokens = torch.randint(500, (2, 131), generator=torch.Generator().manual_seed(3))
+    reference = lively_model(version, 500, 3, 128).train()
+
+    def gradients(model: RWKV, tokens: Tensor, backend: str) -> tuple[float, Tensor]:
+        loss, _ = model.loss(tokens[:, :-1], tokens[:, 1:], logit_penalty=LOGIT_PENALTY, backend=backend)
+        found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+        return loss.item(), torch.cat([g.flatten().double().cpu() for g in found if g is not None])
+
+    loss, exact = gradients(reference, tokens, "chunk")
+    for name, tolerance in TOLERANCE.items():
+        model = lively_model(version, 500, 3, 128).train().to(device, getattr(torch, name))
+        got, found = gradients(model, tokens.to(device), backend)
+        row[f"{name}_loss"] = abs(got - loss) / loss
+        row[f"{name}_gradients"] = float((found - exact).norm() / exact.norm())
+        wrong = {key: value for key, value in row.items() if not value <= tolerance and key.startswith(name)}
+        if wrong:
+            sys.exit(
+                f"RWKV-{version} on {device}: {wrong} away from float32 on the CPU, allowed {tolerance}; no report"
+            )
+    return row
+
+
+def timed(function: Callable[[], object], device: str, rounds: int) -> list[float]:
+    """Seconds of each call."""
+    seconds = []
+    for _ in range(rounds):
+        if device == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            function()
+            end.record()
+            torch.cuda.synchronize()
+            seconds.append(start.elapsed_time(end) / 1e3)
+        else:
+            begin = time.perf_counter()
+            function()
+            seconds.append(time.perf_counter() - begin)
+    return seconds
+
+
+def kernel_groups() -> dict[str, str]:
+    """Name of a Triton kernel of ours → group."""
+    if find_spec("triton") is None:
+        return {}
+    import triton
+
+    modules = [(path, "WKV") for table in GPU_BACKENDS.values() for path in table.values()]
+    modules += [(path, "loss" if piece == "head_loss" else "fused") for piece, path in PIECES.items()]
+    groups = {}
+    for path, group in modules:
+        for value in vars(import_module(path)).values():
+            if isinstance(value, triton.runtime.JITFunction):
+                groups[value.fn.__name__] = group
+    return groups
+
+
+def group_of(kernel: str, ours: dict[str, str]) -> str:
+    if kernel in ours:
+        return ours[kernel]
+    low = kernel.lower()
+    if any(word in low for word in ("gemm", "nvjet", "cutlass", "xmma", "splitk", "addmm", "aten::mm", "aten::bmm")):
+        return "GEMM"
+    if any(word in low for word in ("adam", "multi_tensor", "foreach", "lpnorm")):
+        return "optimiser"
+    return "other"
+
+
+def breakdown(step: Callable[[], object], device: str) -> dict[str, Any]:
+    """Milliseconds by group in one step, and the largest kernels of the group "other"."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
+    with profile(activities=activities) as prof:
+        step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+    ours, groups, other = (
+        kernel_groups(),
+        dict.fromkeys(("GEMM", "WKV", "fused", "loss", "optimiser", "other"), 0.0),
+        {},
+    )
+    for event in prof.key_averages():
+        if device == "cuda" and event.device_type != torch.autograd.DeviceType.CUDA:
+            continue
+        ms = (event.self_device_time_total if device == "cuda" else event.self_cpu_time_total) / 1e3
+        group = group_of(event.key, ours)
+        groups[group] += ms
+        if group == "other":
+            other[event.key[:80]] = ms
+    largest = dict(sorted(other.items(), key=lambda item: -item[1])[:8])
+    return {"groups_ms": groups, "other_ms": largest}
+
+
+def measure(name: str, sizes: tuple[str, int, int], batch: int, t: int, options: argparse.Namespace) -> dict[str, Any]:
+    device, vocab = options.device, options.vocab
+    result: dict[str, Any] = {}
+    for precision in options.precision:
+        dtype = torch.bfloat16 if precision == "master" else torch.float32
+        model = build(name, sizes, vocab, dtype, device)
+        model.recompute = None if options.recompute == "auto" else options.recompute == "on"
+        tokens = torch.randint(vocab, (batch, t + 1), device=device)
+        inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        step = Step(model, MasterAdamW(model), inputs, targets, precision == "autocast", options.backend)
+        first = float(step())
+        timed(step, device, 2)
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        cell: dict[str, Any] = {"first_loss": first}
+        cell["eager"] = report(model, timed(step, device, options.rounds), batch * t)
+        cell["peak_GB"] = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else 0.0
+        cell |= breakdown(step, device)
+        if device == "cuda" and options.graph:
+            graph, loss = capture(step)
+            cell["graph"] = report(model, timed(graph.replay, device, options.rounds), batch * t)
+            cell["graph"]["last_loss"] = float(loss)
+            del graph
+        result[precision] = cell
+        line(f"{name} {batch}×{t} {precision}", cell)
+        del step, model
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    return result
+
+
+def capture(step: Step) -> tuple["torch.cuda.CUDAGraph", Tensor]:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.empty_cache()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step()
+    return graph, loss
+
+
+def report(model: RWKV, seconds: list[float], tokens: int) -> Row:
+    median = statistics.median(seconds)
+    flops = 6 * sum(matrix_elements(model)) * tokens
+    return {"ms": median * 1e3, "tokens_per_s": tokens / median, "MFU": flops / median / PEAK_FLOPS}
+
+
+def line(name: str, cell: dict[str, Any]) -> None:
+    for way in ("eager", "graph"):
+        if way in cell:
+            row = cell[way]
+            print(
+                f"{name + ' ' + way:34}{row['ms']:9.1f} ms {row['tokens_per_s'] / 1e3:9.1f} k tokens/s  "
+                f"MFU {row['MFU']:5.1%}  peak {cell['peak_GB']:5.1f} GB"
+            )
+    print("   ", "  ".join(f"{group} {ms:.1f}" for group, ms in cell["groups_ms"].items()), "ms")
+    for kernel, ms in cell["other_ms"].items():
+        print(f"      {ms:8.2f} ms  {kernel}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--models", nargs="+", choices=[*MODELS, *TOY])
+    parser.add_argument("--precision", nargs="+", default=["master", "autocast"], choices=["master", "autocast"])
+    parser.add_argument("--shapes", nargs="+", help="batch x tokens, like 8x4096")
+    parser.add_argument("--recompute", default="auto", choices=["auto", "on", "off"])
+    parser.add_argument("--backend", help="of the operators; triton on a GPU, else auto")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--no-graph", dest="graph", action="store_false")
+    parser.add_argument("--toy", action="store_true", help="two layers of 64 channels, 2 x 48 tokens, 512 ids")
+    parser.add_argument("--out", type=Path, help="write the JSON to this file too")
+    options = parser.parse_args()
+    options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    options.backend = options.backend or ("triton" if options.device == "cuda" else "auto")
+    options.vocab = 512 if options.toy else VOCAB
+    if options.device == "cpu" and not options.toy:
+        sys.exit("no GPU here; --toy runs the same at toy size")
+    known = TOY if options.toy else MODELS
+    shapes = [(2, 48)] if options.toy else SHAPES
+    if options.shapes:
+        shapes = [(int(b), int(t)) for b, t in (shape.split("x") for shape in options.shapes)]
+    torch.manual_seed(0)
+    about: dict[str, Any] = {**machine("triton"), "gpu": None}
+    if options.device == "cuda":
+        about["gpu"] = torch.cuda.get_device_name()
+    results: dict[str, Any] = {}
+    for name in options.models or known:
+        version = known[name][0]
+        difference = check(version, options.device, options.backend)
+        print(f"RWKV-{version} against float32 on the CPU: " + ", ".join(f"{k} {v:.1e}" for k, v in difference.items()))
+        results[name] = {"difference": difference}
+        for batch, t in shapes:
+            results[name][f"{batch}x{t}"] = measure(name, known[name], batch, t, options)
+    record = {"bench": "train_step", "machine": about, "vocab": options.vocab, "recompute": options.recompute,
+              "backend": options.backend}  # fmt: skip
+    text = json.dumps(nested(record | {"results": results}))
+    if options.out:
+        options.out.write_text(text + "\n")
+    print(text)
+
+
+def nested(value: Any) -> Any:
+    return {k: nested(v) for k, v in value.items()} if isinstance(value, dict) else rounded(value)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Which form of an operator or fused piece runs: plain torch on any device, or Triton kernels on a GPU."""
+
+import warnings
+from functools import cache
+from importlib import import_module
+
+import torch
+from torch import Tensor
+
+# Operator or fused piece → module of its Triton form, imported on first use. The plain form lies beside it.
+PIECES: dict[str, str] = {
+    "ffn": "receptance.ops.ffn.triton",
+    "head_loss": "receptance.ops.head_loss.triton",
+    "heads": "receptance.ops.heads.triton",
+    "norm": "receptance.ops.norm.triton",
+    "prepare": "receptance.ops.prepare.triton",
+    "shift": "receptance.ops.shift.triton",
+    "wkv4": "receptance.ops.wkv4.triton",
+    "wkv6": "receptance.ops.wkv6.triton",
+    "wkv7": "receptance.ops.wkv7.triton",
+}
+
+
+def uses_triton(piece: str, x: Tensor, backend: str = "auto") -> bool:
+    """Whether `piece` runs its Triton kernels on a tensor like x.
+
+    backend: what the model was called with. "auto" and "triton" take the kernels on CUDA tensors of up to 32 bits;
+    the operators' any-device forms ("naive", "chunk") stand for plain pieces too.
+    """
+    if backend not in ("auto", "triton") or not x.is_cuda or x.dtype == torch.float64:
+        return False
+    return torch.compiler.is_compiling() or _builds(piece)
+
+
+@cache
+def _builds(piece: str) -> bool:
+    """Try the kernels once, forward and backward, on a few numbers; a failure costs speed, not the run."""
+    try:
+        import_module(PIECES[piece]).probe()
+    except Exception as error:  # whatever a compiler, a driver or a missing package raises
+        reason = str(error).strip().splitlines() or [""]
+        warnings.warn(
+            f"{piece}: the Triton kernel cannot be built ({type(error).__name__}: {reason[0]}); "
+            "the plain form runs instead, slower",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return False
+    return True
+
+
+def upcast(x: Tensor) -> Tensor:
+    """float32, unless already float64: the precision of decays, states and norms."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a matrix product with x runs: autocast's when it is on and x is not float64, else x's own."""
+    device = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype

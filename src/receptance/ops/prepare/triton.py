@@ -1,0 +1,219 @@
+"""RWKV-7's decay, keys and value residual in Triton: one kernel forward, one backward that makes everything again."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from receptance.ops.prepare import MIN_LOG_DECAY, MIN_NORM
+
+TILE, WARPS = 2048, 8  # elements of a tile: 16 bytes of bfloat16 a thread
+COLS = 64  # channels of a tile where heads do not matter
+
+
+@triton.jit
+def _tile(rows, C, N, BR: tl.constexpr, BN: tl.constexpr):
+    """Rows × one head (or N channels): (column, offsets, mask of columns, mask)."""
+    row = tl.program_id(0) * BR + tl.arange(0, BR)
+    i = tl.arange(0, BN)
+    c = tl.program_id(1) * N + i
+    inside = (i < N) & (c < C)
+    return c, row[:, None].to(tl.int64) * C + c[None, :], inside, (row < rows)[:, None] & inside[None, :]
+
+
+@triton.jit
+def _load(ptr, at, mask):
+    return tl.load(ptr + at, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(ptr, at, x, mask):
+    tl.store(ptr + at, x.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _keys_of(w_ptr, k_ptr, a_ptr, w0_ptr, a0_ptr, kk_ptr, ka_ptr, c, at, inside, mask, MIN_NORM: tl.constexpr):
+    """σ of the decay, k, rate, k_k, k_a, 1 / norm, whether the norm counts, removal key."""
+    k = _load(k_ptr, at, mask)
+    k_k, k_a = _load(kk_ptr, c, inside)[None, :], _load(ka_ptr, c, inside)[None, :]
+    decay = tl.sigmoid(_load(w_ptr, at, mask) + _load(w0_ptr, c, inside)[None, :])
+    rate = tl.sigmoid(_load(a_ptr, at, mask) + _load(a0_ptr, c, inside)[None, :])
+    key = k * k_k
+    norm = tl.sqrt(tl.sum(key * key, 1))[:, None]
+    inverse = 1.0 / tl.maximum(norm, MIN_NORM)
+    return decay, k, rate, k_k, k_a, inverse, norm > MIN_NORM, key * inverse
+
+
+@triton.jit
+def _keys(w_ptr, k_ptr, a_ptr, w0_ptr, a0_ptr, kk_ptr, ka_ptr, out_w, out_k, out_a, out_b, rows, C, N,
+          LOW: tl.constexpr, MIN_NORM: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+    c, at, inside, mask = _tile(rows, C, N, BR, BN)
+    decay, k, rate, _, k_a, _, _, kk = _keys_of(
+        w_ptr, k_ptr, a_ptr, w0_ptr, a0_ptr, kk_ptr, ka_ptr, c, at, inside, mask, MIN_NORM
+    )
+    _store(out_w, at, LOW * decay, mask)
+    _store(out_k, at, k * (1.0 + (rate - 1.0) * k_a), mask)
+    _store(out_a, at, -kk, mask)
+    _store(out_b, at, kk * rate, mask)
+
+
+@triton.jit
+def _keys_backward(w_ptr, k_ptr, a_ptr, w0_ptr, a0_ptr, kk_ptr, ka_ptr, gw_ptr, gk_ptr, ga_ptr, gb_ptr,
+                   out_w, out_k, out_a, partial_ptr, rows, C, N,
+                   LOW: tl.constexpr, MIN_NORM: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+    c, at, inside, mask = _tile(rows, C, N, BR, BN)
+    decay, k, rate, k_k, k_a, inverse, counts, kk = _keys_of(
+        w_ptr, k_ptr, a_ptr, w0_ptr, a0_ptr, kk_ptr, ka_ptr, c, at, inside, mask, MIN_NORM
+    )
+    g_decay = _load(gw_ptr, at, mask) * LOW * decay * (1.0 - decay)
+    gk, gb = _load(gk_ptr, at, mask), _load(gb_ptr, at, mask)
+    g_kk = gb * rate - _load(ga_ptr, at, mask)
+    g_rate = (gb * kk + gk * k * k_a) * rate * (1.0 - rate)
+    along = tl.where(counts, tl.sum(kk * g_kk, 1)[:, None], 0.0)
+    g_key = (g_kk - kk * along) * inverse
+    _store(out_w, at, g_decay, mask)
+    _store(out_k, at, gk * (1.0 + (rate - 1.0) * k_a) + g_key * k_k, mask)
+    _store(out_a, at, g_rate, mask)
+    partial_ptr += tl.program_id(0) * 4 * C + c
+    tl.store(partial_ptr, tl.sum(g_decay, 0), mask=inside)
+    tl.store(partial_ptr + C, tl.sum(g_rate, 0), mask=inside)
+    tl.store(partial_ptr + 2 * C, tl.sum(g_key * k, 0), mask=inside)
+    tl.store(partial_ptr + 3 * C, tl.sum(gk * k * (rate - 1.0), 0), mask=inside)
+
+
+@triton.jit
+def _residual(v_ptr, first_ptr, gate_ptr, v0_ptr, out, rows, C, N, BR: tl.constexpr, BN: tl.constexpr):
+    c, at, inside, mask = _tile(rows, C, N, BR, BN)
+    v, first = _load(v_ptr, at, mask), _load(first_ptr, at, mask)
+    share = tl.sigmoid(_load(gate_ptr, at, mask) + _load(v0_ptr, c, inside)[None, :])
+    _store(out, at, v + (first - v) * share, mask)
+
+
+@triton.jit
+def _residual_backward(v_ptr, first_ptr, gate_ptr, v0_ptr, g_ptr, out_v, out_first, out_gate, partial_ptr, rows, C, N,
+                       BR: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+    c, at, inside, mask = _tile(rows, C, N, BR, BN)
+    v, first, g = _load(v_ptr, at, mask), _load(first_ptr, at, mask), _load(g_ptr, at, mask)
+    share = tl.sigmoid(_load(gate_ptr, at, mask) + _load(v0_ptr, c, inside)[None, :])
+    g_gate = g * (first - v) * share * (1.0 - share)
+    _store(out_v, at, g * (1.0 - share), mask)
+    _store(out_first, at, g * share, mask)
+    _store(out_gate, at, g_gate, mask)
+    tl.store(partial_ptr + tl.program_id(0) * C + c, tl.sum(g_gate, 0), mask=inside)
+
+
+def _launch(rows: int, c: int, n: int) -> tuple[tuple[int, int], dict[str, int]]:
+    """Grid and sizes for tiles of n channels (a head)."""
+    width = triton.next_power_of_2(n)
+    height = max(1, TILE // width)
+    return (triton.cdiv(rows, height), triton.cdiv(c, n)), {"BR": height, "BN": width, "num_warps": WARPS}
+
+
+_LIMITS = {"LOW": MIN_LOG_DECAY, "MIN_NORM": MIN_NORM}
+
+
+@torch.library.custom_op("receptance::decay_and_keys", mutates_args=())
+def _decay_and_keys(
+    w: Tensor, k: Tensor, a: Tensor, w0: Tensor, a0: Tensor, k_k: Tensor, k_a: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    b, t, h, n = k.shape
+    outs = [torch.empty_like(k) for _ in range(4)]
+    grid, meta = _launch(b * t, h * n, n)
+    _keys[grid](w, k, a, w0, a0, k_k, k_a, *outs, b * t, h * n, n, **_LIMITS, **meta)
+    return outs[0], outs[1], outs[2], outs[3]
+
+
+@_decay_and_keys.register_fake
+def _(w, k, a, w0, a0, k_k, k_a):
+    return tuple(torch.empty_like(k) for _ in range(4))
+
+
+@torch.library.custom_op("receptance::decay_and_keys_backward", mutates_args=())
+def _decay_and_keys_backward(
+    gw: Tensor, gk: Tensor, ga: Tensor, gb: Tensor,
+    w: Tensor, k: Tensor, a: Tensor, w0: Tensor, a0: Tensor, k_k: Tensor, k_a: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    b, t, h, n = k.shape
+    outs = [torch.empty_like(x) for x in (w, k, a)]
+    grid, meta = _launch(b * t, h * n, n)
+    partial = torch.empty(grid[0], 4, h * n, dtype=torch.float32, device=k.device)
+    _keys_backward[grid](w, k, a, w0, a0, k_k, k_a, gw, gk, ga, gb, *outs, partial, b * t, h * n, n, **_LIMITS, **meta)
+    return outs[0], outs[1], outs[2], partial.sum(0)
+
+
+@_decay_and_keys_backward.register_fake
+def _(gw, gk, ga, gb, w, k, a, w0, a0, k_k, k_a):
+    partial = torch.empty(4, k.shape[2] * k.shape[3], dtype=torch.float32, device=k.device)
+    return torch.empty_like(w), torch.empty_like(k), torch.empty_like(a), partial
+
+
+def _keep(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _key_gradients(ctx, *grads):
+    *tensors, vectors = _decay_and_keys_backward(*(g.contiguous() for g in grads), *ctx.saved_tensors)
+    parameters = ctx.saved_tensors[3:]
+    return *tensors, *(g.view_as(p).to(p.dtype) for g, p in zip(vectors.unbind(), parameters))
+
+
+_decay_and_keys.register_autograd(_key_gradients, setup_context=_keep)
+
+
+@torch.library.custom_op("receptance::value_residual", mutates_args=())
+def _value_residual(v: Tensor, first: Tensor, gate: Tensor, v0: Tensor) -> Tensor:
+    out = torch.empty_like(v)
+    rows, c = v.shape[0] * v.shape[1], v.shape[2]
+    grid, meta = _launch(rows, c, COLS)
+    _residual[grid](v, first, gate, v0, out, rows, c, COLS, **meta)
+    return out
+
+
+@_value_residual.register_fake
+def _(v, first, gate, v0):
+    return torch.empty_like(v)
+
+
+@torch.library.custom_op("receptance::value_residual_backward", mutates_args=())
+def _value_residual_backward(
+    g: Tensor, v: Tensor, first: Tensor, gate: Tensor, v0: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    outs = [torch.empty_like(x) for x in (v, first, gate)]
+    rows, c = v.shape[0] * v.shape[1], v.shape[2]
+    grid, meta = _launch(rows, c, COLS)
+    partial = torch.empty(grid[0], c, dtype=torch.float32, device=v.device)
+    _residual_backward[grid](v, first, gate, v0, g, *outs, partial, rows, c, COLS, **meta)
+    return outs[0], outs[1], outs[2], partial.sum(0).view_as(v0).to(v0.dtype)
+
+
+@_value_residual_backward.register_fake
+def _(g, v, first, gate, v0):
+    return torch.empty_like(v), torch.empty_like(first), torch.empty_like(gate), torch.empty_like(v0)
+
+
+def _residual_gradients(ctx, g):
+    return _value_residual_backward(g.contiguous(), *ctx.saved_tensors)
+
+
+_value_residual.register_autograd(_residual_gradients, setup_context=_keep)
+
+
+def decay_and_keys(
+    w: Tensor, k: Tensor, a: Tensor, w0: Tensor, a0: Tensor, k_k: Tensor, k_a: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Same contract as the plain form; all four come back in k's dtype."""
+    return _decay_and_keys(w.contiguous(), k.contiguous(), a.contiguous(), w0, a0, k_k, k_a)
+
+
+def value_residual(v: Tensor, first: Tensor, gate: Tensor, v0: Tensor) -> Tensor:
+    """Same contract as the plain form."""
+    return _value_residual(v.contiguous(), first.contiguous(), gate.contiguous(), v0)
+
+
+def probe() -> None:
+    """Build and run the kernels; raises whatever goes wrong."""
+    draw = lambda *shape: torch.ones(shape, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    w, k, v = draw(1, 2, 64), draw(1, 2, 1, 64), draw(64)
+    sum(y.sum() for y in decay_and_keys(w, k, w, v, v, v, v)).backward()
+    value_residual(w, w, w, v).sum().backward()
+    torch.cuda.synchronize()

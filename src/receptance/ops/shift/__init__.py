@@ -1,0 +1,43 @@
+"""Token shift: each position blended with the one before it, by several vectors at once."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from receptance.ops.pieces import compute_dtype, uses_triton
+
+
+def token_shift(x: Tensor, last: Tensor, resets: Tensor | None = None) -> Tensor:
+    """The previous position's vector, [B, T, C]; `last` [B, C] stands before position 0, zero before a document.
+
+    resets [B, T]: true at the first token of a document.
+    """
+    previous = torch.cat([last[:, None].to(x.dtype), x[:, :-1]], 1)
+    return previous if resets is None else previous.masked_fill(resets[..., None], 0)
+
+
+def shift_mix(
+    x: Tensor,
+    last: Tensor,
+    mixes: Sequence[Tensor],
+    *,
+    resets: Tensor | None = None,
+    present: bool = False,
+    backend: str = "auto",
+) -> list[Tensor]:
+    """x + (previous − x)·μ for each μ of `mixes`, at most six of C elements; with `present`, μ is the share of x.
+
+    x [B, T, C]; last [B, C] stands before position 0; where resets [B, T] is true, zero does. The kernels read x once
+    for all mixes, keep only their inputs for the backward pass, and write in autocast's dtype, which the matrix
+    products after them want.
+    """
+    if uses_triton("shift", x, backend):
+        from receptance.ops.shift.triton import shift_mix as kernel
+
+        return kernel(x, last, mixes, resets, present, compute_dtype(x))
+    previous = token_shift(x, last, resets)
+    if present:
+        return [previous.lerp(x, mu.to(x.dtype)) for mu in mixes]
+    d = previous - x
+    return [x + d * mu for mu in mixes]

@@ -1,0 +1,88 @@
+"""The memory plan against what a step really takes, and the figures of the log."""
+
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from test_runs import Listener, configure
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from receptance.models import VERSIONS
+from receptance.training import train
+from receptance.training.loop import set_up
+from receptance.training.memory import plan_memory
+from receptance.training.metrics import flops_per_token, peak_flops, peak_memory
+from receptance.training.step import Step
+
+LOW, HIGH = 1.0, 1.3  # planned over measured: never too little, and not much too much
+
+
+class Live(TorchDispatchMode):
+    """Bytes of all storages that operations make, as long as they live; `peak` is their most."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self._sizes = 0, 0, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            storage = x.untyped_storage() if isinstance(x, torch.Tensor) else None
+            if storage is not None and storage._cdata not in self._sizes:
+                self._sizes[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._gone, storage._cdata)
+        return result
+
+    def _gone(self, key):
+        self.now -= self._sizes.pop(key)
+
+
+@pytest.mark.parametrize("version", ["4", "6", "7"])
+@pytest.mark.parametrize(
+    "setting", ["", "run.activation_checkpointing=true", "run.accumulate=4", "run.precision=bfloat16"]
+)
+def test_the_memory_plan_is_near_the_peak_of_a_step(tmp_path, version, setting):
+    shape = ["model.n_layer=4", "model.n_embd=64", "run.ctx_len=128", f"model.version={version}", "optim.dropout=0"]
+    run = set_up(configure(tmp_path, *shape, *([setting] if setting else [])), Listener())
+    plan = plan_memory(run)
+    step = Step(run, print)
+    step(0)
+    with Live() as live:
+        step(1)
+    planned = plan.total - plan.weights - plan.optimizer  # these are there before
+    assert LOW < planned / live.peak < HIGH
+
+
+def test_the_plan_knows_weights_and_optimizer_exactly_and_says_when_it_does_not_fit(tmp_path):
+    run = set_up(configure(tmp_path, "optim.ema=0.9"), Listener())
+    plan, n = plan_memory(run), sum(p.numel() for p in run.model.parameters())
+    assert plan.weights == 4 * n
+    assert plan.optimizer == 4 * (3 * n + len(list(run.model.parameters())) + 5)  # moments, average, step counts, guard
+    assert plan.fits
+    assert not replace(plan, free=plan.activations).fits
+    assert str(plan).startswith("memory: about ")
+
+
+def test_a_run_tells_its_memory_before_it_starts(tmp_path):
+    listener = Listener()
+    train(configure(tmp_path, "run.tokens=256"), listener)
+    assert any(text.startswith("memory: about") for text in listener.messages)
+    assert listener.rows[0]["memory_gib"] == pytest.approx(peak_memory(torch.device("cpu")) / 2**30, rel=0.5)
+    assert listener.rows[0]["bits"] == pytest.approx(listener.rows[0]["loss"] / 0.6931, rel=1e-4)
+
+
+@pytest.mark.parametrize("version", ["4", "5.2", "6", "7"])
+def test_flops_are_six_per_parameter_and_token_plus_the_state(version):
+    """Elements of all matrices but the embedding, times six, and a few per cent on top."""
+    cls = VERSIONS[version]
+    model = cls(cls.Config.make(65536, 12, 768), device="meta")
+    matrices = sum(p.numel() for n, p in model.named_parameters() if p.dim() > 1 and n != "emb.weight")
+    assert 6 * matrices <= flops_per_token(model) <= 1.08 * 6 * matrices
+
+
+def test_no_peak_is_claimed_for_a_cpu():
+    assert peak_flops(torch.device("cpu"), "bfloat16") is None
