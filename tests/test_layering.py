@@ -14,7 +14,7 @@ MAY_IMPORT = {
     "models": {"errors", "ops"},
     "checkpoint": {"errors", "embedded", "models", "native"},
     "data": {"errors", "tokenizers"},
-    "engine": {"errors", "models", "checkpoint"},
+    "engine": {"errors", "models", "checkpoint", "native"},
     "generation": {"errors", "engine", "models", "tokenizers"},
     "training": {"errors", "ops", "models", "data", "checkpoint", "tokenizers"},
     "cli": None,  # the top of the house

@@ -3,13 +3,13 @@
 `python -m receptance.native.build` builds it again, for instance after a compiler was installed.
 """
 
+import hashlib
 import os
 import platform
 import shutil
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -27,6 +27,14 @@ ISA_FLAGS = {  # by machine, by source file
     "aarch64": {"isa_neon": ["-march=armv8.2-a+dotprod+fp16"]},
 }
 MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
+
+
+def sources_hash() -> str:
+    """Of what the core is compiled from: a library knows its own, so that a stale one is noticed."""
+    digest = hashlib.sha256()
+    for path in sorted(SOURCES.iterdir()):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 class BuildError(Exception):
@@ -47,7 +55,9 @@ def build(library: Path = LIBRARY, *, sanitize: bool = False, jobs: int | None =
     compiler = find_compiler()
     machine = platform.machine().lower()
     isa_flags = ISA_FLAGS.get(MACHINES.get(machine, machine), {})
-    flags = FLAGS + (SANITIZE if sanitize else [])
+    flags = [*FLAGS, *(SANITIZE if sanitize else []), f'-DSOURCES_HASH="{sources_hash()}"']
+    from concurrent.futures import ThreadPoolExecutor  # the library's loader imports this module too
+
     with tempfile.TemporaryDirectory() as folder:
 
         def compile_one(source: Path) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from receptance.native.build import LIBRARY
+from receptance.native.build import LIBRARY, sources_hash
 
 TYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3, "int4": 4}  # enum Type
 INPUTS = ("r", "w", "k", "v", "a", "g")  # enum Mix
@@ -98,11 +98,12 @@ def load_library(path: Path = LIBRARY) -> ctypes.CDLL:
     try:
         library = ctypes.CDLL(str(path))
         declare(library)
+        sources = library.receptance_sources().decode()
         sizes = [library.receptance_size(i) for i in range(len(STRUCTURES))]
     except (OSError, AttributeError) as error:
         raise NoCoreError(f"{path} cannot be used ({error}); python -m receptance.native.build") from None
-    if sizes != [ctypes.sizeof(structure) for structure in STRUCTURES]:
-        raise NoCoreError(f"{path} belongs to another version of receptance; python -m receptance.native.build")
+    if sources != sources_hash() or sizes != [ctypes.sizeof(structure) for structure in STRUCTURES]:
+        raise NoCoreError(f"{path} was compiled from other sources; python -m receptance.native.build")
     return library
 
 
@@ -110,6 +111,7 @@ def declare(library: ctypes.CDLL) -> None:
     functions = {
         "engine": (c_void_p, [c_char_p]),
         "engine_name": (c_char_p, [c_void_p]),
+        "sources": (c_char_p, []),
         "size": (c_int64, [c_int32]),
         "team_new": (c_void_p, [c_int32]),
         "team_free": (None, [c_void_p]),

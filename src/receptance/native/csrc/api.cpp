@@ -22,7 +22,10 @@ API const Engine* receptance_engine(const char* name) {
 
 API const char* receptance_engine_name(const Engine* engine) { return engine->name; }
 
-// Sizes of the structures, so that a library built from other sources than library.py is noticed
+// What this was compiled from, see build.py
+API const char* receptance_sources() { return SOURCES_HASH; }
+
+// Sizes of the structures, which library.py repeats
 API int64_t receptance_size(int32_t which) {
   const int64_t sizes[] = {sizeof(Matrix), sizeof(ChannelMix), sizeof(Layer), sizeof(Model), sizeof(State), sizeof(Request)};
   return which >= 0 && which < 6 ? sizes[which] : -1;
