@@ -1,5 +1,7 @@
 """The CPU engine beside the torch engine and beside itself: sizes, batches, states, types."""
 
+import multiprocessing
+
 import numpy as np
 import pytest
 import torch
@@ -155,6 +157,31 @@ def test_more_threads_than_work_change_nothing(version):
     one, many = native(model, threads=1), native(model, threads=7)
     for ids in (tokens(1), tokens(40)):
         assert_close(many.forward(ids)[0], one.forward(ids)[0])
+
+
+@needs_core
+def test_a_forked_process_gets_threads_of_its_own():
+    model = native(random_model("7"), threads=3)
+    expected = model.forward(tokens(9))[0]
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=lambda: queue.put(model.forward(tokens(9))[0]))
+    child.start()
+    assert np.array_equal(queue.get(timeout=60), expected)
+    child.join(60)
+
+
+@needs_core
+@pytest.mark.parametrize("scale", [0.0, 1e-40])
+def test_extreme_activations_are_quantised_soundly(scale):
+    """Nothing overflows where a block holds only zeros or only subnormal numbers."""
+    model = wide_model("7")
+    with torch.no_grad():
+        model.blocks[0].ln2.weight.mul_(scale)
+        model.blocks[0].ln2.bias.mul_(scale)
+    found, _ = native(model, dtype="int8").forward(tokens(5, 300))
+    expected = torch_logits(model, tokens(5, 300))
+    assert np.sqrt(np.mean((found - expected) ** 2)) <= 0.1 * np.sqrt(np.mean(expected**2))
 
 
 # Quantised weights ---------------------------------------------------------------------------------------------------

@@ -74,11 +74,11 @@ class NativeModel:
             self.engine_name = "numpy"
             return
         self.engine_name = self._core.name
-        self._team = self._core.library.receptance_team_new(self.threads)
+        self._team, self._team_process = self._core.library.receptance_team_new(self.threads), os.getpid()
         self._binding = Binding(self._core, self._team, weights, config, dtype)
 
     def __del__(self) -> None:
-        if getattr(self, "_team", None) and self._core:
+        if getattr(self, "_team", None) and self._core and self._team_process == os.getpid():
             self._core.library.receptance_team_free(self._team)
             self._team = None
 
@@ -170,6 +170,8 @@ class NativeModel:
         logits = np.zeros(shape, np.float32) if has_empty else np.empty(shape, np.float32)
         chunk = int(max(min(CHUNK_ROWS, len(rows)), len(counts)))
         with self._lock:
+            if self._team_process != os.getpid():  # a fork leaves the threads behind
+                self._team, self._team_process = core.library.receptance_team_new(self.threads), os.getpid()
             if self._scratch[0] < chunk:
                 need = core.library.receptance_scratch_bytes(core.engine, self._binding.model, chunk, self.threads)
                 self._scratch = (chunk, aligned(need))

@@ -31,7 +31,7 @@ void quantise(const float* x, int64_t n, XBlock* out) {
     float largest = 0;
 #pragma omp simd reduction(max : largest)
     for (int i = 0; i < BLOCK; i++) largest = __builtin_fabsf(x[i]) > largest ? __builtin_fabsf(x[i]) : largest;
-    float scale = largest / 127, inverse = largest > 0 ? 127 / largest : 0;
+    float scale = largest / 127, inverse = largest > 1e-30f ? 127 / largest : 0;  // 127 / largest must be finite
     int32_t total = 0;
 #pragma omp simd reduction(+ : total)
     for (int i = 0; i < BLOCK; i++) {
