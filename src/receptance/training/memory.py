@@ -84,8 +84,8 @@ def _saved(run: "Run", rows: int, with_loss: bool) -> int:
     def pack(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
         if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = storage.nbytes(), x
-        return x
+            seen[storage.data_ptr()] = storage.nbytes(), x.detach()
+        return x.detach()  # with its history, x would hold the graph that holds it
 
     tokens = torch.zeros(rows, run.config.run.ctx_len, dtype=torch.long, device=run.device)
     with saved_tensors_hooks(pack, lambda x: x), run.autocast():

@@ -1,5 +1,6 @@
 """One optimiser step: the host's part (schedule, batch) and the device's part, which CUDA replays as one graph."""
 
+import gc
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -150,6 +151,7 @@ class Graph:
     def _capture(self, inputs: Tensor, targets: Tensor) -> None:
         """Record the kernels of one step without running them. Raises CaptureError."""
         self._inputs, self._targets = inputs.clone(), targets.clone()
+        gc.collect()  # an old autograd graph would bring the stream that it was made on into the capture
         graph = torch.cuda.CUDAGraph()
         self._set_capturable(True)
         try:

@@ -100,22 +100,16 @@ def _blocks(x, L: tl.constexpr, BN: tl.constexpr):  # [L, N] → [L/8, N]: sums 
 
 
 @triton.jit
-def _documents(resets_ptr, i, left):
-    """Which document of the chunk each token belongs to [L], and the last one; 0 is the one that began before it."""
+def _documents(resets_ptr, first, i, left):
+    """Which document of the chunk each token belongs to [L], and the last one; 0 is the one that began before it.
+
+    first: where the chunk's tokens begin in `resets` [B, T].
+    """
     if resets_ptr is None:
         return i * 0, 0
     else:
-        document = tl.cumsum(tl.load(resets_ptr + i, mask=i < left, other=0).to(tl.int32), 0)
+        document = tl.cumsum(tl.load(resets_ptr + first + i, mask=i < left, other=0).to(tl.int32), 0)
         return document, tl.max(document, 0)
-
-
-@triton.jit
-def _at(resets_ptr, number, H, chunks, T, L: tl.constexpr):
-    """Where the chunk's tokens begin in `resets` [B, T]."""
-    if resets_ptr is None:
-        return resets_ptr
-    else:
-        return resets_ptr + (number // H // chunks).to(tl.int64) * T + (number // H % chunks) * L
 
 
 @triton.jit
@@ -142,7 +136,7 @@ def _outer(
     i, n = tl.arange(0, L), tl.arange(0, BN)
     mask = (i[:, None] < left) & (n[None, :] < N)
     _, before, after, total = _decays(w_ptr + start_w, i, n, w_t, w_n, mask, L, BN)
-    document, last = _documents(_at(resets_ptr, number, H, chunks, T, L), i, left)
+    document, last = _documents(resets_ptr, start // (H * N), i, left)
     if READS:
         factor = tl.exp(before + _earlier(total, L)[:, None, :])
     else:
@@ -178,7 +172,7 @@ def _scan(
 
 @triton.jit
 def _apply(
-    r_ptr, w_ptr, k_ptr, u_ptr, resets_ptr, s_ptr, x_ptr, y_ptr, w_t, w_n, left, H,
+    r_ptr, w_ptr, k_ptr, u_ptr, resets_ptr, first, s_ptr, x_ptr, y_ptr, w_t, w_n, left, H,
     N: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, L: tl.constexpr, BACK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y = A x + (r e^before) Sᵀ of one chunk; if BACK, y = Aᵀ x + (k e^{end - upto}) Sᵀ. Pointers are the chunk's."""
@@ -187,7 +181,7 @@ def _apply(
         ordered = i[:, None] < i[None, :]
     else:
         ordered = i[:, None] > i[None, :]
-    document, last = _documents(resets_ptr, i, left)
+    document, last = _documents(resets_ptr, first, i, left)
     ordered = ordered & (document[:, None] == document[None, :])
     linked = (document == (last if BACK else 0))[:, None]  # tokens that S₁ sees, or that see S₀
     scores = tl.zeros([L, L], tl.float32)
@@ -232,7 +226,7 @@ def _outputs(
 ):  # fmt: skip
     number, head, left, start, start_w = _where(T, H, chunks, w_b, w_t, w_h, N, L)
     _apply(
-        r_ptr + start, w_ptr + start_w, k_ptr + start, u_ptr + head * N, _at(resets_ptr, number, H, chunks, T, L),
+        r_ptr + start, w_ptr + start_w, k_ptr + start, u_ptr + head * N, resets_ptr, start // (H * N),
         s_ptr + number * N * N, v_ptr + start, y_ptr + start, w_t, w_n, left, H, N, BN, BC, L, False, PRECISION,
     )  # fmt: skip
 
@@ -250,7 +244,7 @@ def _gradients(
     """
     number, head, left, start, start_w = _where(T, H, chunks, w_b, w_t, w_h, N, L)
     _apply(
-        r_ptr + start, w_ptr + start_w, k_ptr + start, u_ptr + head * N, _at(resets_ptr, number, H, chunks, T, L),
+        r_ptr + start, w_ptr + start_w, k_ptr + start, u_ptr + head * N, resets_ptr, start // (H * N),
         gs_ptr + number * N * N, gy_ptr + start, gv_ptr + start, w_t, w_n, left, H, N, BN, BC, L, True, PRECISION,
     )  # fmt: skip
 
@@ -264,7 +258,7 @@ def _gradients(
     # The gradient of A below the diagonal, its mirror image above: one product then serves late and early tokens.
     g = tl.dot(gy, tl.trans(v), input_precision=PRECISION)
     g = tl.where(lower, g, tl.dot(v, tl.trans(gy), input_precision=PRECISION))
-    document, last = _documents(_at(resets_ptr, number, H, chunks, T, L), i, left)
+    document, last = _documents(resets_ptr, start // (H * N), i, left)
     g = tl.where(document[:, None] == document[None, :], g, 0.0)
     opens, closes = (document == 0)[:, None], (document == last)[:, None]
 
