@@ -3,10 +3,13 @@
 import difflib
 import os
 import re
+import warnings
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+import typer
 
 from receptance import embedded
 from receptance.cli import hub
@@ -112,7 +115,11 @@ def load_runner(
         engine = "native" if device in (None, "cpu") and dtype != "float64" and prefers_native() else "torch"
     if engine == "torch" and threads is None:
         return load_model(source, dtype, device)
-    return load(source.path, dtype=dtype, device=device, engine=engine, threads=threads)  # type: ignore[call-overload, no-any-return]
+    with warnings.catch_warnings(record=True) as caught:  # a person gets one line, not a place in our source
+        model: Model = load(source.path, dtype=dtype, device=device, engine=engine, threads=threads)  # type: ignore[call-overload]
+    for warning in caught:
+        typer.echo(f"note: {warning.message}", err=True)
+    return model
 
 
 def prefers_native() -> bool:
