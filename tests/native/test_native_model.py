@@ -160,6 +160,17 @@ def test_more_threads_than_work_change_nothing(version):
 
 
 @needs_core
+def test_threads_agree_on_which_rows_end_in_which_chunk():
+    """More threads than cores, so that some are late at every barrier."""
+    model = native(random_model("7", n_layer=1), threads=5)
+    ids = np.array([tokens(140, seed=i) for i in range(6)])
+    lengths = [140, 3, 0, 139, 70, 2]
+    expected, _ = model.forward(ids, lengths=lengths, last_only=True)
+    for _ in range(20):
+        assert np.array_equal(model.forward(ids, lengths=lengths, last_only=True)[0], expected)
+
+
+@needs_core
 def test_a_forked_process_gets_threads_of_its_own():
     model = native(random_model("7"), threads=3)
     expected = model.forward(tokens(9))[0]

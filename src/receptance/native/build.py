@@ -18,7 +18,10 @@ LIBRARY = HERE / ("_core.dll" if os.name == "nt" else "_core.so")
 
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp-simd", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
 FLAGS += ["-ffp-contract=fast", "-fno-exceptions", "-fno-rtti", "-pthread", "-Wall"]
-SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1"]
+SANITIZERS = {
+    "--sanitize": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1"],
+    "--sanitize-threads": ["-fsanitize=thread", "-g", "-O1"],
+}
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mprefer-vector-width=512"]
@@ -50,12 +53,12 @@ def find_compiler() -> str:
     return found
 
 
-def build(library: Path = LIBRARY, *, sanitize: bool = False, jobs: int | None = None) -> Path:
+def build(library: Path = LIBRARY, *, more_flags: tuple[str, ...] = (), jobs: int | None = None) -> Path:
     """Compile and link the core into `library`, which is replaced only when all is well. Raises BuildError."""
     compiler = find_compiler()
     machine = platform.machine().lower()
     isa_flags = ISA_FLAGS.get(MACHINES.get(machine, machine), {})
-    flags = [*FLAGS, *(SANITIZE if sanitize else []), f'-DSOURCES_HASH="{sources_hash()}"']
+    flags = [*FLAGS, *more_flags, f'-DSOURCES_HASH="{sources_hash()}"']
     from concurrent.futures import ThreadPoolExecutor  # the library's loader imports this module too
 
     with tempfile.TemporaryDirectory() as folder:
@@ -84,7 +87,9 @@ def run(command: list[str]) -> None:
 
 def main() -> None:
     try:
-        print(build(sanitize="--sanitize" in sys.argv[1:]))
+        print(build(more_flags=tuple(flag for word in sys.argv[1:] for flag in SANITIZERS[word])))
+    except KeyError as error:
+        sys.exit(f"error: {error.args[0]} is unknown; use {' or '.join(SANITIZERS)}, or nothing")
     except BuildError as error:
         sys.exit(f"error: {error}")
 

@@ -20,6 +20,7 @@ struct Run {
   // of each row of the chunk: its sequence, and its place in it; of each sequence: its first row and number of rows
   int32_t *row_seq, *row_time;
   int64_t *seq_first, *seq_rows, *seq_done, *seq_offset;
+  int64_t* chunk;             // rows of this chunk, for the threads that did not cut it
   float* x;                   // [rows, C] the residual
   float* mixed[INPUTS];       // [rows, C]
   XBlock* quantised[INPUTS];  // the same
@@ -553,6 +554,7 @@ void lay_out(Run& run, Slab& slab, const Model& model, int64_t rows, int64_t bat
   run.row_time = slab.take<int32_t>(rows);
   int64_t** const of_sequences[] = {&run.seq_first, &run.seq_rows, &run.seq_done, &run.seq_offset};
   for (int64_t** p : of_sequences) *p = slab.take<int64_t>(batch);
+  run.chunk = slab.take<int64_t>(1);
   run.x = slab.take<float>(rows * c);
   for (auto& p : run.mixed) p = slab.take<float>(rows * wide);
   for (auto& p : run.quantised) p = slab.take<XBlock>(rows * (wide / BLOCK + 1));
@@ -590,12 +592,13 @@ void thread_main(void* context, int thread) {
   Run run = *(const Run*)context;  // its own copy: the counters of a chunk are the same for all
   while (true) {
     // the tables of the chunk are shared: one thread fills them
-    each(run, 1, [&](int64_t) { ((Run*)context)->rows = next_chunk(run) ? run.rows : 0; });
-    run.rows = ((const Run*)context)->rows;
+    each(run, 1, [&](int64_t) { *run.chunk = next_chunk(run) ? run.rows : 0; });
+    run.rows = *run.chunk;
     if (run.rows == 0) return;
     embed(run);
     layers(run, thread);
     head(run, thread);
+    team_barrier(run.team);  // all have read the tables before one changes them
     each(run, 1, [&](int64_t) {
       for (int64_t s = 0; s < run.batch; s++) run.seq_done[s] += run.seq_rows[s];
     });
