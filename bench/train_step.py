@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from receptance.models import RWKV, VERSIONS
-from receptance.ops import GPU_BACKENDS
+from receptance.ops import BACKENDS
 from receptance.ops.pieces import PIECES
 from receptance.training.optim import param_groups
 
@@ -153,10 +153,9 @@ def kernel_groups() -> dict[str, str]:
         return {}
     import triton
 
-    modules = [(path, "WKV") for table in GPU_BACKENDS.values() for path in table.values()]
-    modules += [(path, "loss" if piece == "head_loss" else "fused") for piece, path in PIECES.items()]
     groups = {}
-    for path, group in modules:
+    for piece, path in PIECES.items():
+        group = "WKV" if piece in BACKENDS else "loss" if piece == "head_loss" else "fused"
         for value in vars(import_module(path)).values():
             if isinstance(value, triton.runtime.JITFunction):
                 groups[value.fn.__name__] = group

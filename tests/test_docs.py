@@ -98,6 +98,10 @@ def test_command_lines_are_accepted(page, cli):
     for verb, *arguments in commands(page):
         command = cli.commands.get(verb)
         assert command is not None, f"{page.name}: there is no verb {verb!r}"
+        while hasattr(command, "commands"):  # a verb of verbs
+            verb, *arguments = arguments
+            assert verb in command.commands, f"{page.name}: there is no {verb!r}"
+            command = command.commands[verb]
         context = command.make_context(verb, list(arguments))  # raises, naming the option, for one that does not exist
         if verb == "train":
             overrides = [word for word in context.params["overrides"] or [] if "=" in word]
@@ -107,7 +111,7 @@ def test_command_lines_are_accepted(page, cli):
 def test_the_command_lines_are_found():
     """Guards the tests above against passing for lack of anything to test."""
     verbs = {call[0] for page in PAGES for call in commands(page)}
-    assert verbs >= {"run", "chat", "inspect", "convert", "pull", "list", "doctor", "train"}
+    assert verbs >= {"run", "chat", "inspect", "convert", "pull", "list", "doctor", "train", "data"}
     assert ["list"] in commands(ROOT / "README.md")
 
 

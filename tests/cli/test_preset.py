@@ -51,6 +51,7 @@ def test_a_folder_without_a_preset_recommends_nothing(tmp_path: Path) -> None:
         ("sampling = 3", "sampling is 3"),
         ("state = '../../secret'", "expected the name of a file in the same folder"),
         ("state = '/etc/passwd'", "expected the name of a file in the same folder"),
+        ("new_document = 'yes'", "new_document is 'yes', expected true or false"),
         ("= =", "not valid TOML"),
     ],
 )
@@ -77,3 +78,18 @@ def test_a_preset_starts_every_text_from_its_state(
             "tokens"
         ]
     )
+
+
+def test_a_text_begins_as_documents_in_training_do(
+    cli: Cli, folder: Path, model: RWKV, tok: Tokenizer, tmp_path: Path
+) -> None:
+    as_document = tmp_path / "opened"
+    shutil.copytree(folder, as_document)
+    write(as_document, "new_document = true\n[sampling]\nmax_tokens = 7\nignore_eos = true\nseed = 5")
+    report = json.loads(cli("run", as_document, "Once", "--json").stdout)
+    generation = generate_tokens(model, tok, [tok.eos_id, *tok.encode("Once")], params=SamplingParams(
+        max_tokens=7, ignore_eos=True, seed=5, temperature=1.0, top_p=0.85, presence_penalty=0.2, frequency_penalty=0.2
+    ))  # fmt: skip
+    list(generation)
+    assert report["tokens"] == generation.ids
+    assert report["prompt_tokens"] == 1 + len(tok.encode("Once"))

@@ -169,3 +169,11 @@ def test_the_tokenizer_is_told_by_folder_then_vocabulary(folder: Path, tmp_path:
 )
 def test_the_template_is_told_by_the_name(tmp_path: Path, name: str, template: str) -> None:
     assert guess_template(ModelSource(name, tmp_path / name, "path")) == template
+
+
+def test_train_plan_tells_the_memory_and_takes_no_step(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("One two three. " * 200)
+    settings = ["data.tokenizer=byte", "model.n_layer=1", "model.n_embd=64", "run.ctx_len=32", "run.device=cpu"]
+    result = cli("train", "--text", str(tmp_path / "text.txt"), "--out", str(tmp_path / "run"), "--plan", *settings)
+    assert "memory: about" in result.output
+    assert not (tmp_path / "run" / "log.jsonl").exists()

@@ -6,7 +6,7 @@ import lzma
 import numpy as np
 import pytest
 
-from receptance.data import BinIdx, BinIdxWriter, CubicWindows, ShuffledWindows, documents, prepare
+from receptance.data import BinIdx, BinIdxWriter, CubicWindows, documents, prepare
 from receptance.data.order import EPOCH, magic_prime
 from receptance.errors import ConfigError
 from receptance.tokenizers import tokenizer
@@ -24,7 +24,7 @@ def test_the_community_file_and_order_match_the_reference(shared):
     assert len(reference["samples"]) > 10
     for sample in reference["samples"]:
         number = sample["epoch"] * EPOCH + sample["idx"] * sample["world_size"] + sample["rank"]
-        start = order.start(number)
+        (start,) = order.starts([number])
         assert data.tokens[start : start + ctx].tolist() == sample["x"]
         assert data.tokens[start + ctx] == sample["y_last"]
 
@@ -44,18 +44,6 @@ def _leaves(tree):
     if isinstance(tree, list):
         return [leaf for value in tree for leaf in _leaves(value)]
     return [tree] if isinstance(tree, int) else []
-
-
-def test_shuffled_windows_visit_every_window_once_per_epoch():
-    order = ShuffledWindows(1000, 16, seed=3)
-    for epoch in range(3):
-        starts = [order.start(epoch * order.per_epoch + i) for i in range(order.per_epoch)]
-        phase = min(starts)
-        assert sorted(starts) == [phase + 16 * i for i in range(order.per_epoch)]
-        assert max(starts) + 17 <= 1000
-    again = ShuffledWindows(1000, 16, seed=3)
-    assert [again.start(i) for i in (100, 5, 61)] == [order.start(i) for i in (100, 5, 61)]
-    assert order.start(0) != ShuffledWindows(1000, 16, seed=4).start(0) or order.start(1) != again.start(0)
 
 
 def test_prepare_writes_each_document_with_its_end(tmp_path):
@@ -78,7 +66,7 @@ def test_prepare_writes_each_document_with_its_end(tmp_path):
 @pytest.mark.parametrize(
     "name,content,message",
     [
-        ("a.csv", "x", "expected .jsonl or .txt"),
+        ("a.csv", "x", "expected .txt or .jsonl"),
         ("a.jsonl", '{"text": "a"}\n{"text": 3}\n', "line 2"),
         ("a.jsonl", '{"text": "a"}\nnot json\n', "line 2: not JSON"),
         ("a.txt.xz", "not compressed", "cannot be read"),

@@ -119,3 +119,34 @@ def test_overrides_and_errors_of_the_configuration(tmp_path):
     path.write_text("[data\n")
     with pytest.raises(ConfigError, match="not valid TOML"):
         read_config(path)
+
+
+def test_wsd_is_stable_and_then_decays_in_either_shape():
+    rates = {
+        shape: [
+            learning_rate(
+                s, 100, lr=1.0, lr_final=0.1, warmup_steps=10, kind="wsd", decay_fraction=0.2, decay_shape=shape
+            )
+            for s in range(101)
+        ]
+        for shape in ("linear", "1-sqrt")
+    }
+    for values in rates.values():
+        assert values[0] == pytest.approx(0.01)
+        assert values[10:81] == [1.0] * 71
+        assert values[80:] == sorted(values[80:], reverse=True)
+        assert values[100] == pytest.approx(0.1)
+    assert rates["linear"][90] == pytest.approx(0.55)
+    assert rates["1-sqrt"][85] == pytest.approx(0.55)  # half of the fall after a quarter of the way
+
+
+def test_every_range_of_the_new_settings_is_checked(tmp_path):
+    for override in (
+        "optim.optimizer=sgd", "optim.schedule=warmup", "optim.decay_fraction=1.5", "optim.decay_shape=cosine",
+        "optim.weight_decay_final=0", "optim.muon_momentum=1", "optim.ema=1", "optim.loss_spike=0.5",
+        "optim.grad_spike=1", "optim.max_skips=0", "optim.lr=inf", "optim.lr=nan", "run.cuda_graph=yes",
+        "run.early_stop=-1", "run.wandb_mode=off",
+    ):  # fmt: skip
+        name = override.partition("=")[0]
+        with pytest.raises(ConfigError, match=rf"{name} = .* is out of range"):
+            read_config(None, ['data.train=["x.txt"]', override])

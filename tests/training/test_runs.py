@@ -100,7 +100,7 @@ def test_text_prepared_for_other_settings_is_not_reused(tmp_path):
     set_up(configure(tmp_path), Listener())
     (tmp_path / "other.txt").write_text("Something else entirely. " * 200)
     run = set_up(configure(tmp_path, 'data.train=["other.txt"]'), Listener())
-    assert run.tokenizer.decode(run.train.tokens[:9].tolist()) == "Something"
+    assert run.tokenizer.decode(run.data.sources[0].tokens.tokens[:9].tolist()) == "Something"
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from receptance import __version__
-from receptance.cli import train
+from receptance.cli import data, train
 from receptance.cli.errors import guarded
 
 # A verb is a module of this package with a function `command`; its docstring is the help text.
@@ -25,6 +25,7 @@ def build() -> typer.Typer:
     for verb in VERBS:
         app.command(verb)(guarded(import_module(f"receptance.cli.{verb}").command))
     app.command("train", help=train.HELP)(guarded(train.train))
+    app.add_typer(data.app)
     return app
 
 
@@ -47,6 +48,7 @@ def _receptance(
       receptance run model.pth "Once upon a time"
       receptance chat model.pth
       receptance pull org/name:file.pth
+      receptance data prepare texts.jsonl --out tokens/mine
       receptance VERB --help
 
     \b

@@ -94,17 +94,19 @@ def torch_and_devices() -> Iterator[Check]:
 
 
 def back_ends() -> Iterator[Check]:
-    """The forms in which the WKV operators can run here."""
+    """The forms in which the WKV operators and the fused pieces around them can run here."""
     if find_spec("torch") is None:
         return
     import torch
 
     from receptance.ops import BACKENDS, GPU_BACKENDS
+    from receptance.ops.pieces import PIECES
 
     tables = {op: {*BACKENDS[op], *GPU_BACKENDS[op]} for op in BACKENDS}
     names = sorted({name for table in tables.values() for name in table})
     for name in names:
         operators = ", ".join(op for op, table in tables.items() if name in table)
+        operators += f"; fused: {', '.join(sorted(PIECES.keys() - tables.keys()))}" if name == "triton" else ""
         if name == "triton" and find_spec("triton") is None:
             yield Check(f"back end {name}", "no", "the package triton is not installed (it comes with CUDA PyTorch)")
         elif name == "triton" and not torch.cuda.is_available():

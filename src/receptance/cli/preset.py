@@ -4,6 +4,7 @@ template = "world"            # chat template: world, g1, raven, plain
 thinking = "off"              # g1 alone: off, fast, on
 system = "You are a fox."     # system prompt of a chat
 state = "fox.state"           # initial state, a file in the same folder
+new_document = true           # a text without a state begins with the end-of-document token, as documents in training
 [sampling]                    # any field of SamplingParams
 temperature = 0.8
 """
@@ -26,6 +27,7 @@ class Preset:
     thinking: str | None = None
     system: str | None = None
     state: Path | None = None
+    new_document: bool = False
     sampling: Mapping[str, object] = field(default_factory=dict)
 
 
@@ -38,16 +40,21 @@ def read_preset(folder: Path) -> Preset:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid TOML ({error})") from None
-    if unknown := table.keys() - {*WORDS, "sampling"}:
-        raise ConfigError(f"{path}: unknown key {min(unknown)!r}; expected {', '.join(WORDS)} or [sampling]")
+    if unknown := table.keys() - {*WORDS, "new_document", "sampling"}:
+        raise ConfigError(
+            f"{path}: unknown key {min(unknown)!r}; expected {', '.join(WORDS)}, new_document or [sampling]"
+        )
     for word in WORDS:
         if not isinstance(table.get(word, ""), str):
             raise ConfigError(f"{path}: {word} is {table[word]!r}, expected a string")
+    if not isinstance(table.get("new_document", False), bool):
+        raise ConfigError(f"{path}: new_document is {table['new_document']!r}, expected true or false")
     return Preset(
         template=table.get("template"),
         thinking=table.get("thinking"),
         system=table.get("system"),
         state=_inside(path, table["state"]) if "state" in table else None,
+        new_document=table.get("new_document", False),
         sampling=_checked_sampling(path, table.get("sampling", {})),
     )
 

@@ -99,7 +99,10 @@ def command(
     rwkv = load_runner(source, dtype, device, engine, threads)
     tok = load_tokenizer(source, rwkv.config.vocab_size, tokenizer)
     start = state or preset.state
-    generation = generate_tokens(rwkv, tok, text, params=params, state=rwkv.load_state(start) if start else None)
+    opened = preset.new_document and not start and text
+    prompt_ids = [tok.eos_id, *tok.encode(text)] if opened else text
+    before = rwkv.load_state(start) if start else None
+    generation = generate_tokens(rwkv, tok, prompt_ids, params=params, state=before)
     if echo and not as_json:
         write(text)
     with interruptible() as interrupted:

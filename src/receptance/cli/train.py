@@ -28,6 +28,9 @@ def train(
         list[Path] | None, typer.Option(help="Train on these text or jsonl files; no CONFIG needed.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run (run.out).")] = None,
+    ray: Annotated[
+        int | None, typer.Option(help="Run in so many processes of a Ray cluster.", show_default=False)
+    ] = None,
     show: Annotated[bool, typer.Option("--show", help="Print the whole configuration and stop.")] = False,
     plan: Annotated[
         bool, typer.Option("--plan", help="Prepare data and model, print the memory needed, stop.")
@@ -49,14 +52,26 @@ def train(
         typer.echo(to_json(chosen))
         return
 
+    if ray is not None:
+        from receptance.training.ray_launcher import train_on_ray
+
+        announce(train_on_ray(chosen, ray))
+        return
     from receptance.training import announce_memory, set_up
     from receptance.training import train as run
+    from receptance.training.distributed import started_rank
 
-    with Progress(chosen.steps) as progress:
+    is_first = started_rank() == 0
+    with Progress(chosen.steps, quiet=not is_first) as progress:
         if plan:
             announce_memory(set_up(chosen, progress), progress)
             return
         folder = run(chosen, progress, sample)
+    if is_first:
+        announce(folder)
+
+
+def announce(folder: Path) -> None:
     typer.echo(f"finished: {folder}\ntry it: receptance run {folder} 'Once upon a time'")
 
 
@@ -69,7 +84,7 @@ def sample(model: "RWKV", tokenizer: "Tokenizer", prompt: str, n_tokens: int) ->
 class Progress:
     """A rich progress bar; on a pipe, plain lines."""
 
-    def __init__(self, steps: int):
+    def __init__(self, steps: int, quiet: bool = False):
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
@@ -77,7 +92,8 @@ class Progress:
         self._console = Console(stderr=True)
         self._bar = Bar(
             TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(),
-            TextColumn("{task.description}"), console=self._console, disable=not self._console.is_terminal,
+            TextColumn("{task.description}"), console=self._console,
+            disable=quiet or not self._console.is_terminal,
         )  # fmt: skip
         self._task = self._bar.add_task("", total=steps)
         self._steps = steps

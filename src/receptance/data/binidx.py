@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from receptance.errors import ConfigError
 
@@ -60,13 +61,33 @@ class BinIdx:
         return self.tokens[start : start + int(self.sizes[document])]
 
 
+def token_dtype(vocab_size: int) -> type:
+    """The type that a vocabulary's ids are stored in."""
+    return np.uint16 if vocab_size <= 1 << 16 else np.int32
+
+
+def write_index(idx: Path, sizes: npt.NDArray[np.int32], dtype: type) -> None:
+    """The index of documents of `sizes` tokens that lie one after another. Appears whole or not at all."""
+    code = next(code for code, known in DTYPES.items() if known == dtype)
+    pointers = np.zeros(len(sizes), "<i8")
+    np.cumsum(sizes[:-1], dtype=np.int64, out=pointers[1:])
+    pointers *= np.dtype(dtype).itemsize
+    part = idx.with_name(idx.name + ".part")
+    with open(part, "wb") as file:
+        file.write(HEADER.pack(MAGIC, 1, code, len(sizes), len(sizes) + 1))
+        for numbers in (sizes.astype("<i4"), pointers, np.arange(len(sizes) + 1, dtype="<i8")):
+            numbers.tofile(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, idx)
+
+
 class BinIdxWriter:
     """Appends documents to `prefix.bin`; `close` puts both files in place, so an interrupted pair is never seen."""
 
     def __init__(self, prefix: str | Path, vocab_size: int):
         self.prefix = Path(prefix)
-        self.dtype: type = np.uint16 if vocab_size <= 1 << 16 else np.int32
-        self._bin = self.prefix.with_name(self.prefix.name + ".bin")
+        self.dtype = token_dtype(vocab_size)
         self._part = self.prefix.with_name(self.prefix.name + ".bin.part")
         self._part.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self._part, "wb")  # noqa: SIM115
@@ -78,19 +99,8 @@ class BinIdxWriter:
         self._sizes.append(len(tokens))
 
     def close(self) -> None:
-        sizes = np.asarray(self._sizes, "<i4")
-        item = np.dtype(self.dtype).itemsize
-        pointers = np.concatenate([[0], np.cumsum(sizes[:-1], dtype=np.int64)]).astype("<i8") * item
-        code = next(code for code, dtype in DTYPES.items() if dtype == self.dtype)
-        idx = self.prefix.with_name(self.prefix.name + ".idx")
-        with open(idx.with_name(idx.name + ".part"), "wb") as file:
-            file.write(HEADER.pack(MAGIC, 1, code, len(sizes), len(sizes) + 1))
-            for part in (sizes, pointers[: len(sizes)], np.arange(len(sizes) + 1, dtype="<i8")):
-                file.write(part.tobytes())
-            file.flush()
-            os.fsync(file.fileno())
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        os.replace(self._part, self._bin)
-        os.replace(idx.with_name(idx.name + ".part"), idx)
+        os.replace(self._part, self.prefix.with_name(self.prefix.name + ".bin"))
+        write_index(self.prefix.with_name(self.prefix.name + ".idx"), np.array(self._sizes, np.int32), self.dtype)

@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from receptance.models.state import State
+from receptance.ops import Operators, form_of
 from receptance.ops.head_loss import head_loss
 from receptance.ops.norm import add_norm, layer_norm
 from receptance.ops.pieces import upcast
@@ -42,22 +43,33 @@ class Call:
     """How one forward call runs, the same for every layer.
 
     lengths [B]: rows are padded at the end. resets [B, T]: true at the first token of a document, which sees nothing
-    before it. cheap: calls functions whose results need not be kept for the backward pass.
+    before it. recompute: makes results of `cheap` again in the backward pass; None: they are kept.
     """
 
     lengths: Tensor | None = None
-    backend: str = "auto"
+    backend: str | Operators = "auto"
     dropout: float = 0.0
     resets: Tensor | None = None
-    cheap: Recompute = field(default_factory=Recompute)
+    recompute: Recompute | None = None
+
+    def cheap(self, function: Callable[..., Any], *inputs: Any) -> Any:
+        """function(*inputs), which need not be kept for the backward pass."""
+        return function(*inputs) if self.recompute is None else self.recompute(function, *inputs)
+
+    @property
+    def form(self) -> str:
+        """The name that fused pieces choose by."""
+        return form_of(self.backend)
 
     def fused(self, piece: Callable[..., Any], *inputs: Any) -> Any:
         """Call a fused piece of `receptance.ops` with this call's back end; its results are not kept."""
-        return self.cheap(partial(piece, backend=self.backend), *inputs)
+        return self.cheap(partial(piece, backend=self.form), *inputs)
 
-    def shift(self, x: Tensor, last: Tensor, mixes: Sequence[Tensor], present: bool = False) -> list[Tensor]:
+    def shift(
+        self, x: Tensor, last: Tensor, mixes: Sequence[Tensor], own: Tensor | None = None, *, present: bool = False
+    ) -> list[Tensor]:
         """x blended with its predecessors by each of `mixes`; nothing crosses from one document into the next."""
-        mixed: list[Tensor] = self.fused(partial(shift_mix, resets=self.resets, present=present), x, last, mixes)
+        mixed: list[Tensor] = self.fused(partial(shift_mix, resets=self.resets, present=present), x, last, mixes, own)
         return mixed
 
     def norm(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
@@ -69,8 +81,10 @@ class Call:
         if self.dropout:
             x = self.drop(x + mixed)
             return x, self.norm(x, norm)
-        x, normed = add_norm(x, mixed, norm.weight, norm.bias, norm.eps, backend=self.backend)
-        self.cheap.remember(normed, partial(layer_norm, backend=self.backend), x, norm.weight, norm.bias, norm.eps)
+        x, normed = add_norm(x, mixed, norm.weight, norm.bias, norm.eps, backend=self.form)
+        if self.recompute is not None:
+            again = partial(layer_norm, backend=self.form)
+            self.recompute.remember(normed, again, x, norm.weight, norm.bias, norm.eps)
         return x, normed
 
     def drop(self, x: Tensor) -> Tensor:
@@ -188,7 +202,7 @@ class RWKV(nn.Module):
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
         last_only: bool = False,
-        backend: str = "auto",
+        backend: str | Operators = "auto",
     ) -> tuple[Tensor, State]:
         """Run T tokens on from `state` (None: from the start).
 
@@ -198,7 +212,7 @@ class RWKV(nn.Module):
         resets [B, T] or [T], bool: true at the first token of a document inside a row; it sees nothing before it, the
         given state included.
         last_only: logits of each row's last token alone, [V] or [B, V].
-        backend: "auto", or a name of `receptance.ops.BACKENDS`.
+        backend: "auto", a name of `receptance.ops.BACKENDS`, or an object with the operators.
         The returned state always has a batch axis (B = 1 for [T]). Raises ValueError on an empty or out-of-range input.
         """
         x, state, single, lengths = self.hidden(tokens, state, lengths=lengths, resets=resets, backend=backend)
@@ -218,7 +232,7 @@ class RWKV(nn.Module):
         token_weights: Tensor | None = None,
         total: Tensor | float | None = None,
         logit_penalty: float = 0.0,
-        backend: str = "auto",
+        backend: str | Operators = "auto",
     ) -> tuple[Tensor, State]:
         """Mean cross entropy in nats of the targets, both [B, T], and the state; logits are made block by block.
 
@@ -226,8 +240,9 @@ class RWKV(nn.Module):
         """
         x, state, _, _ = self.hidden(tokens, state, lengths=lengths, resets=resets, backend=backend)
         loss = head_loss(
-            x, self.head.weight, targets, logit_penalty, token_weights=token_weights, total=total, backend=backend
-        )
+            x, self.head.weight, targets, logit_penalty,
+            token_weights=token_weights, total=total, backend=form_of(backend),
+        )  # fmt: skip
         return loss, state
 
     def hidden(
@@ -237,7 +252,7 @@ class RWKV(nn.Module):
         *,
         lengths: Tensor | None,
         resets: Tensor | None,
-        backend: str,
+        backend: str | Operators,
     ) -> tuple[Tensor, State, bool, Tensor | None]:
         """Everything below the head: ([B, T, C] after ln_out, state, whether tokens had no batch axis, lengths)."""
         tokens = torch.as_tensor(tokens, dtype=torch.long, device=self.device)
@@ -265,7 +280,8 @@ class RWKV(nn.Module):
             raise ValueError(f"a state of {state.batch} rows for {batch} rows of tokens")
         self.check_state(state)
 
-        call = Call(lengths, backend, self.dropout if self.training else 0.0, resets)
+        recompute = self._recompute(tokens.is_cuda)
+        call = Call(lengths, backend, self.dropout if self.training else 0.0, resets, recompute)
         x = call.drop(self.blocks[0].ln0(self.emb(tokens)))  # type: ignore[operator]
         v_first: Tensor | None = None
         after = []
@@ -274,13 +290,24 @@ class RWKV(nn.Module):
                 x, v_first, new = checkpoint(
                     block, x, v_first, state.layer(i), call, use_reentrant=False, preserve_rng_state=call.dropout > 0
                 )
-            elif x.is_cuda if self.recompute is None else self.recompute:
-                with call.cheap:
+            elif recompute is not None:
+                with recompute:
                     x, v_first, new = block(x, v_first, state.layer(i), call)
             else:
                 x, v_first, new = block(x, v_first, state.layer(i), call)
             after.append(new)
-        return self.ln_out(x), State({name: torch.stack([n[name] for n in after]) for name in state}), single, lengths
+        return (
+            call.norm(x, self.ln_out),
+            State({name: torch.stack([n[name] for n in after]) for name in state}),
+            single,
+            lengths,
+        )
+
+    def _recompute(self, on_gpu: bool) -> Recompute | None:
+        """None where nothing is kept for a backward pass, or others decide what is."""
+        wanted = on_gpu if self.recompute is None else self.recompute
+        decided = self.activation_checkpointing or torch.compiler.is_compiling()
+        return Recompute() if wanted and torch.is_grad_enabled() and not decided else None
 
     def _checked_resets(self, resets: Tensor, batch: int, t: int) -> Tensor:
         if resets.dim() == 1:

@@ -78,8 +78,8 @@ class TimeMix(nn.Module):
         k, v, r = self.key(xk), self.value(xv), self.receptance(xr)  # [B, T, A]
         y, (num, den, exp) = wkv4(
             -upcast(self.time_decay).exp(),
-            upcast(k),
-            upcast(v),
+            k,
+            v,
             upcast(self.time_first),
             (state["num"], state["den"], state["exp"]),
             lengths=call.lengths,
@@ -104,8 +104,8 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, shift: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         xk, xr = call.shift(x, shift, [self.time_mix_k, self.time_mix_r], present=True)
-        k = relu_square(self.key(xk), backend=call.backend)  # [B, T, F]
-        return sigmoid_gate(self.receptance(xr), self.value(k), backend=call.backend), carry(x, shift, call)
+        k = relu_square(self.key(xk), backend=call.form)  # [B, T, F]
+        return sigmoid_gate(self.receptance(xr), self.value(k), backend=call.form), carry(x, shift, call)
 
 
 class PreBlock(nn.Module):

@@ -25,7 +25,6 @@ from receptance.ops import wkv6
 from receptance.ops.ffn import relu_square, sigmoid_gate
 from receptance.ops.heads import norm_and_gate
 from receptance.ops.pieces import upcast
-from receptance.ops.shift import token_shift
 
 
 @dataclass(frozen=True)
@@ -94,14 +93,13 @@ class TimeMix(nn.Module):
     def forward(self, x: Tensor, state: dict[str, Tensor], call: Call) -> tuple[Tensor, dict[str, Tensor]]:
         b, t, c = x.shape
         heads = (b, t, self.n_head, c // self.n_head)
-        dx = token_shift(x, state["att_shift"], call.resets) - x  # [B, T, C]
-        low = torch.tanh((x + dx * self.time_maa_x) @ self.time_maa_w1).view(b, t, 5, -1)
-        mix_w, mix_k, mix_v, mix_r, mix_g = torch.einsum("btjr,jrc->jbtc", low, self.time_maa_w2.to(low.dtype))
-        r = self.receptance(x + dx * (self.time_maa_r + mix_r)).view(heads)
-        k = self.key(x + dx * (self.time_maa_k + mix_k)).view(heads)
-        v = self.value(x + dx * (self.time_maa_v + mix_v)).view(heads)
-        gate = self.gate(x + dx * (self.time_maa_g + mix_g))
-        xw = x + dx * (self.time_maa_w + mix_w)
+        (xx,) = call.shift(x, state["att_shift"], [self.time_maa_x])
+        low = torch.tanh(xx @ self.time_maa_w1).view(b, t, 5, -1)
+        own = call.cheap(torch.einsum, "btjr,jrc->jbtc", low, self.time_maa_w2.to(low.dtype))
+        mixes = [self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g]
+        xw, xk, xv, xr, xg = call.shift(x, state["att_shift"], mixes, own)  # [B, T, C] each
+        r, k, v = self.receptance(xr).view(heads), self.key(xk).view(heads), self.value(xv).view(heads)
+        gate = self.gate(xg)
         w = upcast(self.time_decay) + upcast(torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2)
         w = -w.exp().view(heads)  # log-decay of each token and channel, unbounded below
         u = upcast(self.time_faaaa)
@@ -123,8 +121,8 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, shift: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         xk, xr = call.shift(x, shift, [self.time_maa_k, self.time_maa_r])
-        k = relu_square(self.key(xk), backend=call.backend)  # [B, T, F]
-        return sigmoid_gate(self.receptance(xr), self.value(k), backend=call.backend), carry(x, shift, call)
+        k = relu_square(self.key(xk), backend=call.form)  # [B, T, F]
+        return sigmoid_gate(self.receptance(xr), self.value(k), backend=call.form), carry(x, shift, call)
 
 
 class RWKV6(RWKV):

@@ -159,7 +159,7 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, shift: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         (xk,) = call.shift(x, shift, [self.x_k])
-        k = relu_square(self.key(xk), backend=call.backend)  # [B, T, F]
+        k = relu_square(self.key(xk), backend=call.form)  # [B, T, F]
         return self.value(k), carry(x, shift, call)
 
 

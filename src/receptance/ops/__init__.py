@@ -13,7 +13,7 @@ it is forgotten, the start state too.
 
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,7 +27,18 @@ from receptance.ops.wkv6 import naive as naive6
 from receptance.ops.wkv7 import chunk as chunk7
 from receptance.ops.wkv7 import naive as naive7
 
-__all__ = ["BACKENDS", "EMPTY", "GPU_BACKENDS", "State4", "choose_backend", "wkv4", "wkv6", "wkv7"]
+__all__ = [
+    "BACKENDS",
+    "EMPTY",
+    "GPU_BACKENDS",
+    "Operators",
+    "State4",
+    "choose_backend",
+    "form_of",
+    "wkv4",
+    "wkv6",
+    "wkv7",
+]
 
 # Back ends that run on any device: operator → name → function.
 BACKENDS: dict[str, dict[str, Callable[..., Any]]] = {
@@ -39,6 +50,46 @@ BACKENDS: dict[str, dict[str, Callable[..., Any]]] = {
 # Back ends that need a GPU: operator → name → module of the function, imported on first use.
 GPU_BACKENDS: dict[str, dict[str, str]] = {op: {"triton": PIECES[op]} for op in BACKENDS}
 WIDEST_HEAD = 128  # of the Triton forms
+
+
+class Operators(Protocol):
+    """A back end made elsewhere: the operators with the contracts of their naive forms, given inputs as they come.
+
+    form: the named back end that they build on, which the fused pieces around them choose by.
+    """
+
+    form: str
+
+    def wkv4(
+        self,
+        w: Tensor,
+        k: Tensor,
+        v: Tensor,
+        u: Tensor,
+        state: State4,
+        lengths: Tensor | None,
+        *,
+        resets: Tensor | None,
+    ) -> tuple[Tensor, State4]: ...
+    def wkv6(
+        self, r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor, *, resets: Tensor | None
+    ) -> tuple[Tensor, Tensor]: ...
+    def wkv7(
+        self,
+        r: Tensor,
+        w: Tensor,
+        k: Tensor,
+        v: Tensor,
+        a: Tensor,
+        b: Tensor,
+        state: Tensor,
+        *,
+        resets: Tensor | None,
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+def form_of(backend: str | Operators) -> str:
+    return backend if isinstance(backend, str) else backend.form
 
 
 def choose_backend(op: str, backend: str, x: Tensor) -> str:
@@ -54,8 +105,13 @@ def choose_backend(op: str, backend: str, x: Tensor) -> str:
     return backend
 
 
-def _run(op: str, backend: str, inputs: tuple[Tensor, ...], *rest: Any, resets: Tensor | None) -> tuple[Tensor, Any]:
+def _run(
+    op: str, backend: str | Operators, inputs: tuple[Tensor, ...], *rest: Any, resets: Tensor | None
+) -> tuple[Tensor, Any]:
     """Call the back end: in float64 or float32, but a GPU kernel takes half-precision inputs as they are."""
+    if not isinstance(backend, str):
+        with torch.autocast(inputs[0].device.type, enabled=False):
+            return getattr(backend, op)(*inputs, *rest, resets=resets)  # type: ignore[no-any-return]
     name = choose_backend(op, backend, inputs[2])  # wkv4's v, the others' k
     if name in GPU_BACKENDS[op]:
         function = getattr(import_module(GPU_BACKENDS[op][name]), op)
@@ -80,7 +136,7 @@ def wkv4(
     *,
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
-    backend: str = "auto",
+    backend: str | Operators = "auto",
 ) -> tuple[Tensor, State4]:
     """RWKV-4's exponentially weighted average (RWKV paper, eq. 16).
 
@@ -124,7 +180,7 @@ def wkv6(
     *,
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
-    backend: str = "auto",
+    backend: str | Operators = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Matrix-valued WKV of RWKV-5 and 6 (Eagle and Finch paper, section 4).
 
@@ -151,7 +207,7 @@ def wkv7(
     *,
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
-    backend: str = "auto",
+    backend: str | Operators = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Generalised delta rule of RWKV-7 (Goose paper, eq. 17).
 

@@ -17,8 +17,7 @@ class Recompute:
 
     A finer grain than activation checkpointing: matrix products are kept, the elementwise work between them is not,
     and nothing in between needs to know. Functions must be deterministic and free of side effects; they run again
-    under the autocast state of their first run. Without `with`, without gradients and under torch.compile (which
-    decides by itself what to keep) the functions are just called.
+    under the autocast state of their first run. Without `with` they are just called.
     """
 
     def __init__(self) -> None:
@@ -26,9 +25,8 @@ class Recompute:
         self._made: dict[int, tuple[_Recipe, int, Tensor]] = {}  # address → how to make it; held, so it stays its own
 
     def __enter__(self) -> "Recompute":
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self._hooks = saved_tensors_hooks(self._pack, _unpack)
-            self._hooks.__enter__()  # type: ignore[no-untyped-call]
+        self._hooks = saved_tensors_hooks(self._pack, _unpack)
+        self._hooks.__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -29,17 +29,26 @@ class ModelConfig:
 class DataConfig:
     """What to train on. Paths are relative to `root`, which is relative to the config file.
 
-    train: .txt, .jsonl (also .xz, .gz), or NAME of a NAME.bin and .idx. repeat: how often each file goes in, per epoch.
+    train: texts and tables that `receptance data prepare` takes, or NAME of a NAME.bin and .idx.
+    repeat: how often each goes in, per epoch. weights: each is a source of its own with this share of the rows.
+    column, separator, skip_bad, processes: how texts are read, as for `receptance data prepare`.
     tokenizer: "bpe" (trained on the training text, up to `vocab_size` ids), "world", "byte", or a path.
-    order: "shuffled" windows, or the community trainer's "cubic" order.
+    packing: "contiguous" windows of the stream, the same with "resets" between documents, or whole "documents".
+    order: of windows: "shuffled", or the community trainer's "cubic" order.
     """
 
     train: tuple[str, ...] = ()
     root: str = "."
     valid: dict[str, str] = field(default_factory=dict)
     repeat: tuple[int, ...] = ()
+    weights: tuple[float, ...] = ()
+    column: str = "text"
+    separator: str | None = None
+    skip_bad: bool = False
+    processes: int = 1
     tokenizer: str = "bpe"
     vocab_size: int = 4096
+    packing: str = "contiguous"
     order: str = "shuffled"
 
 
@@ -87,6 +96,8 @@ class RunConfig:
     valid_tokens: upper bound per validation file (0: all of it). keep: finished checkpoints left on disk.
     early_stop: looks at the validation texts without an improvement after which the run ends (0: never).
     save_dtype: of the finished model in `out`/model. wandb: a project's name; wandb_mode: "online" or "offline".
+    segment_len: rows run in segments of so many tokens (0: whole). keep_best: a validation text; the checkpoint with
+    the lowest loss on it stays.
     """
 
     out: str = "runs/run"
@@ -98,6 +109,9 @@ class RunConfig:
     device: str = "auto"
     precision: str = "auto"
     activation_checkpointing: bool = False
+    segment_len: int = 0
+    segment_gradients: str = "exact"
+    segment_states: str = "device"
     cuda_graph: str = "auto"
     save_dtype: str = "float32"
     log_every: int = 10
@@ -106,6 +120,8 @@ class RunConfig:
     early_stop: int = 0
     save_every: int = 200
     keep: int = 2
+    keep_best: str | None = None
+    save_in_background: bool = False
     sample: tuple[str, ...] = ()
     sample_tokens: int = 120
     tensorboard: bool = False
@@ -114,11 +130,25 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """How the processes that torchrun or Ray started share the work; without them nothing here matters.
+
+    kind: "ddp", each holds the whole model, or "fsdp", each a shard of it. shard_size: processes among which one copy
+    is sharded (0: all); fewer than all is HSDP. context: processes among which each row is cut.
+    """
+
+    kind: str = "ddp"
+    shard_size: int = 0
+    context: int = 1
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     @property
     def steps(self) -> int:
@@ -204,6 +234,10 @@ def check(config: TrainConfig) -> None:
         ("model.head_size", config.model.head_size, config.model.version == "4"
          or (config.model.head_size >= 1 and config.model.n_embd % config.model.head_size == 0)),
         ("data.repeat", config.data.repeat, all(count >= 1 for count in config.data.repeat)),
+        ("data.weights", config.data.weights, all(weight > 0 for weight in config.data.weights)
+         and len(config.data.weights) in (0, len(config.data.train))),
+        ("data.processes", config.data.processes, config.data.processes >= 1),
+        ("data.packing", config.data.packing, config.data.packing in ("contiguous", "resets", "documents")),
         ("data.vocab_size", config.data.vocab_size, config.data.vocab_size >= 257),
         ("data.order", config.data.order, config.data.order in ("shuffled", "cubic")),
         ("optim.optimizer", config.optim.optimizer, config.optim.optimizer in ("adamw", "muon")),
@@ -242,7 +276,15 @@ def check(config: TrainConfig) -> None:
         ("run.early_stop", config.run.early_stop, config.run.early_stop >= 0),
         ("run.save_every", config.run.save_every, config.run.save_every >= 1),
         ("run.sample_tokens", config.run.sample_tokens, config.run.sample_tokens >= 0),
-        ("run.keep", config.run.keep, config.run.keep >= 1),
+        ("run.keep", config.run.keep, config.run.keep >= 2),
+        ("run.keep_best", config.run.keep_best, config.run.keep_best in (None, *config.data.valid)),
+        ("run.segment_len", config.run.segment_len, config.run.segment_len >= 0),
+        ("run.segment_gradients", config.run.segment_gradients,
+         config.run.segment_gradients in ("exact", "truncated")),
+        ("run.segment_states", config.run.segment_states, config.run.segment_states in ("device", "cpu", "sqrt")),
+        ("parallel.kind", config.parallel.kind, config.parallel.kind in ("ddp", "fsdp")),
+        ("parallel.shard_size", config.parallel.shard_size, config.parallel.shard_size >= 0),
+        ("parallel.context", config.parallel.context, config.parallel.context >= 1),
         ("run.wandb_mode", config.run.wandb_mode, config.run.wandb_mode in ("online", "offline")),
     ]  # fmt: skip
     if not config.data.train:

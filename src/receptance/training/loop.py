@@ -1,4 +1,4 @@
-"""One training run on one device: a pure function of its configuration and data, interruptible at any moment."""
+"""One training run: a pure function of its configuration and data, interruptible at any moment."""
 
 import json
 import shutil
@@ -13,17 +13,33 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from receptance.checkpoint import load, save
-from receptance.data import ORDERS, BinIdx, CubicWindows, ShuffledWindows, documents, prepare
-from receptance.errors import ConfigError
+from receptance.data import BinIdx, documents
+from receptance.errors import CheckpointError, ConfigError
 from receptance.models import RWKV, VERSIONS, apply_recipe
 from receptance.tokenizers import tokenizer as open_tokenizer
 from receptance.tokenizers import train_bpe
 from receptance.tokenizers.base import Tokenizer
+from receptance.training.batch import Batch
 from receptance.training.config import TrainConfig, to_json
+from receptance.training.data import TrainingData, is_token_file, open_data, source_path
+from receptance.training.distributed import Parallel
+from receptance.training.evaluate import Loss
 from receptance.training.memory import plan_memory
 from receptance.training.optim import averaged, build_optimizer
-from receptance.training.report import Log, Meter, Reporter, Sampler, look, samples, should_stop, step_row, validate
-from receptance.training.resume import load_checkpoint, save_checkpoint, saved_config
+from receptance.training.passes import Passes
+from receptance.training.report import (
+    Log,
+    Meter,
+    Reporter,
+    Sampler,
+    Silent,
+    look,
+    samples,
+    should_stop,
+    step_row,
+    validate,
+)
+from receptance.training.resume import Checkpoints, saved_config
 from receptance.training.step import Step
 from receptance.training.track import trackers
 
@@ -36,62 +52,81 @@ class Run:
     out: Path
     device: torch.device
     tokenizer: Tokenizer
-    train: BinIdx
+    data: TrainingData
     valid: dict[str, BinIdx]
-    order: ShuffledWindows | CubicWindows
     model: RWKV
     optimizer: Optimizer
+    parallel: Parallel
+    passes: Passes
 
     @property
     def precision(self) -> str:
         """Of matrix products: "float32" or "bfloat16"."""
-        if self.config.run.precision != "auto":
-            return self.config.run.precision
-        return "bfloat16" if self.device.type == "cuda" else "float32"
+        return precision(self.config, self.device)
 
     def autocast(self) -> AbstractContextManager[object]:
-        return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bfloat16" else nullcontext()
+        return autocast(self.config, self.device)
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of one step, [B, T] each on the device."""
-        size, t = self.config.run.batch_size, self.config.run.ctx_len
-        starts = [self.order.start(step * size + row) for row in range(size)]
-        rows = np.stack([np.asarray(self.train.tokens[s : s + t + 1], np.int64) for s in starts])
-        tokens = torch.from_numpy(rows)
-        if self.device.type == "cuda":
-            tokens = tokens.pin_memory().to(self.device, non_blocking=True)
-        return tokens[:, :-1], tokens[:, 1:]
+    def batch(self, step: int) -> Batch:
+        """All of one step, on the device."""
+        size = self.config.run.batch_size
+        rows = self.data.rows(range(step * size, (step + 1) * size))
+        resets = None if rows.resets is None else self._to_device(rows.resets)
+        return Batch.of(self._to_device(rows.inputs), self._to_device(rows.targets), resets)
+
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+
+
+def precision(config: TrainConfig, device: torch.device) -> str:
+    if config.run.precision != "auto":
+        return config.run.precision
+    return "bfloat16" if device.type == "cuda" else "float32"
+
+
+def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager[object]:
+    in_half = precision(config, device) == "bfloat16"
+    return torch.autocast(device.type, torch.bfloat16) if in_half else nullcontext()
 
 
 def train(config: TrainConfig, reporter: Reporter, sampler: Sampler | None = None) -> Path:
     """Train as configured, continuing the run in `run.out` if there is one. Returns the finished model's folder.
 
+    Started several times by torchrun, it is one run of all these processes; the first of them alone reports.
     Raises ConfigError when `run.out` holds a run of another configuration, or when too many updates in a row had to be
     skipped.
     """
     run = set_up(config, reporter)
-    first, warnings = load_checkpoint(run.out, run.model, run.optimizer)
-    for warning in warnings:
+    is_first = run.parallel.is_first
+    if not is_first:
+        reporter = Silent()
+    checkpoints = Checkpoints(run.out, run.parallel, keep=config.run.keep, in_background=config.run.save_in_background)
+    restored = checkpoints.load(run.model, run.optimizer)
+    first = restored.step
+    for warning in restored.warnings:
         reporter.message(warning)
     if first:
         reporter.message(f"continuing from step {first} of {config.steps}")
     announce_memory(run, reporter)
     with ExitStack() as stack:
-        following = trackers(config, run.out)
+        following = trackers(config, run.out) if is_first else []
         for tracker in following:
             stack.callback(tracker.close)
-        log = Log(run.out / "log.jsonl", first, following)
-        last = take_steps(run, first, log, reporter, sampler)
+        log = Log(run.out / "log.jsonl" if is_first else None, first, following)
+        last = take_steps(run, first, checkpoints, log, reporter, sampler)
         return finish(run, last, log, reporter, sampler)
 
 
-def take_steps(run: Run, first: int, log: Log, reporter: Reporter, sampler: Sampler | None) -> int:
+def take_steps(
+    run: Run, first: int, checkpoints: Checkpoints, log: Log, reporter: Reporter, sampler: Sampler | None
+) -> int:
     """From step `first` to the end, with rows, looks and checkpoints in between. Returns the number of steps taken."""
     config, often = run.config, run.config.run
     step, meter = Step(run, reporter.message), Meter(run, first)
     skipped = 0.0
     done = first
-    while done < config.steps and not should_stop(run, log):
+    while done < config.steps and not (often.early_stop and run.parallel.agree(should_stop(run, log))):
         outcome = step(done)
         done += 1
         is_last = done == config.steps
@@ -103,19 +138,51 @@ def take_steps(run: Run, first: int, log: Log, reporter: Reporter, sampler: Samp
                 reporter.message(f"step {done}: {row['skipped']:.0f} updates skipped so far: loss or gradient was off")
                 skipped = row["skipped"]
         pause = time.perf_counter()
+        score = None
         if done % often.valid_every == 0 and not is_last:
-            look(run, done, log, reporter, sampler)
-        if done % often.save_every == 0 or is_last:
-            save_checkpoint(run.out, done, run.model, run.optimizer, to_json(config), often.keep)
+            score = _score(run, look(run, done, log, reporter, sampler))
+        is_best = score is not None and checkpoints.is_best(score)
+        if done % often.save_every == 0 or is_last or is_best:
+            _save(run, done, score, checkpoints, reporter)
         meter.pause(time.perf_counter() - pause)
+    checkpoints.wait()
     if done < config.steps:
-        save_checkpoint(run.out, done, run.model, run.optimizer, to_json(config), often.keep)
+        checkpoints.save(done, run.model, run.optimizer, to_json(config))
+        checkpoints.wait()
         reporter.message(f"step {done}: no improvement in {often.early_stop} looks, so the run ends here")
     return done
 
 
+def _save(run: Run, done: int, score: float | None, checkpoints: Checkpoints, reporter: Reporter) -> None:
+    """Save; a disk that is full for now does not end the run, unless it is the last step's."""
+    intact = "the ones before it are intact, going on"
+    try:
+        checkpoints.wait()
+    except CheckpointError as error:
+        reporter.message(f"{error}; {intact}")
+    try:
+        checkpoints.save(done, run.model, run.optimizer, to_json(run.config), score=score)
+    except CheckpointError as error:
+        if done == run.config.steps:
+            raise
+        reporter.message(f"{error}; {intact}")
+
+
+def _score(run: Run, results: dict[str, Loss]) -> float | None:
+    """By which the best checkpoint is known."""
+    name = run.config.run.keep_best
+    return None if name is None else run.parallel.agree(results[name].bits_per_byte)
+
+
 def announce_memory(run: Run, reporter: Reporter) -> None:
-    plan = plan_memory(run)
+    """Say what the run will take, and what to change if that is more than there is."""
+    if run.parallel.size > 1:  # the plan is for whole models
+        return
+    try:
+        plan = plan_memory(run)
+    except torch.OutOfMemoryError as error:
+        reporter.message(f"memory: not even two rows of {run.config.run.ctx_len} tokens fit: {error}")
+        return
     reporter.message(str(plan))
     if not plan.fits:
         reporter.message(
@@ -127,28 +194,35 @@ def announce_memory(run: Run, reporter: Reporter) -> None:
 def set_up(config: TrainConfig, reporter: Reporter) -> Run:
     """Tokenizer, token files, model and optimizer; what is already in `run.out` is reused."""
     out = Path(config.run.out)
-    _refuse_other_run(out, config)
-    out.mkdir(parents=True, exist_ok=True)
-    _drop_other_text(out, config)
-    (out / "config.json").write_text(to_json(config))
-    device = _device(config.run.device)
-    tokenizer = _tokenizer(config, out, reporter)
-    data = _data(config, out, tokenizer, reporter)
-    train_data = data.pop("train")
+    parallel = Parallel(config, _device(config.run.device))
+    device = parallel.device
+    if not parallel.is_first:
+        reporter = Silent()
+    with parallel.first_alone():
+        _refuse_other_run(out, config)
+        if parallel.is_first:
+            out.mkdir(parents=True, exist_ok=True)
+            _drop_other_text(out, config)
+            (out / "config.json").write_text(to_json(config))
+        tokenizer = _tokenizer(config, out, reporter)
+        data, valid = open_data(config, out, tokenizer, reporter.message)
     torch.manual_seed(config.run.seed)
-    model = _model(config, tokenizer, device)
+    model = parallel.shard(_model(config, tokenizer, torch.device("cpu")))
     model.dropout = config.optim.dropout
     model.activation_checkpointing = config.run.activation_checkpointing
     optim = config.optim
     recipe = type(model).recipe(model.config, optim.lr)  # type: ignore[attr-defined]
     optimizer = build_optimizer(model, recipe, optim)
-    order = ORDERS[config.data.order](len(train_data.tokens), config.run.ctx_len, config.run.seed)
     size = sum(p.numel() for p in model.parameters())
     reporter.message(
-        f"RWKV-{model.config.version} with {size:,} parameters on {device}; {len(train_data.tokens):,} training "
+        f"RWKV-{model.config.version} with {size:,} parameters on {device}; {data.n_tokens:,} training "
         f"tokens, {config.steps:,} steps of {config.run.batch_size} × {config.run.ctx_len}"
     )
-    return Run(config, out, device, tokenizer, train_data, data, order, model.train(), optimizer)
+    for line in data.report(config.steps * config.run.batch_size):
+        reporter.message(line)
+    passes = Passes(config, model, parallel, autocast=lambda: autocast(config, device))
+    model.train()
+    return Run(config, out, device, tokenizer, data, valid, model, optimizer, parallel, passes)
 
 
 def finish(run: Run, steps: int, log: Log, reporter: Reporter, sampler: Sampler | None) -> Path:
@@ -169,7 +243,10 @@ def release(run: Run, folder: Path, steps: int, suffix: str, log: Log, reporter:
         for parameter in run.model.parameters():
             parameter.copy_(parameter.to(dtype))
     results = validate(run, steps, suffix, log, reporter)
-    save({name: x.detach().to(dtype) for name, x in run.model.state_dict().items()}, folder, format="folder")
+    tensors = run.parallel.whole(run.model)
+    if not run.parallel.is_first:
+        return
+    save({name: x.to(dtype) for name, x in tensors.items()}, folder, format="folder")
     run.tokenizer.save(folder)
     report = {
         "parameters": sum(p.numel() for p in run.model.parameters()),
@@ -203,6 +280,13 @@ def _refuse_other_run(out: Path, config: TrainConfig) -> None:
         "wandb",
         "wandb_mode",
         "max_skips",
+        "keep_best",
+        "save_in_background",
+        "segment_states",
+        "kind",
+        "shard_size",
+        "context",
+        "processes",
     }
     for section in new:
         for key, value in new[section].items():
@@ -245,37 +329,18 @@ def _tokenizer(config: TrainConfig, out: Path, reporter: Reporter) -> Tokenizer:
                 f"data.tokenizer = 'bpe' would make new ids that mean nothing to {config.model.init}; "
                 "name the tokenizer it was trained with (its folder, or world)"
             )
-        if any((Path(data.root) / (name + ".idx")).exists() for name in data.train):
+        if any(is_token_file(data, name) for name in data.train):
             raise ConfigError("data.tokenizer = 'bpe' needs text; name the tokenizer that made the .bin and .idx files")
         reporter.message(f"training a tokenizer with {data.vocab_size:,} ids on the training text")
-        files = [Path(data.root) / name for name in data.train]
-        tokenizer: Tokenizer = train_bpe((text for path in files for text in documents(path)), data.vocab_size)
+        files = [source_path(data, name) for name in data.train]
+        texts = (text for path in files for text in documents(path, data.column, data.separator, data.skip_bad))
+        tokenizer: Tokenizer = train_bpe(texts, data.vocab_size)
     elif data.tokenizer in ("world", "pile", "byte"):
         tokenizer = open_tokenizer(data.tokenizer)
     else:
         tokenizer = open_tokenizer(Path(data.root) / data.tokenizer)
     tokenizer.save(folder)
     return tokenizer
-
-
-def _data(config: TrainConfig, out: Path, tokenizer: Tokenizer, reporter: Reporter) -> dict[str, BinIdx]:
-    """The training stream under "train", the validation sets under their names; tokenised once into `out`/data."""
-    data, root = config.data, Path(config.data.root)
-    wanted = {"train": list(data.train), **{name: [path] for name, path in data.valid.items()}}
-    files = {}
-    for name, paths in wanted.items():
-        sources = [root / path for path in paths]
-        if len(sources) == 1 and sources[0].with_name(sources[0].name + ".idx").exists():
-            files[name] = BinIdx(sources[0])
-            if (top := int(files[name].tokens.max())) >= tokenizer.vocab_size:
-                raise ConfigError(f"{sources[0]}: holds token {top}; the tokenizer has {tokenizer.vocab_size} ids")
-            continue
-        prefix = out / "data" / name
-        if not prefix.with_name(name + ".idx").exists():
-            reporter.message(f"tokenising {name}: {', '.join(paths)}")
-            prepare(sources, tokenizer, prefix, repeat=data.repeat if name == "train" else ())
-        files[name] = BinIdx(prefix)
-    return files
 
 
 def _model(config: TrainConfig, tokenizer: Tokenizer, device: torch.device) -> RWKV:

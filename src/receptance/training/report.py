@@ -34,13 +34,26 @@ class Reporter(Protocol):
     def step(self, row: Row) -> None: ...
 
 
+class Silent:
+    """The reporter of all processes but the first."""
+
+    def message(self, text: str) -> None:
+        pass
+
+    def step(self, row: Row) -> None:
+        pass
+
+
 class Log:
     """The run's history, one JSON object a line; rows beyond the step we resume from are dropped."""
 
-    def __init__(self, path: Path, first: int, trackers: Sequence[Tracker] = ()):
+    def __init__(self, path: Path | None, first: int, trackers: Sequence[Tracker] = ()):
+        """path: None writes nothing, as all processes but the first do."""
         self.path = path
         self.rows: list[Row] = []
         self._trackers = trackers
+        if path is None:
+            return
         if first and path.exists():
             for line in path.read_text().splitlines():
                 try:
@@ -55,6 +68,8 @@ class Log:
         """A number that is not finite becomes null: JSON knows no other."""
         line = json.dumps({name: x if math.isfinite(x) else None for name, x in row.items()})
         self.rows.append(row)
+        if self.path is None:
+            return
         with open(self.path, "a") as file:
             file.write(line + "\n")
         for tracker in self._trackers:
@@ -103,22 +118,25 @@ def last_checkpoint(out: Path) -> str:
     return f"the last good checkpoint is {folders[-1]}" if folders else "there is no checkpoint yet"
 
 
-def look(run: "Run", step: int, log: Log, reporter: Reporter, sampler: Sampler | None) -> None:
-    """Validation losses, with the averaged weights too if there are any, and sample texts."""
-    validate(run, step, "", log, reporter)
+def look(run: "Run", step: int, log: Log, reporter: Reporter, sampler: Sampler | None) -> dict[str, Loss]:
+    """Validation losses, which are returned, with the averaged weights too if there are any, and sample texts."""
+    results = validate(run, step, "", log, reporter)
     if run.config.optim.ema:
         with averaged(run.optimizer, run.config.optim.ema, step):
             validate(run, step, "_ema", log, reporter)
     samples(run, step, reporter, sampler)
+    return results
 
 
 def samples(run: "Run", step: int, reporter: Reporter, sampler: Sampler | None) -> None:
-    if sampler is None:
+    if sampler is None or not run.config.run.sample:
         return
-    run.model.eval()
-    for prompt in run.config.run.sample:
-        text = sampler(run.model, run.tokenizer, prompt, run.config.run.sample_tokens)
-        reporter.message(f"step {step}: {prompt}{text}")
+    model = run.parallel.whole_model(run.model)
+    if model is not None:
+        model.eval()
+        for prompt in run.config.run.sample:
+            text = sampler(model, run.tokenizer, prompt, run.config.run.sample_tokens)
+            reporter.message(f"step {step}: {prompt}{text}")
     run.model.train()
 
 
@@ -133,6 +151,7 @@ def validate(run: "Run", step: int, suffix: str, log: Log, reporter: Reporter) -
         reporter.message(
             f"step {step}: {name} {loss.bits_per_byte:.4f} bits per byte ({loss.per_token:.4f} nats per token)"
         )
+    run.parallel.settle(run.model)
     return results
 
 

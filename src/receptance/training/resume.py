@@ -1,62 +1,191 @@
-"""A run's checkpoints on disk: whole or absent, verified when read, newest good one first."""
+"""A run's checkpoints on disk: whole or absent, verified when read, newest good one first.
+
+    checkpoints/step-00000200/
+      model.safetensors, optimizer.safetensors     or, when the parameters are sharded, shards/ (torch's DCP)
+      manifest.json                                step, SHA-256 and size of every file, configuration, score, notes
+
+All of it is written into a temporary folder, each file synced and the manifest last; then the folder gets its name.
+"""
 
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO, cast
 
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from receptance.checkpoint.safetensors import write_safetensors
 from receptance.errors import CheckpointError
 from receptance.models import RWKV
+from receptance.training.distributed import Parallel
+from receptance.training.shards import read_shards, shard_names, write_shards
 
-MANIFEST = "manifest.json"
-
-
-def save_checkpoint(out: Path, step: int, model: RWKV, optimizer: Optimizer, config: str, keep: int) -> Path:
-    """Write `out`/checkpoints/step-N: into a temporary folder, synced, manifest last, then renamed; prune to `keep`."""
-    root = out / "checkpoints"
-    target, part = root / f"step-{step:08d}", root / f".step-{step:08d}.{os.getpid()}.part"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, part / "model.safetensors")
-        save_file(_optimizer_tensors(optimizer), part / "optimizer.safetensors")
-        files = {name: _sha256(part / name) for name in ("model.safetensors", "optimizer.safetensors")}
-        (part / MANIFEST).write_text(json.dumps({"step": step, "files": files, "config": json.loads(config)}, indent=2))
-        for path in [*part.iterdir(), part]:
-            _sync(path)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(part, target)
-        _sync(root)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    for old in _folders(root)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
-    return target
+MANIFEST, SHARDS = "manifest.json", "shards"
+MINIMUM = 2  # checkpoints left on disk: one survives damage to the other
 
 
-def load_checkpoint(out: Path, model: RWKV, optimizer: Optimizer) -> tuple[int, list[str]]:
-    """Put the newest intact checkpoint into model and optimizer: (its step, warnings about damaged ones); 0 if none."""
-    warnings = []
-    for folder in _folders(out / "checkpoints"):
+@dataclass(frozen=True)
+class Restored:
+    """What a checkpoint gave back besides weights and moments. step 0: there was none."""
+
+    step: int = 0
+    warnings: list[str] = field(default_factory=list)
+    notes: dict[str, object] = field(default_factory=dict)
+
+
+class Checkpoints:
+    """The checkpoints of one run. All processes of the run make the same calls; the first decides and names.
+
+    keep: the newest ones left on disk, at least two; the one with the lowest score stays as well.
+    in_background: `save` copies the tensors to main memory and returns; writing goes on while training does.
+    """
+
+    def __init__(self, out: Path, parallel: Parallel, *, keep: int = MINIMUM, in_background: bool = False):
+        self.root = out / "checkpoints"
+        self.keep = max(keep, MINIMUM)
+        self._parallel = parallel
+        self._writer = ThreadPoolExecutor(1, "checkpoint") if in_background else None
+        self._pending: Future[None] | None = None
+        self._group = None
+        if parallel.size > 1:  # of its own: writing in the background must not mix with what training says
+            self._group = torch.distributed.new_group(backend="gloo")
+
+    def save(
+        self,
+        step: int,
+        model: RWKV,
+        optimizer: Optimizer,
+        config: str,
+        *,
+        score: float | None = None,
+        notes: Mapping[str, object] | None = None,
+    ) -> None:
+        """Save after `step` steps. score: lower is better. notes: anything JSON, given back by `load`.
+
+        Raises CheckpointError when this one, or the one still being written, fails; those before it are untouched.
+        """
+        self.wait()
+        sharded = self._parallel.is_sharded
+        tensors: dict[str, Tensor] = {}
+        if sharded or self._parallel.is_first:
+            tensors = {f"model/{name}": x for name, x in model.state_dict().items()}
+            tensors |= {f"optimizer/{name}": x for name, x in _optimizer_tensors(optimizer).items()}
+            tensors = {name: _in_memory(x, copy=self._writer is not None) for name, x in tensors.items()}
+        about = {"step": step, "score": score, "notes": dict(notes or {}), "config": json.loads(config)}
+        if self._writer is None:
+            self._write(step, tensors, about, sharded)
+        else:
+            self._pending = self._writer.submit(self._write, step, tensors, about, sharded)
+
+    def wait(self) -> None:
+        """Until the checkpoint in the background is on disk. Raises CheckpointError if it failed."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def is_best(self, score: float) -> bool:
+        """Whether no checkpoint on disk has a score as low. The first process's answer."""
+        best = min((s for s in map(_score, folders(self.root)) if s is not None), default=float("inf"))
+        return self._parallel.agree(score < best)
+
+    def load(self, model: RWKV, optimizer: Optimizer) -> Restored:
+        """Put the newest intact checkpoint into model and optimizer, however it was sharded."""
+        warnings: list[str] = []
+        found: Path | None = None
+        manifest: dict[str, object] = {}
+        if self._parallel.is_first:
+            for folder in folders(self.root):
+                try:
+                    manifest, found = _verify(folder), folder
+                    break
+                except CheckpointError as error:
+                    warnings.append(f"{error}; falling back to the one before it")
+        found, manifest, warnings = self._parallel.agree((found, manifest, warnings))
+        if found is None:
+            return Restored(warnings=warnings)
+        if (found / SHARDS).is_dir():
+            wanted = _templates(found / SHARDS, model, optimizer)
+            read_shards(found / SHARDS, wanted, self._group)
+        else:
+            wanted = {f"model/{name}": x for name, x in load_file(found / "model.safetensors").items()}
+            wanted |= {f"optimizer/{name}": x for name, x in load_file(found / "optimizer.safetensors").items()}
+        _restore_model(model, _of_kind("model", wanted))
+        _restore_optimizer(optimizer, _of_kind("optimizer", wanted))
+        step, notes = manifest["step"], manifest["notes"]
+        assert isinstance(step, int)
+        assert isinstance(notes, dict)
+        return Restored(step, warnings, notes)
+
+    def _write(self, step: int, tensors: dict[str, Tensor], about: dict[str, object], sharded: bool) -> None:
+        target, part = self.root / f"step-{step:08d}", self.root / f".step-{step:08d}.part"
+        first = self._parallel.is_first
         try:
-            step, weights, moments = _read(folder)
-        except CheckpointError as error:
-            warnings.append(f"{error}; falling back to the one before it")
-            continue
-        model.load_state_dict(weights, strict=True)
-        _restore(optimizer, moments)
-        return step, warnings
-    return 0, warnings
+            self._make(part)
+            if sharded:
+                write_shards(part / SHARDS, tensors, self._group)
+            if not first:
+                return
+            files = {} if sharded else _write_files(part, tensors)
+            files |= {str(path.relative_to(part)): _checksum(path) for path in (part / SHARDS).glob("*")}
+            for path in [*part.rglob("*"), part]:
+                _sync(path)
+            manifest = {**about, "files": files}
+            text = json.dumps({**manifest, "checksum": _own_checksum(manifest)}, indent=2)
+            with open(part / MANIFEST, "wb") as file:
+                file.write(text.encode())
+            for path in (part / MANIFEST, part):
+                _sync(path)
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(part, target)
+            _sync(self.root)
+            self._prune()
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise CheckpointError(f"{target}: the checkpoint could not be written ({error})") from error
+        finally:
+            if first:
+                shutil.rmtree(part, ignore_errors=True)
+
+    def _make(self, part: Path) -> None:
+        """An empty folder to write into; the others wait for it, and hear if there is none."""
+        problem: OSError | None = None
+        if self._parallel.is_first:
+            try:
+                for old in self.root.glob(".step-*.part"):  # left by a run that was killed
+                    shutil.rmtree(old, ignore_errors=True)
+                part.mkdir(parents=True)
+            except OSError as error:
+                problem = error
+        if self._parallel.is_sharded:
+            problem = self._parallel.agree(problem, self._group)
+        if problem is not None:
+            raise problem
+
+    def _prune(self) -> None:
+        scores = {folder: score for folder in folders(self.root) if (score := _score(folder)) is not None}
+        best = min(scores, key=lambda folder: scores[folder], default=None)
+        for old in folders(self.root)[self.keep :]:
+            if old != best:
+                shutil.rmtree(old, ignore_errors=True)
+
+
+def folders(root: Path) -> list[Path]:
+    """Finished checkpoints, newest first."""
+    return sorted(root.glob("step-*"), reverse=True) if root.is_dir() else []
 
 
 def saved_config(out: Path) -> dict[str, object] | None:
     """The configuration that the newest readable checkpoint was made with."""
-    for folder in _folders(out / "checkpoints"):
+    for folder in folders(out / "checkpoints"):
         try:
             config = json.loads((folder / MANIFEST).read_text())["config"]
         except (OSError, ValueError, KeyError):
@@ -65,24 +194,77 @@ def saved_config(out: Path) -> dict[str, object] | None:
     return None
 
 
-def _folders(root: Path) -> list[Path]:
-    """Finished checkpoints, newest first."""
-    return sorted(root.glob("step-*"), reverse=True) if root.is_dir() else []
-
-
-def _read(folder: Path) -> tuple[int, dict[str, Tensor], dict[str, Tensor]]:
+def _verify(folder: Path) -> dict[str, object]:
+    """The manifest of a checkpoint whose files are all there and match it."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        for name, expected in manifest["files"].items():
-            if _sha256(folder / name) != expected:
+        manifest: dict[str, object] = json.loads((folder / MANIFEST).read_text())
+        checksum, files = manifest.pop("checksum"), manifest["files"]
+        if checksum != _own_checksum(manifest) or not isinstance(files, dict):
+            raise CheckpointError(f"{folder / MANIFEST}: does not match its own checksum")
+        for name, expected in files.items():
+            if _checksum(folder / name) != expected:
                 raise CheckpointError(f"{folder / name}: does not match its checksum")
-        return (
-            int(manifest["step"]),
-            load_file(folder / "model.safetensors"),
-            load_file(folder / "optimizer.safetensors"),
-        )
-    except (OSError, ValueError, KeyError) as error:
+        return manifest
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder}: damaged checkpoint ({error})") from None
+
+
+def _own_checksum(manifest: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _score(folder: Path) -> float | None:
+    try:
+        score = json.loads((folder / MANIFEST).read_text())["score"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return float(score) if isinstance(score, (int, float)) else None
+
+
+def _write_files(part: Path, tensors: dict[str, Tensor]) -> dict[str, list[object]]:
+    files = {}
+    for kind in ("model", "optimizer"):
+        name = f"{kind}.safetensors"
+        with open(part / name, "wb") as file:
+            hashed = _Hashed(file)
+            write_safetensors(cast(BinaryIO, hashed), _of_kind(kind, tensors), {"format": "pt"})
+        files[name] = hashed.checksum
+    return files
+
+
+def _of_kind(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those under "model/" or "optimizer/", by the rest of their names."""
+    return {name.removeprefix(f"{kind}/"): x for name, x in tensors.items() if name.startswith(f"{kind}/")}
+
+
+class _Hashed:
+    """A file that knows the checksum of what it was asked to write, not of what arrived."""
+
+    def __init__(self, file: BinaryIO):
+        self._file, self._digest, self._size = file, hashlib.sha256(), 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        self._digest.update(data)
+        self._size += len(data)
+        return self._file.write(data)
+
+    @property
+    def checksum(self) -> list[object]:
+        return [self._digest.hexdigest(), self._size]
+
+
+def _checksum(path: Path) -> list[object]:
+    """SHA-256 and size."""
+    with open(path, "rb") as file:
+        return [hashlib.file_digest(file, "sha256").hexdigest(), path.stat().st_size]
+
+
+def _in_memory(x: Tensor, copy: bool) -> Tensor:
+    """The tensor, or this process's shard of it, in main memory; a copy that later steps do not change, if asked."""
+    if isinstance(x, DTensor):
+        mine = x.to_local().detach().to("cpu", copy=copy)
+        return DTensor.from_local(mine, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride())
+    return x.detach().to("cpu", copy=copy)
 
 
 def _named(optimizer: Optimizer) -> list[tuple[str, Tensor]]:
@@ -90,22 +272,51 @@ def _named(optimizer: Optimizer) -> list[tuple[str, Tensor]]:
 
 
 def _optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
-    tensors = {}
+    return {
+        f"{key}/{name}": value
+        for name, parameter in _named(optimizer)
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def _templates(shards: Path, model: RWKV, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Empty tensors for everything a sharded checkpoint holds; those as large as a parameter, sharded as it is now."""
+    parameters = {f"model/{name}": x for name, x in model.state_dict().items()}
+    owner = dict(_named(optimizer))
+    templates = {}
+    for name, (shape, dtype) in shard_names(shards).items():
+        like = parameters.get(name) if name.startswith("model/") else owner.get(name.split("/", 2)[-1])
+        if like is not None and like.shape == shape:
+            templates[name] = torch.zeros_like(like, dtype=dtype)
+        else:
+            templates[name] = torch.zeros(shape, dtype=dtype)
+    return templates
+
+
+def _like(x: Tensor, parameter: Tensor) -> Tensor:
+    """`x` on the parameter's device, sharded like it if it is as large."""
+    if isinstance(parameter, DTensor) and not isinstance(x, DTensor) and x.shape == parameter.shape:
+        return distribute_tensor(x.to(parameter.device), parameter.device_mesh, parameter.placements)
+    return x if isinstance(x, DTensor) else x.to(parameter.device)
+
+
+@torch.no_grad()
+def _restore_model(model: RWKV, tensors: dict[str, Tensor]) -> None:
+    current = model.state_dict()
+    if current.keys() != tensors.keys():
+        wrong = sorted(current.keys() ^ tensors.keys())
+        raise CheckpointError(f"the checkpoint's tensors are not this model's: {', '.join(wrong[:5])}")
+    for name, x in current.items():
+        x.copy_(_like(tensors[name], x))
+
+
+def _restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
+    kept: dict[str, dict[str, Tensor]] = {}
+    for key, x in tensors.items():
+        kind, name = key.split("/", 1)
+        kept.setdefault(name, {})[kind] = x
     for name, parameter in _named(optimizer):
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{key}/{name}"] = value.detach().cpu().contiguous()
-    return tensors
-
-
-def _restore(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
-    for name, parameter in _named(optimizer):
-        keys = {key.split("/", 1)[0] for key in tensors if key.split("/", 1)[1] == name}
-        optimizer.state[parameter] = {key: tensors[f"{key}/{name}"].to(parameter.device) for key in keys}
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        optimizer.state[parameter] = {kind: _like(x, parameter) for kind, x in kept.get(name, {}).items()}
 
 
 def _sync(path: Path) -> None:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from receptance.errors import ConfigError
+from receptance.training.batch import Batch
+from receptance.training.distributed import local
 from receptance.training.guard import judge
 from receptance.training.optim import guard_statistics, set_learning_rate, set_weight_decay, update_average
 from receptance.training.schedule import learning_rate, progress, weight_decay
@@ -31,14 +33,14 @@ class Step:
         self._graph = Graph(run) if wants_graph(run) else None
 
     def __call__(self, step: int) -> Tensor:
-        inputs, targets = prepare(self._run, step)
+        batch = prepare(self._run, step)
         if self._graph is not None:
             try:
-                return self._graph(inputs, targets)
+                return self._graph(batch)
             except CaptureError as error:
                 self._message(f"{error}; going on without a CUDA graph (run.cuda_graph = off silences this)")
                 self._graph = None
-        return compute(self._run, inputs, targets)
+        return compute(self._run, batch)
 
 
 def rate(config: "TrainConfig", step: int) -> float:
@@ -48,30 +50,30 @@ def rate(config: "TrainConfig", step: int) -> float:
                          decay_fraction=o.decay_fraction, decay_shape=o.decay_shape)  # fmt: skip
 
 
-def prepare(run: "Run", step: int) -> tuple[Tensor, Tensor]:
-    """The host's part: random seed, learning rates, and the batch's inputs and targets, [B, T] each on the device."""
+def prepare(run: "Run", step: int) -> Batch:
+    """The host's part: random seed, learning rates, and this process's part of the batch, on the device."""
     optim = run.config.optim
-    torch.manual_seed(
-        run.config.run.seed * 1_000_003 + step
-    )  # dropout depends on the step alone: resumed runs repeat it
+    # dropout depends on the step and the process alone: resumed runs repeat it
+    torch.manual_seed(run.config.run.seed * 1_000_003 + step + 15_485_863 * run.parallel.rank)
     set_learning_rate(run.optimizer, rate(run.config, step))
     if optim.weight_decay_final is not None:
         done = progress(step, run.config.steps, optim.warmup_steps, "exponential")
         set_weight_decay(run.optimizer, weight_decay(done, optim.weight_decay, optim.weight_decay_final))
-    return run.batch(step)
+    return run.parallel.share(run.batch(step))
 
 
-def compute(run: "Run", inputs: Tensor, targets: Tensor) -> Tensor:
+def compute(run: "Run", batch: Batch) -> Tensor:
     """The device's part: gradients, clipping, the guard's decision, update. Returns the outcome that `verdict` reads.
 
     Nothing in here may ask for a value on the device or depend on one in Python, or a CUDA graph could not hold it.
     """
     optim, optimizer = run.config.optim, run.optimizer
-    loss = accumulate(run, inputs, targets)
+    loss = accumulate(run, batch)
     params = [p for p in run.model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in params])  # type: ignore[misc]
     if optim.grad_clip:
         torch.nn.utils.clip_grads_with_norm_(params, optim.grad_clip, norm)
+    norm = local(norm)
     statistics = guard_statistics(optimizer)
     bad = judge(statistics, loss, norm, optim)
     optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # the update is skipped where this is 1
@@ -82,17 +84,13 @@ def compute(run: "Run", inputs: Tensor, targets: Tensor) -> Tensor:
     return torch.stack([loss, norm, *statistics[-2:]])
 
 
-def accumulate(run: "Run", inputs: Tensor, targets: Tensor) -> Tensor:
+def accumulate(run: "Run", batch: Batch) -> Tensor:
     """Add up the gradients of the batch's parts; returns the batch's mean loss."""
     parts = run.config.run.accumulate
     total = torch.zeros((), device=run.device)
-    for part, wanted in zip(inputs.chunk(parts), targets.chunk(parts)):
-        with run.autocast():
-            loss, _ = run.model.loss(part, wanted, logit_penalty=run.config.optim.logit_penalty)
-        loss = loss / parts
-        loss.backward()  # type: ignore[no-untyped-call]
-        total += loss.detach()
-    return total
+    for i, part in enumerate(batch.rows(parts), 1):
+        total += run.passes.backward(part, last=i == parts)
+    return run.parallel.mean(total)
 
 
 def wants_graph(run: "Run") -> bool:
@@ -104,8 +102,8 @@ def wants_graph(run: "Run") -> bool:
     if wish == "on" and not fixed_decay:
         raise ConfigError("run.cuda_graph = 'on' cannot follow optim.weight_decay_final; use 'auto'")
     if wish == "auto":
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        return run.device.type == "cuda" and not run.config.optim.dropout and fixed_decay and not distributed
+        plain = run.parallel.size == 1 and not run.config.run.segment_len  # segments save the generator's state
+        return run.device.type == "cuda" and not run.config.optim.dropout and fixed_decay and plain
     return wish == "on"
 
 
@@ -125,32 +123,32 @@ class Graph:
         self._calls = 0
         self._stream = torch.cuda.Stream(run.device)
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._inputs, self._targets, self._outcome = (torch.empty(0, device=run.device) for _ in range(3))
+        self._batch: Batch | None = None
+        self._outcome = torch.empty(0, device=run.device)
 
-    def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def __call__(self, batch: Batch) -> Tensor:
         self._calls += 1
         if self._calls <= EAGER_STEPS:
-            return self._eager(inputs, targets)
+            return self._eager(batch)
         if self._graph is None:
-            self._capture(inputs, targets)
-        if inputs.shape != self._inputs.shape or self._graph is None:
-            return self._eager(inputs, targets)
-        self._inputs.copy_(inputs, non_blocking=True)
-        self._targets.copy_(targets, non_blocking=True)
+            self._capture(batch)
+        if self._graph is None or self._batch is None or not batch.is_like(self._batch):
+            return self._eager(batch)
+        batch.into(self._batch)
         self._graph.replay()
         return self._outcome.clone()  # the next replay overwrites it
 
-    def _eager(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def _eager(self, batch: Batch) -> Tensor:
         current = torch.cuda.current_stream(self._run.device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
-            outcome = compute(self._run, inputs, targets)
+            outcome = compute(self._run, batch)
         current.wait_stream(self._stream)
         return outcome
 
-    def _capture(self, inputs: Tensor, targets: Tensor) -> None:
+    def _capture(self, batch: Batch) -> None:
         """Record the kernels of one step without running them. Raises CaptureError."""
-        self._inputs, self._targets = inputs.clone(), targets.clone()
+        self._batch = batch.clone()
         gc.collect()  # an old autograd graph would bring the stream that it was made on into the capture
         graph = torch.cuda.CUDAGraph()
         self._set_capturable(True)
@@ -161,7 +159,7 @@ class Graph:
                 torch.cuda.stream(torch.cuda.current_stream(self._run.device)),
                 torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
             ):
-                self._outcome = compute(self._run, self._inputs, self._targets)
+                self._outcome = compute(self._run, self._batch)
         except RuntimeError as error:
             self._set_capturable(False)
             self._run.optimizer.zero_grad(set_to_none=True)  # those of the attempt hold nothing

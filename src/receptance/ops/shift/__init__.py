@@ -21,6 +21,7 @@ def shift_mix(
     x: Tensor,
     last: Tensor,
     mixes: Sequence[Tensor],
+    own: Tensor | None = None,
     *,
     resets: Tensor | None = None,
     present: bool = False,
@@ -28,16 +29,18 @@ def shift_mix(
 ) -> list[Tensor]:
     """x + (previous − x)·μ for each μ of `mixes`, at most six of C elements; with `present`, μ is the share of x.
 
-    x [B, T, C]; last [B, C] stands before position 0; where resets [B, T] is true, zero does. The kernels read x once
-    for all mixes, keep only their inputs for the backward pass, and write in autocast's dtype, which the matrix
-    products after them want.
+    x [B, T, C]; last [B, C] stands before position 0; where resets [B, T] is true, zero does. own [mixes, B, T, C]:
+    what each position adds to the μ (RWKV-6). The kernels read x once for all mixes, keep only their inputs for the
+    backward pass, and write in autocast's dtype, which the matrix products after them want.
     """
     if uses_triton("shift", x, backend):
         from receptance.ops.shift.triton import shift_mix as kernel
 
-        return kernel(x, last, mixes, resets, present, compute_dtype(x))
+        return kernel(x, last, mixes, own, resets, present, compute_dtype(x))
     previous = token_shift(x, last, resets)
-    if present:
+    if present and own is None:
         return [previous.lerp(x, mu.to(x.dtype)) for mu in mixes]
-    d = previous - x
-    return [x + d * mu for mu in mixes]
+    if own is not None:
+        mixes = [mu + more for mu, more in zip(mixes, own)]
+    d = x - previous if present else previous - x
+    return [(previous if present else x) + d * mu for mu in mixes]

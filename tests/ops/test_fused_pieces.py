@@ -1,6 +1,7 @@
 """The Triton forms of the fused pieces against the plain ones in float64; without a GPU, in the interpreter."""
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -11,7 +12,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, so before ours is imported
 pytest.importorskip("triton")
 
-from receptance.ops import ffn, heads, norm, prepare, shift
+from receptance.ops import ffn, heads, norm, pieces, prepare, shift
 from receptance.ops.ffn import triton as ffn_kernels
 from receptance.ops.heads import triton as heads_kernels
 from receptance.ops.norm import triton as norm_kernels
@@ -56,18 +57,31 @@ SHAPES = [(1, 1, 64), (2, 37, 64), (3, 5, 100), (1, 33, 20)]
 def test_token_shift_and_mixes(shape, present, dtype):
     b, _, c = shape
     inputs = [rand(*shape), rand(b, c), *(rand(1, 1, c, seed=j) for j in range(6 if present else 3))]
-    kernel = lambda x, last, *mixes: shift_kernels.shift_mix(x, last, mixes, None, present)
+    kernel = lambda x, last, *mixes: shift_kernels.shift_mix(x, last, mixes, present=present)
     plain = lambda x, last, *mixes: shift.shift_mix(x, last, mixes, present=present)
     check(kernel, plain, inputs, dtype)
 
 
-def test_token_shift_stops_at_a_document():
+@pytest.mark.parametrize("own", [False, True])
+def test_token_shift_stops_at_a_document(own):
     resets = torch.zeros(2, 37, dtype=torch.bool, device=DEVICE)
     resets[0, [0, 5, 6]] = resets[1, [31, 36]] = True
     inputs = [rand(2, 37, 64), rand(2, 64), rand(1, 1, 64), rand(1, 1, 64, seed=1)]
-    kernel = lambda x, last, *mixes: shift_kernels.shift_mix(x, last, mixes, resets)
-    plain = lambda x, last, *mixes: shift.shift_mix(x, last, mixes, resets=resets)
+    more = rand(2, 2, 37, 64, seed=4).to(DEVICE) if own else None
+    kernel = lambda x, last, *mixes: shift_kernels.shift_mix(x, last, mixes, more, resets)
+    plain = lambda x, last, *mixes: shift.shift_mix(x, last, mixes, more, resets=resets)
     check(kernel, plain, inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("present", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_mixes_of_each_position_its_own(shape, present, dtype):
+    b, _, c = shape
+    inputs = [rand(*shape), rand(b, c), rand(5, *shape, seed=9), *(rand(1, 1, c, seed=j) for j in range(5))]
+    kernel = lambda x, last, own, *mixes: shift_kernels.shift_mix(x, last, mixes, own, present=present)
+    plain = lambda x, last, own, *mixes: shift.shift_mix(x, last, mixes, own, present=present)
+    check(kernel, plain, inputs, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -151,7 +165,7 @@ def operators() -> dict[str, tuple[object, ...]]:
     v = lambda seed=0: x(32, seed=seed)
     flat, head = x(1, 5, 32), x(1, 5, 2, 16)
     return {
-        "shift_mix": (flat, x(1, 32), x(3, 32), None, False, torch.float32),
+        "shift_mix": (flat, x(1, 32), x(3, 32), x(3, 1, 5, 32), None, False, torch.float32),
         "decay_and_keys": (flat, head, x(1, 5, 32, seed=1), v(), v(1), v(2), v(3)),
         "value_residual": (flat, x(1, 5, 32, seed=1), x(1, 5, 32, seed=2), v()),
         "norm_and_gate": (head, v(), v(1), flat, x(1, 5, 2, 16, seed=1), x(1, 5, 2, 16, seed=2),
@@ -179,3 +193,63 @@ def test_kernels_compile_without_a_graph_break():
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     for got, expected in zip(results(compiled, inputs), results(block, inputs)):
         torch.testing.assert_close(got, expected)
+
+
+def test_plain_forms_compile_without_a_graph_break():
+    from receptance.models.base import Call
+
+    def block(x, last, mu, weight, bias, r_k):
+        call, by_head = Call(), (*x.shape[:2], *r_k.shape)
+        a, b, c = call.fused(shift.shift_mix, x, last, [mu, 1 - mu, mu * mu])
+        w, k, erase, write = call.fused(prepare.decay_and_keys, a, b.view(by_head), c, mu, mu, weight, bias)
+        v = call.fused(prepare.value_residual, a, b, c, mu)
+        y = w * erase + write
+        y = call.fused(heads.norm_and_gate, y, weight, bias, 1e-5, a, "silu", (k, k, y, r_k))
+        total, normed = call.fused(norm.add_norm, v, ffn.relu_square(y), weight, bias)
+        return call.fused(norm.layer_norm, ffn.sigmoid_gate(total, normed), weight, bias)
+
+    inputs = [rand(2, 5, 32), rand(2, 32), rand(32), rand(32, seed=1), rand(32, seed=2), rand(2, 16)]
+    compiled = torch.compile(block, fullgraph=True, backend="eager")
+    for got, expected in zip(results(compiled, inputs), results(block, inputs)):
+        torch.testing.assert_close(got, expected)
+
+
+def test_every_output_is_written(monkeypatch):
+    """Fresh buffers hold NaN here; none may survive."""
+    poison = lambda function: lambda *a, **kw: function(*a, **kw).fill_(float("nan"))
+    monkeypatch.setattr(torch, "empty", poison(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
+    x, head, v = (lambda seed=0: rand(2, 37, 96, seed=seed)), (lambda seed: rand(2, 37, 2, 48, seed=seed)), rand(96)
+    last, own = rand(2, 96), rand(2, 2, 37, 96)
+    cases: list[tuple[Function, list[Tensor]]] = [
+        (lambda x, last, own, a, b: shift_kernels.shift_mix(x, last, [a, b], own), [x(), last, own, v, v]),
+        (prepare_kernels.decay_and_keys, [x(), head(0), x(1), v, v, v, v]),
+        (prepare_kernels.value_residual, [x(), x(1), x(2), v]),
+        (lambda y, g: heads_kernels.norm_and_gate(y, g[0, 0], g[0, 1], 1e-5, g), [head(0), x()]),
+        (lambda y, g, k, u: heads_kernels.norm_and_gate(y, g[0, 0], g[0, 1], 1e-5, g, "silu", (y, k, k, u)),
+         [head(0), x(), head(1), rand(2, 48)]),
+        (lambda a, b, w: norm_kernels.add_norm(a, b, w, w, 1e-5), [x(), x(1), v]),
+        (lambda a, w: norm_kernels.layer_norm(a, w, w, 1e-5), [x(), v]),
+        (ffn_kernels.relu_square, [x()]),
+        (ffn_kernels.sigmoid_gate, [x(), x(1)]),
+    ]  # fmt: skip
+    for function, inputs in cases:
+        assert all(y.isfinite().all() for y in results(function, [i.float().to(DEVICE) for i in inputs]))
+
+
+def test_a_kernel_that_cannot_be_built_is_replaced_with_one_warning(monkeypatch):
+    class OnGpu:
+        is_cuda, dtype = True, torch.bfloat16
+
+    def broken():
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(ffn_kernels, "probe", broken)
+    pieces._builds.cache_clear()
+    with pytest.warns(RuntimeWarning, match="ffn: the Triton kernel cannot be built .RuntimeError: no compiler"):
+        assert not pieces.uses_triton("ffn", OnGpu())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not pieces.uses_triton("ffn", OnGpu())
+    pieces._builds.cache_clear()
