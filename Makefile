@@ -20,7 +20,7 @@ check: .venv/.dev
 	$(PYTHON) -m venv .venv
 
 .venv/.base: .venv/bin/python pyproject.toml constraints.txt
-	$(BIN)/pip install -q -c constraints.txt -e ".[torch]"
+	$(BIN)/pip install -q -c constraints.txt -e .
 	touch $@
 
 .venv/.dev: .venv/bin/python pyproject.toml constraints.txt

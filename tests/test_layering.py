@@ -10,10 +10,11 @@ MAY_IMPORT = {
     "embedded": set(),
     "ops": {"errors"},
     "tokenizers": {"errors", "embedded"},
+    "native": {"errors"},
     "models": {"errors", "ops"},
-    "checkpoint": {"errors", "embedded", "models"},
+    "checkpoint": {"errors", "embedded", "models", "native"},
     "data": {"errors", "tokenizers"},
-    "engine": {"errors", "models", "checkpoint"},
+    "engine": {"errors", "models", "checkpoint", "native"},
     "generation": {"errors", "engine", "models", "tokenizers"},
     "training": {"errors", "ops", "models", "data", "checkpoint", "tokenizers"},
     "cli": None,  # the top of the house

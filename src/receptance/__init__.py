@@ -4,6 +4,7 @@ The names below are loaded on first use, so that `import receptance` stays quick
 """
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -28,7 +29,10 @@ __all__ = ["SamplingParams", "State", "__version__", "generate", "load", "save",
 
 def __getattr__(name: str) -> object:
     if name in _HOME:
-        return getattr(import_module(f"receptance.{_HOME[name]}"), name)
+        home = _HOME[name]
+        if name == "State" and find_spec("torch") is None:  # then the native engine is the only one
+            home = "native"
+        return getattr(import_module(f"receptance.{home}"), name)
     raise AttributeError(f"module 'receptance' has no attribute {name!r}")
 
 

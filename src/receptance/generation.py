@@ -7,15 +7,13 @@ import secrets
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Unpack
+from importlib import import_module
+from typing import Any, Literal, Unpack
 
-import torch
-from torch import Tensor
-
+from receptance.engine.numpy_sampling import uniform
 from receptance.engine.params import SamplingFields, SamplingParams
-from receptance.engine.sampling import Counts, ParamRows, digit_weight, log_probabilities, sample, uniform
+from receptance.engine.protocols import Model, State
 from receptance.errors import ReceptanceError
-from receptance.models import RWKV, State
 from receptance.tokenizers import StopMatcher, Tokenizer
 
 __all__ = [
@@ -53,7 +51,7 @@ class Token:
 
 
 def generate(
-    model: RWKV,
+    model: Model,
     tokenizer: Tokenizer,
     prompt: Prompt,
     *,
@@ -72,7 +70,7 @@ def generate(
 
 
 def generate_tokens(
-    model: RWKV,
+    model: Model,
     tokenizer: Tokenizer,
     prompt: Prompt,
     *,
@@ -86,7 +84,7 @@ def generate_tokens(
 
 
 def generate_batch(
-    model: RWKV,
+    model: Model,
     tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
     params: SamplingParams | Sequence[SamplingParams] | None = None,
@@ -113,7 +111,7 @@ def generate_batch(
         raise GenerationError(
             f"a state of {state.batch} rows for {len(prompts)} prompts; give one row, or one for each"
         )
-    of_row = [None if state is None else state.select(i) for i in range(len(prompts))]
+    of_row = [None if state is None else state.select([i]) for i in range(len(prompts))]
     rows = [Generation(model, tokenizer, *of, chunk) for of in zip(prompts, params, of_row)]
     for _ in _decode(model, tokenizer, rows, state, chunk):
         pass
@@ -129,7 +127,7 @@ class Generation:
 
     def __init__(
         self,
-        model: RWKV,
+        model: Model,
         tokenizer: Tokenizer,
         prompt: Prompt,
         params: SamplingParams,
@@ -247,7 +245,7 @@ class Generation:
         self._marks = []
 
 
-def _prompt_ids(model: RWKV, tokenizer: Tokenizer, prompt: Prompt, state: State | None) -> list[int]:
+def _prompt_ids(model: Model, tokenizer: Tokenizer, prompt: Prompt, state: State | None) -> list[int]:
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
     if not ids:
         if state is not None:
@@ -263,50 +261,42 @@ def _prompt_ids(model: RWKV, tokenizer: Tokenizer, prompt: Prompt, state: State 
     return ids
 
 
-@torch.inference_mode()
 def prefill(
-    model: RWKV, prompts: Sequence[Sequence[int]], state: State | None = None, *, chunk: int = PREFILL_CHUNK
-) -> tuple[Tensor, State]:
+    model: Model, prompts: Sequence[Sequence[int]], state: State | None = None, *, chunk: int = PREFILL_CHUNK
+) -> tuple[Any, Any]:
     """Feed each row its own non-empty prompt, `chunk` tokens at a time: logits after the last token [B, V], state."""
-    logits: Tensor | None = None
-    for start in range(0, max(map(len, prompts)), chunk):
-        pieces = [prompt[start : start + chunk] for prompt in prompts]
-        lengths = torch.tensor([len(piece) for piece in pieces])
-        width = int(lengths.max())
-        tokens = torch.tensor([[*piece, *[0] * (width - len(piece))] for piece in pieces])  # [B, width]
-        ragged = bool((lengths < width).any())
-        new, state = model.forward(tokens, state, lengths=lengths if ragged else None, last_only=True)
-        has_tokens = (lengths > 0).to(new.device)[:, None]
-        logits = new if logits is None else torch.where(has_tokens, new, logits)
-    if logits is None or state is None:
+    if not any(prompts):
         raise GenerationError("there is nothing to feed: every prompt is empty")
-    return logits, state
+    return _rows_of(model).prefill(model, prompts, state, chunk)  # type: ignore[no-any-return]
 
 
-@torch.inference_mode()
-def _step(model: RWKV, tokens: list[int], state: State) -> tuple[Tensor, State]:
-    """One token for each row: logits [B, V], state."""
-    return model.forward(torch.tensor(tokens)[:, None], state, last_only=True)
+def _rows_of(model: Model) -> Any:
+    """The module that feeds, steps and draws in this model's engine: `torch_rows` or `numpy_rows`."""
+    return import_module(f"receptance.engine.{'numpy' if model.engine == 'native' else 'torch'}_rows")
 
 
 def _decode(
-    model: RWKV, tokenizer: Tokenizer, rows: list[Generation], state: State | None, chunk: int
+    model: Model, tokenizer: Tokenizer, rows: list[Generation], state: State | None, chunk: int
 ) -> Generator[Token, None, None]:
     """Run all rows to their ends in lockstep, giving each token as it is drawn.
 
     The model's calls alone run under inference mode: a mode around a `yield` would leak into the caller.
     """
     clock = time.perf_counter()
+    engine = _rows_of(model)
     logits, state = prefill(model, [row.prompt_ids for row in rows], state, chunk=chunk)
     vocab = min(tokenizer.vocab_size, logits.shape[1])  # ids above are padding of the embedding
-    params = ParamRows.of([row.params for row in rows], vocab, tokenizer.eos_id, logits.device)
-    counts: Counts | None = None
-    if params.has_penalties:
-        weight = digit_weight(map(tokenizer.token_bytes, range(vocab))).to(logits.device)
-        counts = Counts.start([row.prompt_ids for row in rows], weight)
+    draws = engine.Draws(
+        [row.params for row in rows],
+        [row.prompt_ids for row in rows],
+        vocab,
+        tokenizer.token_bytes,
+        tokenizer.eos_id,
+        logits,
+    )
     for i, row in enumerate(rows):
         row.prefill_seconds = time.perf_counter() - clock
-        row._mark(state.select(i))
+        row._mark(state.select([i]))
         if row.params.max_tokens == 0:
             row._finish("length")
     tokens: list[int] = []
@@ -317,39 +307,19 @@ def _decode(
             return
         if len(alive) < len(rows):
             rows, tokens = [rows[i] for i in alive], [tokens[i] for i in alive if tokens]
-            logits, state, counts = logits[alive], state.select(alive), counts.select(alive) if counts else None
-            params = ParamRows.of([row.params for row in rows], vocab, tokenizer.eos_id, logits.device)
+            logits, state = logits[alive], state.select(alive)
+            draws.keep(alive, [row.params for row in rows])
         if tokens:
-            logits, state = _step(model, tokens, state)
+            logits, state = engine.step(model, tokens, state)
             for i, row in enumerate(rows):
-                row._mark(state.select(i))
-        drawn, reports = _draw(logits[:, :vocab], rows, params, counts)
-        counts = counts.after(drawn, params) if counts else None
-        tokens = drawn.tolist()
+                row._mark(state.select([i]))
+        if engine.has_nan(logits[:, :vocab]):
+            raise GenerationError(
+                "the model's logits are not numbers (NaN); are its weights damaged, or too large for its dtype? "
+                "Try float32, and check the file it came from"
+            )
+        tokens, reports = draws.draw(logits, [uniform(row.seed, len(row.tokens)) for row in rows])
         seconds = time.perf_counter() - clock
         for row, token, report in zip(rows, tokens, reports):
             row.decode_seconds += seconds
             yield row._accept(token, *report)
-
-
-Report = tuple[float | None, tuple[tuple[int, float], ...]]  # a token's log-probability, and the most probable ones
-
-
-@torch.inference_mode()
-def _draw(
-    logits: Tensor, rows: list[Generation], params: ParamRows, counts: Counts | None
-) -> tuple[Tensor, list[Report]]:
-    """The next token of each row, [B], and what its `logprobs` asked for."""
-    if bool(logits.isnan().any()):
-        raise GenerationError(
-            "the model's logits are not numbers (NaN); are its weights damaged, or too large for its dtype? "
-            "Try float32, and check the file it came from"
-        )
-    drawn = sample(logits, params, [uniform(row.seed, len(row.tokens)) for row in rows], counts)
-    asked = [row.params.logprobs for row in rows]
-    if all(n is None for n in asked):
-        return drawn, [(None, ())] * len(rows)
-    chosen, ids, values = log_probabilities(logits, drawn, max(n or 0 for n in asked))
-    pairs = [list(zip(*row)) for row in zip(ids.tolist(), values.tolist())]
-    reports = zip(chosen.tolist(), pairs, asked)
-    return drawn, [(None, ()) if n is None else (logprob, tuple(top[:n])) for logprob, top, n in reports]

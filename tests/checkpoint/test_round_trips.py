@@ -231,8 +231,11 @@ def test_unknown_dtype_device_engine_and_format_are_named(tmp_path):
     for options in ({"dtype": "int8"}, {"dtype": torch.int64}, {"device": "toaster"}, {"engine": "steam"}):
         with pytest.raises(ConfigError, match="unknown"):
             load(tmp_path / "model.pth", **options)
-    with pytest.raises(ConfigError, match="no native engine yet"):
-        load(tmp_path / "model.pth", engine="native")
+    for options in ({"engine": "native", "device": "cuda"}, {"engine": "torch", "threads": 2}):
+        with pytest.raises(ConfigError, match="engine="):
+            load(tmp_path / "model.pth", **options)
+    with pytest.raises(ConfigError, match="dtype 'float64' is unknown to the native engine"):
+        load(tmp_path / "model.pth", engine="native", dtype="float64")
     with pytest.raises(ConfigError, match="unknown"):
         save(tiny_model("7"), tmp_path / "model.pth", format="gguf")
     with pytest.raises(ConfigError, match="suffix"):

@@ -89,12 +89,24 @@ def test_doctor_says_what_runs_and_why_not(cli: Cli) -> None:
     assert all(what in plain.stdout for what in checks)
 
 
-def test_doctor_without_torch_fails_and_says_what_to_install(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_without_torch_says_what_that_costs(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
     monkeypatch.setattr("receptance.cli.doctor.find_spec", lambda _name: None)
     result = cli("doctor")
-    assert result.exit_code == 1
+    assert result.exit_code == 0
     assert "pip install 'receptance[torch]'" in result.stdout
+
+
+def test_doctor_tells_the_cpu_engine_or_why_it_is_slow(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    from receptance.native import library
+
+    def missing(name: str = "") -> library.Core:
+        raise library.NoCoreError("it was not compiled at install time")
+
+    monkeypatch.setattr("receptance.native.load_core", missing)
+    checks = {check["what"]: check for check in json.loads(cli("doctor", "--json").stdout)}
+    assert checks["CPU engine"]["result"] == "no"
+    assert "NumPy" in checks["CPU engine"]["detail"]
 
 
 def test_list_of_nothing_tells_how_to_get_something(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """Which model a set of tensors is: told from names and shapes alone, never from a file's word for it."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from receptance.errors import CheckpointError
@@ -59,9 +60,10 @@ def version_of(names: Mapping[str, object]) -> str:
     """The version that official tensor names and shapes tell. Raises CheckpointError when they are no RWKV's."""
     if len(names) > MAX_TENSORS:
         raise CheckpointError(f"has {len(names)} tensors, more than {MAX_TENSORS}; this is no RWKV checkpoint")
-    for pattern, what in UNSUPPORTED.items():
-        if found := next((name for name in names if re.search(pattern, name)), None):
-            raise CheckpointError(f"tensor {show(found)}: this is {what}; not supported")
+    any_of_them = re.compile("|".join(UNSUPPORTED))
+    if found := next((name for name in names if any_of_them.search(name)), None):
+        what = next(what for pattern, what in UNSUPPORTED.items() if re.search(pattern, found))
+        raise CheckpointError(f"tensor {show(found)}: this is {what}; not supported")
     if names and all(name.endswith(".att.time_state") for name in names):
         raise CheckpointError("holds only att.time_state: a tuned state, not a model; load its base model first")
     if "emb.weight" not in names or not any(name.startswith("blocks.") for name in names):
@@ -103,13 +105,22 @@ def outline(shapes: Shapes) -> "tuple[str, Config, RWKV]":
     version = version_of(shapes)
     check_sizes(shapes)
     cls = VERSIONS[version]
-    try:
+    with shapes_make_sense(version):
         config = cls.Config.from_shapes(shapes)
         head_size = getattr(config, "head_size", 1)
         if config.n_embd % head_size:
             raise ValueError(f"a head size of {head_size} does not divide the width {config.n_embd}")
         with without_normal_init():
             model = cls(config, device="meta")  # type: ignore[arg-type]  # each class has its own Config
+    compare({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, shapes, version)
+    return version, config, model
+
+
+@contextmanager
+def shapes_make_sense(version: str) -> Iterator[None]:
+    """What reading a Config from shapes can raise, as the CheckpointError that it means."""
+    try:
+        yield
     except KeyError as error:
         raise CheckpointError(f"looks like RWKV-{version}, but tensor {error.args[0]} is missing") from error
     # nonsense shapes: too few axes to unpack, sizes that overflow, heads that do not divide
@@ -117,8 +128,6 @@ def outline(shapes: Shapes) -> "tuple[str, Config, RWKV]":
         raise CheckpointError(
             f"looks like RWKV-{version}, but its shapes are not those of one ({str(error)[:200]})"
         ) from error
-    compare({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, shapes, version)
-    return version, config, model
 
 
 def without_normal_init() -> "TorchFunctionMode":

@@ -218,7 +218,8 @@ def join_fused(tensors: "dict[str, torch.Tensor]", fused: str, part: str, letter
 
 def moved(name: str, tensor: "torch.Tensor", move: "Move") -> "torch.Tensor":
     try:
-        return move(tensor).contiguous()
+        result = move(tensor)
+        return result.contiguous() if hasattr(result, "contiguous") else result  # a NumPy array lies as it may
     except (RuntimeError, IndexError, ValueError) as error:
         raise CheckpointError(f"tensor {name} has the unexpected shape {list(tensor.shape)}") from error
 

@@ -3,17 +3,17 @@
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, overload
 
 from receptance.embedded import resolve
 from receptance.errors import CheckpointError, ConfigError
 
 from . import hf
-from .detect import outline, version_of, without_prefix
-from .pth import open_pth
+from .detect import check_sizes, compare, outline, shapes_make_sense, version_of, without_prefix
 from .safetensors import OURS, open_safetensors
 from .source import FLOATS, TensorSource, map_file, open_regular, show
 
@@ -21,10 +21,35 @@ if TYPE_CHECKING:
     import torch
 
     from receptance.models import RWKV
+    from receptance.native import NativeModel
+
+T = TypeVar("T")
 
 MAX_JSON = 16 << 20
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 OUR_TYPE = "receptance"  # model_type in the config.json of our own folders
+
+
+@overload
+def load(
+    path: str | os.PathLike[str],
+    *,
+    dtype: str | None = None,
+    device: str | None = None,
+    engine: Literal["native"],
+    threads: int | None = None,
+) -> "NativeModel": ...
+
+
+@overload
+def load(
+    path: str | os.PathLike[str],
+    *,
+    dtype: "str | torch.dtype | None" = None,
+    device: "str | torch.device | None" = None,
+    engine: Literal["torch"] | None = None,
+    threads: int | None = None,
+) -> "RWKV": ...
 
 
 def load(
@@ -32,27 +57,33 @@ def load(
     *,
     dtype: "str | torch.dtype | None" = None,
     device: "str | torch.device | None" = None,
-    engine: str | None = None,
-) -> "RWKV":
+    engine: Literal["torch", "native"] | None = None,
+    threads: int | None = None,
+) -> "RWKV | NativeModel":
     """The model in a .pth or .safetensors file, in a folder, or of an embedded name, ready to run (in eval mode).
 
     Version, sizes and layout are told from the tensors; nothing in the file is executed, nothing beside it imported.
+    engine: "torch", or "native": the CPU engine, which needs no torch. None = torch where it is installed, else native.
     dtype: "float32", "bfloat16", "float16", "float64" or torch's; None keeps the file's, and where a file mixes types
-    takes the narrowest that holds them all exactly. On the CPU in the file's own type the weights stay in the mapped
-    file and are read from disk as they are touched: do not overwrite the file in place while the model lives (`save`
-    never does). Checksums, where the file has them, are verified.
-    Raises CheckpointError for every problem with the file, ConfigError for an unknown dtype, device or engine.
+    takes the narrowest that holds them all exactly. The native engine has "int8" and "int4" too, and no float64.
+    threads: of the native engine; None = one for each core.
+    On the CPU in the file's own type the weights stay in the mapped file and are read from disk as they are touched:
+    do not overwrite the file in place while the model lives (`save` never does). Checksums, where the file has them,
+    are verified. Raises CheckpointError for every problem with the file, ConfigError for an unknown dtype, device or
+    engine.
     """
-    if engine == "native":
-        raise ConfigError("engine 'native': this build has no native engine yet; use engine='torch'")
-    if engine not in (None, "torch"):
-        raise ConfigError(f"engine {engine!r} is unknown; use 'torch'")
+    if engine not in (None, "torch", "native"):
+        raise ConfigError(f"engine {engine!r} is unknown; use 'torch' or 'native'")
+    if engine == "native" or (engine is None and find_spec("torch") is None):
+        return load_native(path, dtype=dtype, device=device, threads=threads)
+    if threads is not None:
+        raise ConfigError("threads is for engine='native'; for torch use torch.set_num_threads")
     place = torch_device(device)
     wanted = torch_dtype(dtype)
 
     source = open_checkpoint(path)
     try:
-        tensors = official_tensors(source)
+        tensors = official_tensors(source, source.read)
         version, config, model = outline({name: tuple(tensor.shape) for name, tensor in tensors.items()})
         check_folder_config(source, version, config)
     except CheckpointError as error:
@@ -67,6 +98,37 @@ def load(
     model.load_state_dict(tensors, assign=True)
     model.fingerprint = identity
     return model.eval()  # type: ignore[no-any-return]
+
+
+def load_native(
+    path: str | os.PathLike[str], *, dtype: object = None, device: object = None, threads: int | None = None
+) -> "NativeModel":
+    """`load` for the CPU engine."""
+    from receptance.native import NativeModel, read_config, tensor_shapes
+    from receptance.native.arrays import fingerprint as digest
+
+    if device is not None and str(device) != "cpu":
+        raise ConfigError(f"device {str(device)!r}: the native engine runs on the CPU only; use engine='torch'")
+    source = open_checkpoint(path)
+    try:
+        weights = official_tensors(source, source.array)
+        shapes = {name: tuple(x.shape) for name, x in weights.items()}
+        version = version_of(shapes)
+        check_sizes(shapes)
+        with shapes_make_sense(version):
+            config = read_config(version, shapes)
+            expected = tensor_shapes(config)
+        compare(expected, shapes, version)
+        check_folder_config(source, version, config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source.path}: {error}") from error
+    source.verify()
+    stored = source.metadata.get(f"{OURS}fingerprint", "")
+    identity = stored if re.fullmatch("[0-9a-f]{32}", stored) else digest(version, weights)
+    name = None if dtype is None else str(dtype).removeprefix("torch.")
+    model = NativeModel(weights, config, identity, dtype=name, threads=threads)
+    source.release()
+    return model
 
 
 def fingerprint(tensors: "Mapping[str, torch.Tensor]") -> str:
@@ -97,6 +159,8 @@ def open_file(path: Path) -> TensorSource:
     file = map_file(path)
     start = file.data[:512]
     if start.startswith(b"PK\x03\x04"):
+        from .pth import open_pth  # its imports take as long as loading a small model
+
         return open_pth(file)
     if start[8:9] == b"{":
         return open_safetensors(file)
@@ -167,8 +231,8 @@ def read_json(path: Path) -> dict[str, object]:
 # Tensors -------------------------------------------------------------------------------------------------------------
 
 
-def official_tensors(source: TensorSource) -> "dict[str, torch.Tensor]":
-    """The tensors, still on the mapped file, under official names and shapes."""
+def official_tensors(source: TensorSource, read: Callable[[str], T]) -> dict[str, T]:
+    """The tensors, still on the mapped file, under official names and shapes; `read` is a method of the source."""
     for name, stored in source.tensors.items():
         if stored.dtype not in FLOATS:
             raise CheckpointError(f"tensor {show(name)} is {stored.dtype}, expected one of {', '.join(FLOATS)}")
@@ -178,10 +242,12 @@ def official_tensors(source: TensorSource) -> "dict[str, torch.Tensor]":
         version_of(
             {names[name]: shape for name, shape in source.shapes.items()}
         )  # say so before reading a foreign file
-        return {names[name]: source.read(name) for name in source.tensors}
+        return {names[name]: read(name) for name in source.tensors}
     if "config.json" in source.metadata:
         hf.check_config(json.loads(source.metadata["config.json"]), layout)
-    return hf.to_official({name: source.read(name) for name in source.tensors}, layout)
+    # torch and NumPy share the few methods that moving needs
+    tensors: Any = {name: read(name) for name in source.tensors}
+    return cast(dict[str, T], hf.to_official(tensors, layout))
 
 
 def check_folder_config(source: TensorSource, version: str, config: object) -> None:

@@ -13,7 +13,6 @@ from . import hf
 from .atomic import replacing
 from .detect import detect, without_prefix
 from .load import OUR_TYPE, fingerprint
-from .pth import write_pth
 from .safetensors import OURS, write_safetensors
 from .source import FLOATS
 
@@ -55,6 +54,8 @@ def save(
     }
 
     if format == "pth":
+        from .pth import write_pth
+
         with replacing(path) as file:
             write_pth(file, tensors)
     elif format == "safetensors":

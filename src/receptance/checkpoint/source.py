@@ -9,7 +9,6 @@ import mmap
 import stat
 import zlib
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -17,7 +16,9 @@ from typing import TYPE_CHECKING, BinaryIO
 from receptance.errors import CheckpointError
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
 # torch's names; weights must be one of FLOATS, the others are known only so that the message can say what was found
 FLOATS = ("float64", "float32", "bfloat16", "float16")
@@ -126,6 +127,17 @@ class StoredTensor:
             return flat.view(self.shape)
         return flat.as_strided(self.shape, self.stride).contiguous()
 
+    def array(self) -> "NDArray[np.generic]":
+        """The tensor without torch, on the mapped bytes where they lie in order; bfloat16 as uint16."""
+        import numpy as np
+
+        dtype = np.dtype("uint16" if self.dtype == "bfloat16" else self.dtype)
+        flat = np.frombuffer(self.file.data, dtype, self.span, self.offset)
+        if self.stride is None:
+            return flat.reshape(self.shape)
+        steps = [step * dtype.itemsize for step in self.stride]
+        return np.ascontiguousarray(np.lib.stride_tricks.as_strided(flat, self.shape, steps))
+
 
 @dataclass(frozen=True)
 class Record:
@@ -161,15 +173,26 @@ class TensorSource:
     def read(self, name: str) -> "torch.Tensor":
         return self.tensors[name].read()
 
+    def array(self, name: str) -> "NDArray[np.generic]":
+        return self.tensors[name].array()
+
+    def release(self) -> None:
+        """Give back the memory of what has been read; it is read from the file again where it is still used."""
+        for file in {id(tensor.file): tensor.file for tensor in self.tensors.values()}.values():
+            if hasattr(mmap, "MADV_DONTNEED"):
+                file.data.madvise(mmap.MADV_DONTNEED)
+
     def verify(self) -> None:
         """Compare every stored CRC-32 with the bytes (about 4 GB/s a core); raise naming the first that differs."""
 
         def crc32(record: Record) -> int:
             return zlib.crc32(memoryview(record.file.data)[record.offset : record.offset + record.size])
 
-        if sum(record.size for record in self.records) < 1 << 20:
+        if sum(record.size for record in self.records) < 1 << 25:
             found: Iterable[int] = map(crc32, self.records)  # threads would cost more than the sums
         else:
+            from concurrent.futures import ThreadPoolExecutor
+
             with ThreadPoolExecutor() as pool:
                 found = list(pool.map(crc32, self.records))
         for record, value in zip(self.records, found):

@@ -9,7 +9,7 @@ import typer
 
 from receptance.cli import options
 from receptance.cli.errors import complain
-from receptance.cli.model_source import find_model, guess_template, load_model, load_tokenizer
+from receptance.cli.model_source import find_model, guess_template, load_runner, load_tokenizer
 from receptance.cli.preset import read_preset
 from receptance.cli.terminal import interruptible, write
 from receptance.engine.params import SamplingParams
@@ -47,6 +47,8 @@ def command(
     tokenizer: options.TokenizerName = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
+    engine: options.Engine = None,
+    threads: options.Threads = None,
 ) -> None:
     """Chat with a model. /help lists the commands: save, load, fork, undo, regenerate, reset, set, show.
 
@@ -76,18 +78,17 @@ def command(
     params = options.sampling_params(DEFAULTS, preset.sampling, flags, logit_bias, stop)
 
     from receptance.cli.chat_session import ChatSession, Position
-    from receptance.models import State
     from receptance.tokenizers import chat_template
 
     layout = chat_template(template or preset.template or guess_template(source))
     think = cast("Thinking", thinking or preset.thinking or "off")
     layout.reply_prefix(think)  # an unknown mode is an error now, not at the first reply
-    rwkv = load_model(source, dtype, device)
+    rwkv = load_runner(source, dtype, device, engine, threads)
     tok = load_tokenizer(source, rwkv.config.vocab_size, tokenizer)
-    start = Position(State.load(preset.state, rwkv)) if preset.state else None
+    start = Position(rwkv.load_state(preset.state)) if preset.state else None
     session = ChatSession(rwkv, tok, layout, params, system=system or preset.system or "", thinking=think, start=start)
     if state:
-        session.resume(State.load(state, rwkv))
+        session.resume(rwkv.load_state(state))
     if sys.stdin.isatty():
         _keep_history()
         typer.echo(

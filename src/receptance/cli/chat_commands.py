@@ -9,7 +9,6 @@ from typing import Any, cast
 from receptance.cli.chat_session import ChatSession
 from receptance.cli.state_file import save_state
 from receptance.errors import ReceptanceError
-from receptance.models import State
 from receptance.tokenizers import Thinking, chat_template
 
 HELP = '''\
@@ -49,7 +48,7 @@ def load(session: ChatSession, argument: str) -> str:
     if not path.exists():
         forks = ", ".join(session.forks) or "there are none"
         raise CommandError(f"there is neither a file {path} nor a fork of that name ({forks})")
-    session.resume(State.load(path, session.model))
+    session.resume(session.model.load_state(path))
     return f"went on from {path}; its turns are in the state, but cannot be shown or undone"
 
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, replace
 
 from receptance.engine.params import SamplingParams
+from receptance.engine.protocols import Model, State
 from receptance.generation import Generation, generate_tokens
-from receptance.models import RWKV, State
 from receptance.tokenizers import ChatTemplate, Thinking, Tokenizer
 
 KEPT_TURNS = 100  # that can be undone or shown; older ones live on in the state, so that memory stays flat
@@ -34,7 +34,7 @@ class ChatSession:
 
     def __init__(
         self,
-        model: RWKV,
+        model: Model,
         tokenizer: Tokenizer,
         template: ChatTemplate,
         params: SamplingParams,

@@ -41,7 +41,7 @@ def command(as_json: Annotated[bool, typer.Option("--json", help="A JSON list of
       receptance doctor
       receptance doctor --json
     """
-    checks = [*machine(), *torch_and_devices(), *back_ends(), *training(), *models()]
+    checks = [*machine(), *cpu_engine(), *torch_and_devices(), *back_ends(), *training(), *models()]
     if as_json:
         write_json([asdict(check) for check in checks])
     else:
@@ -59,11 +59,23 @@ def machine() -> Iterator[Check]:
     yield Check("packages", "ok", ", ".join(versions))
 
 
+def cpu_engine() -> Iterator[Check]:
+    from receptance.native import DTYPES, NoCoreError, load_core
+    from receptance.native.model import available_cores
+
+    try:
+        core = load_core()
+    except NoCoreError as error:
+        yield Check("CPU engine", "no", f"not compiled, so models run in NumPy, slowly: {error}")
+        return
+    yield Check("CPU engine", "ok", f"{core.name}, {available_cores()} threads; {', '.join(DTYPES)}")
+
+
 def torch_and_devices() -> Iterator[Check]:
     try:
         import torch
     except (ImportError, OSError) as error:  # OSError: a library of it is missing
-        yield Check("torch", "bad", f"{error}; pip install 'receptance[torch]'")
+        yield Check("torch", "no", f"{error}; run and chat need none, the rest does: pip install 'receptance[torch]'")
         return
     yield Check("torch", "ok", f"{torch.__version__}, {torch.get_num_threads()} threads")
     features = torch.backends.cpu.get_cpu_capability()
@@ -101,9 +113,8 @@ def back_ends() -> Iterator[Check]:
             yield Check(f"back end {name}", "no", "it needs a GPU")
         else:
             yield Check(f"back end {name}", "ok", operators)
-    for name in ("triton", "native"):
-        if name not in names:
-            yield Check(f"back end {name}", "no", f"not part of receptance {__version__}")
+    if "triton" not in names:
+        yield Check("back end triton", "no", f"not part of receptance {__version__}")
 
 
 def training() -> Iterator[Check]:

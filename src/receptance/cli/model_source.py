@@ -3,9 +3,13 @@
 import difflib
 import os
 import re
+import warnings
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+import typer
 
 from receptance import embedded
 from receptance.cli import hub
@@ -13,6 +17,7 @@ from receptance.embedded import embedded_models
 from receptance.errors import ReceptanceError
 
 if TYPE_CHECKING:
+    from receptance.engine.protocols import Model
     from receptance.models import RWKV
     from receptance.tokenizers import Tokenizer
 
@@ -97,7 +102,34 @@ def load_model(source: ModelSource, dtype: str | None = None, device: str | None
 
     if dtype is None and source.kind == "embedded" and device in (None, "cpu"):
         dtype = "float32"  # small, and half again as fast as bfloat16 on a CPU
-    return load(source.path, dtype=dtype, device=device)
+    return load(source.path, dtype=dtype, device=device, engine="torch")
+
+
+def load_runner(
+    source: ModelSource, dtype: str | None, device: str | None, engine: str | None, threads: int | None
+) -> "Model":
+    """The model in the engine that suits: on a CPU the native one, unless it is not compiled and torch is there."""
+    from receptance.checkpoint import load
+
+    if engine is None:
+        engine = "native" if device in (None, "cpu") and dtype != "float64" and prefers_native() else "torch"
+    if engine == "torch" and threads is None:
+        return load_model(source, dtype, device)
+    with warnings.catch_warnings(record=True) as caught:  # a person gets one line, not a place in our source
+        model: Model = load(source.path, dtype=dtype, device=device, engine=engine, threads=threads)  # type: ignore[call-overload]
+    for warning in caught:
+        typer.echo(f"note: {warning.message}", err=True)
+    return model
+
+
+def prefers_native() -> bool:
+    from receptance.native import NoCoreError, load_core
+
+    try:
+        load_core()
+    except NoCoreError:
+        return find_spec("torch") is None
+    return True
 
 
 def load_tokenizer(source: ModelSource, vocab_size: int, name: str | None = None) -> "Tokenizer":

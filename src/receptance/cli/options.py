@@ -25,9 +25,14 @@ Stop = Annotated[
 MaxTokens = Annotated[int | None, typer.Option("--max-tokens", "-n", help="At most so many tokens.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Same seed, same text.")]
 Dtype = Annotated[
-    str | None, typer.Option("--dtype", help="float32, bfloat16, float16 or float64; default: the file's.")
+    str | None,
+    typer.Option(
+        "--dtype", help="float32, bfloat16, float16; native: int8, int4; torch: float64; default: the file's."
+    ),
 ]
 Device = Annotated[str | None, typer.Option("--device", help="cpu (default), cuda, cuda:1, ...")]
+Engine = Annotated[str | None, typer.Option("--engine", help="native (CPU, without torch; default there) or torch.")]
+Threads = Annotated[int | None, typer.Option("--threads", help="Of the native engine; default: one a core.")]
 TokenizerName = Annotated[
     str | None, typer.Option("--tokenizer", metavar="NAME|PATH", help="world, pile, byte, or a file; default: told.")
 ]

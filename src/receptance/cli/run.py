@@ -8,7 +8,7 @@ import typer
 
 from receptance.cli import options, state_file
 from receptance.cli.errors import INTERRUPTED, UsageError
-from receptance.cli.model_source import find_model, load_model, load_tokenizer, looks_like_model
+from receptance.cli.model_source import find_model, load_runner, load_tokenizer, looks_like_model
 from receptance.cli.preset import read_preset
 from receptance.cli.terminal import interruptible, read_stdin, write, write_json
 from receptance.engine.params import SamplingParams
@@ -52,6 +52,8 @@ def command(
     tokenizer: options.TokenizerName = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
+    engine: options.Engine = None,
+    threads: options.Threads = None,
 ) -> None:
     """Continue a prompt, streaming the text.
 
@@ -93,14 +95,14 @@ def command(
     text = read_stdin() if prompt in (None, "-") else str(prompt)
 
     from receptance.generation import generate_tokens
-    from receptance.models import State
 
-    rwkv = load_model(source, dtype, device)
+    rwkv = load_runner(source, dtype, device, engine, threads)
     tok = load_tokenizer(source, rwkv.config.vocab_size, tokenizer)
     start = state or preset.state
     opened = preset.new_document and not start and text
     prompt_ids = [tok.eos_id, *tok.encode(text)] if opened else text
-    generation = generate_tokens(rwkv, tok, prompt_ids, params=params, state=State.load(start, rwkv) if start else None)
+    before = rwkv.load_state(start) if start else None
+    generation = generate_tokens(rwkv, tok, prompt_ids, params=params, state=before)
     if echo and not as_json:
         write(text)
     with interruptible() as interrupted:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from receptance.errors import ReceptanceError
 
 if TYPE_CHECKING:
-    from receptance.models import RWKV, State
+    from receptance.engine.protocols import Model, State
 
 
 def check_target(path: Path) -> None:
@@ -17,7 +17,7 @@ def check_target(path: Path) -> None:
         raise ReceptanceError(f"{path}: is not a regular file; name a file for the state")
 
 
-def save_state(state: "State", path: Path, model: "RWKV") -> None:
+def save_state(state: "State", path: Path, model: "Model") -> None:
     from safetensors import SafetensorError
 
     check_target(path)

@@ -4,9 +4,7 @@ The order is that of the reference package (`rwkv`, PIPELINE): logit bias, penal
 min_p on the *untempered* distribution, and only then the temperature, as p^(1/T). `SamplingParams` explains each.
 """
 
-import hashlib
 import math
-import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from receptance.engine.numpy_sampling import uniform
 from receptance.engine.params import SamplingFields, SamplingParams
 from receptance.errors import ConfigError
 
@@ -160,12 +159,6 @@ def _descending(probs: Tensor) -> Tensor:
     if probs.device.type == "cpu":  # torch also orders the indices, which takes 25 times as long as numpy's sort
         return torch.from_numpy(-np.sort(-probs.detach().numpy(), axis=-1))
     return probs.sort(-1, descending=True).values
-
-
-def uniform(seed: int, step: int) -> float:
-    """A number in [0, 1) that depends on nothing but the request's seed and the number of tokens it has drawn."""
-    digest = hashlib.blake2b(struct.pack("<QQ", seed, step), digest_size=8).digest()
-    return int(struct.unpack("<Q", digest)[0] >> 11) / 2**53
 
 
 def draw(probs: Tensor, uniforms: Sequence[float]) -> Tensor:

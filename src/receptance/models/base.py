@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -129,6 +130,7 @@ class RWKV(nn.Module):
 
     config: Any
     blocks: nn.ModuleList
+    engine = "torch"
 
     def __init__(self, config: Any, blocks: list[nn.Module]):
         super().__init__()
@@ -187,6 +189,10 @@ class RWKV(nn.Module):
         found = {name: tuple(x.shape) for name, x in state.items()}
         if found != expected:
             raise ValueError(f"{source}: a state with {found}; this RWKV-{self.config.version} model needs {expected}")
+
+    def load_state(self, path: str | Path) -> State:
+        """`State.load(path, self)`."""
+        return State.load(path, self)
 
     def forward(
         self,
@@ -268,10 +274,11 @@ class RWKV(nn.Module):
             resets = self._checked_resets(resets, batch, t)
         if state is None:
             state = self.zero_state(batch)
-        elif state.batch != batch:
+        elif not isinstance(state, State):
+            state = State(state).to(self.device)
+        if state.batch != batch:
             raise ValueError(f"a state of {state.batch} rows for {batch} rows of tokens")
-        else:
-            self.check_state(state)
+        self.check_state(state)
 
         recompute = self._recompute(tokens.is_cuda)
         call = Call(lengths, backend, self.dropout if self.training else 0.0, resets, recompute)

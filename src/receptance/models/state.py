@@ -27,8 +27,9 @@ class State(Mapping[str, Tensor]):
     Read like a dict (`state["wkv"]`). Nothing is changed in place: each method returns a new state.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor]):
-        self._tensors = dict(tensors)
+    def __init__(self, tensors: Mapping[str, object]):
+        """tensors: or NumPy arrays, as in a state of the native engine."""
+        self._tensors = {name: torch.as_tensor(x) for name, x in tensors.items()}
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
@@ -118,6 +119,8 @@ class State(Mapping[str, Tensor]):
 
         Raises CheckpointError when the file is damaged, is no state, or belongs to another model.
         """
+        if model.engine == "native":
+            return model.load_state(path)
         path = Path(path)
         try:
             with safe_open(path, "pt") as file:

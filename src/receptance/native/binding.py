@@ -1,0 +1,198 @@
+"""From a checkpoint's tensors to the core's `Model`: which numbers go where, in which type and order.
+
+Matrices in the file's own type are used where they lie, in the mapped file. Copies are made of what the core wants
+otherwise: quantised matrices, the transposed value matrix of the channel mix, transposed low-rank maps, vectors as
+float32.
+"""
+
+import ctypes
+
+import numpy as np
+from numpy.typing import NDArray
+
+from receptance.native.arrays import Array, Weights, aligned, to_float
+from receptance.native.config import NativeConfig
+from receptance.native.library import INPUTS, TYPES, ChannelMix, Core, Layer, Matrix, Model
+
+BLOCK, GROUP = 32, 16  # as in csrc/core.h
+PACKED_BYTES = {"int8": GROUP * (2 + BLOCK), "int4": GROUP * (2 + BLOCK // 2)}
+LINE_BLOCK_BYTES = {"int8": 2 + BLOCK, "int4": 2 + BLOCK // 2, "float32": 4 * BLOCK}  # the others: 2 * BLOCK
+NUMPY_TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
+
+
+def type_name(x: NDArray[np.generic]) -> str:
+    return {"uint16": "bfloat16", "float64": "float32"}.get(x.dtype.name, x.dtype.name)
+
+
+class Binding:
+    """Owns everything that the `Model` points to.
+
+    dtype: what the large matrices are stored as; None = as in the file. With int4 the head and the matrices of RWKV's
+    smallest and most delicate part, the low-rank maps, keep more: int8 and the file's type.
+    """
+
+    def __init__(self, core: Core, team: int, weights: Weights, config: NativeConfig, dtype: str | None):
+        self.core = core
+        self.team = team
+        self.weights = weights
+        self.config = config
+        self.dtype = dtype
+        self.kept: list[object] = []
+        self.layers = (Layer * config.n_layer)()
+        self.model = self.frame()
+        for index in range(config.n_layer):
+            self.layer(index)
+        del self.weights
+
+    def frame(self) -> Model:
+        c = self.config
+        model = Model(c.major, c.n_layer, c.n_embd, c.dim_att, c.dim_ffn, c.vocab_size, c.head_size)
+        model.has_gate, model.pre_ffn = c.has_gate, c.pre_ffn
+        model.emb = self.plain("emb.weight")
+        model.head = self.matrix("head.weight", "int8" if self.dtype == "int4" else self.dtype)
+        for name, prefix in (("blocks.0.ln0", "ln0"), ("ln_out", "lnout")):
+            setattr(model, prefix + "_weight", self.vector(self.weights[name + ".weight"]))
+            setattr(model, prefix + "_bias", self.vector(self.weights[name + ".bias"]))
+        model.layers = self.layers
+        return model
+
+    def layer(self, index: int) -> None:
+        block, layer = f"blocks.{index}.", self.layers[index]
+        for name in ("ln1", "ln2"):
+            setattr(layer, name + "_weight", self.vector(self.weights[f"{block}{name}.weight"]))
+            setattr(layer, name + "_bias", self.vector(self.weights[f"{block}{name}.bias"]))
+        layer.ffn = self.channel_mix(block + "ffn.")
+        if self.config.pre_ffn and index == 0:
+            layer.ffn_pre = self.channel_mix(block + "ffnPre.")
+            return
+        att = block + "att."
+        names = ["receptance", "key", "value", *(["gate"] if att + "gate.weight" in self.weights else []), "output"]
+        for name in names:
+            dtype = self.dtype
+            if name == "output" and self.config.head_size % BLOCK:  # each head quantises its own part of the input
+                dtype = None if self.config.major > 4 and dtype in PACKED_BYTES else dtype
+            setattr(layer, name, self.matrix(f"{att}{name}.weight", dtype))
+        if self.config.major > 4:
+            layer.lnx_weight = self.vector(self.weights[att + "ln_x.weight"])
+            layer.lnx_bias = self.vector(self.weights[att + "ln_x.bias"])
+        (self.time_mix4_or_5, self.time_mix6, self.time_mix7)[max(self.config.major, 5) - 5](layer, att)
+
+    def time_mix4_or_5(self, layer: Layer, att: str) -> None:
+        for i, letter in enumerate(INPUTS):
+            if (name := f"{att}time_mix_{letter}") in self.weights:
+                layer.mix[i] = self.vector(1 - to_float(self.weights[name]))  # the core weighs the difference to before
+        log_decay = -np.exp(to_float(self.weights[att + "time_decay"]))
+        if self.config.major == 4:
+            layer.decay = self.vector(log_decay)
+            layer.bonus = self.vector(self.weights[att + "time_first"])
+            return
+        first = self.weights.get(att + "time_first")
+        bonus = np.exp(to_float(first)) if first is not None else to_float(self.weights[att + "time_faaaa"])
+        heads = self.config.dim_att // self.config.head_size
+        per_channel = (heads, self.config.head_size)
+        layer.decay = self.vector(np.broadcast_to(np.exp(log_decay).reshape(heads, -1), per_channel))
+        layer.bonus = self.vector(np.broadcast_to(bonus.reshape(heads, -1), per_channel))
+
+    def time_mix6(self, layer: Layer, att: str) -> None:
+        for i, letter in enumerate(INPUTS):
+            if letter != "a":
+                layer.mix[i] = self.vector(self.weights[f"{att}time_maa_{letter}"])
+        layer.mix_x = self.vector(self.weights[att + "time_maa_x"])
+        layer.decay = self.vector(self.weights[att + "time_decay"])
+        layer.bonus = self.vector(self.weights[att + "time_faaaa"])
+        layer.maa1 = self.transposed(self.weights[att + "time_maa_w1"])
+        for i in range(5):
+            layer.maa2[i] = self.transposed(self.weights[att + "time_maa_w2"][i])
+        layer.w1 = self.transposed(self.weights[att + "time_decay_w1"])
+        layer.w2 = self.transposed(self.weights[att + "time_decay_w2"])
+
+    def time_mix7(self, layer: Layer, att: str) -> None:
+        for i, letter in enumerate(INPUTS):
+            layer.mix[i] = self.vector(self.weights[f"{att}x_{letter}"])
+        names = {"w0": "decay", "r_k": "bonus", "a0": "a0", "k_k": "k_k", "k_a": "k_a"}
+        has_value = att + "v0" in self.weights
+        for name, field in names.items() | ({("v0", "v0")} if has_value else set()):
+            setattr(layer, field, self.vector(self.weights[att + name]))
+        for name in ("w1", "w2", "a1", "a2", "g1", "g2", *(("v1", "v2") if has_value else ())):
+            setattr(layer, name, self.transposed(self.weights[att + name]))
+
+    def channel_mix(self, prefix: str) -> ChannelMix:
+        ffn = ChannelMix(key=self.matrix(prefix + "key.weight", self.dtype))
+        if prefix + "receptance.weight" in self.weights:
+            ffn.receptance = self.matrix(prefix + "receptance.weight", self.dtype)
+        for letter in "kr":
+            for name in ("x_", "time_maa_", "time_mix_"):
+                if (stored := self.weights.get(prefix + name + letter)) is not None:
+                    x = to_float(stored)
+                    setattr(ffn, f"mix_{letter}", self.vector(1 - x if name == "time_mix_" else x))
+        ffn.value = self.lines(prefix + "value.weight", self.dtype)
+        return ffn
+
+    # Where numbers come to lie ----------------------------------------------------------------------------------------
+
+    def vector(self, x: NDArray[np.generic]) -> int:
+        """The address of these numbers as float32."""
+        flat = np.ascontiguousarray(to_float(x)).reshape(-1)
+        self.kept.append(flat)
+        return flat.ctypes.data
+
+    def stored(self, x: NDArray[np.generic]) -> Matrix:
+        """A matrix in one of the plain types, where it lies if it lies in order."""
+        if x.dtype == np.float64:
+            x = to_float(x)
+        x = np.ascontiguousarray(x)
+        self.kept.append(x)
+        return Matrix(x.shape[0], x.shape[1], x.ctypes.data, TYPES[type_name(x)])
+
+    def plain(self, name: str) -> Matrix:
+        return self.stored(self.weights[name])
+
+    def transposed(self, x: NDArray[np.generic]) -> Matrix:
+        """A low-rank map [in, out] as [out, in], in its own type."""
+        return self.stored(x.T)
+
+    def matrix(self, name: str, dtype: str | None) -> Matrix:
+        """[out, in] for dot products: in place, or repacked into `dtype` where that is narrower or quantised."""
+        x = self.weights[name]
+        rows, cols = x.shape
+        if dtype is None or dtype == type_name(x) or dtype == "float32" or (dtype in PACKED_BYTES and cols % BLOCK):
+            return self.stored(x)  # to float32 every narrower type widens exactly, in the product
+        if dtype not in PACKED_BYTES:
+            return self.repacked(x, dtype, transpose=False)
+        groups = -(-rows // GROUP)
+        memory = aligned(groups * (cols // BLOCK) * PACKED_BYTES[dtype])
+        source = self.temporary(x)
+        self.core.library.receptance_pack(
+            self.core.engine, self.team, ctypes.byref(source), memory.ctypes.data, TYPES[dtype]
+        )
+        self.kept.append(memory)
+        return Matrix(rows, cols, memory.ctypes.data, TYPES[dtype])
+
+    def lines(self, name: str, dtype: str | None) -> Matrix:
+        """The value matrix of a channel mix, [C, F], transposed."""
+        x = self.weights[name]
+        own = type_name(x)
+        if dtype is None or (dtype == "float32" and own != "float32") or (dtype in PACKED_BYTES and x.shape[0] % BLOCK):
+            dtype = own
+        return self.repacked(x, dtype, transpose=True)
+
+    def repacked(self, x: NDArray[np.generic], dtype: str, *, transpose: bool) -> Matrix:
+        rows, cols = x.shape[::-1] if transpose else x.shape
+        memory = aligned(rows * cols * LINE_BLOCK_BYTES.get(dtype, 2 * BLOCK) // BLOCK)
+        source = self.temporary(x)
+        self.core.library.receptance_pack_lines(
+            self.core.engine, self.team, ctypes.byref(source), transpose, memory.ctypes.data, TYPES[dtype]
+        )
+        self.kept.append(memory)
+        return Matrix(rows, cols, memory.ctypes.data, TYPES[dtype])
+
+    def temporary(self, x: NDArray[np.generic]) -> Matrix:
+        """A matrix that is only read now: nothing of it is kept."""
+        x = np.ascontiguousarray(to_float(x) if x.dtype == np.float64 else x)
+        matrix = Matrix(x.shape[0], x.shape[1], x.ctypes.data, TYPES[type_name(x)])
+        matrix.source = x  # type: ignore[attr-defined]  # lives as long as the call
+        return matrix
+
+
+def addresses(arrays: dict[str, Array], fields: list[str]) -> list[int | None]:
+    return [arrays[name].ctypes.data if name in arrays else None for name in fields]

@@ -1,0 +1,98 @@
+"""Compile the C++ core with the C++ compiler that is there. Needs nothing of this package: the build back end runs it.
+
+`python -m receptance.native.build` builds it again, for instance after a compiler was installed.
+"""
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+SOURCES = HERE / "csrc"
+LIBRARY = HERE / ("_core.dll" if os.name == "nt" else "_core.so")
+
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp-simd", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
+FLAGS += ["-ffp-contract=fast", "-fno-exceptions", "-fno-rtti", "-pthread", "-Wall"]
+SANITIZERS = {
+    "--sanitize": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1"],
+    "--sanitize-threads": ["-fsanitize=thread", "-g", "-O1"],
+}
+
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mprefer-vector-width=512"]
+ISA_FLAGS = {  # by machine, by source file
+    "x86_64": {"isa_avx2": AVX2, "isa_avx512": AVX512},
+    "aarch64": {"isa_neon": ["-march=armv8.2-a+dotprod+fp16"]},
+}
+MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
+
+
+def sources_hash() -> str:
+    """Of what the core is compiled from: a library knows its own, so that a stale one is noticed."""
+    digest = hashlib.sha256()
+    for path in sorted(SOURCES.iterdir()):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+class BuildError(Exception):
+    """There is no compiler, or it failed; the message says which and how."""
+
+
+def find_compiler() -> str:
+    """$CXX as every build tool reads it, else the first of the usual names."""
+    names = [os.environ.get("CXX", ""), "c++", "g++", "clang++"]
+    found = next((path for name in names if name and (path := shutil.which(name))), None)
+    if found is None:
+        raise BuildError("no C++ compiler found (looked for $CXX, c++, g++, clang++)")
+    return found
+
+
+def build(library: Path = LIBRARY, *, more_flags: tuple[str, ...] = (), jobs: int | None = None) -> Path:
+    """Compile and link the core into `library`, which is replaced only when all is well. Raises BuildError."""
+    compiler = find_compiler()
+    machine = platform.machine().lower()
+    isa_flags = ISA_FLAGS.get(MACHINES.get(machine, machine), {})
+    flags = [*FLAGS, *more_flags, f'-DSOURCES_HASH="{sources_hash()}"']
+    from concurrent.futures import ThreadPoolExecutor  # the library's loader imports this module too
+
+    with tempfile.TemporaryDirectory() as folder:
+
+        def compile_one(source: Path) -> str:
+            target = f"{folder}/{source.stem}.o"
+            run([compiler, *flags, *isa_flags.get(source.stem, []), "-c", str(source), "-o", target])
+            return target
+
+        with ThreadPoolExecutor(jobs or min(os.cpu_count() or 1, 4)) as pool:
+            objects = list(pool.map(compile_one, sorted(SOURCES.glob("*.cpp"))))
+        part = library.with_name(f".{library.name}.{os.getpid()}.part")
+        try:
+            run([compiler, *flags, "-shared", *objects, "-o", str(part)])
+            os.replace(part, library)
+        finally:
+            part.unlink(missing_ok=True)
+    return library
+
+
+def run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise BuildError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+
+
+def main() -> None:
+    try:
+        print(build(more_flags=tuple(flag for word in sys.argv[1:] for flag in SANITIZERS[word])))
+    except KeyError as error:
+        sys.exit(f"error: {error.args[0]} is unknown; use {' or '.join(SANITIZERS)}, or nothing")
+    except BuildError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

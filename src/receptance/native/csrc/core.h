@@ -1,0 +1,115 @@
+// What all parts of the core share: matrices, the model, the state, and the team of threads.
+//
+// The computation (engine.h) is compiled once for each instruction set, see the isa_*.cpp files; everything here is plain
+// data, so that no inline function can be linked from one instruction set into another.
+#pragma once
+#include <cstdint>
+
+namespace receptance {
+
+// How a matrix is stored. The first three are row by row, as in checkpoints. The others hold blocks of 32 numbers with one
+// half-precision scale each: "packed" interleaves 16 rows for dot products, "lines" keeps rows whole for sums of rows.
+enum Type : int32_t { F32 = 0, F16 = 1, BF16 = 2, Q8 = 3, Q4 = 4 };
+
+constexpr int BLOCK = 32;  // numbers that share a scale
+constexpr int GROUP = 16;  // rows interleaved in a packed matrix
+
+// Packed: for each group of 16 rows and each block of 32 columns, 16 scales (f16) and then the numbers, in vectors of 16 rows
+// x 4 columns. Q8: 8 vectors of 64 bytes. Q4: 4 vectors of 64 bytes, whose low halves are columns 0-15 and high halves 16-31.
+constexpr int Q8_BYTES = GROUP * 2 + GROUP * BLOCK;
+constexpr int Q4_BYTES = GROUP * 2 + GROUP * BLOCK / 2;
+
+struct Matrix {
+  int64_t rows, cols;
+  const void* data;  // null: absent
+  int32_t type;
+};
+
+// Channel mix. `value` is stored transposed, [F, C], so that the rows of inactive hidden units need not be read.
+struct ChannelMix {
+  const float *mix_k, *mix_r;  // weights of (previous - current)
+  Matrix key, receptance, value;
+};
+
+enum Mix { IN_R, IN_W, IN_K, IN_V, IN_A, IN_G, MIXES };  // inputs of the time mix
+
+struct Layer {
+  const float *ln1_weight, *ln1_bias, *ln2_weight, *ln2_bias;
+  const float* mix[MIXES];
+  const float *lnx_weight, *lnx_bias;
+  const float *decay;  // 4, 5: the log-decay; 6: its raw base; 7: w0
+  const float* bonus;  // 4: time_first; 5, 6: u; 7: r_k
+  const float *a0, *v0, *k_k, *k_a;  // 7
+  const float* mix_x;                // 6
+  Matrix receptance, key, value, gate, output;
+  Matrix w1, w2, a1, a2, v1, v2, g1, g2;  // low rank, [rank, C] and [C, rank]
+  Matrix maa1, maa2[5];                   // 6: [5 rank, C] and [C, rank], in the order w, k, v, r, g
+  ChannelMix ffn, ffn_pre;                // ffn_pre: in place of the first time mix of some RWKV-4
+};
+
+struct Model {
+  int32_t version;  // 4, 5, 6 or 7
+  int32_t n_layer, n_embd, dim_att, dim_ffn, vocab, head_size;
+  int32_t has_gate, pre_ffn;
+  Matrix emb, head;
+  const float *ln0_weight, *ln0_bias, *lnout_weight, *lnout_bias;
+  Layer* layers;
+};
+
+// The tensors of a State, float32. In and out may be the same memory.
+struct State {
+  float *att_shift, *ffn_shift;  // [L, B, C]
+  float* wkv;                    // [L, B, H, N, N], value x key
+  float *num, *den, *exp;        // [L, B, A], version 4
+};
+
+// A team of threads, which all run the same function and meet in barriers. Waiting spins for some microseconds and then
+// gives the core away: a spinning team on a busy machine would be many times slower than one thread.
+struct Team;
+Team* team_new(int threads);
+void team_free(Team*);
+int team_size(const Team*);
+void team_run(Team*, void (*work)(void* context, int thread), void* context);  // returns when all threads have
+void team_barrier(Team*);
+int64_t team_next(Team*);  // a ticket: 0, 1, 2, ... among all threads since the last barrier
+
+struct Request {
+  const Model* model;
+  Team* team;
+  const int32_t* tokens;   // all rows, one after the other
+  const int32_t* lengths;  // [B]
+  int32_t batch;
+  const State *in, *out;
+  float* logits;      // [number of tokens, V] or [B, V]; rows of length 0 are left alone
+  int32_t last_only;  // logits of each row's last token alone
+  void* scratch;      // `scratch_bytes` bytes, aligned to 64
+  int64_t chunk_rows; // at most so many tokens at once (at least one for each row)
+  int64_t active;     // out: hidden units that were not zero, and
+  int64_t hidden;     // out: all of them, where the sparse product was used
+};
+
+struct Engine {
+  const char* name;
+  bool (*supported)();
+  int64_t (*scratch_bytes)(const Model&, int64_t rows, int threads);
+  void (*forward)(Request&);
+  // Numbers [rows, cols] of a plain type into a quantised one; rows first..last of the result.
+  void (*pack)(const Matrix& from, void* to, int32_t type, int64_t first_group, int64_t last_group);
+  void (*pack_lines)(const Matrix& from, bool transpose, void* to, int32_t type, int64_t first, int64_t last);
+};
+
+const Engine* engine_portable();
+const Engine* engine_avx2();
+const Engine* engine_avx512();
+const Engine* engine_neon();
+
+inline int64_t line_bytes(int32_t type, int64_t cols) {  // of one row of a matrix in lines
+  switch (type) {
+    case F32: return cols * 4;
+    case Q8: return cols / BLOCK * 2 + cols;
+    case Q4: return cols / BLOCK * 2 + cols / 2;
+    default: return cols * 2;
+  }
+}
+
+}  // namespace receptance

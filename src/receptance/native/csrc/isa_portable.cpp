@@ -1,0 +1,22 @@
+// The engine for any machine (on ARM the compiler's NEON).
+#include "core.h"
+
+
+namespace receptance {
+namespace {
+#include "vector.h"
+#include "products.h"
+#include "pack.h"
+#include "wkv.h"
+#include "engine.h"
+
+bool supported() {
+  return true;
+}
+}  // namespace
+
+const Engine* engine_portable() {
+  static const Engine engine = {"portable", supported, scratch_bytes, forward, pack, pack_lines};
+  return &engine;
+}
+}  // namespace receptance

@@ -1,0 +1,107 @@
+// Quantising at load: from plain rows into packed groups or into lines.
+// Included by each isa_*.cpp after products.h, inside its own namespace.
+
+inline void plain_row(const Matrix& w, int64_t row, int64_t first, int64_t count, float* out) {
+  const char* p = (const char*)w.data + (row * w.cols + first) * (w.type == F32 ? 4 : 2);
+  for (int64_t i = 0; i < count; i++) {
+    out[i] = w.type == F32 ? element<F32>(p, i) : w.type == F16 ? element<F16>(p, i) : element<BF16>(p, i);
+  }
+}
+
+// The scale of a block, as stored, and its numbers: -127..127, or 0..15 that stand for -8..7
+uint16_t encode(const float* x, int32_t type, int32_t* q) {
+  float largest = 0;
+  for (int i = 0; i < BLOCK; i++) {
+    if (__builtin_fabsf(x[i]) > __builtin_fabsf(largest)) largest = x[i];
+  }
+  // in 4 bits the number furthest from zero, whatever its sign, becomes exactly -8
+  uint16_t stored = float_to_half(type == Q8 ? __builtin_fabsf(largest) / 127 : largest / -8);
+  float scale = half_to_float(stored), inverse = scale != 0 ? 1 / scale : 0;
+  const int32_t lowest = type == Q8 ? -127 : -8, highest = type == Q8 ? 127 : 7;
+  for (int i = 0; i < BLOCK; i++) {
+    float y = x[i] * inverse;
+    y = y < lowest ? lowest : y > highest ? highest : y;
+    q[i] = (int32_t)((y + 12582912.0f) - 12582912.0f) + (type == Q4 ? 8 : 0);
+  }
+  return stored;
+}
+
+void pack(const Matrix& from, void* to, int32_t type, int64_t first_group, int64_t last_group) {
+  const int64_t blocks = from.cols / BLOCK, bytes = type == Q8 ? Q8_BYTES : Q4_BYTES;
+  float x[BLOCK];
+  int32_t q[BLOCK];
+  for (int64_t g = first_group; g < last_group; g++) {
+    for (int64_t b = 0; b < blocks; b++) {
+      uint8_t* p = (uint8_t*)to + (g * blocks + b) * bytes;
+      for (int64_t r = 0; r < GROUP; r++) {
+        int64_t row = g * GROUP + r;
+        if (row < from.rows) plain_row(from, row, b * BLOCK, BLOCK, x);
+        else __builtin_memset(x, 0, sizeof x);  // rows that fill the last group
+        uint16_t scale = encode(x, type, q);
+        __builtin_memcpy(p + 2 * r, &scale, 2);
+        for (int k = 0; k < (type == Q8 ? 32 : 16); k++) {
+          uint8_t* at = p + GROUP * 2 + k / 4 * 64 + r * 4 + k % 4;
+          *at = (uint8_t)(type == Q8 ? q[k] : q[k] | q[k + 16] << 4);
+        }
+      }
+    }
+  }
+}
+
+void encode_line(const float* x, int64_t cols, int32_t type, char* line) {
+  int32_t q[BLOCK];
+  uint8_t* numbers = (uint8_t*)line + cols / BLOCK * 2;
+  for (int64_t b = 0; b < cols / BLOCK; b++) {
+    uint16_t scale = encode(x + b * BLOCK, type, q);
+    __builtin_memcpy(line + 2 * b, &scale, 2);
+    if (type == Q8) {
+      for (int i = 0; i < BLOCK; i++) numbers[b * BLOCK + i] = (uint8_t)q[i];
+    } else {
+      for (int i = 0; i < 16; i++) numbers[b * 16 + i] = (uint8_t)(q[i] | q[i + 16] << 4);
+    }
+  }
+}
+
+// Lines first..last of the result: rows of `from`, or its columns when it is to be transposed
+void pack_lines(const Matrix& from, bool transpose, void* to, int32_t type, int64_t first, int64_t last) {
+  const int64_t cols = transpose ? from.rows : from.cols, size = line_bytes(type, cols);
+  constexpr int WIDE = 16;
+  char* out = (char*)to;
+  if (transpose && type == from.type) {  // the same bits in another order
+    const int64_t item = type == F32 ? 4 : 2;
+    for (int64_t f = first; f < last; f += WIDE) {
+      for (int64_t c = 0; c < cols; c++) {
+        const char* p = (const char*)from.data + (c * from.cols + f) * item;
+        for (int64_t i = 0; i < WIDE && f + i < last; i++) {
+          __builtin_memcpy(out + (f + i) * size + c * item, p + i * item, item);
+        }
+      }
+    }
+    return;
+  }
+  float* lines = (float*)__builtin_malloc(WIDE * cols * sizeof(float));
+  float part[WIDE];
+  for (int64_t f = first; f < last; f += WIDE) {
+    const int64_t many = last - f < WIDE ? last - f : WIDE;
+    for (int64_t c = 0; transpose && c < cols; c++) {
+      plain_row(from, c, f, many, part);
+      for (int64_t i = 0; i < many; i++) lines[i * cols + c] = part[i];
+    }
+    for (int64_t i = 0; i < many; i++) {
+      float* line = lines + i * cols;
+      if (!transpose) plain_row(from, f + i, 0, cols, line);
+      char* at = out + (f + i) * size;
+      if (type == Q8 || type == Q4) {
+        encode_line(line, cols, type, at);
+        continue;
+      }
+      for (int64_t c = 0; c < cols; c++) {
+        uint32_t x = bits<uint32_t>(line[c]);
+        uint16_t half = type == F16 ? float_to_half(line[c]) : (uint16_t)((x + 0x7fff + ((x >> 16) & 1)) >> 16);
+        if (type == F32) __builtin_memcpy(at + 4 * c, &x, 4);
+        else __builtin_memcpy(at + 2 * c, &half, 2);
+      }
+    }
+  }
+  __builtin_free(lines);
+}

@@ -1,0 +1,229 @@
+"""`NativeModel`: what `receptance.load(path, engine="native")` gives."""
+
+import ctypes
+import os
+import threading
+import warnings
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from receptance.errors import ConfigError
+from receptance.native.arrays import Array, Weights, aligned, to_float
+from receptance.native.binding import Binding, addresses, type_name
+from receptance.native.config import NativeConfig, Shapes
+from receptance.native.library import Core, CState, NoCoreError, Request, load_core
+from receptance.native.plain import PlainEngine
+from receptance.native.state import State
+
+DTYPES = ("float32", "bfloat16", "float16", "int8", "int4")
+CHUNK_ROWS = 128  # tokens at once in the core: bounds its working memory
+EMPTY = -1e38  # RWKV-4's exponent before any token, as in receptance.ops
+STATE_FIELDS = ["att_shift", "ffn_shift", "wkv", "num", "den", "exp"]
+
+
+class NativeModel:
+    """An RWKV of any version on the CPU, without torch.
+
+    dtype: how the large matrices are held; None = as in the file. float32 leaves narrower ones as they are (they widen
+    exactly), float16 and bfloat16 round wider ones, int8 and int4 quantise blocks of 32 numbers. Vectors and low-rank
+    maps stay as in the file; arithmetic and state are float32.
+    threads: None = one for each core that this process may use.
+    engine_name: None = the best compiled engine for this machine, or "numpy" where there is none.
+    Raises ConfigError for an unknown dtype, or int8 and int4 without the compiled core.
+    """
+
+    engine = "native"
+
+    def __init__(
+        self,
+        weights: Weights,
+        config: NativeConfig,
+        fingerprint: str,
+        *,
+        dtype: str | None = None,
+        threads: int | None = None,
+        engine_name: str | None = None,
+    ):
+        if dtype is not None and dtype not in DTYPES:
+            raise ConfigError(f"dtype {dtype!r} is unknown to the native engine; use one of {', '.join(DTYPES)}")
+        if threads is not None and not 1 <= threads <= 1024:
+            raise ConfigError(f"threads is {threads}, expected 1 to 1024")
+        self.config = config
+        self.fingerprint = fingerprint
+        self.dtype = dtype or type_name(weights["head.weight"])
+        self.threads = threads or available_cores()
+        self.active_fraction: float | None = None  # of hidden units in the last call, where only active ones were read
+        self._tuned = tuned_state(weights, config)
+        self._plain: PlainEngine | None = None
+        self._core: Core | None = None
+        self._lock = threading.Lock()
+        self._scratch: tuple[int, NDArray[np.uint8]] = (0, aligned(0))
+        try:
+            self._core = None if engine_name == "numpy" else load_core(engine_name or "")
+        except NoCoreError as error:
+            if engine_name is not None:
+                raise ConfigError(f"engine {engine_name!r} is not there: {error}") from None
+            lost = "slower, with more memory, on one thread, without int8 and int4"
+            warnings.warn(f"the compiled CPU engine is not there ({error}); running in NumPy: {lost}", stacklevel=2)
+        if self._core is None:
+            if dtype in ("int8", "int4"):
+                raise ConfigError(f"dtype {dtype!r} needs the compiled CPU engine; python -m receptance.native.build")
+            self._plain, self.threads = PlainEngine(weights, config), 1
+            self.engine_name = "numpy"
+            return
+        self.engine_name = self._core.name
+        self._team, self._team_process = self._core.library.receptance_team_new(self.threads), os.getpid()
+        self._binding = Binding(self._core, self._team, weights, config, dtype)
+
+    def __del__(self) -> None:
+        if getattr(self, "_team", None) and self._core and self._team_process == os.getpid():
+            self._core.library.receptance_team_free(self._team)
+            self._team = None
+
+    @property
+    def device(self) -> str:
+        return "cpu"
+
+    def state_shapes(self, batch: int) -> Shapes:
+        """Name → shape of each state tensor."""
+        return self.config.state_shapes(batch)
+
+    def zero_state(self, batch: int = 1) -> State:
+        """The state before any token: zeros, or the tuned initial state when the checkpoint carries `time_state`."""
+        arrays = {name: np.zeros(shape, np.float32) for name, shape in self.state_shapes(batch).items()}
+        if "exp" in arrays:
+            arrays["exp"][:] = EMPTY
+        if self._tuned is not None:
+            arrays["wkv"][:] = self._tuned[:, None]
+        return State(arrays)
+
+    def check_state(self, state: State, source: str = "state") -> None:
+        """Raise ValueError unless the state has this model's fields and shapes."""
+        expected = self.state_shapes(state.batch if "att_shift" in state else 1)
+        found = {name: tuple(x.shape) for name, x in state.items()}
+        if found != expected:
+            raise ValueError(f"{source}: a state with {found}; this RWKV-{self.config.version} model needs {expected}")
+
+    def load_state(self, path: str | Path) -> State:
+        """`State.load(path, self)`."""
+        return State.load(path, self)
+
+    def forward(
+        self,
+        tokens: list[int] | list[list[int]] | NDArray[np.integer],
+        state: State | None = None,
+        *,
+        lengths: list[int] | NDArray[np.integer] | None = None,
+        last_only: bool = False,
+    ) -> tuple[Array, State]:
+        """Run T tokens on from `state` (None: from the start), which is not changed; any split of T, same result.
+
+        tokens: [T] → logits [T, V]; [B, T] → [B, T, V]. A torch state is taken too.
+        lengths [B]: row i has lengths[i] tokens and padding after them; the returned state is the one after its own
+        last token, and logits beyond it are zeros. last_only: logits of each row's last token alone, [V] or [B, V].
+        The returned state always has a batch axis. Raises ValueError on an empty or out-of-range input.
+        """
+        ids = np.asarray(tokens, dtype=np.int64)
+        if ids.ndim not in (1, 2) or ids.size == 0:
+            raise ValueError(f"tokens must be [T] or [B, T] with at least one token, got shape {ids.shape}")
+        single, ids = ids.ndim == 1, ids.reshape(-1, ids.shape[-1])
+        batch, t = ids.shape
+        if not 0 <= ids.min() <= ids.max() < self.config.vocab_size:
+            raise ValueError(f"token ids must be in [0, {self.config.vocab_size}), got {ids.min()}..{ids.max()}")
+        counts = np.full(batch, t) if lengths is None else np.asarray(lengths)
+        if counts.shape != (batch,) or not (counts.min() >= 0 and counts.max() <= t):
+            raise ValueError(f"lengths must be [{batch}] with values in [0, {t}], got {counts.tolist()}")
+        before = self._checked(state, batch)
+
+        rows = ids[np.arange(t) < counts[:, None]]  # all tokens, one sequence after the other
+        shape = (batch, self.config.vocab_size) if last_only else (len(rows), self.config.vocab_size)
+        run = self._run_core if self._plain is None else self._run_plain
+        logits, after = run(rows.astype(np.int32), counts.astype(np.int32), before, shape, last_only)
+        if not last_only and len(rows) < batch * t:
+            padded = np.zeros((batch, t, shape[1]), np.float32)
+            padded[np.arange(t) < counts[:, None]] = logits
+            logits = padded
+        elif not last_only:
+            logits = logits.reshape(batch, t, -1)
+        return (logits[0] if single else logits), after
+
+    def _checked(self, state: State | None, batch: int) -> State:
+        if state is None:
+            return self.zero_state(batch)
+        if not isinstance(state, State):
+            state = State(state)
+        if state.batch != batch:
+            raise ValueError(f"a state of {state.batch} rows for {batch} rows of tokens")
+        self.check_state(state)
+        return state
+
+    def _run_core(
+        self, rows: NDArray[np.int32], counts: NDArray[np.int32], before: State, shape: tuple[int, int], last_only: bool
+    ) -> tuple[Array, State]:
+        core = self._core
+        assert core is not None
+        given = {name: np.ascontiguousarray(x) for name, x in before.items()}
+        has_empty = not counts.all()  # rows that no token touches keep their state
+        made = {name: x.copy() if has_empty else np.empty_like(x) for name, x in given.items()}
+        logits = np.zeros(shape, np.float32) if has_empty else np.empty(shape, np.float32)
+        chunk = int(max(min(CHUNK_ROWS, len(rows)), len(counts)))
+        with self._lock:
+            if self._team_process != os.getpid():  # a fork leaves the threads behind
+                self._team, self._team_process = core.library.receptance_team_new(self.threads), os.getpid()
+            if self._scratch[0] < chunk:
+                need = core.library.receptance_scratch_bytes(core.engine, self._binding.model, chunk, self.threads)
+                self._scratch = (chunk, aligned(need))
+            request = Request(
+                ctypes.pointer(self._binding.model),
+                self._team,
+                rows.ctypes.data,
+                counts.ctypes.data,
+                len(counts),
+                ctypes.pointer(CState(*addresses(given, STATE_FIELDS))),
+                ctypes.pointer(CState(*addresses(made, STATE_FIELDS))),
+                logits.ctypes.data,
+                last_only,
+                self._scratch[1].ctypes.data,
+                chunk,
+            )
+            core.library.receptance_forward(core.engine, ctypes.byref(request))
+        self.active_fraction = request.active / request.hidden if request.hidden else None
+        return logits, State(made)
+
+    def _run_plain(
+        self, rows: NDArray[np.int32], counts: NDArray[np.int32], before: State, shape: tuple[int, int], last_only: bool
+    ) -> tuple[Array, State]:
+        assert self._plain is not None
+        after = before.clone()
+        logits = np.zeros(shape, np.float32)
+        ends = np.cumsum(counts)
+        for i, (count, end) in enumerate(zip(counts.tolist(), ends.tolist())):
+            if count:
+                place: int | slice = i if last_only else slice(end - count, end)
+                fields = {name: x[:, i] for name, x in after.items()}
+                logits[place] = self._plain.forward(rows[end - count : end].tolist(), fields, last_only)
+        return logits, after
+
+
+def tuned_state(weights: Weights, config: NativeConfig) -> Array | None:
+    """[L, H, N, N], value × key."""
+    if not config.time_state:
+        return None
+    return np.stack([to_float(weights[f"blocks.{i}.att.time_state"]) for i in range(config.n_layer)])
+
+
+def available_cores() -> int:
+    """Physical cores among those that this process may use; where the system does not tell, all of its processors."""
+    try:
+        cpus = os.sched_getaffinity(0)
+    except AttributeError:  # not on this system
+        return os.cpu_count() or 1
+    siblings = set()
+    for cpu in cpus:
+        try:
+            siblings.add(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text())
+        except OSError:
+            siblings.add(str(cpu))
+    return max(1, len(siblings))
