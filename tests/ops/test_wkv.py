@@ -23,7 +23,9 @@ def reference(shared) -> dict[str, Tensor]:
 
 def take(reference: dict[str, Tensor], name: str, backend: str) -> dict[str, Tensor]:
     dtype = torch.float32 if backend == "triton" else torch.float64  # the kernels compute in float32
-    return {key.split(".")[1]: value.to(dtype, copy=True) for key, value in reference.items() if key.split(".")[0] == name}
+    return {
+        key.split(".")[1]: value.to(dtype, copy=True) for key, value in reference.items() if key.split(".")[0] == name
+    }
 
 
 def assert_matches(got: Tensor, expected: Tensor) -> None:

@@ -32,7 +32,7 @@ LEVELS = tl.constexpr(5)  # 2^5 tokens a chunk
 
 @triton.jit
 def _dot(x, y, PRECISION: tl.constexpr):
-    """x @ y in float32; operands multiplied as "tf32" or "ieee"."""
+    """x @ y in float32; operands multiplied as "tf32", or "tf32x3" for float32's accuracy."""
     return tl.dot(x.to(tl.float32), y.to(tl.float32), input_precision=PRECISION)
 
 
@@ -355,7 +355,7 @@ class _Prepared:
 
 def _run_prepare(plan: _Plan, r: Tensor, w: Tensor, k: Tensor, a: Tensor, b: Tensor, resets: Tensor | None,
                  backward: bool) -> _Prepared:  # fmt: skip
-    half = torch.float32 if plan.precision == "ieee" else torch.float16
+    half = torch.float32 if plan.precision == "tf32x3" else torch.float16
     new = lambda *shape, dtype=half: torch.empty((plan.heads, plan.chunks, *shape), dtype=dtype, device=r.device)
     tile, square, scale = (CHUNK, plan.n), (CHUNK, CHUNK), (CHUNK,)
     out = _Prepared(
@@ -404,7 +404,7 @@ def _run_sequence(plan: _Plan, a: Tensor, b: Tensor, x: Tensor, x_scale: Tensor,
 
 def _new_states(plan: _Plan, like: Tensor) -> tuple[Tensor, Tensor]:
     """Room for a state per chunk, and its rows' scales."""
-    dtype = torch.float32 if plan.precision == "ieee" else torch.float16
+    dtype = torch.float32 if plan.precision == "tf32x3" else torch.float16
     states = torch.empty((plan.heads, plan.chunks, plan.n, plan.n), dtype=dtype, device=like.device)
     return states, torch.empty((plan.heads, plan.chunks, plan.n), dtype=torch.float32, device=like.device)
 
@@ -452,11 +452,12 @@ def wkv7(
     """Same contract as the naive form, but inputs may stay in half precision; the state is float32.
 
     Any T and head sizes up to 128. Products are tf32 for half-precision inputs; bfloat16 would be too coarse: 3e-3 in
-    y, 1e-2 in w's gradient, which is a difference of sums.
+    y, 1e-2 in w's gradient, which is a difference of sums. For float32 inputs they are three tf32 products each, which
+    overflow the registers: slow to compile and to run.
     """
     inputs = [x.contiguous() for x in (r, w, k, v, a, b, state)]
     is_saving = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    precision = "ieee" if v.dtype == torch.float32 else "tf32"
+    precision = "tf32x3" if v.dtype == torch.float32 else "tf32"
     y, end = _WKV7.apply(*inputs, resets, precision, is_saving)  # type: ignore[no-untyped-call]
     return y, end
 
