@@ -18,7 +18,7 @@ class _LogitPenalty(torch.autograd.Function):
     def forward(ctx: Any, loss: Tensor, logits: Tensor, targets: Tensor, factor: float) -> Tensor:
         top, index = logits.max(-1, keepdim=True)
         valid = (targets != IGNORE).unsqueeze(-1)
-        ctx.save_for_backward(top * valid * (factor / valid.sum()), index)
+        ctx.save_for_backward(top * valid * (factor / valid.sum().to(top.dtype)), index)
         ctx.shape = logits.shape
         return loss.clone()
 
