@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 MAX_DIRECTORY = 2 << 20  # bytes of zip directory read at once; a model of 2,000 tensors needs a tenth of it
 MAX_PICKLE = 16 << 20
-MAX_INSTRUCTIONS = 500_000  # a model of 2,000 tensors needs 80,000
+MAX_INSTRUCTIONS = 240_000  # a model of 2,000 tensors needs 80,000; this many take half a second
 
 STORAGES = {
     "torch DoubleStorage": "float64",
