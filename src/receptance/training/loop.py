@@ -110,12 +110,21 @@ def train(config: TrainConfig, reporter: Reporter, sampler: Sampler | None = Non
         reporter.message(f"continuing from step {first} of {config.steps}")
     announce_memory(run, reporter)
     with ExitStack() as stack:
+        stack.callback(settle, checkpoints, reporter)
         following = trackers(config, run.out) if is_first else []
         for tracker in following:
             stack.callback(tracker.close)
         log = Log(run.out / "log.jsonl" if is_first else None, first, following)
         last = take_steps(run, first, checkpoints, log, reporter, sampler)
         return finish(run, last, log, reporter, sampler)
+
+
+def settle(checkpoints: Checkpoints, reporter: Reporter) -> None:
+    """Let the checkpoint in the background reach the disk, also when the run breaks off: processes may leave next."""
+    try:
+        checkpoints.wait()
+    except CheckpointError as error:
+        reporter.message(str(error))
 
 
 def take_steps(
