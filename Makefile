@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: demo test test-slow check clean
 
 demo: .venv/.base
-	$(BIN)/receptance run "Once upon a time, there was a little rabbit" --echo --max-tokens 200 --seed 1
+	$(BIN)/receptance run "Once upon a time, there was a little rabbit" --echo --max-tokens 200 --seed 9
 
 test: .venv/.dev
 	$(BIN)/python -m pytest -n 2
