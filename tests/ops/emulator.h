@@ -22,6 +22,7 @@
 typedef unsigned int word;
 typedef unsigned short half_bits;
 typedef unsigned char byte;
+typedef unsigned long long uint64;
 
 struct Dim { unsigned x, y, z; };
 static Dim blockIdx, gridDim;
@@ -127,6 +128,11 @@ inline word pack_bfloat16(float low, float high) { return to_bfloat16(low) | to_
 inline word scale_halves(word x, word factor) {
   return pack(half_to_float(x) * half_to_float(factor), half_to_float(x >> 16) * half_to_float(factor >> 16));
 }
+inline word scale_bfloat16(word x, word factor) {
+  return pack_bfloat16(as_float(x << 16) * as_float(factor << 16), as_float(x & ~0xffffu) * as_float(factor & ~0xffffu));
+}
+inline float largest(float x, float y) { return x > y ? x : y; }
+inline float magnitude(float x) { return std::fabs(x); }
 inline float exp2(float x) { return std::exp2(x); }
 inline word larger_halves(word x, word y) {
   const word low = (x & 0xffff) > (y & 0xffff) ? x & 0xffff : y & 0xffff;
@@ -136,6 +142,7 @@ inline word larger_halves(word x, word y) {
 inline float shuffle_xor(float x, int mask) {
   return as_float(emulator::exchange({nullptr, {as_word(x)}})[lane() ^ mask].x[0]);
 }
+inline word shuffle(word x, int from) { return emulator::exchange({nullptr, {x}})[from].x[0]; }
 inline word vote(bool x) {
   const emulator::Slot* all = emulator::exchange({nullptr, {x}});
   word votes = 0;
@@ -158,9 +165,10 @@ inline void load_matrices_transposed(word (&x)[4], const half_bits* p) {
   for (int i = 0; i < 4; ++i) x[i] = at(i, lane() % 4 * 2) | at(i, lane() % 4 * 2 + 1) << 16;
   warp_barrier();
 }
-inline void multiply(float (&c)[4], const word (&a)[4], word b0, word b1) {
+template <typename Read>
+void multiply_as(float (&c)[4], const word (&a)[4], word b0, word b1, Read read) {
   const emulator::Slot* all = emulator::exchange({nullptr, {a[0], a[1], a[2], a[3], b0, b1}});
-  const auto half_of = [](word x, int i) { return half_to_float((half_bits)(x >> 16 * (i & 1))); };
+  const auto half_of = [&](word x, int i) { return read((half_bits)(x >> 16 * (i & 1))); };
   for (int i = 0; i < 4; ++i) {
     const int row = lane() / 4 + i / 2 * 8, column = lane() % 4 * 2 + i % 2;
     for (int k = 0; k < 16; ++k) {
@@ -168,4 +176,8 @@ inline void multiply(float (&c)[4], const word (&a)[4], word b0, word b1) {
       c[i] += left * half_of(all[column * 4 + k % 8 / 2].x[4 + k / 8], k);
     }
   }
+}
+inline void multiply(float (&c)[4], const word (&a)[4], word b0, word b1) { multiply_as(c, a, b0, b1, half_to_float); }
+inline void multiply_bfloat16(float (&c)[4], const word (&a)[4], word b0, word b1) {
+  multiply_as(c, a, b0, b1, [](half_bits x) { return as_float((word)x << 16); });
 }

@@ -13,8 +13,8 @@ typedef unsigned int word;             // two halves
 typedef unsigned short half_bits;      // one of them
 typedef unsigned char byte;
 
-#ifdef __CUDACC_RTC__
 typedef unsigned long long uint64;
+#ifndef EMULATED
 #define DEVICE __device__ __forceinline__
 #else
 #define DEVICE inline
@@ -52,6 +52,7 @@ DEVICE void multiply(float (&c)[4], const word (&a)[4], word b0, word b1) {
 }
 
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+DEVICE word shuffle(word x, int from) { return __shfl_sync(0xffffffffu, x, from); }
 DEVICE word vote(bool x) { return __ballot_sync(0xffffffffu, x); }
 DEVICE word largest_of_warp(word x) { return __reduce_max_sync(0xffffffffu, x); }
 
@@ -75,10 +76,21 @@ DEVICE word pack_bfloat16(float low, float high) {
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
   return x;
 }
-DEVICE word scale_halves(word x, word factor) {  // both halves of each
+DEVICE word scale_halves(word x, word factor) {  // each half by its own
   word y;
   asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(x), "r"(factor));
   return y;
+}
+DEVICE word scale_bfloat16(word x, word factor) {
+  word y;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(x), "r"(factor), "r"(0x80008000u));
+  return y;
+}
+DEVICE void multiply_bfloat16(float (&c)[4], const word (&a)[4], word b0, word b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+               "{%0, %1, %2, %3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 DEVICE float exp2(float x) {
   float y;
@@ -94,6 +106,8 @@ DEVICE word larger_halves(word x, word y) {  // as unsigned 16-bit integers
   return __vmaxu2(x, y);
 #endif
 }
+DEVICE float largest(float x, float y) { return fmaxf(x, y); }
+DEVICE float magnitude(float x) { return fabsf(x); }
 DEVICE float as_float(word x) { return __uint_as_float(x); }
 DEVICE word as_word(float x) { return __float_as_uint(x); }
 DEVICE int lane() { return threadIdx.x & 31; }
@@ -111,32 +125,39 @@ DEVICE Pair operator*(Pair p, float f) { return {p.x * f, p.y * f}; }
 DEVICE Pair exp2(Pair p) { return {exp2(p.x), exp2(p.y)}; }
 DEVICE word pack(Pair p) { return pack(p.x, p.y); }
 DEVICE Pair unpack(word x) { return {half_to_float((half_bits)x), half_to_float((half_bits)(x >> 16))}; }
-DEVICE float largest(float a, float b) { return a > b ? a : b; }
 
 // What the caller's tensors hold: bfloat16, or float16 when compiled with -DFLOAT16.
 #ifdef FLOAT16
+constexpr word ONE = 0x3c00, LEAST = 113, MOST = 141;  // 1; exponents of units that a float16 can hold, inverse too
 DEVICE Pair read(word x) { return unpack(x); }
 DEVICE word written(Pair p) { return pack(p); }
-DEVICE word exponent_bits(half_bits magnitude) { return as_word(half_to_float(magnitude)) >> 23; }
+DEVICE word exponent_of(half_bits magnitude) { return as_word(half_to_float(magnitude)) >> 23; }
+DEVICE word power_of_two(word exponent) { return (exponent - 112) * 0x04000400u; }
+DEVICE word scale_input(word x, word factor) { return scale_halves(x, factor); }
+DEVICE void multiply_inputs(float (&c)[4], const word (&a)[4], word b0, word b1) { multiply(c, a, b0, b1); }
 #else
+constexpr word ONE = 0x3f80, LEAST = 87, MOST = 167;
 DEVICE Pair read(word x) { return {as_float(x << 16), as_float(x & 0xffff0000u)}; }
 DEVICE word written(Pair p) { return pack_bfloat16(p.x, p.y); }
-DEVICE word exponent_bits(half_bits magnitude) { return magnitude >> 7; }
+DEVICE word exponent_of(half_bits magnitude) { return magnitude >> 7; }
+DEVICE word power_of_two(word exponent) { return exponent * 0x00800080u; }
+DEVICE word scale_input(word x, word factor) { return scale_bfloat16(x, factor); }
+DEVICE void multiply_inputs(float (&c)[4], const word (&a)[4], word b0, word b1) { multiply_bfloat16(c, a, b0, b1); }
 #endif
 
-/// The largest magnitude among eight elements, as its bits.
+/// The largest magnitude among eight elements: its bits in the upper half of the word, the lower half is noise.
 DEVICE word largest_magnitude(const word* x) {
   const word mask = 0x7fff7fffu;
-  word top = larger_halves(larger_halves(x[0] & mask, x[1] & mask), larger_halves(x[2] & mask, x[3] & mask));
-  return (top & 0xffffu) > (top >> 16) ? top & 0xffffu : top >> 16;
+  const word top = larger_halves(larger_halves(x[0] & mask, x[1] & mask), larger_halves(x[2] & mask, x[3] & mask));
+  return top > top << 16 ? top : top << 16;
 }
 
-/// A power of two that brings magnitudes with this float32 exponent into [1, 2), and its inverse; within 2^±40.
-struct Unit { float value, inverse; };
-DEVICE Unit unit_of(word exponent) {
-  exponent = exponent < 87 ? 87 : exponent > 167 ? 167 : exponent;
-  return {as_float(exponent << 23), as_float((254 - exponent) << 23)};
-}
+/// A power of two by float32's exponent, and its inverse. Units bring the largest magnitude into [1, 2).
+struct Unit {
+  float value, inverse;
+  DEVICE explicit Unit(word exponent) : value(as_float(exponent << 23)), inverse(as_float((254 - exponent) << 23)) {}
+};
+DEVICE word clamp(word x, word least, word most) { return x < least ? least : x > most ? most : x; }
 
 // Operands out of tiles: X is [16 × 16] at p with `stride` halves a row, unless said otherwise.
 DEVICE int by_column() { return (lane() & 7) + (lane() & 8); }       // rows of matrices 0 and 1, then 2 and 3

@@ -17,7 +17,7 @@ from torch import Tensor
 from receptance.ops.cuda import Program, load
 
 HEAD, CHUNK, THREADS = 64, 16, 128
-FORWARD_BYTES, BACKWARD_BYTES, JOIN_BYTES = 28_672, 67_584, 4 * (HEAD * (HEAD + 1) + 16 * HEAD)  # of shared memory
+FORWARD_BYTES, BACKWARD_BYTES, JOIN_BYTES = 27_648, 70_144, 4 * (HEAD * (HEAD + 1) + 16 * HEAD)  # of shared memory
 BLOCKS = 264  # that keep a large GPU busy
 MIN_SEGMENT = 8  # chunks
 SOURCE = Path(__file__).with_name("wkv7.cu")

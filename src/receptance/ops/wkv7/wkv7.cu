@@ -12,74 +12,99 @@
 #include "tiles.cuh"
 
 constexpr int N = 64, L = 16, WARPS = 4;
-constexpr int RAW = L * N;             // elements of an input's chunk
-constexpr int ROW = N + 8, TILE = L * ROW;     // halves; a padded row keeps ldmatrix free of bank conflicts
+constexpr int ROW = N + 8, TILE = L * ROW;     // halves; padded rows keep reads of columns free of bank conflicts
 constexpr int SIDE = L + 8, PAIRS = L * SIDE;  // [L × L]
 constexpr float LOG2E = 1.4426950408889634f;
 
 enum { R, W, K, V, A, B, GY };
+enum { T_INVERSE, AK, RB, RK };
 
 /// The chunk's place in tensors [batch, T, H, N].
 struct Place {
-  unsigned long long base;  // of the row and head
-  int stride, T, head;
-  const byte* resets;       // of the row
+  uint64 base;  // of the row and head
+  int stride, T;
+  const byte* resets;  // of the row
 };
-
 DEVICE Place place_of(int head, int T, int H, const byte* resets) {
-  const unsigned long long row = head / H;
-  return {row * T * H * N + (head % H) * N, H * N, T, head, resets ? resets + row * T : nullptr};
+  const uint64 row = head / H;
+  return {row * T * H * N + (head % H) * N, H * N, T, resets ? resets + row * T : nullptr};
 }
 
 /// Start copying a chunk of one input; each thread takes 16 bytes.
 DEVICE void fetch(half_bits* raw, const half_bits* x, const Place& at, int chunk) {
-  const int t = chunk * L + thread() / 8, n = thread() % 8 * 8;
-  copy_async(raw + thread() * 8, x + at.base + (unsigned long long)(t < at.T ? t : 0) * at.stride + n, t < at.T);
+  const int row = thread() / 8, n = thread() % 8 * 8, t = chunk * L + row;
+  copy_async(raw + row * ROW + n, x + at.base + (uint64)(t < at.T ? t : 0) * at.stride + n, t < at.T);
 }
-
-/// This thread's largest magnitude of the piece it fetched, over the warp, for the unit.
+/// The exponent of the largest magnitude that this warp fetched.
 DEVICE void note_top(word* tops, const half_bits* raw) {
-  const word* x = (const word*)(raw + thread() * 8);
-  const word top = largest_of_warp(largest_magnitude(x));
-  if (lane() == 0) tops[warp()] = top;
+  const word top = largest_of_warp(largest_magnitude((const word*)(raw + thread() / 8 * ROW + thread() % 8 * 8)));
+  if (lane() == 0) tops[warp()] = exponent_of(top >> 16);
 }
-DEVICE word largest(const word* tops) {
-  const word a = tops[0] > tops[1] ? tops[0] : tops[1], b = tops[2] > tops[3] ? tops[2] : tops[3];
+DEVICE void note_top(word* tops, const float (&c)[8][4]) {  // of a state
+  float top = 0;
+  for (int j = 0; j < 8; ++j)
+    for (int i = 0; i < 4; ++i) top = largest(top, magnitude(c[j][i]));
+  const word exponent = largest_of_warp(as_word(top)) >> 23;
+  if (lane() == 0) tops[warp()] = exponent;
+}
+/// Lane i has the exponent of tensor i's largest magnitude.
+DEVICE word top_of_lane(const word (&tops)[7][WARPS]) {
+  const Quad x = *(const Quad*)tops[lane() < 7 ? lane() : 0];
+  const word a = x.x > x.y ? x.x : x.y, b = x.z > x.w ? x.z : x.w;
   return a > b ? a : b;
 }
-DEVICE Unit unit_of_input(const word* tops) { return unit_of(exponent_bits((half_bits)largest(tops))); }
+DEVICE float two_to(int exponent) { return exponent > 0 ? as_float(exponent << 23) : 0; }  // biased by 127
+DEVICE int unit_exponent(int own, int added) {
+  const int exponent = own > added ? own : added;
+  return exponent < 87 ? 87 : exponent > 167 ? 167 : exponent;
+}
 
 /// Which tokens begin a document, a bit each; lanes 0–15 hold a token's flag.
 DEVICE bool reset_flag(const Place& at, int chunk) {
   const int t = chunk * L + lane();
-  return at.resets && lane() < L && chunk >= 0 && t < at.T && at.resets[t];
+  return at.resets && lane() < L && t < at.T && at.resets[t];
 }
-DEVICE bool is_same_document(word resets, int early, int late) { return !(resets >> (early + 1) << (early + 1) & ((2u << late) - 1)); }
+DEVICE bool is_one_document(word resets, int early, int late) {
+  return !(resets >> early >> 1 << early << 1 & ((2u << late) - 1));
+}
 DEVICE bool opens(word resets, int t) { return !(resets & ((2u << t) - 1)); }  // still sees the start state
 DEVICE bool closes(word resets, int t) { return !(resets >> t >> 1); }         // the end state still sees it
 
-/// Decays around the middle of the chunk for this lane's two columns and this warp's four tokens.
-struct Decays {
-  Pair mid, tail;  // log2 of the decay over each half
-  Pair before;     // exponent before this warp's first token, relative to the middle
-};
-DEVICE Decays decays_of(const half_bits* w) {
-  Pair quarter[4];
-  for (int i = 0; i < 4; ++i) {
-    quarter[i] = {0, 0};
-    for (int t = 4 * i; t < 4 * i + 4; ++t) quarter[i] = quarter[i] + read(((const word*)w)[t * 32 + lane()]);
-    quarter[i] = quarter[i] * LOG2E;
+/// What a lane knows for good: its place in fragments, and triangles as masks and as operands.
+struct Lane {
+  int g, q, here;  // here: of its first element in a tile, columns of this warp
+  word below, upto, above, from;  // masks of a diagonal block [8 × 8]: column < row, ≤, >, ≥
+  word until, before;  // sums of w from the middle to each token, without it: rows of ±1
+  DEVICE Lane() : g(lane() / 4), q(lane() % 4), here(g * ROW + warp() * 16 + q * 2) {
+    const int column = 2 * q;
+    below = (column < g ? 0xffffu : 0) | (column + 1 < g ? 0xffff0000u : 0);
+    upto = (column <= g ? 0xffffu : 0) | (column + 1 <= g ? 0xffff0000u : 0);
+    above = ~upto, from = ~below;
+    until = ONE * 0x10001u, before = until;
   }
-  const int i = warp();
-  const Pair none = {0, 0};
-  const Pair before = i == 0 ? none - quarter[0] - quarter[1] : i == 1 ? none - quarter[1] : i == 2 ? none : quarter[2];
-  return {quarter[0] + quarter[1], quarter[2] + quarter[3], before};
-}
+};
 
-DEVICE word* at_pair(half_bits* tile, int t) { return (word*)(tile + t * ROW) + lane(); }
-DEVICE Pair raw_pair(const half_bits* raw, int x, int t) { return read(((const word*)(raw + x * RAW))[t * 32 + lane()]); }
+/// log2 of the decay from the middle of the chunk to each token's end and to its start, for this warp's 16 columns.
+struct Exponents {
+  Square end, start;
+  DEVICE Exponents(const half_bits* w, const Lane& my) : end{}, start{} {
+    const word ones = ONE * 0x10001u, minus = ones | 0x80008000u;
+    const word to_end[4] = {minus & my.above, 0, 0, ones & my.upto}, to_start[4] = {minus & my.from, 0, 0, ones & my.below};
+    word x[4];
+    load_right(x, w + warp() * 16, ROW);
+    for (int n = 0; n < 2; ++n) {
+      multiply_inputs(end[n], to_end, x[2 * n], x[2 * n + 1]);
+      multiply_inputs(start[n], to_start, x[2 * n], x[2 * n + 1]);
+      for (int i = 0; i < 4; ++i) end[n][i] *= LOG2E, start[n][i] *= LOG2E;
+    }
+  }
+};
 
-/// tril(x yᵀ) as float16, or strictly lower; rows late, columns early.
+DEVICE word& at(half_bits* tile, int place) { return *(word*)(tile + place); }
+/// An input in its unit (`power`: the inverse), times a decay, as float16.
+DEVICE word decayed(half_bits* raw, int place, word power, Pair decay) { return pack(read(scale_input(at(raw, place), power)) * decay); }
+
+/// [L × L] += x yᵀ
 DEVICE void scores(Square& c, const half_bits* x, const half_bits* y) {
   for (int i = 0; i < 4; ++i) {
     word left[4], right[4];
@@ -88,54 +113,46 @@ DEVICE void scores(Square& c, const half_bits* x, const half_bits* y) {
     multiply(c, left, right);
   }
 }
-DEVICE void mask_lower(Square& c, bool strict, word resets) {
+/// Zero pairs of tokens from different documents; is_late: rows are the later ones.
+DEVICE void mask_documents(Square& c, word resets, bool is_late) {
   for (int n = 0; n < 2; ++n)
     for (int i = 0; i < 4; ++i) {
-      const int late = lane() / 4 + i / 2 * 8, early = n * 8 + lane() % 4 * 2 + i % 2;
-      const bool keep = early + strict <= late && (!resets || is_same_document(resets, early, late));
-      c[n][i] = keep ? c[n][i] : 0;
+      const int row = lane() / 4 + i / 2 * 8, column = n * 8 + lane() % 4 * 2 + i % 2;
+      if (!is_one_document(resets, is_late ? column : row, is_late ? row : column)) c[n][i] = 0;
     }
 }
-DEVICE void mask_upper(Square& c, bool strict, word resets) {  // of the transposed: rows early, columns late
-  for (int n = 0; n < 2; ++n)
-    for (int i = 0; i < 4; ++i) {
-      const int early = lane() / 4 + i / 2 * 8, late = n * 8 + lane() % 4 * 2 + i % 2;
-      const bool keep = early + strict <= late && (!resets || is_same_document(resets, early, late));
-      c[n][i] = keep ? c[n][i] : 0;
-    }
-}
-DEVICE void store_pairs(half_bits* to, const Square& c) {
-  for (int n = 0; n < 2; ++n) {
-    word* row = (word*)(to + lane() / 4 * SIDE + n * 8) + lane() % 4;
-    row[0] = pack(c[n][0], c[n][1]);
-    row[8 * SIDE / 2] = pack(c[n][2], c[n][3]);
-  }
-}
+DEVICE void keep_lower(word (&x)[4], word diagonal) { x[0] &= diagonal, x[2] = 0, x[3] &= diagonal; }
+DEVICE void keep_upper(word (&x)[4], word diagonal) { x[0] &= diagonal, x[1] = 0, x[3] &= diagonal; }
 
-/// The four matrices of a chunk, one a warp: T (through `square`, float32 [L, L]), ak, rb, rk as they stand in `pairs`.
-DEVICE void make_pairs(half_bits* pairs, float* square, const half_bits* a, const half_bits* r, const half_bits* b,
-                       const half_bits* k, float ab_unit, word resets) {
+/// The matrices of a chunk, one a warp: T⁻¹ … as float16, the others in their operands' units. tiles: a', r', b', k'.
+DEVICE void make_pairs(half_bits* pairs, float (&square)[L][L], const half_bits* tiles, float unit, word resets, const Lane& my) {
   Square c = {};
-  scores(c, warp() < 2 ? a : r, warp() & 1 ? k : b);
-  mask_lower(c, warp() < 2, resets);
-  if (warp() != 0) return store_pairs(pairs + warp() * PAIRS, c);
+  scores(c, tiles + warp() / 2 * TILE, tiles + (2 + warp() % 2) * TILE);
+  if (resets) mask_documents(c, resets, true);
+  if (warp() != T_INVERSE) {
+    word x[4];
+    as_left(x, c);
+    keep_lower(x, warp() == AK ? my.below : my.upto);
+    half_bits* to = pairs + warp() * PAIRS + my.g * SIDE + my.q * 2;
+    at(to, 0) = x[0], at(to, 8 * SIDE) = x[1], at(to, 8) = x[2], at(to, 8 * SIDE + 8) = x[3];
+    return;
+  }
   for (int n = 0; n < 2; ++n)
-    for (int i = 0; i < 4; ++i)
-      square[(lane() / 4 + i / 2 * 8) * L + n * 8 + lane() % 4 * 2 + i % 2] = c[n][i] * ab_unit;
+    for (int i = 0; i < 2; ++i) *(Pair*)&square[my.g + 8 * i][n * 8 + my.q * 2] = {c[n][2 * i] * unit, c[n][2 * i + 1] * unit};
   warp_barrier();
-  float x[L];  // column `lane` of the inverse, by substitution
-  const int column = lane() & (L - 1);
+  float x[L];  // column `lane` of (I - tril₋(square))⁻¹, by substitution
+  const int column = lane() % L;
 #pragma unroll
   for (int i = 0; i < L; ++i) {
     x[i] = i == column ? 1.f : 0.f;
 #pragma unroll
-    for (int j = 0; j < i; ++j) x[i] += square[i * L + j] * x[j];
+    for (int j = 0; j < i; ++j) x[i] += square[i][j] * x[j];
   }
   if (lane() < L)
     for (int i = 0; i < L; ++i) pairs[i * SIDE + column] = float_to_half(x[i]);
 }
 
-/// State rows as operands: c [16 × 64] packed, s[j] = columns 8 j … of rows g and g + 8.
+/// State rows as operands: [16 × 64], s[j] = columns 8 j … of rows g and g + 8.
 typedef word State[8][2];
 DEVICE void left_of(word (&x)[4], const State& s, int i) { x[0] = s[2 * i][0], x[1] = s[2 * i][1], x[2] = s[2 * i + 1][0], x[3] = s[2 * i + 1][1]; }
 
@@ -166,7 +183,12 @@ DEVICE void accumulate(float (&c)[8][4], const word (&left)[4], const half_bits*
     multiply(c[2 * i + 1], left, right[2], right[3]);
   }
 }
-/// Zero the tokens that `keeps` rejects, in a left operand whose columns are tokens.
+/// c = (c · factor + more) / 16
+DEVICE void combine(Square& c, float factor, const Square& more) {
+  for (int n = 0; n < 2; ++n)
+    for (int i = 0; i < 4; ++i) c[n][i] = c[n][i] * (factor * 0.0625f) + more[n][i] * 0.0625f;
+}
+/// Zero the tokens that `keeps` rejects: of a left operand's columns, of an accumulator's columns or rows.
 template <typename Keeps>
 DEVICE void mask_tokens(word (&x)[4], word resets, Keeps keeps) {
   for (int i = 0; i < 4; ++i) {
@@ -174,157 +196,166 @@ DEVICE void mask_tokens(word (&x)[4], word resets, Keeps keeps) {
     x[i] &= (keeps(resets, t) ? 0xffffu : 0) | (keeps(resets, t + 1) ? 0xffff0000u : 0);
   }
 }
-DEVICE float largest_of_state(const float (&c)[8][4]) {
-  float top = 0;
-  for (int j = 0; j < 8; ++j)
-    for (int i = 0; i < 4; ++i) top = largest(top, c[j][i] < 0 ? -c[j][i] : c[j][i]);
-  return top;
-}
-DEVICE Pair columns(const float* x, int j) { return {x[j * 8 + lane() % 4 * 2], x[j * 8 + lane() % 4 * 2 + 1]}; }
-DEVICE void read_state(float (&c)[8][4], const float* from) {  // [N, N]
-  for (int j = 0; j < 8; ++j)
-    for (int i = 0; i < 4; ++i) c[j][i] = from[(warp() * 16 + lane() / 4 + i / 2 * 8) * N + j * 8 + lane() % 4 * 2 + i % 2];
-}
-DEVICE void write_state(const float (&c)[8][4], float* to) {
-  for (int j = 0; j < 8; ++j)
-    for (int i = 0; i < 2; ++i) {
-      Pair* row = (Pair*)(to + (warp() * 16 + lane() / 4 + i * 8) * N + j * 8) + lane() % 4;
-      *row = {c[j][2 * i], c[j][2 * i + 1]};
-    }
-}
-DEVICE void write_tokens(half_bits* to, const Place& at, int chunk, const Square& c) {  // [L × 16 value columns]
+template <typename Keeps>
+DEVICE void mask_columns(Square& c, word resets, Keeps keeps) {
   for (int n = 0; n < 2; ++n)
+    for (int i = 0; i < 4; ++i)
+      if (!keeps(resets, n * 8 + lane() % 4 * 2 + i % 2)) c[n][i] = 0;
+}
+template <int COLUMNS, typename Keeps>
+DEVICE void mask_rows(float (&c)[COLUMNS][4], word resets, Keeps keeps) {
+  for (int n = 0; n < COLUMNS; ++n)
+    for (int i = 0; i < 4; ++i)
+      if (!keeps(resets, lane() / 4 + i / 2 * 8)) c[n][i] = 0;
+}
+DEVICE void scale_columns(float (&c)[8][4], const float* by, float factor, const Lane& my) {
+  for (int j = 0; j < 8; ++j) {
+    const Pair x = *(const Pair*)(by + j * 8 + my.q * 2) * factor;
+    c[j][0] *= x.x, c[j][1] *= x.y, c[j][2] *= x.x, c[j][3] *= x.y;
+  }
+}
+DEVICE void pack_state(State& s, const float (&c)[8][4]) {
+  for (int j = 0; j < 8; ++j) s[j][0] = pack(c[j][0], c[j][1]), s[j][1] = pack(c[j][2], c[j][3]);
+}
+DEVICE void read_state(float (&c)[8][4], const float* from, const Lane& my) {  // [N, N]
+  for (int j = 0; j < 8; ++j)
     for (int i = 0; i < 2; ++i) {
-      const int t = chunk * L + lane() / 4 + i * 8;
-      word* row = (word*)(to + at.base + (unsigned long long)t * at.stride + warp() * 16 + n * 8) + lane() % 4;
-      if (t < at.T) *row = written({c[n][2 * i], c[n][2 * i + 1]});
+      const Pair x = *(const Pair*)(from + (warp() * 16 + my.g + i * 8) * N + j * 8 + my.q * 2);
+      c[j][2 * i] = x.x, c[j][2 * i + 1] = x.y;
     }
+}
+DEVICE void write_state(const float (&c)[8][4], float* to, const Lane& my) {
+  for (int j = 0; j < 8; ++j)
+    for (int i = 0; i < 2; ++i) *(Pair*)(to + (warp() * 16 + my.g + i * 8) * N + j * 8 + my.q * 2) = {c[j][2 * i], c[j][2 * i + 1]};
+}
+/// [L × 16] to this warp's columns of a tensor; `to`: at this lane's first element.
+DEVICE void write_tokens(half_bits* to, int stride, int left, const Square& c, float unit, const Lane& my) {
+  for (int i = 0; i < 2; ++i)
+    if (my.g + 8 * i < left)
+      for (int n = 0; n < 2; ++n) *(word*)(to + 8 * i * stride + 8 * n) = written(Pair{c[n][2 * i], c[n][2 * i + 1]} * unit);
 }
 
 struct Forward {
-  half_bits raw[6 * RAW];
-  half_bits a[TILE], r[TILE], b[TILE], k[TILE], v[TILE];
-  half_bits pairs[4 * PAIRS];
-  float square[L * L], mid[N], tail[N];
-  word tops[7][WARPS];  // of the inputs; of the state
+  half_bits raw[6][TILE];
+  half_bits tiles[4][TILE];  // a', r', b', k'
+  half_bits pairs[4][PAIRS];
+  float square[L][L], scale[N];
+  word tops[7][WARPS];  // exponents: of the inputs, of the state in W's place
 };
 
-/// One segment of one head. MAP: no outputs but the end state; what block.z picks is the part that the inputs write
-/// (0, from a zero state) or the segment's linear map (1, from the identity, without v).
+/// One segment of one head. MAP: no outputs but the end state; `part` is what the inputs write (0, from a zero state)
+/// or the segment's linear map (1, from the identity, without v).
 template <bool MAP>
 DEVICE void forward(byte* memory, const half_bits* r, const half_bits* w, const half_bits* k, const half_bits* v,
                     const half_bits* a, const half_bits* b, const byte* resets, const float* start, half_bits* y,
                     float* end, half_bits* states, float* units, int T, int H, int chunks, int length, int head,
                     int segment, int segments, int part) {
   Forward& m = *(Forward*)memory;
-  const Place at = place_of(head, T, H, resets);
+  const Lane my;
+  const Place place = place_of(head, T, H, resets);
   const half_bits* inputs[6] = {r, w, k, v, a, b};
   const int first = segment * length, last = first + length < chunks ? first + length : chunks;
-  const unsigned long long square = (unsigned long long)((head * segments + segment) * (MAP ? 2 : 1) + part) * N * N;
-  const bool is_map = MAP && part == 1;
+  const uint64 square = (uint64)((head * segments + segment) * (MAP ? 2 : 1) + part) * N * N;
+  const auto fetch_inputs = [&](int chunk) {
+    for (int x = MAP ? W : R; x <= B; ++x) fetch(m.raw[x], inputs[x], place, chunk);
+  };
 
-  for (int x = MAP ? W : R; x <= B; ++x) fetch(m.raw + x * RAW, inputs[x], at, first);
+  fetch_inputs(first);
   commit_copies();
-  bool flag = reset_flag(at, first);
-  float state[8][4] = {};
-  if (!MAP) read_state(state, start + square);
-  if (is_map)
+  bool flag = reset_flag(place, first);
+  float state[8][4] = {};  // in units of 2^unit, its columns not yet decayed by tail
+  int unit = 127;
+  Pair tail[2] = {};
+  if (!MAP) read_state(state, start + square, my);
+  if (MAP && part)
     for (int j = 0; j < 8; ++j)
-      for (int i = 0; i < 4; ++i) state[j][i] = warp() * 16 + lane() / 4 + i / 2 * 8 == j * 8 + lane() % 4 * 2 + i % 2;
+      for (int i = 0; i < 4; ++i) state[j][i] = warp() * 16 + my.g + i / 2 * 8 == j * 8 + my.q * 2 + i % 2;
+  if (!MAP) y += place.base + (uint64)(first * L + my.g) * place.stride + warp() * 16 + my.q * 2;
+  if (!MAP && states) states += ((uint64)head * chunks + first) * N * N + (warp() * 16 + my.g) * N + my.q * 2;
 
   for (int chunk = first; chunk < last; ++chunk) {
     wait_copies<0>();
     for (int x = MAP ? K : R; x <= B; ++x)
-      if (x != W) note_top(m.tops[x], m.raw + x * RAW);
-    const word top = largest_of_warp(as_word(largest_of_state(state)));
-    if (lane() == 0) m.tops[6][warp()] = top;
+      if (x != W) note_top(m.tops[x], m.raw[x]);
+    note_top(m.tops[W], state);
     const word documents = vote(flag);
     barrier();
 
-    const Unit ru = unit_of_input(m.tops[MAP ? K : R]), ku = unit_of_input(m.tops[K]), au = unit_of_input(m.tops[A]);
-    const Unit bu = unit_of_input(m.tops[B]), vu = unit_of_input(m.tops[V]);
-    Unit su = unit_of(largest(m.tops[6]) >> 23);  // of the state and all that is added to it
-    const float kv = ku.value * vu.value;
-    if (kv > su.value) su = unit_of(as_word(kv) >> 23);
+    const word top = top_of_lane(m.tops), exponent = clamp(top, LEAST, MOST);
+    const int re = MAP ? 127 : shuffle(exponent, R), ke = shuffle(exponent, K), ve = shuffle(exponent, V);
+    const int ae = shuffle(exponent, A), be = shuffle(exponent, B);
+    const int se = unit_exponent((int)shuffle(top, W) + unit - 127, ke + ve - 127);
+    const float shrink = two_to(127 + unit - se);
+    unit = se;
+    word values[4];  // of this warp's columns, transposed
+    load_left_transposed(values, m.raw[V] + warp() * 16, ROW);
     {
-      const Decays d = decays_of(m.raw + W * RAW);
-      if (warp() == 0) ((Pair*)m.mid)[lane()] = exp2(d.mid);
-      if (warp() == 1) ((Pair*)m.tail)[lane()] = exp2(d.tail);
-      Pair x = d.before, rise = exp2(x);
-      for (int t = warp() * 4; t < warp() * 4 + 4; ++t) {
-        *at_pair(m.a, t) = pack(raw_pair(m.raw, A, t) * rise * au.inverse);
-        x = x + raw_pair(m.raw, W, t) * LOG2E;
-        rise = exp2(x);
-        const Pair fall = exp2(x * -1.f);
-        if (!MAP) *at_pair(m.r, t) = pack(raw_pair(m.raw, R, t) * rise * ru.inverse);
-        *at_pair(m.b, t) = pack(raw_pair(m.raw, B, t) * fall * bu.inverse);
-        *at_pair(m.k, t) = pack(raw_pair(m.raw, K, t) * fall * ku.inverse);
-        *at_pair(m.v, t) = is_map ? 0 : pack(raw_pair(m.raw, V, t) * vu.inverse);
+      const Exponents e(m.raw[W], my);
+      const word rp = power_of_two(254 - re), kp = power_of_two(254 - ke), ap = power_of_two(254 - ae);
+      const word bp = power_of_two(254 - be), vp = power_of_two(254 - ve);
+      for (int n = 0; n < 2; ++n) {
+        const Pair mid = {-as_float(shuffle(as_word(e.start[n][0]), my.q)), -as_float(shuffle(as_word(e.start[n][1]), my.q))};
+        if (my.g == 7) *(Pair*)(m.scale + warp() * 16 + n * 8 + my.q * 2) = exp2(mid + tail[n]);
+        tail[n] = {e.end[n][2], e.end[n][3]};
+        for (int i = 0; i < 2; ++i) {
+          const int here = my.here + 8 * i * ROW + 8 * n;
+          const Pair rise = {e.end[n][2 * i], e.end[n][2 * i + 1]}, fall = exp2(rise * -1.f);
+          at(m.tiles[0], here) = decayed(m.raw[A], here, ap, exp2(Pair{e.start[n][2 * i], e.start[n][2 * i + 1]}));
+          if (!MAP) at(m.tiles[1], here) = decayed(m.raw[R], here, rp, exp2(rise));
+          at(m.tiles[2], here) = decayed(m.raw[B], here, bp, fall);
+          at(m.tiles[3], here) = decayed(m.raw[K], here, kp, fall);
+        }
       }
+      for (int i = 0; i < 4; ++i) values[i] = MAP && part ? 0 : pack(read(scale_input(values[i], vp)));
     }
     barrier();
 
     if (chunk + 1 < last) {
-      for (int x = MAP ? W : R; x <= B; ++x) fetch(m.raw + x * RAW, inputs[x], at, chunk + 1);
-      flag = reset_flag(at, chunk + 1);
+      fetch_inputs(chunk + 1);
+      flag = reset_flag(place, chunk + 1);
     }
     commit_copies();
+    scale_columns(state, m.scale, shrink, my);
     State s;
-    for (int j = 0; j < 8; ++j) {
-      const Pair mid = columns(m.mid, j) * su.inverse;
-      for (int i = 0; i < 2; ++i) {
-        state[j][2 * i] *= mid.x, state[j][2 * i + 1] *= mid.y;
-        s[j][i] = pack(state[j][2 * i], state[j][2 * i + 1]);
-      }
-    }
+    pack_state(s, state);
     if (!MAP && states) {
-      const unsigned long long where = (unsigned long long)head * chunks + chunk;
       for (int j = 0; j < 8; ++j)
-        for (int i = 0; i < 2; ++i)
-          ((word*)(states + where * N * N + (warp() * 16 + lane() / 4 + i * 8) * N + j * 8))[lane() % 4] = s[j][i];
-      if (thread() == 0) units[where] = su.value;
+        for (int i = 0; i < 2; ++i) at(states, i * 8 * N + j * 8) = s[j][i];
+      states += N * N;
+      if (thread() == 0) units[(uint64)head * chunks + chunk] = two_to(se);
     }
     Square from_state = {}, read_out = {};
-    make_pairs(m.pairs, m.square, m.a, m.r, m.b, m.k, au.value * bu.value, documents);
-    state_times(from_state, s, m.a);
-    if (!MAP) times_state(read_out, m.r, s);
+    make_pairs(m.pairs[0], m.square, m.tiles[0], two_to(ae + be - 127), documents, my);
+    state_times(from_state, s, m.tiles[0]);
+    if (!MAP) times_state(read_out, m.tiles[1], s);
     barrier();
 
-    // u is in units of 16 a.unit s.unit: no sum of 64 products overflows float16
-    word values[4], x[4];
-    load_left_transposed(values, m.v + warp() * 16, ROW);
-    const float kv_share = kv * su.inverse;
-    Square c = {};
-    load_right_transposed(x, m.pairs + 1 * PAIRS, SIDE);
+    // u is in units of 16 · a's · the state's: no sum of 64 products overflows float16
+    const float added = two_to(ke + ve - se), erased = two_to(ae + be - 127 + 4);
+    word x[4], solved[4];
+    Square c = {}, u = {};
+    load_right_transposed(x, m.pairs[AK], SIDE);
     multiply(c, values, x);
-    for (int n = 0; n < 2; ++n)
-      for (int i = 0; i < 4; ++i) {
-        const bool sees = !documents || opens(documents, n * 8 + lane() % 4 * 2 + i % 2);
-        c[n][i] = (c[n][i] * kv_share + (sees ? from_state[n][i] : 0)) * 0.0625f;
-      }
-    word solved[4];
+    if (documents) mask_columns(from_state, documents, opens);
+    combine(c, added, from_state);
     as_left(solved, c);
-    load_right_transposed(x, m.pairs, SIDE);
-    Square u = {};
+    load_right_transposed(x, m.pairs[T_INVERSE], SIDE);
     multiply(u, solved, x);
-    const float erase = 16 * au.value * bu.value;
     if (!MAP) {
       as_left(solved, u);
       Square through_u = {}, through_v = {};
-      load_left(x, m.pairs + 2 * PAIRS, SIDE);
+      load_left(x, m.pairs[RB], SIDE);
       multiply_by_left(through_u, x, solved);
-      load_left(x, m.pairs + 3 * PAIRS, SIDE);
+      load_left(x, m.pairs[RK], SIDE);
       multiply_by_left(through_v, x, values);
+      if (documents) mask_rows<2>(read_out, documents, opens);
       for (int n = 0; n < 2; ++n)
-        for (int i = 0; i < 4; ++i) {
-          const bool sees = !documents || opens(documents, lane() / 4 + i / 2 * 8);
-          c[n][i] = ((sees ? read_out[n][i] : 0) + through_u[n][i] * erase + through_v[n][i] * kv_share) *
-                    (ru.value * su.value);
-        }
-      write_tokens(y, at, chunk, c);
+        for (int i = 0; i < 4; ++i) c[n][i] = read_out[n][i] + through_u[n][i] * erased + through_v[n][i] * added;
+      write_tokens(y, place.stride, T - chunk * L, c, two_to(re + se - 127), my);
+      y += L * place.stride;
     }
-    as_left(solved, u, erase);
-    const word share = pack(kv_share, kv_share);
+    as_left(solved, u, erased);
+    const word share = pack(added, added);
     for (int i = 0; i < 4; ++i) values[i] = scale_halves(values[i], share);
     if (documents) {
       mask_tokens(solved, documents, closes);
@@ -332,40 +363,47 @@ DEVICE void forward(byte* memory, const half_bits* r, const half_bits* w, const 
       for (int j = 0; j < 8; ++j)
         for (int i = 0; i < 4; ++i) state[j][i] = 0;
     }
-    accumulate(state, solved, m.b);
-    accumulate(state, values, m.k);
-    for (int j = 0; j < 8; ++j) {
-      const Pair tail = columns(m.tail, j) * su.value;
-      for (int i = 0; i < 2; ++i) state[j][2 * i] *= tail.x, state[j][2 * i + 1] *= tail.y;
-    }
+    accumulate(state, solved, m.tiles[2]);
+    accumulate(state, values, m.tiles[3]);
   }
-  write_state(state, end + square);
+  for (int n = 0; n < 2; ++n)
+    if (my.g == 7) *(Pair*)(m.scale + warp() * 16 + n * 8 + my.q * 2) = exp2(tail[n]);
+  barrier();
+  scale_columns(state, m.scale, two_to(unit), my);
+  write_state(state, end + square, my);
 }
 
 struct Backward {
-  half_bits raw[7 * RAW];
-  half_bits a[TILE], r[TILE], b[TILE], k[TILE];
-  half_bits s[N * ROW];                                                 // the start state
+  half_bits raw[7][TILE];
+  half_bits tiles[4][TILE];  // a', r', b', k'
+  half_bits s[N * ROW];      // the start state, decayed to the middle
   union {
-    struct { half_bits g[N * ROW], v[TILE], gy[TILE], u[TILE], z[TILE]; };  // until the products of the gradients are done
-    float products[4][L][N + 2];                                          // then gradient ⊙ input of a, r, b, k
+    struct {
+      half_bits g[N * ROW];        // the end state's gradient, grown from the middle
+      half_bits values[4][TILE];  // z, gy, u, v
+    };
+    float products[4][L][N + 8];  // afterwards: gradient ⊙ input of a, r, b, k
   };
-  half_bits pairs[4 * PAIRS];
-  float square[L * L], mid[N], tail[N];
-  float rise[L + 1][N], fall[L][N];  // decays since the middle before each token and at the end; their inverses
-  float flow[2][WARPS][N];           // Σ over 16 value rows of state ⊙ its gradient at the chunk's end, for two chunks
-  Pair sums[WARPS][N / 2];           // what four tokens add to the gradient of earlier decays
-  word tops[7][WARPS];
+  half_bits pairs[4][PAIRS];
+  float square[L][L], scale[N];
+  float rise[L + 1][N + 8], fall[L][N + 8];  // decays from the middle to each token's start and to the last one's end; their inverses
+  float flow[2][WARPS][N];        // Σ over 16 value rows of state ⊙ its gradient at the end of a chunk, for two chunks
+  Pair sums[WARPS][N / 2];        // what four tokens add to the gradients of earlier decays
+  word tops[7][WARPS];            // exponents: of the inputs, of the state's gradient in W's place
 };
 
-/// flow[column] = Σ over this warp's rows of c ⊙ s, times unit
-DEVICE void write_flow(float* flow, const float (&c)[8][4], const State& s, float unit) {
-  for (int j = 0; j < 8; ++j) {
-    const Pair upper = unpack(s[j][0]), lower = unpack(s[j][1]);
-    Pair x = {c[j][0] * upper.x + c[j][2] * lower.x, c[j][1] * upper.y + c[j][3] * lower.y};
-    for (int mask = 4; mask < 32; mask *= 2) x = x + Pair{shuffle_xor(x.x, mask), shuffle_xor(x.y, mask)};
-    if (lane() < 4) ((Pair*)(flow + j * 8))[lane()] = x * unit;
+/// flow[column] = unit · Σ over the warp's 16 rows of x [16 × 64], each lane's two rows summed before.
+DEVICE void write_flow(float* flow, Pair (&x)[8], float unit, const Lane& my) {
+#pragma unroll
+  for (int half = 4; half; half /= 2) {
+    const bool upper = my.g & half;
+#pragma unroll
+    for (int j = 0; j < half; ++j) {
+      const Pair keep = upper ? x[j + half] : x[j], send = upper ? x[j] : x[j + half];
+      x[j] = keep + Pair{shuffle_xor(send.x, half * 4), shuffle_xor(send.y, half * 4)};
+    }
   }
+  *(Pair*)(flow + my.g * 8 + my.q * 2) = x[0] * unit;
 }
 
 /// [L × L] += x yᵀ over 64 values, x as left operands
@@ -378,10 +416,12 @@ DEVICE void tile_products(Square& c, const word (&x)[4][4], const half_bits* y) 
 }
 
 /// [16 value rows × L] to a tile [L × 64]
-DEVICE void store_transposed(half_bits* tile, const Square& c) {
-  for (int n = 0; n < 2; ++n)
-    for (int i = 0; i < 4; ++i)
-      tile[(n * 8 + lane() % 4 * 2 + i % 2) * ROW + warp() * 16 + lane() / 4 + i / 2 * 8] = float_to_half(c[n][i]);
+DEVICE void store_transposed(half_bits* tile, const word (&x)[4], const Lane& my) {
+  half_bits* to = tile + my.q * 2 * ROW + warp() * 16 + my.g;
+  for (int i = 0; i < 4; ++i) {
+    half_bits* here = to + i / 2 * 8 * ROW + i % 2 * 8;
+    here[0] = (half_bits)x[i], here[ROW] = (half_bits)(x[i] >> 16);
+  }
 }
 
 /// One segment of one head, from its last chunk to its first. MAP: only what gy sends to the segment's start state.
@@ -392,85 +432,96 @@ DEVICE void backward(byte* memory, const half_bits* r, const half_bits* w, const
                      half_bits* gr, half_bits* gw, half_bits* gk, half_bits* gv, half_bits* ga, half_bits* gb,
                      float* g_starts, int T, int H, int chunks, int length, int head, int segment, int segments) {
   Backward& m = *(Backward*)memory;
-  const Place at = place_of(head, T, H, resets);
+  const Lane my;
+  const Place place = place_of(head, T, H, resets);
   const half_bits* inputs[7] = {r, w, k, v, a, b, gy};
   const int first = segment * length, last = first + length < chunks ? first + length : chunks;
-  const unsigned long long square = (unsigned long long)(head * segments + segment) * N * N;
+  const uint64 square = (uint64)(head * segments + segment) * N * N, states_before = (uint64)head * chunks;
   const auto fetch_inputs = [&](int chunk) {
     for (int x = R; x <= GY; ++x)
-      if (!MAP || (x != V && x != K)) fetch(m.raw + x * RAW, inputs[x], at, chunk);
+      if (!MAP || (x != V && x != K)) fetch(m.raw[x], inputs[x], place, chunk);
   };
   const auto fetch_state = [&](int chunk) {
-    const half_bits* from = states + ((unsigned long long)head * chunks + chunk) * N * N;
-    for (int i = 0; i < 4; ++i) {
-      const int row = i * 16 + thread() / 8, n = thread() % 8 * 8;
-      copy_async(m.s + row * ROW + n, from + row * N + n, true);
-    }
+    const half_bits* from = states + (states_before + chunk) * N * N + thread() * 8;
+    half_bits* to = m.s + thread() / 8 * ROW + thread() % 8 * 8;
+    for (int i = 0; i < 4; ++i) copy_async(to + i * 16 * ROW, from + i * 16 * N, true);
   };
 
   fetch_inputs(last - 1);
   if (!MAP) fetch_state(last - 1);
   commit_copies();
-  bool flag = reset_flag(at, last - 1);
-  float g[8][4] = {};  // gradient of the state at the chunk's end
+  bool flag = reset_flag(place, last - 1);
+  float g[8][4] = {};  // gradient of the state at the chunk's end, in units of 2^unit, not yet times the later chunk's mid
+  int unit = 127;
+  Pair mid[2] = {};
   if (!MAP) {
-    read_state(g, g_ends + square);
-    float flow[8][4];
-    read_state(flow, ends + square);
-    for (int j = 0; j < 8; ++j) {
-      Pair x = {g[j][0] * flow[j][0] + g[j][2] * flow[j][2], g[j][1] * flow[j][1] + g[j][3] * flow[j][3]};
-      for (int mask = 4; mask < 32; mask *= 2) x = x + Pair{shuffle_xor(x.x, mask), shuffle_xor(x.y, mask)};
-      if (lane() < 4) ((Pair*)(m.flow[(last - 1) & 1][warp()] + j * 8))[lane()] = x;
-    }
+    read_state(g, g_ends + square, my);
+    float end[8][4];
+    read_state(end, ends + square, my);
+    Pair x[8];
+    for (int j = 0; j < 8; ++j) x[j] = {g[j][0] * end[j][0] + g[j][2] * end[j][2], g[j][1] * end[j][1] + g[j][3] * end[j][3]};
+    write_flow(m.flow[(last - 1) & 1][warp()], x, 1, my);
   }
+  // One gradient a warp: of a, r from (z, gy), (u, v) and the state; of b, k from (u, v), (z, gy) and its gradient.
+  const int role = warp();
+  const bool is_reader = role < 2;
+  const half_bits *mine = m.values[role], *theirs = m.values[is_reader ? 2 : 0], *square_tile = is_reader ? m.s : m.g;
+  const half_bits* factors = m.tiles[is_reader ? 2 : 0];
+  const float* decay = (role == 0 ? m.rise[0] : role == 1 ? m.rise[1] : m.fall[0]) + my.g * (N + 8) + my.q * 2;
+  half_bits* grad_out = role == 0 ? ga : role == 1 ? gr : role == 2 ? gb : gk;
+  half_bits* gv_out = MAP ? nullptr : gv + place.base + (uint64)my.g * place.stride + warp() * 16 + my.q * 2;
+  if (!MAP) grad_out += place.base + (uint64)(lane() / 8) * place.stride + lane() % 8 * 8;
+
   Pair late[4];  // of w's gradient: what this warp's four tokens add to it
   const auto finish_decays = [&](int chunk) {
     Pair x = {0, 0};
     for (int i = 0; i < WARPS; ++i) x = x + ((Pair*)m.flow[chunk & 1][i])[lane()];
     for (int i = warp() + 1; i < WARPS; ++i) x = x + m.sums[i][lane()];
-    for (int i = 0; i < 4; ++i) {
-      const int t = chunk * L + warp() * 4 + i;
-      if (t < T) ((word*)(gw + at.base + (unsigned long long)t * at.stride))[lane()] = written(x + late[i]);
-    }
+    const int t = chunk * L + warp() * 4;
+    word* to = (word*)(gw + place.base + (uint64)t * place.stride) + lane();
+    for (int i = 0; i < 4; ++i)
+      if (t + i < T) to[i * place.stride / 2] = written(x + late[i]);
   };
 
   for (int chunk = last - 1; chunk >= first; --chunk) {
     wait_copies<0>();
     for (int x = R; x <= GY; ++x)
-      if (x != W && (!MAP || (x != V && x != K))) note_top(m.tops[x], m.raw + x * RAW);
-    const word top = largest_of_warp(as_word(largest_of_state(g)));
-    if (lane() == 0) m.tops[W][warp()] = top;
+      if (x != W && (!MAP || (x != V && x != K))) note_top(m.tops[x], m.raw[x]);
+    note_top(m.tops[W], g);
     const word documents = vote(flag);
-    const float s_unit = MAP ? 1.f : units[(unsigned long long)head * chunks + chunk];
+    const float s_unit = MAP ? 1.f : units[states_before + chunk];
     barrier();
 
     if (!MAP && chunk + 1 < last) finish_decays(chunk + 1);
-    const Unit ru = unit_of_input(m.tops[R]), au = unit_of_input(m.tops[A]), bu = unit_of_input(m.tops[B]);
-    const Unit yu = unit_of_input(m.tops[GY]), ku = unit_of_input(m.tops[MAP ? R : K]);
-    const Unit vu = unit_of_input(m.tops[MAP ? R : V]);
-    Unit gu = unit_of(largest(m.tops[W]) >> 23);  // of the state's gradient and all that is added to it
-    const float ry = ru.value * yu.value;
-    if (ry > gu.value) gu = unit_of(as_word(ry) >> 23);
+    const word top = top_of_lane(m.tops), exponent = clamp(top, LEAST, MOST);
+    const int re = shuffle(exponent, R), ae = shuffle(exponent, A), be = shuffle(exponent, B), ye = shuffle(exponent, GY);
+    const int ke = MAP ? 127 : shuffle(exponent, K), ve = MAP ? 127 : shuffle(exponent, V);
+    const int ge = unit_exponent((int)shuffle(top, W) + unit - 127, re + ye - 127);
+    const float shrink = two_to(127 + unit - ge);
+    unit = ge;
     {
-      const Decays d = decays_of(m.raw + W * RAW);
-      if (warp() == 0) ((Pair*)m.mid)[lane()] = exp2(d.mid);
-      if (warp() == 1) ((Pair*)m.tail)[lane()] = exp2(d.tail);
-      Pair x = d.before, rise = exp2(x);
-      if (!MAP) ((Pair*)m.rise[warp() * 4])[lane()] = rise;
-      for (int t = warp() * 4; t < warp() * 4 + 4; ++t) {
-        *at_pair(m.a, t) = pack(raw_pair(m.raw, A, t) * rise * au.inverse);
-        x = x + raw_pair(m.raw, W, t) * LOG2E;
-        rise = exp2(x);
-        const Pair fall = exp2(x * -1.f);
-        *at_pair(m.r, t) = pack(raw_pair(m.raw, R, t) * rise * ru.inverse);
-        *at_pair(m.b, t) = pack(raw_pair(m.raw, B, t) * fall * bu.inverse);
-        *at_pair(m.gy, t) = pack(raw_pair(m.raw, GY, t) * yu.inverse);
-        if (!MAP) {
-          *at_pair(m.k, t) = pack(raw_pair(m.raw, K, t) * fall * ku.inverse);
-          *at_pair(m.v, t) = pack(raw_pair(m.raw, V, t) * vu.inverse);
-          ((Pair*)m.fall[t])[lane()] = fall;
-          // The next warp writes the same value to its own first row.
-          if (t % 4 != 3 || t == L - 1) ((Pair*)m.rise[t + 1])[lane()] = rise;
+      const Exponents e(m.raw[W], my);
+      const word rp = power_of_two(254 - re), kp = power_of_two(254 - ke), ap = power_of_two(254 - ae);
+      const word bp = power_of_two(254 - be), vp = power_of_two(254 - ve), yp = power_of_two(254 - ye);
+      for (int n = 0; n < 2; ++n) {
+        const int column = warp() * 16 + n * 8 + my.q * 2;
+        const Pair later = mid[n];
+        mid[n] = {-as_float(shuffle(as_word(e.start[n][0]), my.q)), -as_float(shuffle(as_word(e.start[n][1]), my.q))};
+        if (my.g == 7) *(Pair*)(m.scale + column) = exp2(later + Pair{e.end[n][2], e.end[n][3]});
+        if (!MAP && my.g == 0) *(Pair*)&m.rise[0][column] = exp2(Pair{e.start[n][0], e.start[n][1]});
+        for (int i = 0; i < 2; ++i) {
+          const int here = my.here + 8 * i * ROW + 8 * n, t = my.g + 8 * i;
+          const Pair end = {e.end[n][2 * i], e.end[n][2 * i + 1]}, rise = exp2(end), fall = exp2(end * -1.f);
+          at(m.tiles[0], here) = decayed(m.raw[A], here, ap, exp2(Pair{e.start[n][2 * i], e.start[n][2 * i + 1]}));
+          at(m.tiles[1], here) = decayed(m.raw[R], here, rp, rise);
+          at(m.tiles[2], here) = decayed(m.raw[B], here, bp, fall);
+          at(m.values[1], here) = pack(read(scale_input(at(m.raw[GY], here), yp)));
+          if (!MAP) {
+            at(m.tiles[3], here) = decayed(m.raw[K], here, kp, fall);
+            at(m.values[3], here) = pack(read(scale_input(at(m.raw[V], here), vp)));
+            *(Pair*)&m.rise[t + 1][column] = rise;
+            *(Pair*)&m.fall[t][column] = fall;
+          }
         }
       }
     }
@@ -478,80 +529,69 @@ DEVICE void backward(byte* memory, const half_bits* r, const half_bits* w, const
 
     if (chunk > first) {
       fetch_inputs(chunk - 1);
-      flag = reset_flag(at, chunk - 1);
+      flag = reset_flag(place, chunk - 1);
     }
     commit_copies();
+    scale_columns(g, m.scale, shrink, my);
     State gs, s;
-    for (int j = 0; j < 8; ++j) {
-      const Pair tail = columns(m.tail, j) * gu.inverse;
-      for (int i = 0; i < 2; ++i) {
-        g[j][2 * i] *= tail.x, g[j][2 * i + 1] *= tail.y;
-        gs[j][i] = pack(g[j][2 * i], g[j][2 * i + 1]);
-        if (!MAP) ((word*)(m.g + (warp() * 16 + lane() / 4 + i * 8) * ROW + j * 8))[lane() % 4] = gs[j][i];
-      }
-    }
+    pack_state(gs, g);
+    if (!MAP)
+      for (int j = 0; j < 8; ++j)
+        for (int i = 0; i < 2; ++i) at(m.g, (warp() * 16 + my.g + i * 8) * ROW + j * 8 + my.q * 2) = gs[j][i];
     Square u_state = {}, z_state = {}, v_state = {};
-    state_times(z_state, gs, m.b);
+    state_times(z_state, gs, m.tiles[2]);
     if (!MAP) {
       for (int i = 0; i < 4; ++i) {
         word x[4];
         load_left(x, m.s + warp() * 16 * ROW + 16 * i, ROW);
         s[2 * i][0] = x[0], s[2 * i][1] = x[1], s[2 * i + 1][0] = x[2], s[2 * i + 1][1] = x[3];
       }
-      state_times(u_state, s, m.a);
-      times_state(v_state, m.k, gs);
+      state_times(u_state, s, m.tiles[0]);
+      times_state(v_state, m.tiles[3], gs);
     }
-    make_pairs(m.pairs, m.square, m.a, m.r, m.b, MAP ? m.b : m.k, au.value * bu.value, documents);
+    make_pairs(m.pairs[0], m.square, m.tiles[0], two_to(ae + be - 127), documents, my);
     barrier();
 
-    // u in units of 16 a.unit s.unit, z in units of 16 b.unit g.unit
-    const float kv_share = ku.value * vu.value / s_unit, ry_share = ry * gu.inverse, erase = 16 * au.value * bu.value;
-    word values[4], grads[4], x[4], z_left[4];
-    load_left_transposed(grads, m.gy + warp() * 16, ROW);
+    // u in units of 16 · a's · the state's, z in units of 16 · b's · the gradient's
+    const float k_unit = two_to(ke), v_unit = two_to(ve), g_unit = two_to(ge);
+    const float added = MAP ? 0 : k_unit * v_unit / s_unit, given = two_to(re + ye - ge), erased = two_to(ae + be - 127 + 4);
+    word values[4], grads[4], x[4], solved[4], z_left[4];
     Square c = {}, z = {};
-    load_right(x, m.pairs + 2 * PAIRS, SIDE);
+    load_left_transposed(grads, m.values[1] + warp() * 16, ROW);
+    load_right(x, m.pairs[RB], SIDE);
     multiply(c, grads, x);
-    for (int n = 0; n < 2; ++n)
-      for (int i = 0; i < 4; ++i) {
-        const bool sees = !documents || closes(documents, n * 8 + lane() % 4 * 2 + i % 2);
-        c[n][i] = (c[n][i] * ry_share + (sees ? z_state[n][i] : 0)) * 0.0625f;
-      }
-    word solved[4];
+    if (documents) mask_columns(z_state, documents, closes);
+    combine(c, given, z_state);
     as_left(solved, c);
-    load_right(x, m.pairs, SIDE);
+    load_right(x, m.pairs[T_INVERSE], SIDE);
     multiply(z, solved, x);
-    as_left(z_left, z);
     if (!MAP) {
-      store_transposed(m.z, z);
-      load_left_transposed(values, m.v + warp() * 16, ROW);
+      as_left(z_left, z);
+      store_transposed(m.values[0], z_left, my);
+      load_left_transposed(values, m.values[3] + warp() * 16, ROW);
       Square q = {}, u = {};
-      load_right_transposed(x, m.pairs + 1 * PAIRS, SIDE);
+      load_right_transposed(x, m.pairs[AK], SIDE);
       multiply(q, values, x);
-      for (int n = 0; n < 2; ++n)
-        for (int i = 0; i < 4; ++i) {
-          const bool sees = !documents || opens(documents, n * 8 + lane() % 4 * 2 + i % 2);
-          q[n][i] = (q[n][i] * kv_share + (sees ? u_state[n][i] : 0)) * 0.0625f;
-        }
+      if (documents) mask_columns(u_state, documents, opens);
+      combine(q, added, u_state);
       as_left(solved, q);
-      load_right_transposed(x, m.pairs, SIDE);
+      load_right_transposed(x, m.pairs[T_INVERSE], SIDE);
       multiply(u, solved, x);
-      store_transposed(m.u, u);
+      as_left(solved, u);
+      store_transposed(m.values[2], solved, my);
 
       Square through_z = {}, through_y = {};
-      load_left_transposed(x, m.pairs + 1 * PAIRS, SIDE);
+      load_left_transposed(x, m.pairs[AK], SIDE);
       multiply_by_left(through_z, x, z_left);
-      load_left_transposed(x, m.pairs + 3 * PAIRS, SIDE);
+      load_left_transposed(x, m.pairs[RK], SIDE);
       multiply_by_left(through_y, x, grads);
+      if (documents) mask_rows<2>(v_state, documents, closes);
       for (int n = 0; n < 2; ++n)
-        for (int i = 0; i < 4; ++i) {
-          const bool sees = !documents || closes(documents, lane() / 4 + i / 2 * 8);
-          c[n][i] = ((sees ? v_state[n][i] : 0) + through_z[n][i] * erase + through_y[n][i] * ry_share) *
-                    (ku.value * gu.value);
-        }
-      write_tokens(gv, at, chunk, c);
+        for (int i = 0; i < 4; ++i) c[n][i] = v_state[n][i] + through_z[n][i] * erased + through_y[n][i] * given;
+      write_tokens(gv_out + (uint64)chunk * L * place.stride, place.stride, T - chunk * L, c, k_unit * g_unit, my);
     }
-    as_left(solved, z, erase);
-    const word share = pack(ry_share, ry_share);
+    as_left(solved, z, erased);
+    const word share = pack(given, given);
     for (int i = 0; i < 4; ++i) grads[i] = scale_halves(grads[i], share);
     if (documents) {
       mask_tokens(solved, documents, opens);
@@ -559,78 +599,78 @@ DEVICE void backward(byte* memory, const half_bits* r, const half_bits* w, const
       for (int j = 0; j < 8; ++j)
         for (int i = 0; i < 4; ++i) g[j][i] = 0;
     }
-    accumulate(g, solved, m.a);
-    accumulate(g, grads, m.r);
-    if (!MAP) write_flow(m.flow[(chunk - 1) & 1][warp()], g, s, gu.value * s_unit);
-    for (int j = 0; j < 8; ++j) {
-      const Pair mid = columns(m.mid, j) * gu.value;
-      for (int i = 0; i < 2; ++i) g[j][2 * i] *= mid.x, g[j][2 * i + 1] *= mid.y;
-    }
+    accumulate(g, solved, m.tiles[0]);
+    accumulate(g, grads, m.tiles[1]);
     if (MAP) continue;
+    {
+      Pair flow[8];
+      for (int j = 0; j < 8; ++j) {
+        const Pair upper = unpack(s[j][0]), lower = unpack(s[j][1]);
+        flow[j] = {g[j][0] * upper.x + g[j][2] * lower.x, g[j][1] * upper.y + g[j][3] * lower.y};
+      }
+      write_flow(m.flow[(chunk - 1) & 1][warp()], flow, g_unit * s_unit, my);
+    }
     barrier();
 
-    // One gradient a warp, [L × 64]: a, r of (z, gy) with (u, v) and the state; b, k of (u, v) with (z, gy) and its gradient.
-    const int role = warp();
-    const bool is_reader = role < 2;
     word left[4][4];
-    const half_bits* mine = role == 0 ? m.z : role == 1 ? m.gy : role == 2 ? m.u : m.v;
     for (int i = 0; i < 4; ++i) load_left(left[i], mine + 16 * i, ROW);
     float grad[8][4] = {};
-    for (int i = 0; i < 4; ++i) accumulate(grad, left[i], (is_reader ? m.s : m.g) + 16 * i * ROW);
-    if (documents)
-      for (int j = 0; j < 8; ++j)
-        for (int i = 0; i < 4; ++i) {
-          const int t = lane() / 4 + i / 2 * 8;
-          if (!(is_reader ? opens(documents, t) : closes(documents, t))) grad[j][i] = 0;
-        }
-    Square erased = {}, plain = {};
-    tile_products(erased, left, is_reader ? m.u : m.z);
-    tile_products(plain, left, is_reader ? m.v : m.gy);
-    if (is_reader) {
-      mask_lower(erased, role == 0, documents);
-      mask_lower(plain, role == 0, documents);
-    } else {
-      mask_upper(erased, true, documents);
-      mask_upper(plain, false, documents);
+    for (int i = 0; i < 4; ++i) accumulate(grad, left[i], square_tile + 16 * i * ROW);
+    Square with_solved = {}, with_plain = {};
+    tile_products(with_solved, left, theirs);
+    tile_products(with_plain, left, theirs + TILE);
+    if (documents) {
+      if (is_reader) mask_rows<8>(grad, documents, opens);
+      else mask_rows<8>(grad, documents, closes);
+      mask_documents(with_solved, documents, is_reader);
+      mask_documents(with_plain, documents, is_reader);
     }
-    as_left(x, erased, erase);
-    accumulate(grad, x, is_reader ? m.b : m.a);
-    as_left(x, plain, is_reader ? kv_share : ry_share);
-    accumulate(grad, x, is_reader ? m.k : m.r);
-    const float unit = role == 0   ? 16 * bu.value * gu.value * s_unit
-                       : role == 1 ? yu.value * s_unit
-                       : role == 2 ? 16 * au.value * s_unit * gu.value
-                                   : vu.value * gu.value;
-    const float own = role == 0 ? au.value : role == 1 ? ru.value : role == 2 ? bu.value : ku.value;
+    as_left(solved, with_solved, erased);
+    as_left(x, with_plain, is_reader ? added : given);
+    if (is_reader) {
+      keep_lower(solved, role == 0 ? my.below : my.upto);
+      keep_lower(x, role == 0 ? my.below : my.upto);
+    } else {
+      keep_upper(solved, my.above);
+      keep_upper(x, my.from);
+    }
+    accumulate(grad, solved, factors);
+    accumulate(grad, x, factors + TILE);
     barrier();
 
     if (chunk > first) fetch_state(chunk - 1);
     commit_copies();
-    half_bits* tile = role == 0 ? m.a : role == 1 ? m.r : role == 2 ? m.b : m.k;
-    const float* decay = role == 0 ? m.rise[0] : role == 1 ? m.rise[1] : m.fall[0];
-    for (int j = 0; j < 8; ++j)
-      for (int i = 0; i < 2; ++i) {
-        const int t = lane() / 4 + i * 8, n = j * 8 + lane() % 4 * 2;
-        word* here = (word*)(tile + t * ROW + n);
-        const Pair value = Pair{grad[j][2 * i], grad[j][2 * i + 1]} * unit;
-        *(Pair*)&m.products[role][t][n] = value * unpack(*here) * own;
-        *here = written(value * *(const Pair*)(decay + t * N + n));
-      }
+    const float a_unit = two_to(ae), b_unit = two_to(be), r_unit = two_to(re), y_unit = two_to(ye);
+    const float z_unit = 16 * b_unit * g_unit, u_unit = 16 * a_unit * s_unit;
+    const float out = role == 0 ? z_unit * s_unit : role == 1 ? y_unit * s_unit : role == 2 ? u_unit * g_unit : v_unit * g_unit;
+    {
+      const int here = my.g * ROW + my.q * 2;
+      float* product = &m.products[role][my.g][my.q * 2];
+      for (int j = 0; j < 8; ++j)
+        for (int i = 0; i < 2; ++i) {
+          word& x = at(m.tiles[role], here + i * 8 * ROW + j * 8);
+          const int offset = i * 8 * (N + 8) + j * 8;
+          const Pair value = {grad[j][2 * i], grad[j][2 * i + 1]};
+          *(Pair*)(product + offset) = value * unpack(x);
+          x = written(value * (*(const Pair*)(decay + offset) * out));
+        }
+    }
     warp_barrier();
-    half_bits* to = role == 0 ? ga : role == 1 ? gr : role == 2 ? gb : gk;
     for (int i = 0; i < 4; ++i) {
-      const int row = i * 4 + lane() / 8, n = lane() % 8 * 8, t = chunk * L + row;
-      if (t < T) *(Quad*)(to + at.base + (unsigned long long)t * at.stride + n) = *(const Quad*)(tile + row * ROW + n);
+      const int row = i * 4 + lane() / 8;
+      if (chunk * L + row < T)
+        *(Quad*)(grad_out + (uint64)(chunk * L + i * 4) * place.stride) = *(const Quad*)(m.tiles[role] + row * ROW + lane() % 8 * 8);
     }
     barrier();
 
-    // w enters every inclusive exponent from its token on and every exclusive one after it
+    // w enters every exponent at a token's end from its own on, and every one at a start after it
     Pair sum = {0, 0};
+    const float from_a = z_unit * s_unit * a_unit, from_r = y_unit * s_unit * r_unit;
+    const float from_b = u_unit * g_unit * b_unit, from_k = v_unit * g_unit * k_unit;
     for (int i = 3; i >= 0; --i) {
-      const int t = warp() * 4 + i;
-      const auto product = [&](int x) { return ((const Pair*)m.products[x][t])[lane()]; };
-      late[i] = sum = sum + product(1) - product(2) - product(3);
-      sum = sum + product(0);
+      const auto product = [&](int x) { return *(const Pair*)&m.products[x][warp() * 4 + i][lane() * 2]; };
+      late[i] = sum = sum + product(1) * from_r - product(2) * from_b - product(3) * from_k;
+      sum = sum + product(0) * from_a;
     }
     m.sums[warp()][lane()] = sum;
   }
@@ -638,7 +678,12 @@ DEVICE void backward(byte* memory, const half_bits* r, const half_bits* w, const
     barrier();
     finish_decays(first);
   }
-  write_state(g, g_starts + square);
+  barrier();
+  for (int n = 0; n < 2; ++n)
+    if (my.g == 7) *(Pair*)(m.scale + warp() * 16 + n * 8 + my.q * 2) = exp2(mid[n]);
+  barrier();
+  scale_columns(g, m.scale, two_to(unit), my);
+  write_state(g, g_starts + square, my);
 }
 
 static_assert(sizeof(Forward) <= FORWARD_BYTES && sizeof(Backward) <= BACKWARD_BYTES, "shared memory");
