@@ -37,7 +37,7 @@ struct Slot { const void* p; word x[8]; };               // what a lane brings t
 static std::vector<Fiber> fibers;
 static ucontext_t scheduler;
 static int current, alive;
-static Meeting block, warps[32];
+static Meeting block, teams[8], warps[32];
 static Slot slots[2][1024];
 static std::function<void()> body;
 
@@ -69,6 +69,7 @@ inline void run_block(int threads, const std::function<void()>& kernel) {
   body = kernel;
   block = {};
   for (Meeting& m : warps) m = {};
+  for (Meeting& m : teams) m = {};
   fibers.resize(threads);
   alive = threads;
   for (Fiber& f : fibers) {
@@ -92,13 +93,20 @@ inline void run(Dim grid, int threads, const std::function<void()>& kernel) {
 }
 }  // namespace emulator
 
-inline int thread() { return emulator::current; }
+inline int thread() { return emulator::current & 127; }
 inline int lane() { return emulator::current & 31; }
-inline int warp() { return emulator::current >> 5; }
+inline int warp() { return emulator::current >> 5 & 3; }
+inline int team() { return emulator::current >> 7; }
 inline void barrier() { emulator::meet(emulator::block, (int)emulator::fibers.size()); }
+inline void team_barrier(int team) { emulator::meet(emulator::teams[team], 128); }
 inline void warp_barrier() { emulator::exchange({}); }
 
+inline void check_aligned(const void* p) {
+  if ((uintptr_t)p % 16) fprintf(stderr, "emulator: an address that is not a multiple of 16\n"), abort();
+}
 inline void copy_async(void* to, const void* from, bool ok) {
+  check_aligned(to);
+  check_aligned(from);
   if (ok) memcpy(to, from, 16);
   else memset(to, 0, 16);
 }
@@ -155,11 +163,13 @@ inline word largest_of_warp(word x) {
   return x;
 }
 inline void load_matrices(word (&x)[4], const half_bits* p) {
+  check_aligned(p);
   const emulator::Slot* all = emulator::exchange({p, {}});
   for (int i = 0; i < 4; ++i) x[i] = ((const word*)all[i * 8 + lane() / 4].p)[lane() % 4];
   warp_barrier();  // nobody overwrites the rows before all have read them
 }
 inline void load_matrices_transposed(word (&x)[4], const half_bits* p) {
+  check_aligned(p);
   const emulator::Slot* all = emulator::exchange({p, {}});
   const auto at = [&](int i, int row) { return (word)((const half_bits*)all[i * 8 + row].p)[lane() / 4]; };
   for (int i = 0; i < 4; ++i) x[i] = at(i, lane() % 4 * 2) | at(i, lane() % 4 * 2 + 1) << 16;

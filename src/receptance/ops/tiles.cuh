@@ -24,6 +24,8 @@ typedef unsigned long long uint64;
 DEVICE word shared_address(const void* p) { return (word)__cvta_generic_to_shared(p); }
 
 DEVICE void barrier() { __syncthreads(); }
+/// Of one team of four warps: threads 128 · team …
+DEVICE void team_barrier(int team) { asm volatile("bar.sync %0, 128;" ::"r"(team + 1) : "memory"); }
 DEVICE void warp_barrier() { __syncwarp(); }
 
 /// Copy 16 bytes from global to shared memory in the background; zeros where !ok.
@@ -111,8 +113,9 @@ DEVICE float magnitude(float x) { return fabsf(x); }
 DEVICE float as_float(word x) { return __uint_as_float(x); }
 DEVICE word as_word(float x) { return __float_as_uint(x); }
 DEVICE int lane() { return threadIdx.x & 31; }
-DEVICE int warp() { return threadIdx.x >> 5; }
-DEVICE int thread() { return threadIdx.x; }
+DEVICE int thread() { return threadIdx.x & 127; }      // of the team
+DEVICE int warp() { return threadIdx.x >> 5 & 3; }      // of the team
+DEVICE int team() { return threadIdx.x >> 7; }
 #endif
 
 struct alignas(8) Pair { float x, y; };  // two neighbouring columns

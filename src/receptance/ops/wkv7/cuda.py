@@ -16,8 +16,10 @@ from torch import Tensor
 
 from receptance.ops.cuda import Program, load
 
-HEAD, CHUNK, THREADS = 64, 16, 128
-FORWARD_BYTES, BACKWARD_BYTES, JOIN_BYTES = 27_648, 70_144, 4 * (HEAD * (HEAD + 1) + 16 * HEAD)  # of shared memory
+HEAD, CHUNK, TEAM = 64, 16, 128  # threads of a team
+# of shared memory
+BYTES = {"FORWARD_BYTES": 63_488, "BACKWARD_BYTES": 181_376, "BACKWARD_MAPS_BYTES": 97_536}
+JOIN_BYTES = 4 * (HEAD * (HEAD + 1) + 16 * HEAD)
 BLOCKS = 264  # that keep a large GPU busy
 MIN_SEGMENT = 8  # chunks
 SOURCE = Path(__file__).with_name("wkv7.cu")
@@ -25,7 +27,7 @@ SOURCE = Path(__file__).with_name("wkv7.cu")
 
 def program(dtype: torch.dtype) -> Program:
     macros = {"FLOAT16": 1} if dtype == torch.float16 else {}
-    return load(SOURCE, FORWARD_BYTES=FORWARD_BYTES, BACKWARD_BYTES=BACKWARD_BYTES, **macros)
+    return load(SOURCE, **BYTES, **macros)
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def _join(kernels: Program, cut: Cut, maps: Tensor, parts: Tensor, stride: int, 
     square = HEAD * HEAD
     linear = maps[:, :, 1]
     kernels.wkv7_join(
-        (cut.heads, HEAD // 16), THREADS, linear, 2 * square, parts, stride * square, first, starts, cut.segments,
+        (cut.heads, HEAD // 16), TEAM, linear, 2 * square, parts, stride * square, first, starts, cut.segments,
         int(reverse), shared=JOIN_BYTES,
     )  # fmt: skip
     return starts
@@ -79,13 +81,13 @@ def forward(
     starts = state
     if cut.segments > 1:
         kernels.wkv7_forward_maps(
-            (*grid, 2), THREADS, *inputs, resets, maps, *cut.shape, shared=FORWARD_BYTES
+            grid, 3 * TEAM, *inputs, resets, maps, *cut.shape, shared=BYTES["FORWARD_BYTES"]
         )  # fmt: skip
         starts = _join(kernels, cut, maps, maps, 2, state, reverse=False)
     states = new(cut.chunks, n, n, dtype=torch.float16) if is_saving else None
     units = new(cut.chunks) if is_saving else None
     kernels.wkv7_forward(
-        grid, THREADS, *inputs, resets, starts, y, ends, states, units, *cut.shape, shared=FORWARD_BYTES
+        grid, 2 * TEAM, *inputs, resets, starts, y, ends, states, units, *cut.shape, shared=BYTES["FORWARD_BYTES"]
     )  # fmt: skip
     end = ends[:, -1].reshape(state.shape).clone()
     return y, end, [states, units, ends, maps] if states is not None and units is not None else []
@@ -103,12 +105,14 @@ def backward(
     g_ends = g_end
     if cut.segments > 1:
         parts = new()
-        kernels.wkv7_backward_maps(grid, THREADS, *inputs, gy, resets, parts, *cut.shape, shared=BACKWARD_BYTES)
+        kernels.wkv7_backward_maps(
+            grid, 2 * TEAM, *inputs, gy, resets, parts, *cut.shape, shared=BYTES["BACKWARD_MAPS_BYTES"]
+        )  # fmt: skip
         g_ends = _join(kernels, cut, maps, parts, 1, g_end, reverse=True)
     grads, g_starts = [torch.empty_like(x) for x in inputs], new()
     kernels.wkv7_backward(
-        grid, THREADS, *inputs, gy, resets, states, units, ends, g_ends, *grads, g_starts, *cut.shape,
-        shared=BACKWARD_BYTES,
+        grid, 3 * TEAM, *inputs, gy, resets, states, units, ends, g_ends, *grads, g_starts, *cut.shape,
+        shared=BYTES["BACKWARD_BYTES"],
     )  # fmt: skip
     return grads, g_starts[:, 0].reshape(g_end.shape).clone()
 
