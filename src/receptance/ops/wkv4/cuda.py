@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from receptance.ops import cuda
 from receptance.ops.wkv4.naive import State4
@@ -32,10 +33,9 @@ def _grid(k: Tensor, tokens: int) -> tuple[int, int]:
 
 
 def _work(k: Tensor, chunks: int, words: int) -> Tensor:
-    """The counter and the words that chunks publish, none of them yet."""
-    columns = k.shape[0] * k.shape[2]
-    size = 1 + chunks * columns * words + (chunks // GROUP + 1) * columns
-    return torch.full((size,), -1, dtype=torch.int64, device=k.device)
+    """What chunks and groups of chunks will publish."""
+    rows = chunks * words + -(-chunks // GROUP)
+    return torch.full((rows, k.shape[0] * k.shape[2]), -1, dtype=torch.int64, device=k.device)
 
 
 def _cuts(resets: Tensor, length: int) -> Tensor:
@@ -49,7 +49,6 @@ def _saved(k: Tensor, is_saving: bool) -> Tensor:
     return k.new_empty(k.shape[0], blocks, k.shape[2], 2, dtype=torch.float32)
 
 
-@torch.library.custom_op("receptance::wkv4_cuda", mutates_args=())
 def _forward(
     w: Tensor, k: Tensor, v: Tensor, u: Tensor, num: Tensor, den: Tensor, exp: Tensor, lengths: Tensor | None,
     resets: Tensor | None, is_saving: bool,
@@ -69,12 +68,6 @@ def _forward(
     return y, *end, saved
 
 
-@_forward.register_fake
-def _(w, k, v, u, num, den, exp, lengths, resets, is_saving):
-    return torch.empty_like(k), *(torch.empty_like(num) for _ in range(3)), _saved(k, is_saving)
-
-
-@torch.library.custom_op("receptance::wkv4_cuda_backward", mutates_args=())
 def _backward(
     gy: Tensor, g_num: Tensor, g_den: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, den: Tensor,
     lengths: Tensor | None, resets: Tensor | None, saved: Tensor,
@@ -94,26 +87,38 @@ def _backward(
         return gk, gv, shares.sum(1), g_num0, g_den0
 
 
-@_backward.register_fake
+# Operators for torch.compile. Called directly the functions take a tenth of a millisecond less.
+_forward_op = torch.library.custom_op("receptance::wkv4_cuda", _forward, mutates_args=())
+_backward_op = torch.library.custom_op("receptance::wkv4_cuda_backward", _backward, mutates_args=())
+
+
+@_forward_op.register_fake
+def _(w, k, v, u, num, den, exp, lengths, resets, is_saving):
+    return torch.empty_like(k), *(torch.empty_like(num) for _ in range(3)), _saved(k, is_saving)
+
+
+@_backward_op.register_fake
 def _(gy, g_num, g_den, w, k, v, u, den, lengths, resets, saved):
     return torch.empty_like(k), torch.empty_like(k), torch.stack([w, u]), torch.empty_like(den), torch.empty_like(den)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    w, k, v, u, _, den, _, lengths, resets, _ = inputs
-    ctx.save_for_backward(w, k, v, u, den, lengths, resets, output[4])
-    ctx.mark_non_differentiable(*output[3:])
+class _WKV4(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, k: Tensor, v: Tensor, u: Tensor, num: Tensor, den: Tensor, exp: Tensor,
+                lengths: Tensor | None, resets: Tensor | None, is_saving: bool) -> tuple[Tensor, ...]:  # fmt: skip
+        run = _forward_op if torch.compiler.is_compiling() else _forward
+        y, *end, saved = run(w, k, v, u, num, den, exp, lengths, resets, is_saving)
+        ctx.save_for_backward(w, k, v, u, den, lengths, resets, saved)
+        ctx.mark_non_differentiable(end[2])
+        return y, *end
 
-
-def _gradients(
-    ctx: Any, gy: Tensor, g_num: Tensor, g_den: Tensor, g_exp: Tensor, g_saved: Tensor
-) -> tuple[Tensor | None, ...]:
-    g = gy.contiguous(), g_num.contiguous(), g_den.contiguous()
-    gk, gv, shared, g_num0, g_den0 = _backward(*g, *ctx.saved_tensors)
-    return shared[0], gk, gv, shared[1], g_num0, g_den0, None, None, None, None
-
-
-_forward.register_autograd(_gradients, setup_context=_keep)
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gy: Tensor, g_num: Tensor, g_den: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        run = _backward_op if torch.compiler.is_compiling() else _backward
+        g = gy.contiguous(), g_num.contiguous(), g_den.contiguous()
+        gk, gv, shared, g_num0, g_den0 = run(*g, *ctx.saved_tensors)
+        return shared[0], gk, gv, shared[1], g_num0, g_den0, None, None, None, None
 
 
 def wkv4(
@@ -138,8 +143,8 @@ def wkv4(
     resets = None if resets is None else resets.contiguous()
     is_saving = torch.is_grad_enabled() and any(x.requires_grad for x in (w, k, v, u, num, den))
     args = w, k.contiguous(), v.contiguous(), u, num, den, exp.detach(), lengths, resets, is_saving
-    y, *state_after, _ = _forward(*args)
-    return y, tuple(state_after)
+    y, num, den, exp = _WKV4.apply(*args)  # type: ignore[no-untyped-call]
+    return y, (num, den, exp)
 
 
 def probe() -> None:

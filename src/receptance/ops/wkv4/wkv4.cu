@@ -3,13 +3,13 @@
 // Macros: ELEMENT (float, Bf16, Half), CHANNELS, VECTOR (channels of a thread: 2, or 1 if CHANNELS is odd), RESETS (0, 1).
 //
 // A warp takes S tokens of 32 V channels into registers, a block WARPS such pieces in a row: a chunk. Each warp runs its
-// tokens from nothing, the block's first warp chains the pieces' ends, learns from earlier blocks what comes before the
+// tokens from nothing, one thread per channel chains the pieces' ends and what earlier blocks say comes before the
 // chunk, and every warp runs its tokens again from its true start. Backward is the same from the end, with gradients as
 // states; its second run takes everything from registers.
 //
 // Chunks pass states on through global memory. The last chunk of each GROUP publishes the state after it, every chunk its
 // own contribution: a chunk waits for the state before its group and for the contributions of the chunks between. So the
-// order of all sums is fixed. Blocks take their chunk's number from a counter: what they wait for has begun before them.
+// order of all sums is fixed. Blocks with a smaller index begin earlier, so what a block waits for is under way.
 // A published pair of floats is one 64-bit word, so it is seen whole or not at all; NOTHING stands for "not yet".
 //
 // A state is (n, d, e): numerator n 2^e, denominator d 2^e. Between blocks and passes it is the average n/d and the
@@ -66,34 +66,43 @@ struct State {
 };
 
 struct Place {  // of a block
-    int chunk, b, c, length;  // length: of the row
-    i64 column;               // b C + c
-    bool alive;               // is there a channel c?
+    int chunk, b, length;  // length: of the row
+    int origin, c;         // the block's and the thread's first channel
+    bool alive;            // is there a channel c?
 };
 
-__device__ __forceinline__ Place place(u64* counter, const int* lengths, int T, int batch, bool from_end, int size) {
-    __shared__ int ticket;
-    if (threadIdx.x == 0) ticket = (int)atomicAdd(counter, 1ull) + 1;  // it began at -1
-    __syncthreads();
+__device__ __forceinline__ Place place(const int* lengths, int T, int batch, bool from_end, int size) {
     constexpr int columns = (C + W - 1) / W;
-    int chunks = (T + size - 1) / size;
+    int index = blockIdx.x, chunks = (T + size - 1) / size;
     Place p;
-    p.chunk = ticket / (columns * batch);
+    p.chunk = index / (columns * batch);
     if (from_end) p.chunk = chunks - 1 - p.chunk;
-    p.b = ticket / columns % batch;
-    p.c = ticket % columns * W + (threadIdx.x % 32) * V;
+    p.b = index / columns % batch;
+    p.origin = index % columns * W;
+    p.c = p.origin + (threadIdx.x % 32) * V;
     p.alive = p.c < C;
     if (!p.alive) p.c = 0;  // reads something, writes nothing
-    p.column = (i64)p.b * C + p.c;
     p.length = lengths ? min(max(lengths[p.b], 0), T) : T;
     return p;
 }
 
 __device__ __forceinline__ int clamp(int x, int top) { return min(max(x, 0), top); }
 
-// Words of all chunks and of all groups' starts, behind the counter: [chunks, batch C, words], [groups + 1, batch C]
-__device__ __forceinline__ u64* published(u64* work, i64 row, i64 columns, i64 column, int words) {
-    return work + 1 + (row * columns + column) * words;
+// Waits for what comes before the chunk at `place` of its row (counted from where the scan begins): the contributions of
+// the chunks before it in its group, and the state before the group, as the last row. All threads of the block call it.
+// work: [WORDS, chunks, batch C] contributions, then [groups, batch C] states; column: of the block's first channel.
+template <int WORDS>
+__device__ __forceinline__ void gather(u64 (&words)[GROUP][WORDS][W], const u64* work, int place, int chunks, int origin,
+                                       i64 columns, i64 column) {
+    int group = place / GROUP, before = place % GROUP;
+    for (int i = threadIdx.x; i < GROUP * WORDS * W; i += 32 * WARPS) {
+        int lane = i % W, word = i / W % WORDS, j = i / W / WORDS;
+        if (origin + lane >= C) continue;
+        if (j < before) words[j][word][lane] = await(work + ((i64)word * chunks + group * GROUP + j) * columns + column + lane);
+        else if (j == GROUP - 1 && word == 0 && group > 0)
+            words[j][0][lane] = await(work + ((i64)WORDS * chunks + group) * columns + column + lane);
+    }
+    __syncthreads();
 }
 
 // A warp's tokens; FULL: there are S of them, which lets their work overlap
@@ -139,8 +148,9 @@ forward(const float* __restrict__ w_, const E* __restrict__ k_, const E* __restr
         u64* work, E* y_, float* saved, float* end_num, float* end_den, float* end_exp, int T, int batch) {
     constexpr int L = S * WARPS;
     __shared__ float ends[WARPS][3][W];
+    __shared__ u64 words[GROUP][1][W];
     __shared__ int cut[WARPS];
-    Place at = place(work, lengths, T, batch, false, L);
+    Place at = place(lengths, T, batch, false, L);
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32 * V;
     int chunks = (T + L - 1) / L, start = at.chunk * L, first = start + warp * S;
     int left = clamp(at.length - first, S), rest = clamp(T - first, S);
@@ -173,52 +183,46 @@ forward(const float* __restrict__ w_, const E* __restrict__ k_, const E* __restr
     if (lane == 0) cut[warp] = begins != 0;
     __syncthreads();
 
-    if (warp == 0) {
-        int group = at.chunk / GROUP, from = group * GROUP;
-        u64* contributions = work;
-        u64* starts = work + chunks * columns;
-        if (at.chunk % GROUP != GROUP - 1 && at.chunk != chunks - 1) {
+    // from here to the next barriers a thread has one channel, if there are enough
+    int c = threadIdx.x, before = at.chunk % GROUP, group = at.chunk / GROUP;
+    i64 column = (i64)at.b * C + at.origin;
+    bool chains = c < W && at.origin + c < C;
+    float decay = chains ? fmaxf(w_[at.origin + c] * LOG2_E, LEAST) : 0.f;
+    if (chains && before != GROUP - 1 && at.chunk != chunks - 1) {
+        State all = {0, 0, EMPTY};
 #pragma unroll
-            for (int i = 0; i < V; i++) {
-                State all = {0, 0, EMPTY};
-                for (int j = 0; j < WARPS; j++) {
-                    if (cut[j]) all.e = EMPTY;
-                    all.add(clamp(at.length - start - j * S, S) * w[i], ends[j][0][lane + i], ends[j][1][lane + i], ends[j][2][lane + i]);
-                }
-                if (at.alive) publish(published(contributions, at.chunk, columns, at.column + i, 1), pair(all.average(), all.weight()));
-            }
+        for (int j = 0; j < WARPS; j++) {
+            if (cut[j]) all.e = EMPTY;
+            all.add(clamp(at.length - start - j * S, S) * decay, ends[j][0][c], ends[j][1][c], ends[j][2][c]);
+        }
+        publish(work + at.chunk * columns + column + c, pair(all.average(), all.weight()));
+    }
+    gather<1>(words, work, at.chunk, chunks, at.origin, columns, column);
+    if (chains) {
+        State now;
+        if (group == 0) {
+            now = {num[column + c], den[column + c], exp[column + c] * LOG2_E};
+            now.normalise();
+        } else {
+            now = {low(words[GROUP - 1][0][c]), 1, high(words[GROUP - 1][0][c])};
+        }
+        for (int j = 0; j < before; j++) {
+            int chunk = group * GROUP + j;
+            if (RESETS && cuts[(i64)at.b * chunks + chunk]) now.e = EMPTY;
+            now.add(clamp(at.length - chunk * L, L) * decay, low(words[j][0][c]), 1, high(words[j][0][c]));
         }
 #pragma unroll
-        for (int i = 0; i < V; i++) {
-            State now;
-            if (group == 0) {
-                now = {num[at.column + i], den[at.column + i], exp[at.column + i] * LOG2_E};
-                now.normalise();
-            } else {
-                u64 word = await(published(starts, group, columns, at.column + i, 1));
-                now = {low(word), 1, high(word)};
-            }
-            for (int j = from; j < at.chunk; j++) {
-                u64 word = await(published(contributions, j, columns, at.column + i, 1));
-                if (RESETS && cuts[(i64)at.b * chunks + j]) now.e = EMPTY;
-                now.add(clamp(at.length - j * L, L) * w[i], low(word), 1, high(word));
-            }
-            x[i] = now;
+        for (int j = 0; j < WARPS; j++) {
+            State own = {ends[j][0][c], ends[j][1][c], ends[j][2][c]};
+            ends[j][0][c] = now.n, ends[j][1][c] = now.d, ends[j][2][c] = now.e;
+            if (cut[j]) now.e = EMPTY;
+            now.add(clamp(at.length - start - j * S, S) * decay, own.n, own.d, own.e);
         }
-#pragma unroll
-        for (int i = 0; i < V; i++) {
-            State now = x[i];
-            for (int j = 0; j < WARPS; j++) {
-                State own = {ends[j][0][lane + i], ends[j][1][lane + i], ends[j][2][lane + i]};
-                ends[j][0][lane + i] = now.n, ends[j][1][lane + i] = now.d, ends[j][2][lane + i] = now.e;
-                if (cut[j]) now.e = EMPTY;
-                now.add(clamp(at.length - start - j * S, S) * w[i], own.n, own.d, own.e);
-            }
-            if (at.alive && at.chunk % GROUP == GROUP - 1)
-                publish(published(starts, group + 1, columns, at.column + i, 1), pair(now.average(), now.weight()));
-            if (at.alive && at.chunk == chunks - 1)
-                end_num[at.column + i] = now.average(), end_den[at.column + i] = 1,
-                end_exp[at.column + i] = fmaxf(now.weight() * LN_2, EMPTY);
+        if (before == GROUP - 1 && at.chunk != chunks - 1)
+            publish(work + (chunks + group + 1) * columns + column + c, pair(now.average(), now.weight()));
+        if (at.chunk == chunks - 1) {
+            end_num[column + c] = now.average(), end_den[column + c] = 1;
+            end_exp[column + c] = fmaxf(now.weight() * LN_2, EMPTY);
         }
     }
     __syncthreads();
@@ -309,7 +313,8 @@ backward(const float* __restrict__ w_, const E* __restrict__ k_, const E* __rest
          float* g_num0, float* g_den0, int T, int batch) {
     constexpr int S = SAVE, L = S * WARPS;
     __shared__ float ends[WARPS][3][W];
-    Place at = place(work, lengths, T, batch, true, L);
+    __shared__ u64 words[GROUP][2][W];
+    Place at = place(lengths, T, batch, true, L);
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32 * V;
     int chunks = (T + L - 1) / L, first = at.chunk * L + warp * S;
     int left = clamp(at.length - first, S), rest = clamp(T - first, S);
@@ -351,52 +356,43 @@ backward(const float* __restrict__ w_, const E* __restrict__ k_, const E* __rest
     for (int i = 0; i < V; i++) ends[warp][0][lane + i] = sums[i].p, ends[warp][1][lane + i] = sums[i].r, ends[warp][2][lane + i] = sums[i].through;
     __syncthreads();
 
-    if (warp == 0) {
-        int place = chunks - 1 - at.chunk, group = place / GROUP, from = group * GROUP;  // counted from the end
-        u64* contributions = work;
-        u64* starts = work + 2 * chunks * columns;
-        if (place % GROUP != GROUP - 1 && at.chunk != 0) {
+    int c = threadIdx.x, place = chunks - 1 - at.chunk, before = place % GROUP, group = place / GROUP;
+    i64 column = (i64)at.b * C + at.origin;
+    bool chains = c < W && at.origin + c < C;
+    if (chains && before != GROUP - 1 && at.chunk != 0) {
+        float p = 0, r = 0, all = 1;
 #pragma unroll
-            for (int i = 0; i < V; i++) {
-                float ps = 0, rs = 0, all = 1;
-                for (int j = WARPS - 1; j >= 0; j--) {
-                    ps = ends[j][0][lane + i] + ends[j][2][lane + i] * ps;
-                    rs = ends[j][1][lane + i] + ends[j][2][lane + i] * rs;
-                    all *= ends[j][2][lane + i];
-                }
-                u64* to = published(contributions, place, columns, at.column + i, 2);
-                if (at.alive) publish(to, pair(ps, rs)), publish(to + 1, pair(all, 0));
-            }
+        for (int j = WARPS - 1; j >= 0; j--) {
+            p = ends[j][0][c] + ends[j][2][c] * p;
+            r = ends[j][1][c] + ends[j][2][c] * r;
+            all *= ends[j][2][c];
+        }
+        u64* to = work + place * columns + column + c;
+        publish(to, pair(p, r));
+        publish(to + chunks * columns, pair(all, 0));
+    }
+    gather<2>(words, work, place, chunks, at.origin, columns, column);
+    if (chains) {
+        float p, r;
+        if (group == 0) p = g_num[column + c], r = g_den[column + c];
+        else p = low(words[GROUP - 1][0][c]), r = high(words[GROUP - 1][0][c]);
+        for (int j = 0; j < before; j++) {
+            float all = low(words[j][1][c]);
+            p = low(words[j][0][c]) + all * p;
+            r = high(words[j][0][c]) + all * r;
         }
 #pragma unroll
-        for (int i = 0; i < V; i++) {
-            float p, r;
-            if (group == 0) {
-                p = g_num[at.column + i], r = g_den[at.column + i];
-            } else {
-                u64 word = await(published(starts, group, columns, at.column + i, 1));
-                p = low(word), r = high(word);
-            }
-            for (int j = from; j < place; j++) {
-                u64* of = published(contributions, j, columns, at.column + i, 2);
-                u64 word = await(of);
-                float all = low(await(of + 1));
-                p = low(word) + all * p;
-                r = high(word) + all * r;
-            }
-            for (int j = WARPS - 1; j >= 0; j--) {
-                float ps = ends[j][0][lane + i], rs = ends[j][1][lane + i], all = ends[j][2][lane + i];
-                ends[j][0][lane + i] = p, ends[j][1][lane + i] = r;
-                p = ps + all * p;
-                r = rs + all * r;
-            }
-            if (at.alive && place % GROUP == GROUP - 1)
-                publish(published(starts, group + 1, columns, at.column + i, 1), pair(p, r));
-            if (at.alive && at.chunk == 0) {  // of the average and the log-weight's e^: den is 1 there
-                float d = den[at.column + i];
-                g_num0[at.column + i] = d > 0 ? p / d : 0;
-                g_den0[at.column + i] = d > 0 ? r / d : 0;
-            }
+        for (int j = WARPS - 1; j >= 0; j--) {
+            float own_p = ends[j][0][c], own_r = ends[j][1][c], all = ends[j][2][c];
+            ends[j][0][c] = p, ends[j][1][c] = r;
+            p = own_p + all * p;
+            r = own_r + all * r;
+        }
+        if (before == GROUP - 1 && at.chunk != 0) publish(work + (2 * chunks + group + 1) * columns + column + c, pair(p, r));
+        if (at.chunk == 0) {  // of a state whose den is 1
+            float d = den[column + c];
+            g_num0[column + c] = d > 0 ? p / d : 0;
+            g_den0[column + c] = d > 0 ? r / d : 0;
         }
     }
     __syncthreads();
@@ -410,12 +406,10 @@ backward(const float* __restrict__ w_, const E* __restrict__ k_, const E* __rest
 #pragma unroll
     for (int i = 0; i < V; i++) ends[warp][0][lane + i] = gw[i], ends[warp][1][lane + i] = gu[i];
     __syncthreads();
-    if (warp == 0 && at.alive)
-#pragma unroll
-        for (int i = 0; i < V; i++) {
-            float sw = 0, su = 0;
-            for (int j = 0; j < WARPS; j++) sw += ends[j][0][lane + i], su += ends[j][1][lane + i];
-            gw_[at.chunk * columns + at.column + i] = sw;
-            gu_[at.chunk * columns + at.column + i] = su;
-        }
+    if (chains) {
+        float sw = 0, su = 0;
+        for (int j = 0; j < WARPS; j++) sw += ends[j][0][c], su += ends[j][1][c];
+        gw_[at.chunk * columns + column + c] = sw;
+        gu_[at.chunk * columns + column + c] = su;
+    }
 }
