@@ -188,7 +188,30 @@ inline void mma_bf16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[
 inline void mma_half(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
     emulated_mma_16(d, a, b, [](unsigned x) { return half_to_float((unsigned short)x); });
 }
-inline unsigned to_tf32(float x) {  // cvt.rna: to the nearest, ties away from zero
-    unsigned bits = __float_as_uint(x);
-    return std::isfinite(x) ? (bits + 0x1000) & 0xffffe000u : bits;
+inline unsigned to_tf32(float x) { return __float_as_uint(x) + 0x1000; }
+inline void emulated_matrices(unsigned (&x)[4], const void* row, bool transposed) {
+    const void* const* rows = emulation::together(row);
+    int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    for (int i = 0; i < 4; i++) {
+        auto at = [&](int r, int c) { return (unsigned)((const unsigned short*)rows[8 * i + r])[c]; };
+        x[i] = transposed ? at(2 * t, g) | at(2 * t + 1, g) << 16 : at(g, 2 * t) | at(g, 2 * t + 1) << 16;
+    }
+    __syncwarp();
 }
+inline void load_matrices(unsigned (&x)[4], const void* row) { emulated_matrices(x, row, false); }
+inline void load_transposed(unsigned (&x)[4], const void* row) { emulated_matrices(x, row, true); }
+inline void copy_async(void* to, const void* from, bool is_there) {
+    if ((size_t)to % 16 || (is_there && (size_t)from % 16)) fprintf(stderr, "emulation: a copy is not aligned\n"), abort();
+    if (is_there) memcpy(to, from, 16);
+    else memset(to, 0, 16);
+}
+inline void commit_copies() {}
+inline void await_copies() {}
+inline unsigned __ballot_sync(unsigned, bool x) {
+    const bool* all = emulation::together(x);
+    unsigned bits = 0;
+    for (int i = 0; i < 32; i++) bits |= (unsigned)all[i] << i;
+    __syncwarp();
+    return bits;
+}
+inline char* dynamic_shared() { return emulated_shared; }

@@ -11,6 +11,8 @@ typedef long long i64;
 constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
 
 #ifndef EMULATED
+extern __shared__ __align__(128) char dynamic_memory[];
+__device__ __forceinline__ char* dynamic_shared() { return dynamic_memory; }
 __device__ __forceinline__ float ex2(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -47,6 +49,37 @@ __device__ __forceinline__ u64 peek(const u64* p) {
     asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(x) : "l"(p) : "memory");
     return x;
 }
+// d += a b, 16 x 8 x 8, row x column; lane = 4 g + t holds a: (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4);
+// b: (t, g), (t + 4, g); d: (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)
+__device__ __forceinline__ void mma_tf32(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+// to the nearest tf32; the low 13 bits are left for the tensor cores to ignore
+__device__ __forceinline__ u32 to_tf32(float x) { return __float_as_uint(x) + 0x1000; }
+__device__ __forceinline__ u32 shared_address(const void* p) {
+    u64 x;
+    asm("cvta.to.shared.u64 %0, %1;" : "=l"(x) : "l"(p));
+    return (u32)x;
+}
+// four 8 x 8 matrices of 16-bit elements; lane 8 i + j gives row j of matrix i and gets, of each, (g, 2t) and (g, 2t + 1),
+// transposed (2t, g) and (2t + 1, g)
+__device__ __forceinline__ void load_matrices(u32 (&x)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(shared_address(row)) : "memory");
+}
+__device__ __forceinline__ void load_transposed(u32 (&x)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(shared_address(row)) : "memory");
+}
+// 16 bytes from global to shared memory in the background, or zeros
+__device__ __forceinline__ void copy_async(void* to, const void* from, bool is_there) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(is_there ? 16 : 0)
+                 : "memory");
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void await_copies() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
 __device__ __forceinline__ void publish(u64* p, u64 x) {
     asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(x) : "memory");
 }
