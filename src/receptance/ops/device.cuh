@@ -56,6 +56,17 @@ __device__ __forceinline__ void mma_tf32(float (&d)[4], const u32 (&a)[4], const
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
+// the same with 16 channels: word (g, t) of a holds (g, 2t) and (g, 2t + 1), then rows g + 8, then channels from 8 on
+__device__ __forceinline__ void mma_bf16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+__device__ __forceinline__ void mma_half(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
 // to the nearest tf32; the low 13 bits are left for the tensor cores to ignore
 __device__ __forceinline__ u32 to_tf32(float x) { return __float_as_uint(x) + 0x1000; }
 __device__ __forceinline__ u32 shared_address(const void* p) {
@@ -86,14 +97,18 @@ __device__ __forceinline__ void publish(u64* p, u64 x) {
 #endif
 
 struct Bf16 {
+    static constexpr bool IS_BF16 = true;
     u16 bits;
     static __device__ __forceinline__ float wide(u16 x) { return __uint_as_float((u32)x << 16); }
     static __device__ __forceinline__ u32 two(float lo, float hi) { return two_bf16(lo, hi); }
+    static __device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) { mma_bf16(d, a, b); }
 };
 struct Half {
+    static constexpr bool IS_BF16 = false;
     u16 bits;
     static __device__ __forceinline__ float wide(u16 x) { return half_to_float(x); }
     static __device__ __forceinline__ u32 two(float lo, float hi) { return two_halves(lo, hi); }
+    static __device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) { mma_half(d, a, b); }
 };
 
 // V neighbours of element type E as they lie in memory; kept so, they take half the registers

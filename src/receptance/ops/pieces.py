@@ -23,6 +23,7 @@ PIECES: dict[str, str] = {
 # Operator → module of its form in CUDA C++, where there is one; it comes before Triton's.
 CUDA: dict[str, str] = {
     "wkv4": "receptance.ops.wkv4.cuda",
+    "wkv6": "receptance.ops.wkv6.cuda",
 }
 
 
@@ -38,8 +39,8 @@ def uses_triton(piece: str, x: Tensor, backend: str = "auto") -> bool:
 
 
 def uses_cuda(op: str, x: Tensor) -> bool:
-    """Whether the operator's CUDA C++ kernels run on a tensor like x."""
-    if op not in CUDA or not x.is_cuda or torch.version.cuda is None or x.dtype == torch.float64:
+    """Whether the operator's CUDA C++ kernels run on inputs like x [B, T, ...]."""
+    if op not in CUDA or not x.is_cuda or torch.version.cuda is None or not import_module(CUDA[op]).fits(x):
         return False
     return torch.compiler.is_compiling() or _builds(op, CUDA[op], "CUDA", "the Triton form")
 

@@ -18,6 +18,11 @@ ELEMENTS = {torch.float32: "float", torch.bfloat16: "Bf16", torch.float16: "Half
 WARPS, GROUP, FORWARD, BACKWARD = 8, 8, 16, 8  # as in wkv4.cu; the last two: tokens of a warp
 
 
+def fits(k: Tensor) -> bool:
+    """Whether the kernels take inputs like k."""
+    return k.dtype in ELEMENTS
+
+
 def _program(k: Tensor, resets: Tensor | None) -> cuda.Program:
     c, element = k.shape[2], ELEMENTS[k.dtype]
     blocks = 2 if k.dtype == torch.float32 else 3

@@ -1,7 +1,8 @@
 """RWKV-5 and 6's WKV in CUDA C++ (wkv6.cu) for half-precision inputs: states in registers, tf32 tensor cores.
 
 Where heads x batch do not fill the GPU, rows are cut into segments: their ends are made first, each from nothing,
-then chained. For the backward pass the forward one saves the state before every 32nd token, in float32.
+then chained. For the backward pass the forward one saves the state before every 16th token, in bfloat16: of what the
+gradients are made of only the readings of these states are rounded so, and the gradients are rounded once more anyway.
 """
 
 from pathlib import Path
@@ -16,8 +17,8 @@ from receptance.ops import cuda
 SOURCE = Path(__file__).with_name("wkv6.cu")
 ELEMENTS = {torch.float32: "float", torch.bfloat16: "Bf16", torch.float16: "Half"}
 HEADS = (32, 64, 128)  # sizes
-CHUNK, SPAN = 16, 32  # tokens, as in wkv6.cu; a saved state per span
-BLOCKS_WANTED = 528  # four for each of an H100's multiprocessors
+CHUNK = 16  # tokens, as in wkv6.cu
+BLOCKS = 528  # four for each of an H100's multiprocessors, as many as run at once
 SHORTEST_SEGMENT = 256  # tokens
 
 
@@ -31,8 +32,7 @@ class _Run:
 
     def __init__(self, r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, gy: Tensor | None, resets: Tensor | None):
         batch, t, h, n = r.shape
-        wanted = 1 if 2 * batch * h >= BLOCKS_WANTED else -(-BLOCKS_WANTED // (batch * h))
-        length = max(SHORTEST_SEGMENT, -(-t // (wanted * SPAN)) * SPAN)
+        length = max(SHORTEST_SEGMENT, -(-t // (max(1, BLOCKS // (batch * h)) * CHUNK)) * CHUNK)
         self.segments = -(-t // length)
         self.grid, self.threads = (batch * self.segments * h,), 2 * n
         self.states = (batch, self.segments, h, n, n)
@@ -42,7 +42,7 @@ class _Run:
         )
         tile, warps = CHUNK * n, n // 16
         self.shared = 2 * (tile * 6 + tile * w.element_size()) + 8 * tile + warps * 1024 + 4 * n
-        self.shared_gradients = 4 * (tile * 8 + tile * w.element_size()) + warps * (1024 + 5440)
+        self.shared_gradients = 2 * (tile * 8 + tile * w.element_size() + 2 * n * n) + warps * 4160
 
     def starts(self, first: Tensor, is_backward: bool) -> Tensor:
         """The state before each segment, or the gradient after each: [B, segments, H, N, N]; first [B, H, N, N]."""
@@ -52,28 +52,26 @@ class _Run:
         decays = first.new_empty(self.states[:-1])
         kernel = self.program.backward_ends if is_backward else self.program.forward_ends
         kernel(self.grid, self.threads, *self.inputs, ends, decays, shared=self.shared)
-        batch, _, h, _, _ = self.states
-        self.program.chain((batch * h,), 512, ends, decays, first, h, self.segments, int(is_backward))
+        h = self.states[2]
+        self.program.chain((first.numel() // 256,), 256, ends, decays, first, h, self.segments, int(is_backward))
         return ends
 
 
 def _saved(r: Tensor, is_saving: bool) -> Tensor:
     batch, t, h, n = r.shape
-    return r.new_empty(batch, -(-t // SPAN) if is_saving else 0, h, n, n, dtype=torch.float32)
+    return r.new_empty(batch, -(-t // CHUNK) if is_saving else 0, h, n, n, dtype=torch.bfloat16)
 
 
 def _forward(
     r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor, resets: Tensor | None, is_saving: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the final state, the states before every 32nd token."""
+    """y, the final state, the states before every 16th token."""
     with torch.cuda.device_of(r):
         run = _Run(r, w, k, v, u, None, resets)
         y, end, saved = torch.empty_like(v), torch.empty_like(state), _saved(r, is_saving)
         starts = run.starts(state, False)
-        kernel = run.program.forward
-        kernel(
-            run.grid, run.threads, *run.inputs, starts, y, saved if is_saving else None, end, shared=run.shared
-        )  # fmt: skip
+        keep = saved if is_saving else None
+        run.program.forward(run.grid, run.threads, *run.inputs, starts, y, keep, end, shared=run.shared)
     return y, end, saved
 
 

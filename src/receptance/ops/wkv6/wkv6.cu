@@ -24,11 +24,14 @@
 #include "device.cuh"
 
 #ifndef GRADIENT_BLOCKS
-#define GRADIENT_BLOCKS (HEAD == 128 ? 1 : HEAD == 64 ? 3 : 4)
+#define GRADIENT_BLOCKS (HEAD == 128 ? 1 : 3)
+#endif
+#ifndef WALK_BLOCKS
+#define WALK_BLOCKS (HEAD == 128 ? 1 : 4)
 #endif
 typedef ELEMENT E;
 typedef DECAY D;
-constexpr int N = HEAD, L = 16, SPAN = 2;        // SPAN: chunks between saved states
+constexpr int N = HEAD, L = 16;
 constexpr int WARPS = N / 16, THREADS = 32 * WARPS, BLOCKS = N / 8;  // BLOCKS: of 8 channels
 constexpr float FLOOR = -18 * LOG2_E;            // of one token's log-decay, base 2: e^-18 = 1.5e-8
 
@@ -157,13 +160,27 @@ __device__ __forceinline__ void times_state(float (&d0)[4], float (&d1)[4], cons
     mma_tf32(d1, a, b1);
 }
 
+// d += a b, 16 channels, for inputs a and a state b rounded to bfloat16; as tf32 if the inputs are no bfloat16
+__device__ __forceinline__ void multiply_state(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+    if (E::IS_BF16) {
+        mma_bf16(d, a, b);
+    } else {
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            const u32 rows[4] = {bits(low(a[2 * e])), bits(low(a[2 * e + 1])), bits(high(a[2 * e])), bits(high(a[2 * e + 1]))};
+            const u32 columns[2] = {b[e] << 16, b[e] & 0xffff0000u};
+            mma_tf32(d, rows, columns);
+        }
+    }
+}
+
 struct Inputs {
     const u16 *r, *k, *v, *gy;
     const DecayBits* w;
     int w_t;  // w's step from token to token, 0 if all have the same
     const float* u;
     const u8* resets;
-    int T, H, segments, length;  // of a segment, a multiple of SPAN chunks
+    int T, H, segments, length;  // of a segment, whole chunks
 };
 
 struct Where {
@@ -178,13 +195,16 @@ struct Where {
         row = (i64)b * in.T;
     }
     __device__ __forceinline__ i64 at(const Inputs& in, int token) const { return ((row + token) * in.H + h) * N; }
+    __device__ __forceinline__ i64 saved(const Inputs& in, int token) const {
+        return (((i64)b * ((in.T + L - 1) / L) + token / L) * in.H + h) * N * N;
+    }
     __device__ __forceinline__ i64 w_at(const Inputs& in, int token) const { return (row + token) * in.w_t + h * N; }
 };
 
 // Forward: y and the state from first to last chunk. BACK: gv from gy, the state's gradient from last to first.
 // Without OUTPUT only the state, from nothing, and the product of the decays.
 template <bool BACK, bool OUTPUT>
-__device__ __forceinline__ void walk(const Inputs& in, const float* starts, u16* out, float* saved, float* ends, float* decays, float* end) {
+__device__ __forceinline__ void walk(const Inputs& in, const float* starts, u16* out, u32* saved, float* ends, float* decays, float* end) {
     char* shared = dynamic_shared();
     struct Tiles {
         u16 r[L * N], k[L * N], x[L * N];
@@ -305,12 +325,12 @@ __device__ __forceinline__ void walk(const Inputs& in, const float* starts, u16*
             for (int q = 0; q < 4; q++) x[q / 2][0][q % 2] = low(words[q]), x[q / 2][1][q % 2] = high(words[q]);
         }
         if (OUTPUT) {
-            if (saved && chunk % SPAN == 0) {
-                float* to = saved + (((i64)at.b * ((in.T + SPAN * L - 1) / (SPAN * L)) + token / (SPAN * L)) * in.H + at.h) * N * N;
+            if (saved) {
+                u32* to = saved + at.saved(in, token) / 2;
 #pragma unroll
                 for (int j = 0; j < BLOCKS; j++) {
-                    *(float2*)(to + element(j, 0)) = make_float2(s[j][0], s[j][1]);
-                    *(float2*)(to + element(j, 2)) = make_float2(s[j][2], s[j][3]);
+                    to[element(j, 0) / 2] = two_bf16(s[j][0], s[j][1]);
+                    to[element(j, 2) / 2] = two_bf16(s[j][2], s[j][3]);
                 }
             }
             float y[2][4] = {};
@@ -379,11 +399,11 @@ __device__ __forceinline__ void walk(const Inputs& in, const float* starts, u16*
 #define GIVEN                                                   \
     Inputs { r, k, v, gy, w, w_t, u, resets, T, H, segments, length }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
-forward(INPUTS, const float* starts, u16* y, float* saved, float* end) {
+extern "C" __global__ void __launch_bounds__(THREADS, WALK_BLOCKS)
+forward(INPUTS, const float* starts, u16* y, u32* saved, float* end) {
     walk<false, true>(GIVEN, starts, y, saved, nullptr, nullptr, end);
 }
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, WALK_BLOCKS)
 values(INPUTS, const float* starts, u16* gv, float* end) {
     walk<true, true>(GIVEN, starts, gv, nullptr, nullptr, nullptr, end);
 }
@@ -398,301 +418,226 @@ backward_ends(INPUTS, float* ends, float* decays) {
 
 // Every segment's start written over what the segment adds, from `first` on; from_end: from the last segment
 extern "C" __global__ void chain(float* ends, const float* decays, const float* first, int H, int segments, int from_end) {
-    int b = blockIdx.x / H, h = blockIdx.x % H;
-    for (int i = threadIdx.x; i < N * N; i += blockDim.x) {
-        float state = first[(i64)blockIdx.x * N * N + i];
-        for (int j = 0; j < segments; j++) {
-            i64 number = ((i64)b * segments + (from_end ? segments - 1 - j : j)) * H + h;
-            float own = ends[number * N * N + i];
-            ends[number * N * N + i] = state;
-            state = state * decays[number * N + i % N] + own;
-        }
+    int i = blockIdx.x * blockDim.x + threadIdx.x, number = i / (N * N), b = number / H, h = number % H;
+    i %= N * N;
+    float state = first[(i64)number * N * N + i];
+#pragma unroll 4
+    for (int j = 0; j < segments; j++) {
+        i64 at = ((i64)b * segments + (from_end ? segments - 1 - j : j)) * H + h;
+        float own = ends[at * N * N + i], decay = decays[at * N + i % N];
+        ends[at * N * N + i] = state;
+        state = state * decay + own;
     }
 }
 
 // gr, gk, gw and each segment's share of gu, from the saved states and the gradients of the segments' end states
 extern "C" __global__ void __launch_bounds__(THREADS, GRADIENT_BLOCKS)
-gradients(INPUTS, const float* saved, const float* ends, u16* gr_, u16* gk_, D* gw_, float* gu_) {
+gradients(INPUTS, const u16* saved, const float* ends, u16* gr_, u16* gk_, D* gw_, float* gu_) {
     const Inputs in = GIVEN;
-    constexpr int ROWS = SPAN * L;
-    char* shared = dynamic_shared();
     struct Tiles {
-        u16 r[ROWS * N], k[ROWS * N], v[ROWS * N], gy[ROWS * N];
-        DecayBits w[ROWS * N];
+        u16 r[L * N], k[L * N], v[L * N], gy[L * N], s[N * N];
+        DecayBits w[L * N];
     };
-    struct Own {  // a warp's
-        u32 reads[L * L], keys[L * L], readers0[L * L], readers1[L * L];  // turned
-        u32 g[L * 20];                                                    // G, rows of 20
+    struct Own {  // a warp's, turned, and the chunk's decay
+        u32 reads[L * L], keys[L * L], readers0[L * L], readers1[L * L];
         float decay[L];
     };
-    Tiles* tiles = (Tiles*)shared;
-    float* parts = (float*)(tiles + 2);  // [WARPS, 2, 32, 4]: G over each warp's value channels
+    Tiles* tiles = (Tiles*)dynamic_shared();
     const Lane my;
-    Own& own = ((Own*)(parts + WARPS * L * L))[my.warp];
+    Own& own = ((Own*)(tiles + 2))[my.warp];
     const Where at(in);
-    int spans = (at.stop - at.first + ROWS - 1) / ROWS;
+    int chunks = (at.stop - at.first + L - 1) / L;
 
-    auto fetch_span = [&](int i) {
-        int token = at.first + (spans - 1 - i) * ROWS, left = at.stop - token;
+    auto fetch_chunk = [&](int i) {
+        int token = at.first + (chunks - 1 - i) * L, left = at.stop - token;
         Tiles& tile = tiles[i % 2];
         i64 from = at.at(in, token), stride = (i64)in.H * N;
-        fetch(tile.r, in.r + from, stride, ROWS, left);
-        fetch(tile.k, in.k + from, stride, ROWS, left);
-        fetch(tile.v, in.v + from, stride, ROWS, left);
-        fetch(tile.gy, in.gy + from, stride, ROWS, left);
-        fetch(tile.w, in.w + at.w_at(in, token), in.w_t, ROWS, left);
+        fetch(tile.r, in.r + from, stride, L, left);
+        fetch(tile.k, in.k + from, stride, L, left);
+        fetch(tile.v, in.v + from, stride, L, left);
+        fetch(tile.gy, in.gy + from, stride, L, left);
+        fetch(tile.w, in.w + at.w_at(in, token), in.w_t, L, left);
+        fetch(tile.s, saved + at.saved(in, token), N, N, N);
         commit_copies();
     };
 
-    // states turned round: rows my.own + g and + 8 (key channels), columns 8 j + 2 t + i (value channels)
-    auto load_state = [&](float (&s)[BLOCKS][4], const float* from) {
+    // the state's gradient, turned round: rows my.own + g and + 8 (key channels), columns 8 j + 2 t + i (value channels)
+    float gs[BLOCKS][4], bonus[4], gu[4] = {};
 #pragma unroll
-        for (int j = 0; j < BLOCKS; j++)
+    for (int j = 0; j < BLOCKS; j++)
 #pragma unroll
-            for (int c = 0; c < 4; c++) s[j][c] = from[(8 * j + 2 * my.t + c % 2) * N + my.own + my.g + 8 * (c / 2)];
-    };
-    // s = s decay + (tokens x keys, turned)^T (tokens x values)
-    auto add = [&](float (&s)[BLOCKS][4], const u32* keys, const u16* values, int row) {
-        float d0 = own.decay[my.g], d1 = own.decay[my.g + 8];
-        uint4 p = row_of(keys, my.g, my), q = row_of(keys, my.g + 8, my);
-        const u32 a0[4] = {p.x, q.x, p.z, q.z}, a1[4] = {p.y, q.y, p.w, q.w};
-#pragma unroll
-        for (int j = 0; j < BLOCKS; j += 2) {
-            u32 x[4];
-            load_transposed(x, values + place(row + my.lane / 16 * 8 + my.lane % 8, 8 * j + my.lane / 8 % 2 * 8));
-#pragma unroll
-            for (int e = 0; e < 2; e++) {
-                float(&sum)[4] = s[j + e];
-                sum[0] *= d0, sum[1] *= d0, sum[2] *= d1, sum[3] *= d1;
-                const u32 b0[2] = {bits(low(x[e])), bits(high(x[e]))}, b1[2] = {bits(low(x[2 + e])), bits(high(x[2 + e]))};
-                mma_tf32(sum, a0, b0);
-                mma_tf32(sum, a1, b1);
-            }
-        }
-    };
-    // tokens x own keys += (tokens x values) state
-    auto times = [&](float (&d)[2][4], const u16* values, int row, const float (&s)[BLOCKS][4]) {
-#pragma unroll
-        for (int j = 0; j < BLOCKS; j += 2) {
-            u32 x[4];
-            load_matrices(x, values + place(row + my.lane / 8 % 2 * 8 + my.lane % 8, 8 * j + my.lane / 16 * 8));
-#pragma unroll
-            for (int e = 0; e < 2; e++) {
-                const u32 a[4] = {bits(low(x[2 * e])), bits(low(x[2 * e + 1])), bits(high(x[2 * e])), bits(high(x[2 * e + 1]))};
-                times_state(d[0], d[1], a, s[j + e]);
-            }
-        }
-    };
-    auto set_decay = [&](const Factors& f, bool whole) {
-        if (my.g == 0)
-#pragma unroll
-            for (int c = 0; c < 4; c++) own.decay[8 * (c / 2) + 2 * my.t + c % 2] = f.decay(c, whole);
-    };
-
-    float s[BLOCKS][4], gs[BLOCKS][4], bonus[4], gu[4] = {};
-    load_state(gs, ends + at.state * N * N);
+        for (int c = 0; c < 4; c++) gs[j][c] = ends[at.state * N * N + (8 * j + 2 * my.t + c % 2) * N + my.own + my.g + 8 * (c / 2)];
 #pragma unroll
     for (int c = 0; c < 4; c++) bonus[c] = in.u[at.h * N + my.own + 8 * (c / 2) + 2 * my.t + c % 2];
 
-    if (spans > 0) fetch_span(0);
-    for (int i = 0; i < spans; i++) {
-        int first = at.first + (spans - 1 - i) * ROWS;
+    if (chunks > 0) fetch_chunk(0);
+    for (int i = 0; i < chunks; i++) {
+        int token = at.first + (chunks - 1 - i) * L, left = at.stop - token;
         await_copies();
         __syncthreads();
-        if (i + 1 < spans) fetch_span(i + 1);
+        if (i + 1 < chunks) fetch_chunk(i + 1);
         const Tiles& tile = tiles[i % 2];
-        const float* state = saved + (((i64)at.b * ((in.T + ROWS - 1) / ROWS) + first / ROWS) * in.H + at.h) * N * N;
-        load_state(s, state);
-        {  // the state between the chunks
-            const Documents documents(in.resets + at.row + first, my.lane, at.stop - first);
-            int last = documents.last();
-            Factors f;
-            float k[2][4];
-            u32 writes[2][4];
-            f.make(tile.w, my, 0);
-            read(tile.k, my, 0, k);
+        const Documents documents(in.resets + at.row + token, my.lane, left);
+        int doc[2] = {documents.of(my.g), documents.of(my.g + 8)}, last = documents.last();
+
+        // Sums over the value channels: G, G^T, gy S, v dS; and what the chunk's whole decay gets.
+        float g[2][4] = {}, turned_g[2][4] = {}, from_start[2][4] = {}, to_end[2][4] = {}, through[2] = {};
+#pragma unroll
+        for (int j = 0; j < BLOCKS; j += 2) {
+            u32 gy[4], v[4], s[4];
+            int lane_row = my.lane / 8 % 2 * 8 + my.lane % 8, lane_piece = 8 * j + my.lane / 16 * 8;
+            load_matrices(gy, tile.gy + place(lane_row, lane_piece));
+            load_matrices(v, tile.v + place(lane_row, lane_piece));
+            load_transposed(s, tile.s + place(8 * j + my.lane / 16 * 8 + my.lane % 8, my.own + my.lane / 8 % 2 * 8));
+            const u32 v0[2] = {v[0], v[2]}, v1[2] = {v[1], v[3]}, gy0[2] = {gy[0], gy[2]}, gy1[2] = {gy[1], gy[3]};
+            E::multiply(g[0], gy, v0);
+            E::multiply(g[1], gy, v1);
+            E::multiply(turned_g[0], v, gy0);
+            E::multiply(turned_g[1], v, gy1);
+#pragma unroll
+            for (int b = 0; b < 2; b++) {
+                const u32 of_s[2] = {s[b], s[2 + b]};
+                const u32 of_gs[2] = {two_bf16(gs[j][2 * b], gs[j][2 * b + 1]), two_bf16(gs[j + 1][2 * b], gs[j + 1][2 * b + 1])};
+                multiply_state(from_start[b], gy, of_s);
+                multiply_state(to_end[b], v, of_gs);
+#pragma unroll
+                for (int e = 0; e < 2; e++)
+                    through[b] += Bf16::wide((u16)of_s[e]) * gs[j + e][2 * b] + Bf16::wide((u16)(of_s[e] >> 16)) * gs[j + e][2 * b + 1];
+            }
+        }
+        float g_bonus[2];
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            g_bonus[h] = from_lane(my.g % 2 ? g[h][2 * h + 1] : g[h][2 * h], 4 * my.g + my.g / 2);
+            through[h] += __shfl_xor_sync(~0u, through[h], 1);
+            through[h] += __shfl_xor_sync(~0u, through[h], 2);
+        }
+
+        Factors f;
+        f.make(tile.w, my, 0);
+        float r[2][4], k[2][4], rise0[2][4], rise1[4], fall[2][4];
+        read(tile.r, my, 0, r);
+        read(tile.k, my, 0, k);
+        f.meet(my, rise0, rise1, fall);
+        u32 reads[2][4], r0[2][4], r1[2][4], kf[2][4];
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+            r1[0][c] = 0, r1[1][c] = to_tf32(r[1][c] * rise1[c]);
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                float factor = f.read_(h, c, doc[h]);
+                reads[h][c] = to_tf32(r[h][c] * factor);
+                from_start[c / 2][2 * h + c % 2] *= factor;
+                to_end[c / 2][2 * h + c % 2] *= f.write_(h, c, doc[h] == last);
+                r0[h][c] = to_tf32(r[h][c] * rise0[h][c]);
+                kf[h][c] = to_tf32(k[h][c] * fall[h][c]);
+            }
+        }
+        __syncwarp();  // the chunk before has been read
+        turn(own.reads, 0, my, reads);
+        turn(own.keys, 0, my, kf);
+        turn(own.readers0, 0, my, r0);
+        turn(own.readers1, 0, my, r1);
+        if (my.g == 0)
+#pragma unroll
+            for (int c = 0; c < 4; c++) own.decay[8 * (c / 2) + 2 * my.t + c % 2] = f.decay(c, last == 0);
+        __syncwarp();
+
+        float gr[2][4], gk[2][4], suffix[2][4], x[2][4], g_total[4];
+        {
+            u32 a[2][4], t[2][4];
+#pragma unroll
+            for (int b = 0; b < 2; b++)
+#pragma unroll
+                for (int c = 0; c < 4; c++) {
+                    int row = my.g + 8 * (c / 2), column = 8 * b + 2 * my.t + c % 2;
+                    bool same = !RESETS || documents.of(row) == documents.of(column);
+                    a[b][c] = row > column && same ? to_tf32(g[b][c]) : 0;
+                    t[b][c] = row < column && same ? to_tf32(turned_g[b][c]) : 0;
+                }
+            float sum0[2][4] = {}, sum1[2][4] = {}, back[2][4] = {};
+            const u32 a0[4] = {a[0][0], a[0][2], a[0][1], a[0][3]}, a1[4] = {a[1][0], a[1][2], a[1][1], a[1][3]};
+            const u32 c0[4] = {t[0][0], 0, t[0][1], 0}, c1[4] = {t[1][0], 0, t[1][1], 0}, c2[4] = {0, t[1][2], 0, t[1][3]};
+#pragma unroll
+            for (int b = 0; b < 2; b++) {
+                uint4 key = row_of(own.keys, 8 * b + my.g, my), p = row_of(own.readers0, 8 * b + my.g, my), q = row_of(own.readers1, 8 * b + my.g, my);
+                const u32 k0[2] = {key.x, key.z}, k1[2] = {key.y, key.w}, p0[2] = {p.x, p.z}, p1[2] = {p.y, p.w}, q1[2] = {q.y, q.w};
+                mma_tf32(sum0[b], a0, k0);
+                mma_tf32(sum1[b], a1, k1);
+                mma_tf32(back[b], c0, p0);
+                mma_tf32(back[b], c1, p1);
+                mma_tf32(back[b], c2, q1);
+            }
+#pragma unroll
+            for (int c = 0; c < 4; c++) g_total[c] = 0;
+            // With the operands as rounded, what a pair gives to both its tokens is the same, and goes away where it must.
 #pragma unroll
             for (int h = 0; h < 2; h++)
 #pragma unroll
-                for (int c = 0; c < 4; c++) writes[h][c] = to_tf32(k[h][c] * f.write_(h, c, documents.of(my.g + 8 * h) == last));
-            turn(own.keys, 0, my, writes);
-            set_decay(f, last == 0);
-            __syncwarp();
-            add(s, own.keys, tile.v, 0);
-            __syncwarp();
+                for (int c = 0; c < 4; c++) {
+                    int b = c / 2, e = 2 * h + c % 2;
+                    auto rounded = [](u32 x) { return __uint_as_float(x & 0xffffe000u); };
+                    float start = from_start[b][e], end = to_end[b][e];
+                    gr[h][c] = sum0[b][e] * rise0[h][c] + (h ? sum1[b][e] * rise1[c] : 0.f) + start;
+                    gk[h][c] = back[b][e] * fall[h][c] + end;
+                    x[h][c] = sum0[b][e] * rounded(r0[h][c]) + (h ? sum1[b][e] * rounded(r1[h][c]) : 0.f);
+                    suffix[h][c] = x[h][c] - back[b][e] * rounded(kf[h][c]) + start * r[h][c] - end * k[h][c];
+                    x[h][c] += start * r[h][c];
+                    g_total[c] += end * k[h][c];
+                }
         }
-#pragma unroll 1
-        for (int half = 1; half >= 0; half--) {
-            if (half == 0) {
-                load_state(s, state);
-                __syncthreads();  // for the parts
-            }
-            int row = half * L, token = first + row, left = at.stop - token;
-            const Documents documents(in.resets + at.row + token, my.lane, left);
-            int doc[2] = {documents.of(my.g), documents.of(my.g + 8)}, last = documents.last();
-
-            float g[2][4] = {};  // rows are readers, columns are keys
-            {
-                float v[2][4], gy[2][4];
-                read(tile.v, my, row, v);
-                read(tile.gy, my, row, gy);
 #pragma unroll
-                for (int c = 0; c < 4; c += 2) {
-                    const u32 a[4] = {bits(gy[0][c]), bits(gy[1][c]), bits(gy[0][c + 1]), bits(gy[1][c + 1])};
-                    const u32 b0[2] = {bits(v[0][c]), bits(v[0][c + 1])}, b1[2] = {bits(v[1][c]), bits(v[1][c + 1])};
-                    mma_tf32(g[0], a, b0);
-                    mma_tf32(g[1], a, b1);
+        for (int c = 0; c < 4; c++) {
+            float decayed = from_lane(through[c / 2], 4 * (2 * my.t + c % 2)) * f.decay(c, last == 0);
+#pragma unroll
+            for (int d = 4; d < 32; d *= 2) g_total[c] += __shfl_xor_sync(~0u, g_total[c], d);
+            g_total[c] += decayed;
+#pragma unroll
+            for (int h = 0; h < 2; h++)
+#pragma unroll
+                for (int d = 1; d < 8; d *= 2) {
+                    float other = __shfl_down_sync(~0u, suffix[h][c], 4 * d);
+                    if (my.g + d < 8) suffix[h][c] += other;
+                }
+            suffix[0][c] += from_lane(suffix[1][c], my.t);
+        }
+        {  // the state's gradient at the chunk's start
+            float d0 = own.decay[my.g], d1 = own.decay[my.g + 8];
+            uint4 p = row_of(own.reads, my.g, my), q = row_of(own.reads, my.g + 8, my);
+            const u32 a0[4] = {p.x, q.x, p.z, q.z}, a1[4] = {p.y, q.y, p.w, q.w};
+#pragma unroll
+            for (int j = 0; j < BLOCKS; j += 2) {
+                u32 gy[4];
+                load_transposed(gy, tile.gy + place(my.lane / 16 * 8 + my.lane % 8, 8 * j + my.lane / 8 % 2 * 8));
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    float(&sum)[4] = gs[j + e];
+                    sum[0] *= d0, sum[1] *= d0, sum[2] *= d1, sum[3] *= d1;
+                    const u32 b0[2] = {bits(low(gy[e])), bits(high(gy[e]))}, b1[2] = {bits(low(gy[2 + e])), bits(high(gy[2 + e]))};
+                    mma_tf32(sum, a0, b0);
+                    mma_tf32(sum, a1, b1);
                 }
             }
+        }
 #pragma unroll
-            for (int b = 0; b < 2; b++)
-                *(float4*)(parts + ((my.warp * 2 + b) * 32 + my.lane) * 4) = make_float4(g[b][0], g[b][1], g[b][2], g[b][3]);
-
-            Factors f;
-            f.make(tile.w, my, row);
-            float r[2][4], k[2][4], rise0[2][4], rise1[4], fall[2][4];
-            read(tile.r, my, row, r);
-            read(tile.k, my, row, k);
-            f.meet(my, rise0, rise1, fall);
-            u32 reads[2][4], r0[2][4], r1[2][4], kf[2][4];
+        for (int h = 0; h < 2; h++) {
+            float gw[4];
 #pragma unroll
             for (int c = 0; c < 4; c++) {
-                r1[0][c] = 0, r1[1][c] = to_tf32(r[1][c] * rise1[c]);
-#pragma unroll
-                for (int h = 0; h < 2; h++) {
-                    reads[h][c] = to_tf32(r[h][c] * f.read_(h, c, doc[h]));
-                    r0[h][c] = to_tf32(r[h][c] * rise0[h][c]);
-                    kf[h][c] = to_tf32(k[h][c] * fall[h][c]);
-                }
+                gw[c] = f.w[h][c] > FLOOR ? suffix[h][c] + g_total[c] - x[h][c] : 0.f;
+                float scaled = g_bonus[h] * bonus[c];
+                gr[h][c] += scaled * k[h][c];
+                gk[h][c] += scaled * r[h][c];
+                gu[c] += g_bonus[h] * r[h][c] * k[h][c];
             }
-            turn(own.reads, 0, my, reads);
-            turn(own.keys, 0, my, kf);
-            turn(own.readers0, 0, my, r0);
-            turn(own.readers1, 0, my, r1);
-            set_decay(f, last == 0);
-            __syncthreads();
-
-#pragma unroll
-            for (int b = 0; b < 2; b++) {
-                g[b][0] = g[b][1] = g[b][2] = g[b][3] = 0;
-#pragma unroll
-                for (int p = 0; p < WARPS; p++) {
-                    float4 x = *(const float4*)(parts + ((p * 2 + b) * 32 + my.lane) * 4);
-                    g[b][0] += x.x, g[b][1] += x.y, g[b][2] += x.z, g[b][3] += x.w;
-                }
-            }
-            float g_bonus[2];
-#pragma unroll
-            for (int h = 0; h < 2; h++) g_bonus[h] = from_lane(my.g % 2 ? g[h][2 * h + 1] : g[h][2 * h], 4 * my.g + my.g / 2);
-
-            float gr[2][4], gk[2][4], suffix[2][4], x_[2][4], g_total[4];
-            {
-                u32 masked[2][4];
-#pragma unroll
-                for (int b = 0; b < 2; b++)
-#pragma unroll
-                    for (int c = 0; c < 4; c++) {
-                        int t = my.g + 8 * (c / 2), s_ = 8 * b + 2 * my.t + c % 2;
-                        bool seen = t > s_ && (!RESETS || documents.of(t) == documents.of(s_));
-                        masked[b][c] = seen ? to_tf32(g[b][c]) : 0;
-                        own.g[t * 20 + s_] = masked[b][c];
-                    }
-                __syncwarp();
-                float sum0[2][4] = {}, sum1[2][4] = {}, back[2][4] = {};
-                const u32 a0[4] = {masked[0][0], masked[0][2], masked[0][1], masked[0][3]};
-                const u32 a1[4] = {masked[1][0], masked[1][2], masked[1][1], masked[1][3]};
-                auto at_ = [&](int t, int s_) { return own.g[t * 20 + s_]; };
-                int t = 2 * my.t;
-                const u32 c0[4] = {at_(t, my.g), 0, at_(t + 1, my.g), 0}, c1[4] = {at_(t + 8, my.g), 0, at_(t + 9, my.g), 0};
-                const u32 c2[4] = {0, at_(t + 8, my.g + 8), 0, at_(t + 9, my.g + 8)};
+            if (my.g + 8 * h < left)
 #pragma unroll
                 for (int b = 0; b < 2; b++) {
-                    uint4 key = row_of(own.keys, 8 * b + my.g, my), p = row_of(own.readers0, 8 * b + my.g, my), q = row_of(own.readers1, 8 * b + my.g, my);
-                    const u32 k0[2] = {key.x, key.z}, k1[2] = {key.y, key.w}, p0[2] = {p.x, p.z}, p1[2] = {p.y, p.w}, q1[2] = {q.y, q.w};
-                    mma_tf32(sum0[b], a0, k0);
-                    mma_tf32(sum1[b], a1, k1);
-                    mma_tf32(back[b], c0, p0);
-                    mma_tf32(back[b], c1, p1);
-                    mma_tf32(back[b], c2, q1);
+                    i64 to = at.at(in, token + my.g + 8 * h) + my.own + 8 * b + 2 * my.t;
+                    *(u32*)(gr_ + to) = E::two(gr[h][2 * b], gr[h][2 * b + 1]);
+                    *(u32*)(gk_ + to) = E::two(gk[h][2 * b], gk[h][2 * b + 1]);
+                    *(Pack<D, 2>*)(gw_ + to) = Pack<D, 2>::of(gw + 2 * b);
                 }
-                // With the operands as rounded, what a pair gives to both its tokens is the same, and goes away where it must.
-#pragma unroll
-                for (int h = 0; h < 2; h++)
-#pragma unroll
-                    for (int c = 0; c < 4; c++) {
-                        int b = c / 2, e = 2 * h + c % 2;
-                        auto rounded = [](u32 x) { return __uint_as_float(x & 0xffffe000u); };
-                        gr[h][c] = sum0[b][e] * rise0[h][c] + (h ? sum1[b][e] * rise1[c] : 0.f);
-                        gk[h][c] = back[b][e] * fall[h][c];
-                        x_[h][c] = sum0[b][e] * rounded(r0[h][c]) + (h ? sum1[b][e] * rounded(r1[h][c]) : 0.f);
-                        suffix[h][c] = x_[h][c] - back[b][e] * rounded(kf[h][c]);
-                    }
-            }
-            {  // readers of the chunk's start, keys that its end sees
-                float sum[2][4] = {}, back[2][4] = {};
-                times(sum, tile.gy, row, s);
-                times(back, tile.v, row, gs);
-#pragma unroll
-                for (int c = 0; c < 4; c++) g_total[c] = 0;
-#pragma unroll
-                for (int h = 0; h < 2; h++)
-#pragma unroll
-                    for (int c = 0; c < 4; c++) {
-                        int b = c / 2, e = 2 * h + c % 2;
-                        float from_start = sum[b][e] * f.read_(h, c, doc[h]), to_end = back[b][e] * f.write_(h, c, doc[h] == last);
-                        gr[h][c] += from_start, gk[h][c] += to_end;
-                        x_[h][c] += from_start * r[h][c];
-                        suffix[h][c] += from_start * r[h][c] - to_end * k[h][c];
-                        g_total[c] += to_end * k[h][c];
-                    }
-            }
-            float through[2] = {};
-#pragma unroll
-            for (int j = 0; j < BLOCKS; j++) {
-                through[0] += s[j][0] * gs[j][0] + s[j][1] * gs[j][1];
-                through[1] += s[j][2] * gs[j][2] + s[j][3] * gs[j][3];
-            }
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                through[h] += __shfl_xor_sync(~0u, through[h], 1);
-                through[h] += __shfl_xor_sync(~0u, through[h], 2);
-            }
-#pragma unroll
-            for (int c = 0; c < 4; c++) {
-                float decayed = from_lane(through[c / 2], 4 * (2 * my.t + c % 2)) * f.decay(c, last == 0);
-#pragma unroll
-                for (int d = 4; d < 32; d *= 2) g_total[c] += __shfl_xor_sync(~0u, g_total[c], d);
-                g_total[c] += decayed;
-#pragma unroll
-                for (int h = 0; h < 2; h++)
-#pragma unroll
-                    for (int d = 1; d < 8; d *= 2) {
-                        float other = __shfl_down_sync(~0u, suffix[h][c], 4 * d);
-                        if (my.g + d < 8) suffix[h][c] += other;
-                    }
-                suffix[0][c] += from_lane(suffix[1][c], my.t);
-            }
-            add(gs, own.reads, tile.gy, row);
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                float gw[4];
-#pragma unroll
-                for (int c = 0; c < 4; c++) {
-                    gw[c] = f.w[h][c] > FLOOR ? suffix[h][c] + g_total[c] - x_[h][c] : 0.f;
-                    gr[h][c] += g_bonus[h] * bonus[c] * k[h][c];
-                    gk[h][c] += g_bonus[h] * bonus[c] * r[h][c];
-                    gu[c] += g_bonus[h] * r[h][c] * k[h][c];
-                }
-                if (my.g + 8 * h < left)
-#pragma unroll
-                    for (int b = 0; b < 2; b++) {
-                        i64 to = at.at(in, token + my.g + 8 * h) + my.own + 8 * b + 2 * my.t;
-                        *(u32*)(gr_ + to) = E::two(gr[h][2 * b], gr[h][2 * b + 1]);
-                        *(u32*)(gk_ + to) = E::two(gk[h][2 * b], gk[h][2 * b + 1]);
-                        *(Pack<D, 2>*)(gw_ + to) = Pack<D, 2>::of(gw + 2 * b);
-                    }
-            }
-            __syncwarp();
         }
     }
 #pragma unroll
