@@ -69,11 +69,7 @@ __device__ __forceinline__ void mma_half(float (&d)[4], const u32 (&a)[4], const
 }
 // to the nearest tf32; the low 13 bits are left for the tensor cores to ignore
 __device__ __forceinline__ u32 to_tf32(float x) { return __float_as_uint(x) + 0x1000; }
-__device__ __forceinline__ u32 shared_address(const void* p) {
-    u64 x;
-    asm("cvta.to.shared.u64 %0, %1;" : "=l"(x) : "l"(p));
-    return (u32)x;
-}
+__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 // four 8 x 8 matrices of 16-bit elements; lane 8 i + j gives row j of matrix i and gets, of each, (g, 2t) and (g, 2t + 1),
 // transposed (2t, g) and (2t + 1, g)
 __device__ __forceinline__ void load_matrices(u32 (&x)[4], const void* row) {

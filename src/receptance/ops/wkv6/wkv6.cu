@@ -57,13 +57,15 @@ __device__ __forceinline__ void two(const u16* p, float& x, float& y) {
     x = low(word), y = high(word);
 }
 
-template <class T> __device__ __forceinline__ void fetch(T* tile, const T* from, i64 stride, int rows, int left) {
-    constexpr int PIECE = 16 / sizeof(T), PIECES = N / PIECE;
-    for (int i = threadIdx.x; i < rows * PIECES; i += THREADS) {
-        int row = i / PIECES, n = i % PIECES * PIECE;
-        bool there = row < left;
-        copy_async(tile + place(row, n, tile), from + (there ? row * stride + n : 0), there);
-    }
+// ROWS rows of a tile, of which the first `left` exist and the rest are zeros; a thread takes the same piece of each 16th
+// row, or each 8th of float32, and so the same place in it
+template <int ROWS, class T> __device__ __forceinline__ void fetch(T* tile, const T* from, int stride, int left) {
+    constexpr int PIECE = 16 / sizeof(T), PIECES = N / PIECE, STEP = THREADS / PIECES;
+    int row = threadIdx.x / PIECES, n = threadIdx.x % PIECES * PIECE;
+    T* to = tile + place(row, n, tile);
+    from += (i64)row * stride + n;
+#pragma unroll
+    for (int i = 0; i < ROWS; i += STEP) copy_async(to + i * N, from + (i64)i * stride, row + i < left);
 }
 
 struct Lane {
@@ -71,11 +73,13 @@ struct Lane {
     __device__ Lane() : warp(threadIdx.x / 32), lane(threadIdx.x % 32), g(lane / 4), t(lane % 4), own(16 * warp) {}
 };
 
-template <class T> __device__ __forceinline__ void read(const T* tile, const Lane& my, int row, float (&x)[2][4]) {
+// Channel block b lies a bit of the place away, the token's half eight rows.
+template <class T> __device__ __forceinline__ void read(const T* tile, const Lane& my, float (&x)[2][4]) {
+    int at = place(my.g, my.own + 2 * my.t, tile);
 #pragma unroll
     for (int h = 0; h < 2; h++)
 #pragma unroll
-        for (int b = 0; b < 2; b++) two(tile + place(row + my.g + 8 * h, my.own + 8 * b + 2 * my.t, tile), x[h][2 * b], x[h][2 * b + 1]);
+        for (int b = 0; b < 2; b++) two(tile + (at ^ 8 * b) + 8 * h * N, x[h][2 * b], x[h][2 * b + 1]);
 }
 
 __device__ __forceinline__ float from_lane(float x, int lane) { return __shfl_sync(~0u, x, lane); }
@@ -112,8 +116,8 @@ struct Documents {  // of a chunk, counted from the one that began before it
 
 struct Factors {
     float upto[2][4], before[2][4], total[4], w[2][4];
-    __device__ __forceinline__ void make(const DecayBits* tile, const Lane& my, int row) {
-        read(tile, my, row, w);
+    __device__ __forceinline__ void make(const DecayBits* tile, const Lane& my) {
+        read(tile, my, w);
 #pragma unroll
         for (int h = 0; h < 2; h++)
 #pragma unroll
@@ -142,16 +146,17 @@ struct Factors {
     }
 };
 
-// Tokens x channels turned round: channel n's row of 16 holds tokens 2q, 2q + 8, 2q + 1, 2q + 9 for q = 0..3
-__device__ __forceinline__ int turned(int n, int q) { return n * L + 4 * (q ^ (n >> 1 & 3)); }
+// Tokens x channels turned round: channel n's row of 16 holds tokens 2q, 2q + 8, 2q + 1, 2q + 9 for q = 0..3, which
+// change places with n. first: a multiple of 8.
 __device__ __forceinline__ void turn(u32* to, int first, const Lane& my, const u32 (&x)[2][4]) {
+    to += (first + 2 * my.t) * L + 4 * ((my.g / 2) ^ my.t) + 2 * (my.g % 2);
 #pragma unroll
-    for (int c = 0; c < 4; c++) {
-        int n = first + 8 * (c / 2) + 2 * my.t + c % 2;
-        *(uint2*)(to + turned(n, my.g / 2) + 2 * (my.g % 2)) = make_uint2(x[0][c], x[1][c]);
-    }
+    for (int c = 0; c < 4; c++) *(uint2*)(to + (8 * (c / 2) + c % 2) * L) = make_uint2(x[0][c], x[1][c]);
 }
-__device__ __forceinline__ uint4 row_of(const u32* from, int n, const Lane& my) { return *(const uint4*)(from + turned(n, my.t)); }
+// channel first + g's row
+__device__ __forceinline__ uint4 row_of(const u32* from, int first, const Lane& my) {
+    return *(const uint4*)(from + my.g * L + 4 * (my.t ^ (my.g / 2)) + first * L);
+}
 
 // d += a b for an accumulator b = (c0, c1) or (c2, c3) of a state
 __device__ __forceinline__ void times_state(float (&d0)[4], float (&d1)[4], const u32 (&a)[4], const float (&s)[4]) {
@@ -223,11 +228,12 @@ __device__ __forceinline__ void walk(const Inputs& in, const float* starts, u16*
     auto fetch_chunk = [&](int i) {
         int token = at.first + (BACK ? chunks - 1 - i : i) * L, left = at.stop - token;
         Tiles& tile = tiles[i % 2];
-        i64 from = at.at(in, token), stride = (i64)in.H * N;
-        if (OUTPUT || BACK) fetch(tile.r, in.r + from, stride, L, left);
-        if (OUTPUT || !BACK) fetch(tile.k, in.k + from, stride, L, left);
-        fetch(tile.x, x_ + from, stride, L, left);
-        fetch(tile.w, in.w + at.w_at(in, token), in.w_t, L, left);
+        i64 from = at.at(in, token);
+        int stride = in.H * N;
+        if (OUTPUT || BACK) fetch<L>(tile.r, in.r + from, stride, left);
+        if (OUTPUT || !BACK) fetch<L>(tile.k, in.k + from, stride, left);
+        fetch<L>(tile.x, x_ + from, stride, left);
+        fetch<L>(tile.w, in.w + at.w_at(in, token), in.w_t, left);
         commit_copies();
     };
 
@@ -252,10 +258,10 @@ __device__ __forceinline__ void walk(const Inputs& in, const float* starts, u16*
         int doc[2] = {documents.of(my.g), documents.of(my.g + 8)}, last = documents.last();
 
         Factors f;
-        f.make(tile.w, my, 0);
+        f.make(tile.w, my);
         float r[2][4], k[2][4];
-        if (OUTPUT || BACK) read(tile.r, my, 0, r);
-        if (OUTPUT || !BACK) read(tile.k, my, 0, k);
+        if (OUTPUT || BACK) read(tile.r, my, r);
+        if (OUTPUT || !BACK) read(tile.k, my, k);
         u32 reads[2][4], writes[2][4];
 #pragma unroll
         for (int h = 0; h < 2; h++)
@@ -326,11 +332,11 @@ __device__ __forceinline__ void walk(const Inputs& in, const float* starts, u16*
         }
         if (OUTPUT) {
             if (saved) {
-                u32* to = saved + at.saved(in, token) / 2;
+                u32* to = saved + (at.saved(in, token) + element(0, 0)) / 2;
 #pragma unroll
                 for (int j = 0; j < BLOCKS; j++) {
-                    to[element(j, 0) / 2] = two_bf16(s[j][0], s[j][1]);
-                    to[element(j, 2) / 2] = two_bf16(s[j][2], s[j][3]);
+                    to[4 * j] = two_bf16(s[j][0], s[j][1]);
+                    to[4 * j + 4 * N] = two_bf16(s[j][2], s[j][3]);
                 }
             }
             float y[2][4] = {};
@@ -364,16 +370,17 @@ __device__ __forceinline__ void walk(const Inputs& in, const float* starts, u16*
             }
 #pragma unroll
             for (int h = 0; h < 2; h++)
-                if (my.g + 8 * h < left)
-#pragma unroll
-                    for (int m = 0; m < 2; m++)
-                        *(u32*)(out + at.at(in, token + my.g + 8 * h) + my.own + 8 * m + 2 * my.t) = E::two(y[m][2 * h], y[m][2 * h + 1]);
+                if (my.g + 8 * h < left) {
+                    i64 to = at.at(in, token) + (i64)(my.g + 8 * h) * in.H * N + my.own + 2 * my.t;
+                    *(u32*)(out + to) = E::two(y[0][2 * h], y[0][2 * h + 1]);
+                    *(u32*)(out + to + 8) = E::two(y[1][2 * h], y[1][2 * h + 1]);
+                }
         }
 #pragma unroll
         for (int j = 0; j < BLOCKS; j++) {
-            float d0 = decay[8 * j + 2 * my.t], d1 = decay[8 * j + 2 * my.t + 1];
-            s[j][0] *= d0, s[j][1] *= d1, s[j][2] *= d0, s[j][3] *= d1;
-            uint4 q = row_of(addend, 8 * j + my.g, my);
+            float2 d = *(const float2*)(decay + 8 * j + 2 * my.t);
+            s[j][0] *= d.x, s[j][1] *= d.y, s[j][2] *= d.x, s[j][3] *= d.y;
+            uint4 q = row_of(addend, 8 * j, my);
             const u32 b0[2] = {q.x, q.z}, b1[2] = {q.y, q.w};
             const u32 a0[4] = {bits(x[0][0][0]), bits(x[0][0][1]), bits(x[0][1][0]), bits(x[0][1][1])};
             const u32 a1[4] = {bits(x[1][0][0]), bits(x[1][0][1]), bits(x[1][1][0]), bits(x[1][1][1])};
@@ -451,13 +458,14 @@ gradients(INPUTS, const u16* saved, const float* ends, u16* gr_, u16* gk_, D* gw
     auto fetch_chunk = [&](int i) {
         int token = at.first + (chunks - 1 - i) * L, left = at.stop - token;
         Tiles& tile = tiles[i % 2];
-        i64 from = at.at(in, token), stride = (i64)in.H * N;
-        fetch(tile.r, in.r + from, stride, L, left);
-        fetch(tile.k, in.k + from, stride, L, left);
-        fetch(tile.v, in.v + from, stride, L, left);
-        fetch(tile.gy, in.gy + from, stride, L, left);
-        fetch(tile.w, in.w + at.w_at(in, token), in.w_t, L, left);
-        fetch(tile.s, saved + at.saved(in, token), N, N, N);
+        i64 from = at.at(in, token);
+        int stride = in.H * N;
+        fetch<L>(tile.r, in.r + from, stride, left);
+        fetch<L>(tile.k, in.k + from, stride, left);
+        fetch<L>(tile.v, in.v + from, stride, left);
+        fetch<L>(tile.gy, in.gy + from, stride, left);
+        fetch<L>(tile.w, in.w + at.w_at(in, token), in.w_t, left);
+        fetch<N>(tile.s, saved + at.saved(in, token), N, N);
         commit_copies();
     };
 
@@ -481,14 +489,16 @@ gradients(INPUTS, const u16* saved, const float* ends, u16* gr_, u16* gk_, D* gw
         int doc[2] = {documents.of(my.g), documents.of(my.g + 8)}, last = documents.last();
 
         // Sums over the value channels: G, G^T, gy S, v dS; and what the chunk's whole decay gets.
+        int rows = place(my.lane / 8 % 2 * 8 + my.lane % 8, my.lane / 16 * 8);  // j blocks further: ^ 8 j
+        int columns = place(my.lane / 16 * 8 + my.lane % 8, my.lane / 8 % 2 * 8);
+        int state = place(my.lane / 16 * 8 + my.lane % 8, my.own + my.lane / 8 % 2 * 8);
         float g[2][4] = {}, turned_g[2][4] = {}, from_start[2][4] = {}, to_end[2][4] = {}, through[2] = {};
 #pragma unroll
         for (int j = 0; j < BLOCKS; j += 2) {
             u32 gy[4], v[4], s[4];
-            int lane_row = my.lane / 8 % 2 * 8 + my.lane % 8, lane_piece = 8 * j + my.lane / 16 * 8;
-            load_matrices(gy, tile.gy + place(lane_row, lane_piece));
-            load_matrices(v, tile.v + place(lane_row, lane_piece));
-            load_transposed(s, tile.s + place(8 * j + my.lane / 16 * 8 + my.lane % 8, my.own + my.lane / 8 % 2 * 8));
+            load_matrices(gy, tile.gy + (rows ^ 8 * j));
+            load_matrices(v, tile.v + (rows ^ 8 * j));
+            load_transposed(s, tile.s + state + 8 * j * N);
             const u32 v0[2] = {v[0], v[2]}, v1[2] = {v[1], v[3]}, gy0[2] = {gy[0], gy[2]}, gy1[2] = {gy[1], gy[3]};
             E::multiply(g[0], gy, v0);
             E::multiply(g[1], gy, v1);
@@ -514,10 +524,10 @@ gradients(INPUTS, const u16* saved, const float* ends, u16* gr_, u16* gk_, D* gw
         }
 
         Factors f;
-        f.make(tile.w, my, 0);
+        f.make(tile.w, my);
         float r[2][4], k[2][4], rise0[2][4], rise1[4], fall[2][4];
-        read(tile.r, my, 0, r);
-        read(tile.k, my, 0, k);
+        read(tile.r, my, r);
+        read(tile.k, my, k);
         f.meet(my, rise0, rise1, fall);
         u32 reads[2][4], r0[2][4], r1[2][4], kf[2][4];
 #pragma unroll
@@ -560,7 +570,7 @@ gradients(INPUTS, const u16* saved, const float* ends, u16* gr_, u16* gk_, D* gw
             const u32 c0[4] = {t[0][0], 0, t[0][1], 0}, c1[4] = {t[1][0], 0, t[1][1], 0}, c2[4] = {0, t[1][2], 0, t[1][3]};
 #pragma unroll
             for (int b = 0; b < 2; b++) {
-                uint4 key = row_of(own.keys, 8 * b + my.g, my), p = row_of(own.readers0, 8 * b + my.g, my), q = row_of(own.readers1, 8 * b + my.g, my);
+                uint4 key = row_of(own.keys, 8 * b, my), p = row_of(own.readers0, 8 * b, my), q = row_of(own.readers1, 8 * b, my);
                 const u32 k0[2] = {key.x, key.z}, k1[2] = {key.y, key.w}, p0[2] = {p.x, p.z}, p1[2] = {p.y, p.w}, q1[2] = {q.y, q.w};
                 mma_tf32(sum0[b], a0, k0);
                 mma_tf32(sum1[b], a1, k1);
@@ -603,12 +613,12 @@ gradients(INPUTS, const u16* saved, const float* ends, u16* gr_, u16* gk_, D* gw
         }
         {  // the state's gradient at the chunk's start
             float d0 = own.decay[my.g], d1 = own.decay[my.g + 8];
-            uint4 p = row_of(own.reads, my.g, my), q = row_of(own.reads, my.g + 8, my);
+            uint4 p = row_of(own.reads, 0, my), q = row_of(own.reads, 8, my);
             const u32 a0[4] = {p.x, q.x, p.z, q.z}, a1[4] = {p.y, q.y, p.w, q.w};
 #pragma unroll
             for (int j = 0; j < BLOCKS; j += 2) {
                 u32 gy[4];
-                load_transposed(gy, tile.gy + place(my.lane / 16 * 8 + my.lane % 8, 8 * j + my.lane / 8 % 2 * 8));
+                load_transposed(gy, tile.gy + (columns ^ 8 * j));
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
                     float(&sum)[4] = gs[j + e];
@@ -621,6 +631,7 @@ gradients(INPUTS, const u16* saved, const float* ends, u16* gr_, u16* gk_, D* gw
         }
 #pragma unroll
         for (int h = 0; h < 2; h++) {
+            i64 to = at.at(in, token) + (i64)(my.g + 8 * h) * in.H * N + my.own + 2 * my.t;
             float gw[4];
 #pragma unroll
             for (int c = 0; c < 4; c++) {
@@ -633,10 +644,9 @@ gradients(INPUTS, const u16* saved, const float* ends, u16* gr_, u16* gk_, D* gw
             if (my.g + 8 * h < left)
 #pragma unroll
                 for (int b = 0; b < 2; b++) {
-                    i64 to = at.at(in, token + my.g + 8 * h) + my.own + 8 * b + 2 * my.t;
-                    *(u32*)(gr_ + to) = E::two(gr[h][2 * b], gr[h][2 * b + 1]);
-                    *(u32*)(gk_ + to) = E::two(gk[h][2 * b], gk[h][2 * b + 1]);
-                    *(Pack<D, 2>*)(gw_ + to) = Pack<D, 2>::of(gw + 2 * b);
+                    *(u32*)(gr_ + to + 8 * b) = E::two(gr[h][2 * b], gr[h][2 * b + 1]);
+                    *(u32*)(gk_ + to + 8 * b) = E::two(gk[h][2 * b], gk[h][2 * b + 1]);
+                    *(Pack<D, 2>*)(gw_ + to + 8 * b) = Pack<D, 2>::of(gw + 2 * b);
                 }
         }
     }
