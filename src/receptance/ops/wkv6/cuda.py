@@ -134,16 +134,17 @@ def _aligned(x: Tensor) -> Tensor:
 def wkv6(
     r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor, resets: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Same contract as the naive form for r, k, v of bfloat16 or float16 and heads of 32, 64 or 128; float32 inside.
+    """Same contract as the naive form for k of bfloat16 or float16 and heads of 32, 64 or 128; float32 inside.
 
-    w may be of either precision, and an expanded constant (RWKV-5), which is not copied. A log-decay below -18 counts
-    as -18, and its gradient is 0. Other inputs are refused.
+    r and v are taken in k's precision. w may have float32's, and be an expanded constant (RWKV-5), which is not copied.
+    A log-decay below -18 counts as -18, and its gradient is 0. Other inputs are refused.
     """
-    if not (fits(r) and r.dtype == k.dtype == v.dtype):
+    if not fits(k):
         raise TypeError(
-            f"the CUDA form of wkv6 takes r, k and v of one half-precision type and heads of {HEADS}, found "
-            f"{r.dtype}, {k.dtype}, {v.dtype} and heads of {r.shape[-1]}; use backend='triton' or 'chunk'"
+            f"the CUDA form of wkv6 takes half precision and heads of {HEADS}, found {k.dtype} and heads of "
+            f"{k.shape[-1]}; use backend='triton' or 'chunk'"
         )
+    r, v = r.to(k.dtype), v.to(k.dtype)
     w = w if w.dtype in (torch.float32, r.dtype) else w.float()
     is_constant = w.stride()[:2] == (0, 0) and w[0, 0].is_contiguous() and w.data_ptr() % 16 == 0
     w = w if is_constant else _aligned(w)
