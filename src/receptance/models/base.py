@@ -262,14 +262,10 @@ class RWKV(nn.Module):
         if single:
             tokens = tokens[None]
         batch, t = tokens.shape
-        if tokens.device.type == "cpu" and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.config.vocab_size:
-            raise ValueError(
-                f"token ids must be in [0, {self.config.vocab_size}), got {int(tokens.min())}..{int(tokens.max())}"
-            )
         if lengths is not None:
             lengths = torch.as_tensor(lengths, device=self.device)
-            if lengths.shape != (batch,) or not bool(((lengths >= 0) & (lengths <= t)).all()):
-                raise ValueError(f"lengths must be [{batch}] with values in [0, {t}], got {lengths.tolist()}")
+        if not torch.compiler.is_compiling():  # whose graphs cannot depend on values
+            self._check_values(tokens, lengths)
         if resets is not None:
             resets = self._checked_resets(resets, batch, t)
         if state is None:
@@ -308,6 +304,17 @@ class RWKV(nn.Module):
         wanted = on_gpu if self.recompute is None else self.recompute
         decided = self.activation_checkpointing or torch.compiler.is_compiling()
         return Recompute() if wanted and torch.is_grad_enabled() and not decided else None
+
+    def _check_values(self, tokens: Tensor, lengths: Tensor | None) -> None:
+        batch, t = tokens.shape
+        if tokens.device.type == "cpu" and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.config.vocab_size:
+            raise ValueError(
+                f"token ids must be in [0, {self.config.vocab_size}), got {int(tokens.min())}..{int(tokens.max())}"
+            )
+        if lengths is not None and (
+            lengths.shape != (batch,) or not bool(((lengths >= 0) & (lengths <= t)).all())
+        ):
+            raise ValueError(f"lengths must be [{batch}] with values in [0, {t}], got {lengths.tolist()}")
 
     def _checked_resets(self, resets: Tensor, batch: int, t: int) -> Tensor:
         if resets.dim() == 1:
