@@ -9,10 +9,9 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from receptance.ops import BACKENDS, GPU_BACKENDS, wkv4, wkv6, wkv7
+from receptance.ops import BACKENDS, GPU_BACKENDS
 from receptance.ops.custom import custom_operator
 
-OPS = {"wkv4": wkv4, "wkv6": wkv6, "wkv7": wkv7}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -74,7 +73,7 @@ def test_what_is_kept_has_no_gradient():
 def test_backward_twice_is_refused():
     x, y = (z.requires_grad_() for z in pair())
     (g,) = torch.autograd.grad(toy(x, y, None, 2)[0].sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="toy_for_tests_backward|does not require grad|not implemented|autograd"):
+    with pytest.raises(RuntimeError, match="toy_for_tests_backward"):
         torch.autograd.grad(g.sum(), x)
 
 
@@ -86,19 +85,19 @@ def test_it_compiles_and_keeps_its_intermediate_results_from_nobody():
     torch.testing.assert_close(got, torch.autograd.grad((x**2 * y).sum(), (x, y)))
 
 
-def arguments(op: str, backend: str, packed: bool) -> tuple:
+def arguments(op: str, backend: str, packed: bool) -> tuple[object, ...]:
     """For `receptance::OP_BACKEND`, with gradients wanted."""
     dtype = torch.float64 if backend == "chunk" else torch.float32
     g = torch.Generator().manual_seed(0)
     rand = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype).to(DEVICE)
-    b, t, h, n = 2, 37, 2, 16
+    b, t, h, n = 2, 37 if backend == "chunk" else 17, 2, 16  # interpreted kernels are slow
     resets = None
     if packed:
         resets = torch.zeros(b, t, dtype=torch.bool, device=DEVICE)
-        resets[0, [0, 33]] = True
+        resets[0, [0, t - 4]] = True
     if op == "wkv4":
         inputs = [-rand(8).exp(), rand(b, t, 8), rand(b, t, 8), rand(8), rand(b, 8), rand(b, 8).exp()]
-        lengths = torch.tensor([t, 20], device=DEVICE) if packed else None
+        lengths = torch.tensor([t, 10], device=DEVICE) if packed else None
         others = [rand(b, 8), lengths, resets]
     else:
         inputs = [rand(b, t, h, n) for _ in range({"wkv6": 4, "wkv7": 6}[op])]
@@ -110,11 +109,13 @@ def arguments(op: str, backend: str, packed: bool) -> tuple:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("backend", ["chunk", "triton"])
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("backend", ["chunk", pytest.param("triton", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("op", BACKENDS)
 def test_wkv_operators_keep_the_rules_of_torch_library(op, backend, packed):
     if backend == "triton":
         pytest.importorskip("triton")
         __import__(GPU_BACKENDS[op]["triton"])
-    assert op in BACKENDS
-    torch.library.opcheck(getattr(torch.ops.receptance, f"{op}_{backend}"), arguments(op, backend, packed))
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
+    torch.library.opcheck(
+        getattr(torch.ops.receptance, f"{op}_{backend}"), arguments(op, backend, packed), test_utils=tests
+    )
