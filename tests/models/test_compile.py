@@ -49,3 +49,29 @@ def test_loss_and_gradients_without_a_graph_break(version):
         assert got.keys() == expected.keys()
         for name, x in expected.items():
             torch.testing.assert_close(got[name], x, rtol=1e-9, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("way", ["replaced", "hooked", "parametrised"])
+def test_the_loss_calls_a_head_that_is_not_plain(way):
+    """What a low-rank addition to the head's weight says, however it was put there."""
+    model = lively("7")
+    tokens = torch.randint(40, (2, 12), generator=torch.Generator().manual_seed(2))
+    more = 0.1 * torch.randn(40, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    plain, _ = model.loss(tokens[:, :-1], tokens[:, 1:])
+    head = model.head
+    if way == "replaced":
+        model.head = torch.nn.Linear(16, 40, dtype=torch.float64)
+        model.head.load_state_dict({"weight": head.weight + more, "bias": torch.zeros(40)})
+    elif way == "hooked":
+        head.register_forward_hook(lambda module, inputs, output: output + inputs[0] @ more.T)
+    else:
+        class Sum(torch.nn.Module):
+            def forward(self, weight: Tensor) -> Tensor:
+                return weight + more
+
+        torch.nn.utils.parametrize.register_parametrization(head, "weight", Sum())
+    loss, _ = model.loss(tokens[:, :-1], tokens[:, 1:])
+    logits, _ = model(tokens[:, :-1])
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
+    assert abs(loss - plain) > 1e-4

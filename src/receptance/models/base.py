@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from receptance.models.state import State
 from receptance.ops import Operators, form_of
-from receptance.ops.head_loss import head_loss
+from receptance.ops.head_loss import head_loss, module_loss
 from receptance.ops.norm import add_norm, layer_norm
 from receptance.ops.pieces import upcast
 from receptance.ops.recompute import Recompute
@@ -236,9 +236,14 @@ class RWKV(nn.Module):
     ) -> tuple[Tensor, State]:
         """Mean cross entropy in nats of the targets, both [B, T], and the state; logits are made block by block.
 
-        lengths, resets: as in `forward`. token_weights, total, logit_penalty: as in `receptance.ops.head_loss`.
+        lengths, resets: as in `forward`. token_weights, total, logit_penalty: as in `receptance.ops.head_loss`. A head
+        that was replaced, wrapped or given hooks is called as the module it is.
         """
         x, state, _, _ = self.hidden(tokens, state, lengths=lengths, resets=resets, backend=backend)
+        if not _is_plain(self.head):
+            return module_loss(
+                x, self.head, targets, self.config.vocab_size, logit_penalty, token_weights=token_weights, total=total
+            ), state
         loss = head_loss(
             x, self.head.weight, targets, logit_penalty,
             token_weights=token_weights, total=total, backend=form_of(backend),
@@ -324,6 +329,12 @@ class RWKV(nn.Module):
         if getattr(self.config, "time_state", False):
             raise ValueError("a model with a tuned initial state cannot reset documents inside a row: give them rows")
         return resets.to(self.device)
+
+
+def _is_plain(head: nn.Module) -> bool:
+    """Whether calling the head is a product with its weight and no more."""
+    hooks = head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks
+    return type(head) is nn.Linear and head.bias is None and not any(hooks)
 
 
 def fingerprint(version: str, tensors: dict[str, Tensor]) -> str:
