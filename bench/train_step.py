@@ -197,8 +197,11 @@ def breakdown(step: Callable[[], object], device: str, n_kernels: int) -> dict[s
             other[event.key[:80]] = ms
     largest = dict(sorted(other.items(), key=lambda item: -item[1])[:8])
     top = dict(sorted(kernels.items(), key=lambda item: -item[1][0])[:n_kernels])
-    calls = {"kernels_ms": {key: ms for key, (ms, _) in top.items()}, "kernel_calls": {k: n for k, (_, n) in top.items()}}
-    return {"groups_ms": groups, "other_ms": largest} | (calls if n_kernels else {})
+    result: dict[str, Any] = {"groups_ms": groups, "other_ms": largest}
+    if n_kernels:
+        result["kernels_ms"] = {kernel: ms for kernel, (ms, _) in top.items()}
+        result["kernel_calls"] = {kernel: calls for kernel, (_, calls) in top.items()}
+    return result
 
 
 def measure(name: str, sizes: tuple[str, int, int], batch: int, t: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -277,7 +280,7 @@ def main() -> None:
     parser.add_argument("--backend", help="of the operators; triton on a GPU, else auto")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--no-graph", dest="graph", action="store_false")
-    parser.add_argument("--kernels", type=int, default=0, metavar="N", help="list the N largest kernels by name, say 25")
+    parser.add_argument("--kernels", type=int, default=0, metavar="N", help="list the N largest, say 25")
     parser.add_argument("--toy", action="store_true", help="two layers of 64 channels, 2 x 48 tokens, 512 ids")
     parser.add_argument("--out", type=Path, help="write the JSON to this file too")
     options = parser.parse_args()

@@ -212,7 +212,8 @@ def test_unknown_names(pull: Cli, name: str, words: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "code,words", [("", "error"), ("RepoNotFound", "it is private (set HF_TOKEN)"), ("GatedRepo", "asked for on its page")]
+    "code,words",
+    [("", "answered with an error"), ("RepoNotFound", "it is private (set HF_TOKEN)"), ("GatedRepo", "asked for on")],
 )
 def test_a_refusal_says_what_to_do(pull: Cli, stub: Stub, code: str, words: str) -> None:
     stub.refuses = code

@@ -65,6 +65,7 @@ def test_the_loss_calls_a_head_that_is_not_plain(way):
     elif way == "hooked":
         head.register_forward_hook(lambda module, inputs, output: output + inputs[0] @ more.T)
     else:
+
         class Sum(torch.nn.Module):
             def forward(self, weight: Tensor) -> Tensor:
                 return weight + more

@@ -15,9 +15,7 @@ from receptance.ops.custom import custom_operator
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _forward(
-    x: Tensor, y: Tensor, mask: Tensor | None, power: int, is_saving: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(x: Tensor, y: Tensor, mask: Tensor | None, power: int, is_saving: bool) -> tuple[Tensor, Tensor, Tensor]:
     kept = x**power if is_saving else x.new_empty(0)
     product = x**power * y
     return product if mask is None else product * mask, x.sin(), kept

@@ -316,9 +316,7 @@ class RWKV(nn.Module):
             raise ValueError(
                 f"token ids must be in [0, {self.config.vocab_size}), got {int(tokens.min())}..{int(tokens.max())}"
             )
-        if lengths is not None and (
-            lengths.shape != (batch,) or not bool(((lengths >= 0) & (lengths <= t)).all())
-        ):
+        if lengths is not None and (lengths.shape != (batch,) or not bool(((lengths >= 0) & (lengths <= t)).all())):
             raise ValueError(f"lengths must be [{batch}] with values in [0, {t}], got {lengths.tolist()}")
 
     def _checked_resets(self, resets: Tensor, batch: int, t: int) -> Tensor:

@@ -25,7 +25,7 @@ def custom_operator(
     tensors; others are tensors, None, numbers and strings; is_saving, which callers leave out: a backward pass follows.
     The first n_outputs results have gradients, what is kept has none: it is for the backward pass, and what no caller
     reads may be empty unless is_saving.
-    backward(gradients, inputs, others, kept) → the gradient of each input, contiguous and of its dtype; tuples in and out.
+    backward(gradients, inputs, others, kept) → the gradient of each input, contiguous and of its dtype; all are tuples.
     fake(as forward) → results of the right shapes, strides and dtypes, whatever their values.
 
     forward's annotations are the schema. Results may share no memory with each other or with an argument. Both

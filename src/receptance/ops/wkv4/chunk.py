@@ -115,7 +115,7 @@ def _forward(
     rows = torch.arange(b, device=k.device)
     last = torch.full((b,), t, device=k.device) if lengths is None else lengths
     end_a, end_l = (x.view(b, n * length, c)[rows, last] for x in (a, l))
-    kept = (p, s, a) if is_saving else tuple(k.new_empty(0) for _ in range(3))
+    kept = (p, s, a) if is_saving else (k.new_empty(0), k.new_empty(0), k.new_empty(0))
     return y.view(b, n * length, c)[:, :t], end_a, torch.ones_like(end_a), end_l, *kept
 
 

@@ -31,7 +31,7 @@ def _halves(length: int) -> list[int]:
 
 
 def _factors(w: Tensor, half: int) -> tuple[Tensor, Tensor]:
-    """Decays [..., L/2h, h, N] from the end of each pair's early half to its late tokens, and from early tokens to it."""
+    """Decays [..., L/2h, h, N] from the end of a pair's early half to its late tokens; from early tokens to it."""
     early, late = w.view(*w.shape[:-2], -1, 2, half, w.shape[-1]).unbind(-3)
     return sums_before(late).exp_(), sums_after(early).exp_()
 
@@ -111,7 +111,7 @@ def _chunks(
 def _forward(
     r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor, resets: Tensor | None, is_saving: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, the final state; for the backward pass the scores, the bonus on their diagonal, and each chunk's start state."""
+    """y, the final state; for the backward pass scores, the bonus on their diagonal, and chunks' start states."""
     t = r.shape[1]
     (r, w, k, v), from_first, to_last, decay, same = _chunks(r, w, k, v, resets)
     scores = strict_scores(r, k, w)

@@ -101,7 +101,7 @@ def _blocks(x, L: tl.constexpr, BN: tl.constexpr):  # [L, N] → [L/8, N]: sums 
 
 
 @triton.jit
-def _documents(resets_ptr, first, i, left):
+def documents(resets_ptr, first, i, left):
     """Which document of the chunk each token belongs to [L], and the last one; 0 is the one that began before it.
 
     first: where the chunk's tokens begin in `resets` [B, T].
@@ -137,7 +137,7 @@ def _outer(
     i, n = tl.arange(0, L), tl.arange(0, BN)
     mask = (i[:, None] < left) & (n[None, :] < N)
     _, before, after, total = _decays(w_ptr + start_w, i, n, w_t, w_n, mask, L, BN)
-    document, last = _documents(resets_ptr, start // (H * N), i, left)
+    document, last = documents(resets_ptr, start // (H * N), i, left)
     if READS:
         factor = tl.exp(before + _earlier(total, L)[:, None, :])
     else:
@@ -182,7 +182,7 @@ def _apply(
         ordered = i[:, None] < i[None, :]
     else:
         ordered = i[:, None] > i[None, :]
-    document, last = _documents(resets_ptr, first, i, left)
+    document, last = documents(resets_ptr, first, i, left)
     ordered = ordered & (document[:, None] == document[None, :])
     linked = (document == (last if BACK else 0))[:, None]  # tokens that S₁ sees, or that see S₀
     scores = tl.zeros([L, L], tl.float32)
@@ -259,7 +259,7 @@ def _gradients(
     # The gradient of A below the diagonal, its mirror image above: one product then serves late and early tokens.
     g = tl.dot(gy, tl.trans(v), input_precision=PRECISION)
     g = tl.where(lower, g, tl.dot(v, tl.trans(gy), input_precision=PRECISION))
-    document, last = _documents(resets_ptr, start // (H * N), i, left)
+    document, last = documents(resets_ptr, start // (H * N), i, left)
     g = tl.where(document[:, None] == document[None, :], g, 0.0)
     opens, closes = (document == 0)[:, None], (document == last)[:, None]
 

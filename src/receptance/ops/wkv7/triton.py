@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from receptance.ops.custom import custom_operator
+from receptance.ops.wkv6.triton import documents
 
 CHUNK = 32
 LEVELS = tl.constexpr(5)  # 2^5 tokens a chunk
@@ -76,16 +77,6 @@ def _decays(w, L: tl.constexpr):
 
 
 @triton.jit
-def _documents(resets_ptr, start, t, T):
-    """Which document of the chunk each token belongs to [L], and the last one; 0 is the one that began before it."""
-    if resets_ptr is None:
-        return t * 0, 0
-    else:
-        document = tl.cumsum(tl.load(resets_ptr + start + t, mask=t < T, other=0).to(tl.int32), 0)
-        return document, tl.max(document, 0)
-
-
-@triton.jit
 def _prepare(
     r_ptr, w_ptr, k_ptr, a_ptr, b_ptr, resets_ptr, a0_ptr, b1_ptr, r0_ptr, k1_ptr, y_ptr, t_ptr, d_ptr, rs_ptr, ks_ptr,
     T, H, chunks,
@@ -98,7 +89,7 @@ def _prepare(
     t = chunk * L + i
     mask = (t[:, None] < T) & (n[None, :] < N)
     upto, before, mid, end = _decays(_load(w_ptr, base, t, n, stride, mask), L)
-    document, last = _documents(resets_ptr, (bh // H) * T, t, T)
+    document, last = documents(resets_ptr, (bh // H) * T + chunk * L, i, T - chunk * L)
     same = document[:, None] == document[None, :]
     lower, strict = same & (i[:, None] >= i[None, :]), same & (i[:, None] > i[None, :])
     opens = tl.where(document == 0, 1.0, 0.0)[:, None]  # tokens that still see S₀
@@ -230,7 +221,7 @@ def _gradients(
     mask = (t[:, None] < T) & (n[None, :] < N)
     tile = base + t[:, None] * stride + n[None, :]
     where = bh * chunks + chunk
-    document, last = _documents(resets_ptr, (bh // H) * T, t, T)
+    document, last = documents(resets_ptr, (bh // H) * T + chunk * L, i, T - chunk * L)
     same = document[:, None] == document[None, :]
     lower, strict = same & (i[:, None] >= i[None, :]), same & (i[:, None] > i[None, :])
     upto, before, mid, end = _decays(_load(w_ptr, base, t, n, stride, mask), L)
@@ -315,7 +306,8 @@ class _Plan:
 
     @classmethod
     def of(cls, v: Tensor) -> "_Plan":
-        return cls(*v.shape, precision="tf32x3" if v.dtype == torch.float32 else "tf32")
+        batch, t, h, n = v.shape
+        return cls(batch, t, h, n, "tf32x3" if v.dtype == torch.float32 else "tf32")
 
     @property
     def chunks(self) -> int:
