@@ -279,7 +279,7 @@ DEVICE void forward(byte* memory, const half_bits* r, const half_bits* w, const 
     Pair tail[2] = {};
     for (int chunk = first; chunk < last; ++chunk) {
       auto& to = m.chunks[chunk & 1];
-      wait_copies<0>();
+      await_copies();
       for (int x = MAP ? K : R; x <= B; ++x)
         if (x != W) note_top(m.tops[x], m.raw[x]);
       const word documents = vote(flag);
@@ -487,7 +487,7 @@ DEVICE void backward(byte* memory, const half_bits* r, const half_bits* w, const
     for (int chunk = last - 1; chunk >= first; --chunk) {
       auto& to = m.chunks[chunk % 3];
       auto& step = m.steps[chunk & 1];
-      wait_copies<0>();
+      await_copies();
       for (int x = R; x <= GY; ++x)
         if (x != W && (!MAP || (x != V && x != K))) note_top(m.tops[x], m.raw[x]);
       const word documents = vote(flag);
@@ -734,45 +734,44 @@ static_assert(sizeof(BackwardMaps) <= BACKWARD_MAPS_BYTES, "shared memory");
 #define INPUTS const half_bits *r, const half_bits *w, const half_bits *k, const half_bits *v, const half_bits *a, const half_bits *b
 #define SHAPE int T, int H, int chunks, int length
 
-extern "C" {
 /// Grid (heads, segments).
-__global__ void __launch_bounds__(256, 2)
+extern "C" __global__ void __launch_bounds__(256, 2)
 wkv7_forward(INPUTS, const byte* resets, const float* starts, half_bits* y, float* ends, half_bits* states, float* units, SHAPE) {
-  extern __shared__ __align__(16) byte memory[];
+  byte* memory = (byte*)dynamic_shared();
   forward<false>(memory, r, w, k, v, a, b, resets, starts, y, ends, states, units, T, H, chunks, length, blockIdx.x,
                  blockIdx.y, gridDim.y);
 }
 
 /// Grid (heads, segments); maps [heads, segments, 2, N, N]: what inputs write, then the map S → S P.
-__global__ void __launch_bounds__(384, 1)
+extern "C" __global__ void __launch_bounds__(384, 1)
 wkv7_forward_maps(INPUTS, const byte* resets, float* maps, SHAPE) {
-  extern __shared__ __align__(16) byte memory[];
+  byte* memory = (byte*)dynamic_shared();
   forward<true>(memory, r, w, k, v, a, b, resets, nullptr, nullptr, maps, nullptr, nullptr, T, H, chunks, length,
                 blockIdx.x, blockIdx.y, gridDim.y);
 }
 
-__global__ void __launch_bounds__(384, 1)
+extern "C" __global__ void __launch_bounds__(384, 1)
 wkv7_backward(INPUTS, const half_bits* gy, const byte* resets, const half_bits* states, const float* units,
               const float* ends, const float* g_ends, half_bits* gr, half_bits* gw, half_bits* gk, half_bits* gv,
               half_bits* ga, half_bits* gb, float* g_starts, SHAPE) {
-  extern __shared__ __align__(16) byte memory[];
+  byte* memory = (byte*)dynamic_shared();
   backward<false>(memory, r, w, k, v, a, b, gy, resets, states, units, ends, g_ends, gr, gw, gk, gv, ga, gb, g_starts,
                   T, H, chunks, length, blockIdx.x, blockIdx.y, gridDim.y);
 }
 
-__global__ void __launch_bounds__(256, 1)
+extern "C" __global__ void __launch_bounds__(256, 1)
 wkv7_backward_maps(INPUTS, const half_bits* gy, const byte* resets, float* g_starts, SHAPE) {
-  extern __shared__ __align__(16) byte memory[];
+  byte* memory = (byte*)dynamic_shared();
   backward<true>(memory, r, w, k, v, a, b, gy, resets, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr,
                  nullptr, nullptr, nullptr, g_starts, T, H, chunks, length, blockIdx.x, blockIdx.y, gridDim.y);
 }
 
 /// Grid (heads, 4): rows of the state. Every segment's start: starts[0] = first, then state → state · P + part, where P
 /// is each segment's map; in reverse, from the last segment, with Pᵀ. maps and parts advance by their strides (floats).
-__global__ void __launch_bounds__(128)
+extern "C" __global__ void __launch_bounds__(128)
 wkv7_join(const float* maps, int map_stride, const float* parts, int part_stride, const float* first, float* starts,
           int segments, int reverse) {
-  extern __shared__ __align__(16) byte memory[];
+  byte* memory = (byte*)dynamic_shared();
   float(&p)[N][N + 1] = *(float(*)[N][N + 1])memory;
   float(&state)[16][N] = *(float(*)[16][N])(memory + sizeof p);
   const int column = thread() % N, row = thread() / N * 8;
@@ -796,5 +795,4 @@ wkv7_join(const float* maps, int map_stride, const float* parts, int part_stride
       for (int i = 0; i < 8; ++i) x[i] += state[row + i][j] * p[j][column];
     barrier();
   }
-}
 }
