@@ -19,6 +19,7 @@ typedef u64 uint64;
 #ifndef EMULATED
 /// Of one team of four warps: threads 128 · team …
 DEVICE void team_barrier(int team) { asm volatile("bar.sync %0, 128;" ::"r"(team + 1) : "memory"); }
+DEVICE void await_all_but_one() { asm volatile("cp.async.wait_group 1;" ::: "memory"); }  // of the committed groups
 DEVICE word largest_of_warp(word x) { return __reduce_max_sync(0xffffffffu, x); }
 DEVICE half_bits float_to_half(float x) {
   half_bits y;
