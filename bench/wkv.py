@@ -38,7 +38,7 @@ def draw(op: str, batch: int, t: int, heads: int, size: int, seed: int = 0) -> l
         return [r, -(rand(*shape) - 2).exp(), k, v, rand(heads, size)]
     kk = torch.nn.functional.normalize(rand(*shape), dim=-1)
     r, k, v = (rand(*shape).bfloat16() for _ in range(3))
-    w = -0.6065 * torch.sigmoid(rand(*shape))
+    w = (-0.6065 * torch.sigmoid(rand(*shape))).bfloat16()
     return [r, w, k, v, (-kk).bfloat16(), (kk * torch.sigmoid(rand(*shape))).bfloat16()]
 
 

@@ -63,7 +63,7 @@ def test_float16_inputs():
 
 @pytest.mark.parametrize("shift", [-8, 8])
 def test_slow_and_fast_decays(shift):
-    check(draw(1, 100, 1, shift=shift))
+    check(draw(1, 100, 1, shift=shift), bound=2.5e-3)  # at e^-0.6 a token w's gradient is small beside its terms
 
 
 @pytest.mark.parametrize(("scale", "g_scale"), [(100, 1), (1e-3, 1e-6), (1, 1e4)])

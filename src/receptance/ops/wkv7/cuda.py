@@ -21,6 +21,7 @@ HEAD, CHUNK, TEAM = 64, 16, 128  # threads of a team
 BYTES = {"FORWARD_BYTES": 77_568, "BACKWARD_BYTES": 207_104, "BACKWARD_MAPS_BYTES": 85_376}
 JOIN_BYTES = 4 * (HEAD * (HEAD + 1) + 16 * HEAD)
 BLOCKS = 264  # that keep a large GPU busy
+WORTHWHILE = 4  # segments; the maps cost about as much as walking along the rows once more
 MIN_SEGMENT = 8  # chunks
 SOURCE = Path(__file__).with_name("wkv7.cu")
 
@@ -44,7 +45,9 @@ class Cut:
 
     @property
     def length(self) -> int:
-        wanted = max(1, BLOCKS // self.heads)
+        wanted = BLOCKS // self.heads
+        if wanted < WORTHWHILE:
+            return self.chunks
         return min(self.chunks, max(MIN_SEGMENT, -(-self.chunks // wanted)))
 
     @property
@@ -56,7 +59,9 @@ class Cut:
         return self.t, self.h, self.chunks, self.length
 
 
-def _join(kernels: cuda.Program, cut: Cut, maps: Tensor, parts: Tensor, stride: int, first: Tensor, reverse: bool) -> Tensor:
+def _join(
+    kernels: cuda.Program, cut: Cut, maps: Tensor, parts: Tensor, stride: int, first: Tensor, reverse: bool
+) -> Tensor:
     """Every segment's start state [heads, segments, N, N] (its end's gradient, if reverse) from the first one's."""
     starts = torch.empty((cut.heads, cut.segments, HEAD, HEAD), dtype=torch.float32, device=first.device)
     square = HEAD * HEAD
