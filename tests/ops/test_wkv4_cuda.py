@@ -4,13 +4,13 @@ from functools import partial
 
 import pytest
 import torch
+from tests.ops import emulation
 
 from receptance.ops import cuda
 from receptance.ops.wkv4 import cuda as module
 from receptance.ops.wkv4.cuda import wkv4
 from receptance.ops.wkv4.naive import EMPTY
 from receptance.ops.wkv4.naive import wkv4 as naive
-from tests.ops import emulation
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ["y", "num", "den", "gw", "gk", "gv", "gu", "gnum", "gden"]

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from tests.ops import emulation
 
 from receptance.ops import cuda
 from receptance.ops.wkv6 import cuda as module
 from receptance.ops.wkv6.cuda import wkv6
 from receptance.ops.wkv6.naive import wkv6 as naive
-from tests.ops import emulation
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ["y", "end", "gr", "gw", "gk", "gv", "gu", "gstate"]

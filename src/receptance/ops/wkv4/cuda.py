@@ -24,10 +24,11 @@ def fits(k: Tensor) -> bool:
 
 
 def _program(k: Tensor, resets: Tensor | None) -> cuda.Program:
-    c, element = k.shape[2], ELEMENTS[k.dtype]
-    blocks = 2 if k.dtype == torch.float32 else 3
-    defines = {"ELEMENT": element, "CHANNELS": c, "VECTOR": 2 - c % 2, "RESETS": int(resets is not None)}
-    return cuda.load(SOURCE, **defines, FORWARD_BLOCKS=blocks)
+    c, blocks = k.shape[2], 2 if k.dtype == torch.float32 else 3
+    return cuda.load(
+        SOURCE, ELEMENT=ELEMENTS[k.dtype], CHANNELS=c, VECTOR=2 - c % 2, RESETS=int(resets is not None),
+        FORWARD_BLOCKS=blocks,
+    )  # fmt: skip
 
 
 def _grid(k: Tensor, tokens: int) -> tuple[int, int]:

@@ -42,6 +42,7 @@ class _Run:
         )
         tile, warps = CHUNK * n, n // 16
         self.shared = 2 * (tile * 6 + tile * w.element_size()) + 8 * tile + warps * 1024 + 4 * n
+        self.shared_saving = self.shared + 2 * n * n
         self.shared_gradients = 2 * (tile * 8 + tile * w.element_size() + 2 * n * n) + warps * 4160
 
     def starts(self, first: Tensor, is_backward: bool) -> Tensor:
@@ -70,13 +71,21 @@ def _forward(
         run = _Run(r, w, k, v, u, None, resets)
         y, end, saved = torch.empty_like(v), torch.empty_like(state), _saved(r, is_saving)
         starts = run.starts(state, False)
-        keep = saved if is_saving else None
-        run.program.forward(run.grid, run.threads, *run.inputs, starts, y, keep, end, shared=run.shared)
+        keep, shared = (saved, run.shared_saving) if is_saving else (None, run.shared)
+        run.program.forward(run.grid, run.threads, *run.inputs, starts, y, keep, end, shared=shared)
     return y, end, saved
 
 
 def _backward(
-    gy: Tensor, g_end: Tensor, r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, resets: Tensor | None, saved: Tensor
+    gy: Tensor,
+    g_end: Tensor,
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    u: Tensor,
+    resets: Tensor | None,
+    saved: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of r, w, k, v, u and the initial state."""
     with torch.cuda.device_of(r):
