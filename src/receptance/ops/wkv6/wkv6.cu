@@ -437,7 +437,7 @@ backward_ends(INPUTS, float* ends, float* decays) {
 extern "C" __global__ void chain(float* ends, const float* decays, const float* first, int H, int segments, int from_end) {
     int i = blockIdx.x * blockDim.x + threadIdx.x, number = i / (N * N), b = number / H, h = number % H;
     i %= N * N;
-    float state = first[(i64)number * N * N + i];
+    float state = first ? first[(i64)number * N * N + i] : 0.f;
 #pragma unroll 4
     for (int j = 0; j < segments; j++) {
         i64 at = ((i64)b * segments + (from_end ? segments - 1 - j : j)) * H + h;
@@ -484,7 +484,7 @@ gradients(INPUTS, const u16* saved, const float* ends, u16* gr_, u16* gk_, D* gw
 #pragma unroll
     for (int j = 0; j < BLOCKS; j++)
 #pragma unroll
-        for (int c = 0; c < 4; c++) gs[j][c] = ends[at.state * N * N + (8 * j + 2 * my.t + c % 2) * N + my.own + my.g + 8 * (c / 2)];
+        for (int c = 0; c < 4; c++) gs[j][c] = !ends ? 0.f : ends[at.state * N * N + (8 * j + 2 * my.t + c % 2) * N + my.own + my.g + 8 * (c / 2)];
 #pragma unroll
     for (int c = 0; c < 4; c++) bonus[c] = in.u[at.h * N + my.own + 8 * (c / 2) + 2 * my.t + c % 2];
 
