@@ -7,8 +7,11 @@
 //     end state = (s + uᵀ b' + vᵀ k') diag(e^(end - mid))
 //     z = Tᵀ (tril(r' b'ᵀ)ᵀ gy + b' gᵀ)      gradient of the start state = (g + zᵀ a' + gyᵀ r') diag(e^mid)
 //
-// Warp i owns rows 16 i … of the state, in registers; operands are float16, as exact as tf32, in units of powers of two
-// that each chunk chooses: x = x.unit · x̂. A chunk of 16 keeps decays within e^±4.9, because log w ≥ -0.6066.
+// Warp i of a team owns rows 16 i … of the state, in registers; operands are float16, as exact as tf32, in units of powers
+// of two that each chunk chooses: x = x.unit · x̂. A chunk of 16 keeps decays within e^±4.9, because log w ≥ -0.6066.
+//
+// Teams of four warps work on neighbouring chunks at the same time, one barrier a step: the first prepares tiles and the
+// [L × L] matrices, the second carries the state (or its gradient) on, the third makes the gradients.
 #include "tiles.cuh"
 
 constexpr int N = 64, L = 16, WARPS = 4;
@@ -47,12 +50,6 @@ DEVICE void note_top(word* tops, const float (&c)[8][4]) {  // of a state
   const word exponent = largest_of_warp(as_word(top)) >> 23;
   if (lane() == 0) tops[warp()] = exponent;
 }
-/// Lane i has the exponent of tensor i's largest magnitude.
-DEVICE word top_of_lane(const word (&tops)[7][WARPS]) {
-  const Quad x = *(const Quad*)tops[lane() < 7 ? lane() : 0];
-  const word a = x.x > x.y ? x.x : x.y, b = x.z > x.w ? x.z : x.w;
-  return a > b ? a : b;
-}
 DEVICE float two_to(int exponent) { return exponent > 0 ? as_float(exponent << 23) : 0; }  // biased by 127
 DEVICE int unit_exponent(int own, int added) {
   const int exponent = own > added ? own : added;
@@ -74,13 +71,11 @@ DEVICE bool closes(word resets, int t) { return !(resets >> t >> 1); }         /
 struct Lane {
   int g, q, here;  // here: of its first element in a tile, columns of this warp
   word below, upto, above, from;  // masks of a diagonal block [8 × 8]: column < row, ≤, >, ≥
-  word until, before;  // sums of w from the middle to each token, without it: rows of ±1
   DEVICE Lane() : g(lane() / 4), q(lane() % 4), here(g * ROW + warp() * 16 + q * 2) {
     const int column = 2 * q;
     below = (column < g ? 0xffffu : 0) | (column + 1 < g ? 0xffff0000u : 0);
     upto = (column <= g ? 0xffffu : 0) | (column + 1 <= g ? 0xffff0000u : 0);
     above = ~upto, from = ~below;
-    until = ONE * 0x10001u, before = until;
   }
 };
 
@@ -124,8 +119,8 @@ DEVICE void mask_documents(Square& c, word resets, bool is_late) {
 DEVICE void keep_lower(word (&x)[4], word diagonal) { x[0] &= diagonal, x[2] = 0, x[3] &= diagonal; }
 DEVICE void keep_upper(word (&x)[4], word diagonal) { x[0] &= diagonal, x[1] = 0, x[3] &= diagonal; }
 
-/// The matrices of a chunk, one a warp: T⁻¹ … as float16, the others in their operands' units. tiles: a', r', b', k'.
-DEVICE void make_pairs(half_bits* pairs, float (&square)[L][L], const half_bits* tiles, float unit, word resets, const Lane& my) {
+/// The matrices of a chunk, one a warp, as float16 and all but the inverse in their operands' units. tiles: a', r', b', k'.
+DEVICE void make_pairs(half_bits* pairs, float (&square)[L][L + 4], const half_bits* tiles, float unit, word resets, const Lane& my) {
   Square c = {};
   scores(c, tiles + warp() / 2 * TILE, tiles + (2 + warp() % 2) * TILE);
   if (resets) mask_documents(c, resets, true);
@@ -138,16 +133,16 @@ DEVICE void make_pairs(half_bits* pairs, float (&square)[L][L], const half_bits*
     return;
   }
   for (int n = 0; n < 2; ++n)
-    for (int i = 0; i < 2; ++i) *(Pair*)&square[my.g + 8 * i][n * 8 + my.q * 2] = {c[n][2 * i] * unit, c[n][2 * i + 1] * unit};
+    for (int i = 0; i < 4; ++i) square[n * 8 + my.q * 2 + i % 2][my.g + i / 2 * 8] = c[n][i] * unit;
   warp_barrier();
-  float x[L];  // column `lane` of (I - tril₋(square))⁻¹, by substitution
+  float x[L];  // column `lane` of (I - tril₋(squareᵀ))⁻¹: each row, once known, is taken to all below
   const int column = lane() % L;
 #pragma unroll
-  for (int i = 0; i < L; ++i) {
-    x[i] = i == column ? 1.f : 0.f;
+  for (int i = 0; i < L; ++i) x[i] = i == column ? 1.f : 0.f;
 #pragma unroll
-    for (int j = 0; j < i; ++j) x[i] += square[i][j] * x[j];
-  }
+  for (int j = 0; j < L - 1; ++j)
+#pragma unroll
+    for (int i = j + 1; i < L; ++i) x[i] += square[j][i] * x[j];
   if (lane() < L)
     for (int i = 0; i < L; ++i) pairs[i * SIDE + column] = float_to_half(x[i]);
 }
@@ -235,161 +230,202 @@ DEVICE void write_tokens(half_bits* to, int stride, int left, const Square& c, f
       for (int n = 0; n < 2; ++n) *(word*)(to + 8 * i * stride + 8 * n) = written(Pair{c[n][2 * i], c[n][2 * i + 1]} * unit);
 }
 
+/// What the first team finds out about a chunk for the others: exponents of the inputs' units, document starts.
+struct Facts { int r, k, v, a, b, gy; word documents; };
+DEVICE Facts facts_of(const word (&tops)[7][WARPS], word documents) {
+  const Quad x = *(const Quad*)tops[lane() < 7 ? lane() : 0];
+  const word p = x.x > x.y ? x.x : x.y, q = x.z > x.w ? x.z : x.w, exponent = clamp(p > q ? p : q, LEAST, MOST);
+  const auto of = [&](int tensor) { return (int)shuffle(exponent, tensor); };
+  return {of(R), of(K), of(V), of(A), of(B), of(GY), documents};
+}
+DEVICE int unit_of_state(const word* tops, int unit, int added) {
+  const word a = tops[0] > tops[1] ? tops[0] : tops[1], b = tops[2] > tops[3] ? tops[2] : tops[3];
+  return unit_exponent((int)(a > b ? a : b) + unit - 127, added);
+}
+
 struct Forward {
-  half_bits raw[6][TILE];
-  half_bits tiles[4][TILE];  // a', r', b', k'
-  half_bits pairs[4][PAIRS];
-  float square[L][L], scale[N];
-  word tops[7][WARPS];  // exponents: of the inputs, of the state in W's place
+  half_bits raw[2][6][TILE];  // of the chunk at hand and the next
+  struct alignas(16) {
+    half_bits tiles[5][TILE];  // a', r', b', k', v
+    half_bits pairs[4][PAIRS];
+    float scale[N];            // of the state's columns: the last chunk's second half, this one's first
+    Facts facts;
+  } chunks[2];
+  alignas(16) half_bits s[2][WARPS][16 * ROW];  // states on their way out
+  alignas(16) float square[L][L + 4], tail[N];
+  alignas(16) word tops[7][WARPS], state_tops[2][2][WARPS];  // exponents
 };
 
-/// One segment of one head. MAP: no outputs but the end state; `part` is what the inputs write (0, from a zero state)
-/// or the segment's linear map (1, from the identity, without v).
+/// One segment of one head. MAP: no outputs but the end state; the second team finds what the inputs write (from a zero
+/// state), the third the segment's linear map (from the identity, without v).
 template <bool MAP>
 DEVICE void forward(byte* memory, const half_bits* r, const half_bits* w, const half_bits* k, const half_bits* v,
                     const half_bits* a, const half_bits* b, const byte* resets, const float* start, half_bits* y,
                     float* end, half_bits* states, float* units, int T, int H, int chunks, int length, int head,
-                    int segment, int segments, int part) {
+                    int segment, int segments) {
   Forward& m = *(Forward*)memory;
   const Lane my;
   const Place place = place_of(head, T, H, resets);
   const half_bits* inputs[6] = {r, w, k, v, a, b};
   const int first = segment * length, last = first + length < chunks ? first + length : chunks;
-  const uint64 square = (uint64)((head * segments + segment) * (MAP ? 2 : 1) + part) * N * N;
-  const auto fetch_inputs = [&](int chunk) {
-    for (int x = MAP ? W : R; x <= B; ++x) fetch(m.raw[x], inputs[x], place, chunk);
-  };
 
-  fetch_inputs(first);
-  commit_copies();
-  bool flag = reset_flag(place, first);
-  float state[8][4] = {};  // in units of 2^unit, its columns not yet decayed by tail
-  int unit = 127;
-  Pair tail[2] = {};
-  if (!MAP) read_state(state, start + square, my);
-  if (MAP && part)
-    for (int j = 0; j < 8; ++j)
-      for (int i = 0; i < 4; ++i) state[j][i] = warp() * 16 + my.g + i / 2 * 8 == j * 8 + my.q * 2 + i % 2;
-  if (!MAP) y += place.base + (uint64)(first * L + my.g) * place.stride + warp() * 16 + my.q * 2;
-  if (!MAP && states) states += ((uint64)head * chunks + first) * N * N + (warp() * 16 + my.g) * N + my.q * 2;
+  if (team() == 0) {
+    bool flag = false, next_flag = false;
+    const auto fetch_chunk = [&](int chunk) {
+      if (chunk < last)
+        for (int x = MAP ? W : R; x <= B; ++x) fetch(m.raw[chunk & 1][x], inputs[x], place, chunk);
+      commit_copies();
+      flag = next_flag, next_flag = chunk < last && reset_flag(place, chunk);
+    };
+    fetch_chunk(first);
+    fetch_chunk(first + 1);
+    Pair tail[2] = {};
+    for (int chunk = first; chunk < last; ++chunk) {
+      auto& to = m.chunks[chunk & 1];
+      auto& raw = m.raw[chunk & 1];
+      await_all_but_one();
+      for (int x = MAP ? K : R; x <= B; ++x)
+        if (x != W) note_top(m.tops[x], raw[x]);
+      const word documents = vote(flag);
+      team_barrier(0);
 
-  for (int chunk = first; chunk < last; ++chunk) {
-    wait_copies<0>();
-    for (int x = MAP ? K : R; x <= B; ++x)
-      if (x != W) note_top(m.tops[x], m.raw[x]);
-    note_top(m.tops[W], state);
-    const word documents = vote(flag);
-    barrier();
-
-    const word top = top_of_lane(m.tops), exponent = clamp(top, LEAST, MOST);
-    const int re = MAP ? 127 : shuffle(exponent, R), ke = shuffle(exponent, K), ve = shuffle(exponent, V);
-    const int ae = shuffle(exponent, A), be = shuffle(exponent, B);
-    const int se = unit_exponent((int)shuffle(top, W) + unit - 127, ke + ve - 127);
-    const float shrink = two_to(127 + unit - se);
-    unit = se;
-    word values[4];  // of this warp's columns, transposed
-    load_left_transposed(values, m.raw[V] + warp() * 16, ROW);
-    {
-      const Exponents e(m.raw[W], my);
-      const word rp = power_of_two(254 - re), kp = power_of_two(254 - ke), ap = power_of_two(254 - ae);
-      const word bp = power_of_two(254 - be), vp = power_of_two(254 - ve);
+      const Facts f = facts_of(m.tops, documents);
+      if (thread() == 0) to.facts = f;
+      const Exponents e(raw[W], my);
+      const word rp = power_of_two(254 - f.r), kp = power_of_two(254 - f.k), ap = power_of_two(254 - f.a);
+      const word bp = power_of_two(254 - f.b), vp = power_of_two(254 - f.v);
       for (int n = 0; n < 2; ++n) {
+        const int column = warp() * 16 + n * 8 + my.q * 2;
         const Pair mid = {-as_float(shuffle(as_word(e.start[n][0]), my.q)), -as_float(shuffle(as_word(e.start[n][1]), my.q))};
-        if (my.g == 7) *(Pair*)(m.scale + warp() * 16 + n * 8 + my.q * 2) = exp2(mid + tail[n]);
+        if (my.g == 7) *(Pair*)(to.scale + column) = exp2(mid + tail[n]);
         tail[n] = {e.end[n][2], e.end[n][3]};
         for (int i = 0; i < 2; ++i) {
           const int here = my.here + 8 * i * ROW + 8 * n;
           const Pair rise = {e.end[n][2 * i], e.end[n][2 * i + 1]}, fall = exp2(rise * -1.f);
-          at(m.tiles[0], here) = decayed(m.raw[A], here, ap, exp2(Pair{e.start[n][2 * i], e.start[n][2 * i + 1]}));
-          if (!MAP) at(m.tiles[1], here) = decayed(m.raw[R], here, rp, exp2(rise));
-          at(m.tiles[2], here) = decayed(m.raw[B], here, bp, fall);
-          at(m.tiles[3], here) = decayed(m.raw[K], here, kp, fall);
+          at(to.tiles[0], here) = decayed(raw[A], here, ap, exp2(Pair{e.start[n][2 * i], e.start[n][2 * i + 1]}));
+          if (!MAP) at(to.tiles[1], here) = decayed(raw[R], here, rp, exp2(rise));
+          at(to.tiles[2], here) = decayed(raw[B], here, bp, fall);
+          at(to.tiles[3], here) = decayed(raw[K], here, kp, fall);
+          at(to.tiles[4], here) = pack(read(scale_input(at(raw[V], here), vp)));
         }
       }
-      for (int i = 0; i < 4; ++i) values[i] = MAP && part ? 0 : pack(read(scale_input(values[i], vp)));
+      team_barrier(0);
+      fetch_chunk(chunk + 2);
+      make_pairs(to.pairs[0], m.square, to.tiles[0], two_to(f.a + f.b - 127), documents, my);
+      barrier();
     }
+    for (int n = 0; n < 2; ++n)
+      if (my.g == 7) *(Pair*)(m.tail + warp() * 16 + n * 8 + my.q * 2) = exp2(tail[n]);
     barrier();
+    return;
+  }
 
-    if (chunk + 1 < last) {
-      fetch_inputs(chunk + 1);
-      flag = reset_flag(place, chunk + 1);
-    }
-    commit_copies();
-    scale_columns(state, m.scale, shrink, my);
+  const bool is_map = MAP && team() == 2;
+  const uint64 square = (uint64)((head * segments + segment) * (MAP ? 2 : 1) + is_map) * N * N;
+  word(&tops)[2][WARPS] = m.state_tops[team() - 1];
+  float state[8][4] = {};  // in units of 2^unit, its columns not yet decayed by the second half of the last chunk
+  int unit = 127;
+  if (!MAP) read_state(state, start + square, my);
+  if (is_map)
+    for (int j = 0; j < 8; ++j)
+      for (int i = 0; i < 4; ++i) state[j][i] = warp() * 16 + my.g + i / 2 * 8 == j * 8 + my.q * 2 + i % 2;
+  if (!MAP) y += place.base + (uint64)(first * L + my.g) * place.stride + warp() * 16 + my.q * 2;
+  if (!MAP && states) states += ((uint64)head * chunks + first) * N * N + warp() * 16 * N + lane() * 8;
+  note_top(tops[first & 1], state);
+  barrier();
+
+  for (int chunk = first; chunk < last; ++chunk) {
+    const auto& from = m.chunks[chunk & 1];
+    const Facts f = from.facts;
+    const int old = unit;
+    unit = unit_of_state(tops[chunk & 1], unit, f.k + f.v - 127);
+    scale_columns(state, from.scale, two_to(127 + old - unit), my);
     State s;
     pack_state(s, state);
-    if (!MAP && states) {
-      for (int j = 0; j < 8; ++j)
-        for (int i = 0; i < 2; ++i) at(states, i * 8 * N + j * 8) = s[j][i];
-      states += N * N;
-      if (thread() == 0) units[(uint64)head * chunks + chunk] = two_to(se);
-    }
     Square from_state = {}, read_out = {};
-    make_pairs(m.pairs[0], m.square, m.tiles[0], two_to(ae + be - 127), documents, my);
-    state_times(from_state, s, m.tiles[0]);
-    if (!MAP) times_state(read_out, m.tiles[1], s);
-    barrier();
+    state_times(from_state, s, from.tiles[0]);
+    if (!MAP) times_state(read_out, from.tiles[1], s);
+    if (!MAP && states) {
+      half_bits* out = m.s[chunk & 1][warp()];
+      for (int j = 0; j < 8; ++j)
+        for (int i = 0; i < 2; ++i) at(out, (my.g + i * 8) * ROW + j * 8 + my.q * 2) = s[j][i];
+      warp_barrier();
+      for (int i = 0; i < 4; ++i)
+        *(Quad*)(states + i * 4 * N) = *(const Quad*)(out + (i * 4 + lane() / 8) * ROW + lane() % 8 * 8);
+      states += N * N;
+      if (thread() == 0) units[(uint64)head * chunks + chunk] = two_to(unit);
+    }
 
     // u is in units of 16 · a's · the state's: no sum of 64 products overflows float16
-    const float added = two_to(ke + ve - se), erased = two_to(ae + be - 127 + 4);
-    word x[4], solved[4];
+    const float added = two_to(f.k + f.v - unit), erased = two_to(f.a + f.b - 127 + 4);
+    word values[4] = {}, x[4], solved[4];
+    if (!is_map) load_left_transposed(values, from.tiles[4] + warp() * 16, ROW);
     Square c = {}, u = {};
-    load_right_transposed(x, m.pairs[AK], SIDE);
+    load_right_transposed(x, from.pairs[AK], SIDE);
     multiply(c, values, x);
-    if (documents) mask_columns(from_state, documents, opens);
+    if (f.documents) mask_columns(from_state, f.documents, opens);
     combine(c, added, from_state);
     as_left(solved, c);
-    load_right_transposed(x, m.pairs[T_INVERSE], SIDE);
+    load_right_transposed(x, from.pairs[T_INVERSE], SIDE);
     multiply(u, solved, x);
     if (!MAP) {
       as_left(solved, u);
       Square through_u = {}, through_v = {};
-      load_left(x, m.pairs[RB], SIDE);
+      load_left(x, from.pairs[RB], SIDE);
       multiply_by_left(through_u, x, solved);
-      load_left(x, m.pairs[RK], SIDE);
+      load_left(x, from.pairs[RK], SIDE);
       multiply_by_left(through_v, x, values);
-      if (documents) mask_rows<2>(read_out, documents, opens);
+      if (f.documents) mask_rows<2>(read_out, f.documents, opens);
       for (int n = 0; n < 2; ++n)
         for (int i = 0; i < 4; ++i) c[n][i] = read_out[n][i] + through_u[n][i] * erased + through_v[n][i] * added;
-      write_tokens(y, place.stride, T - chunk * L, c, two_to(re + se - 127), my);
+      write_tokens(y, place.stride, T - chunk * L, c, two_to(f.r + unit - 127), my);
       y += L * place.stride;
     }
     as_left(solved, u, erased);
     const word share = pack(added, added);
     for (int i = 0; i < 4; ++i) values[i] = scale_halves(values[i], share);
-    if (documents) {
-      mask_tokens(solved, documents, closes);
-      mask_tokens(values, documents, closes);
+    if (f.documents) {
+      mask_tokens(solved, f.documents, closes);
+      mask_tokens(values, f.documents, closes);
       for (int j = 0; j < 8; ++j)
         for (int i = 0; i < 4; ++i) state[j][i] = 0;
     }
-    accumulate(state, solved, m.tiles[2]);
-    accumulate(state, values, m.tiles[3]);
+    accumulate(state, solved, from.tiles[2]);
+    if (!is_map) accumulate(state, values, from.tiles[3]);
+    note_top(tops[(chunk + 1) & 1], state);
+    barrier();
   }
-  for (int n = 0; n < 2; ++n)
-    if (my.g == 7) *(Pair*)(m.scale + warp() * 16 + n * 8 + my.q * 2) = exp2(tail[n]);
-  barrier();
-  scale_columns(state, m.scale, two_to(unit), my);
+  scale_columns(state, m.tail, two_to(unit), my);
   write_state(state, end + square, my);
 }
 
-struct Backward {
-  half_bits raw[7][TILE];
-  half_bits tiles[4][TILE];  // a', r', b', k'
-  half_bits s[N * ROW];      // the start state, decayed to the middle
-  union {
-    struct {
-      half_bits g[N * ROW];        // the end state's gradient, grown from the middle
-      half_bits values[4][TILE];  // z, gy, u, v
-    };
-    float products[4][L][N + 8];  // afterwards: gradient ⊙ input of a, r, b, k
-  };
-  half_bits pairs[4][PAIRS];
-  float square[L][L], scale[N];
-  float rise[L + 1][N + 8], fall[L][N + 8];  // decays from the middle to each token's start and to the last one's end; their inverses
-  float flow[2][WARPS][N];        // Σ over 16 value rows of state ⊙ its gradient at the end of a chunk, for two chunks
+struct BackwardMaps {
+  half_bits raw[2][7][TILE];  // of the chunk at hand and the next
+  struct alignas(16) {
+    half_bits tiles[4][TILE], values[2][TILE];      // a', r', b', k'; gy, v
+    float flow[WARPS][N];                           // Σ over 16 value rows of state ⊙ its gradient at the chunk's end
+    Facts facts;
+    int unit;                                       // of the state's gradient
+    float s_unit;
+  } chunks[3];
+  struct alignas(16) {
+    half_bits pairs[4][PAIRS];
+    float scale[N];               // of the gradient's columns: the later chunk's first half, this one's second
+  } steps[2];
+  alignas(16) float square[L][L + 4], mid[N];
+  alignas(16) word tops[7][WARPS], state_tops[2][WARPS];  // exponents
+};
+struct Backward : BackwardMaps {
+  struct alignas(16) {  // decays from the middle to each token's start and the last one's end; to its end, inverted
+    float rise[L + 1][N + 8], fall[L][N + 8];
+  } decays[3];
+  alignas(16) half_bits s[5][N * ROW];       // start states, decayed to the middle
+  struct alignas(16) {
+    half_bits g[N * ROW];         // the end state's gradient, grown from the middle
+    half_bits solved[2][TILE];    // z, u
+  } found[2];
+  alignas(16) float products[4][L][N + 8];    // gradient ⊙ input of a, r, b, k
   Pair sums[WARPS][N / 2];        // what four tokens add to the gradients of earlier decays
-  word tops[7][WARPS];            // exponents: of the inputs, of the state's gradient in W's place
 };
 
 /// flow[column] = unit · Σ over the warp's 16 rows of x [16 × 64], each lane's two rows summed before.
@@ -437,231 +473,256 @@ DEVICE void backward(byte* memory, const half_bits* r, const half_bits* w, const
   const half_bits* inputs[7] = {r, w, k, v, a, b, gy};
   const int first = segment * length, last = first + length < chunks ? first + length : chunks;
   const uint64 square = (uint64)(head * segments + segment) * N * N, states_before = (uint64)head * chunks;
-  const auto fetch_inputs = [&](int chunk) {
-    for (int x = R; x <= GY; ++x)
-      if (!MAP || (x != V && x != K)) fetch(m.raw[x], inputs[x], place, chunk);
-  };
-  const auto fetch_state = [&](int chunk) {
-    const half_bits* from = states + (states_before + chunk) * N * N + thread() * 8;
-    half_bits* to = m.s + thread() / 8 * ROW + thread() % 8 * 8;
-    for (int i = 0; i < 4; ++i) copy_async(to + i * 16 * ROW, from + i * 16 * N, true);
-  };
 
-  fetch_inputs(last - 1);
-  if (!MAP) fetch_state(last - 1);
-  commit_copies();
-  bool flag = reset_flag(place, last - 1);
-  float g[8][4] = {};  // gradient of the state at the chunk's end, in units of 2^unit, not yet times the later chunk's mid
-  int unit = 127;
-  Pair mid[2] = {};
-  if (!MAP) {
-    read_state(g, g_ends + square, my);
-    float end[8][4];
-    read_state(end, ends + square, my);
-    Pair x[8];
-    for (int j = 0; j < 8; ++j) x[j] = {g[j][0] * end[j][0] + g[j][2] * end[j][2], g[j][1] * end[j][1] + g[j][3] * end[j][3]};
-    write_flow(m.flow[(last - 1) & 1][warp()], x, 1, my);
+  if (team() == 0) {
+    bool flag = false, next_flag = false;
+    float s_unit = 1, next_unit = 1;
+    const auto fetch_chunk = [&](int chunk) {
+      const bool ok = chunk >= first;
+      for (int x = R; ok && x <= GY; ++x)
+        if (!MAP || (x != V && x != K)) fetch(m.raw[chunk & 1][x], inputs[x], place, chunk);
+      if (!MAP && ok) {
+        const half_bits* from = states + (states_before + chunk) * N * N + thread() * 8;
+        half_bits* to = m.s[chunk % 5] + thread() / 8 * ROW + thread() % 8 * 8;
+        for (int i = 0; i < 4; ++i) copy_async(to + i * 16 * ROW, from + i * 16 * N, true);
+      }
+      commit_copies();
+      flag = next_flag, next_flag = ok && reset_flag(place, chunk);
+      s_unit = next_unit;
+      if (!MAP && ok) next_unit = units[states_before + chunk];
+    };
+    fetch_chunk(last - 1);
+    fetch_chunk(last - 2);
+    Pair mid[2] = {};
+    for (int chunk = last - 1; chunk >= first; --chunk) {
+      auto& to = m.chunks[chunk % 3];
+      auto& step = m.steps[chunk & 1];
+      auto& decays = m.decays[chunk % 3];
+      auto& raw = m.raw[chunk & 1];
+      await_all_but_one();
+      for (int x = R; x <= GY; ++x)
+        if (x != W && (!MAP || (x != V && x != K))) note_top(m.tops[x], raw[x]);
+      const word documents = vote(flag);
+      team_barrier(0);
+
+      const Facts f = facts_of(m.tops, documents);
+      if (thread() == 0) {
+        to.facts = f;
+        to.s_unit = s_unit;
+      }
+      const Exponents e(raw[W], my);
+      const word rp = power_of_two(254 - f.r), kp = power_of_two(254 - f.k), ap = power_of_two(254 - f.a);
+      const word bp = power_of_two(254 - f.b), vp = power_of_two(254 - f.v), yp = power_of_two(254 - f.gy);
+      for (int n = 0; n < 2; ++n) {
+        const int column = warp() * 16 + n * 8 + my.q * 2;
+        const Pair later = mid[n];
+        mid[n] = {-as_float(shuffle(as_word(e.start[n][0]), my.q)), -as_float(shuffle(as_word(e.start[n][1]), my.q))};
+        if (my.g == 7) *(Pair*)(step.scale + column) = exp2(later + Pair{e.end[n][2], e.end[n][3]});
+        if (!MAP && my.g == 0) *(Pair*)&decays.rise[0][column] = exp2(Pair{e.start[n][0], e.start[n][1]});
+        for (int i = 0; i < 2; ++i) {
+          const int here = my.here + 8 * i * ROW + 8 * n, t = my.g + 8 * i;
+          const Pair end = {e.end[n][2 * i], e.end[n][2 * i + 1]}, rise = exp2(end), fall = exp2(end * -1.f);
+          at(to.tiles[0], here) = decayed(raw[A], here, ap, exp2(Pair{e.start[n][2 * i], e.start[n][2 * i + 1]}));
+          at(to.tiles[1], here) = decayed(raw[R], here, rp, rise);
+          at(to.tiles[2], here) = decayed(raw[B], here, bp, fall);
+          at(to.values[0], here) = pack(read(scale_input(at(raw[GY], here), yp)));
+          if (!MAP) {
+            at(to.tiles[3], here) = decayed(raw[K], here, kp, fall);
+            at(to.values[1], here) = pack(read(scale_input(at(raw[V], here), vp)));
+            *(Pair*)&decays.rise[t + 1][column] = rise;
+            *(Pair*)&decays.fall[t][column] = fall;
+          }
+        }
+      }
+      team_barrier(0);
+      fetch_chunk(chunk - 2);
+      make_pairs(step.pairs[0], m.square, to.tiles[0], two_to(f.a + f.b - 127), documents, my);
+      barrier();
+    }
+    for (int n = 0; n < 2; ++n)
+      if (my.g == 7) *(Pair*)(m.mid + warp() * 16 + n * 8 + my.q * 2) = exp2(mid[n]);
+    barrier();
+    return;
   }
+
+  if (team() == 1) {
+    float g[8][4] = {};  // gradient of the state at the chunk's end, in units of 2^unit, not yet times the later chunk's first half
+    int unit = 127;
+    if (!MAP) {
+      read_state(g, g_ends + square, my);
+      float end[8][4];
+      read_state(end, ends + square, my);
+      Pair x[8];
+      for (int j = 0; j < 8; ++j) x[j] = {g[j][0] * end[j][0] + g[j][2] * end[j][2], g[j][1] * end[j][1] + g[j][3] * end[j][3]};
+      write_flow(m.chunks[(last - 1) % 3].flow[warp()], x, 1, my);
+      gv += place.base + (uint64)my.g * place.stride + warp() * 16 + my.q * 2;
+    }
+    note_top(m.state_tops[(last - 1) & 1], g);
+    barrier();
+
+    for (int chunk = last - 1; chunk >= first; --chunk) {
+      auto& from = m.chunks[chunk % 3];
+      const auto& step = m.steps[chunk & 1];
+      auto& to = m.found[chunk & 1];
+      const Facts f = from.facts;
+      const int old = unit;
+      unit = unit_of_state(m.state_tops[chunk & 1], unit, f.r + f.gy - 127);
+      scale_columns(g, step.scale, two_to(127 + old - unit), my);
+      State gs;
+      pack_state(gs, g);
+      Square z_state = {};
+      state_times(z_state, gs, from.tiles[2]);
+
+      // z in units of 16 · b's · the gradient's, u in units of 16 · a's · the state's
+      const float given = two_to(f.r + f.gy - unit), erased = two_to(f.a + f.b - 127 + 4);
+      word grads[4], x[4], solved[4], z_left[4];
+      Square c = {}, z = {};
+      load_left_transposed(grads, from.values[0] + warp() * 16, ROW);
+      load_right(x, step.pairs[RB], SIDE);
+      multiply(c, grads, x);
+      if (f.documents) mask_columns(z_state, f.documents, closes);
+      combine(c, given, z_state);
+      as_left(solved, c);
+      load_right(x, step.pairs[T_INVERSE], SIDE);
+      multiply(z, solved, x);
+      if (f.documents)
+        for (int j = 0; j < 8; ++j)
+          for (int i = 0; i < 4; ++i) g[j][i] = 0;
+      as_left(solved, z, erased);
+      word shared_grads[4];
+      const word share = pack(given, given);
+      for (int i = 0; i < 4; ++i) shared_grads[i] = scale_halves(grads[i], share);
+      if (f.documents) {
+        mask_tokens(solved, f.documents, opens);
+        mask_tokens(shared_grads, f.documents, opens);
+      }
+      accumulate(g, solved, from.tiles[0]);
+      accumulate(g, shared_grads, from.tiles[1]);
+      note_top(m.state_tops[(chunk - 1) & 1], g);
+      if (!MAP) {
+        for (int j = 0; j < 8; ++j)
+          for (int i = 0; i < 2; ++i) at(to.g, (warp() * 16 + my.g + i * 8) * ROW + j * 8 + my.q * 2) = gs[j][i];
+        if (thread() == 0) from.unit = unit;
+        as_left(z_left, z);
+        store_transposed(to.solved[0], z_left, my);
+        const float s_unit = from.s_unit, k_unit = two_to(f.k), v_unit = two_to(f.v), g_unit = two_to(unit);
+        State s;
+        for (int i = 0; i < 4; ++i) {
+          load_left(x, m.s[chunk % 5] + warp() * 16 * ROW + 16 * i, ROW);
+          s[2 * i][0] = x[0], s[2 * i][1] = x[1], s[2 * i + 1][0] = x[2], s[2 * i + 1][1] = x[3];
+        }
+        Pair flow[8];
+        for (int j = 0; j < 8; ++j) {
+          const Pair upper = unpack(s[j][0]), lower = unpack(s[j][1]);
+          flow[j] = {g[j][0] * upper.x + g[j][2] * lower.x, g[j][1] * upper.y + g[j][3] * lower.y};
+        }
+        if (chunk > first) write_flow(m.chunks[(chunk - 1) % 3].flow[warp()], flow, g_unit * s_unit, my);
+
+        word values[4];
+        load_left_transposed(values, from.values[1] + warp() * 16, ROW);
+        Square u_state = {}, q = {}, u = {};
+        state_times(u_state, s, from.tiles[0]);
+        load_right_transposed(x, step.pairs[AK], SIDE);
+        multiply(q, values, x);
+        if (f.documents) mask_columns(u_state, f.documents, opens);
+        combine(q, k_unit * v_unit / s_unit, u_state);
+        as_left(solved, q);
+        load_right_transposed(x, step.pairs[T_INVERSE], SIDE);
+        multiply(u, solved, x);
+        as_left(solved, u);
+        store_transposed(to.solved[1], solved, my);
+
+        Square v_state = {}, through_z = {}, through_y = {};
+        times_state(v_state, from.tiles[3], gs);
+        load_left_transposed(x, step.pairs[AK], SIDE);
+        multiply_by_left(through_z, x, z_left);
+        load_left_transposed(x, step.pairs[RK], SIDE);
+        multiply_by_left(through_y, x, grads);
+        if (f.documents) mask_rows<2>(v_state, f.documents, closes);
+        for (int n = 0; n < 2; ++n)
+          for (int i = 0; i < 4; ++i) c[n][i] = v_state[n][i] + through_z[n][i] * erased + through_y[n][i] * given;
+        write_tokens(gv + (uint64)chunk * L * place.stride, place.stride, T - chunk * L, c, k_unit * g_unit, my);
+      }
+      barrier();
+    }
+    scale_columns(g, m.mid, two_to(unit), my);
+    write_state(g, g_starts + square, my);
+    return;
+  }
+
+  if (MAP) return;
   // One gradient a warp: of a, r from (z, gy), (u, v) and the state; of b, k from (u, v), (z, gy) and its gradient.
   const int role = warp();
   const bool is_reader = role < 2;
-  const half_bits *mine = m.values[role], *theirs = m.values[is_reader ? 2 : 0], *square_tile = is_reader ? m.s : m.g;
-  const half_bits* factors = m.tiles[is_reader ? 2 : 0];
-  const float* decay = (role == 0 ? m.rise[0] : role == 1 ? m.rise[1] : m.fall[0]) + my.g * (N + 8) + my.q * 2;
   half_bits* grad_out = role == 0 ? ga : role == 1 ? gr : role == 2 ? gb : gk;
-  half_bits* gv_out = MAP ? nullptr : gv + place.base + (uint64)my.g * place.stride + warp() * 16 + my.q * 2;
-  if (!MAP) grad_out += place.base + (uint64)(lane() / 8) * place.stride + lane() % 8 * 8;
-
+  grad_out += place.base + (uint64)(lane() / 8) * place.stride + lane() % 8 * 8;
   Pair late[4];  // of w's gradient: what this warp's four tokens add to it
   const auto finish_decays = [&](int chunk) {
     Pair x = {0, 0};
-    for (int i = 0; i < WARPS; ++i) x = x + ((Pair*)m.flow[chunk & 1][i])[lane()];
+    for (int i = 0; i < WARPS; ++i) x = x + ((const Pair*)m.chunks[chunk % 3].flow[i])[lane()];
     for (int i = warp() + 1; i < WARPS; ++i) x = x + m.sums[i][lane()];
     const int t = chunk * L + warp() * 4;
     word* to = (word*)(gw + place.base + (uint64)t * place.stride) + lane();
     for (int i = 0; i < 4; ++i)
       if (t + i < T) to[i * place.stride / 2] = written(x + late[i]);
   };
+  barrier();
+  barrier();
 
   for (int chunk = last - 1; chunk >= first; --chunk) {
-    wait_copies<0>();
-    for (int x = R; x <= GY; ++x)
-      if (x != W && (!MAP || (x != V && x != K))) note_top(m.tops[x], m.raw[x]);
-    note_top(m.tops[W], g);
-    const word documents = vote(flag);
-    const float s_unit = MAP ? 1.f : units[states_before + chunk];
-    barrier();
-
-    if (!MAP && chunk + 1 < last) finish_decays(chunk + 1);
-    const word top = top_of_lane(m.tops), exponent = clamp(top, LEAST, MOST);
-    const int re = shuffle(exponent, R), ae = shuffle(exponent, A), be = shuffle(exponent, B), ye = shuffle(exponent, GY);
-    const int ke = MAP ? 127 : shuffle(exponent, K), ve = MAP ? 127 : shuffle(exponent, V);
-    const int ge = unit_exponent((int)shuffle(top, W) + unit - 127, re + ye - 127);
-    const float shrink = two_to(127 + unit - ge);
-    unit = ge;
-    {
-      const Exponents e(m.raw[W], my);
-      const word rp = power_of_two(254 - re), kp = power_of_two(254 - ke), ap = power_of_two(254 - ae);
-      const word bp = power_of_two(254 - be), vp = power_of_two(254 - ve), yp = power_of_two(254 - ye);
-      for (int n = 0; n < 2; ++n) {
-        const int column = warp() * 16 + n * 8 + my.q * 2;
-        const Pair later = mid[n];
-        mid[n] = {-as_float(shuffle(as_word(e.start[n][0]), my.q)), -as_float(shuffle(as_word(e.start[n][1]), my.q))};
-        if (my.g == 7) *(Pair*)(m.scale + column) = exp2(later + Pair{e.end[n][2], e.end[n][3]});
-        if (!MAP && my.g == 0) *(Pair*)&m.rise[0][column] = exp2(Pair{e.start[n][0], e.start[n][1]});
-        for (int i = 0; i < 2; ++i) {
-          const int here = my.here + 8 * i * ROW + 8 * n, t = my.g + 8 * i;
-          const Pair end = {e.end[n][2 * i], e.end[n][2 * i + 1]}, rise = exp2(end), fall = exp2(end * -1.f);
-          at(m.tiles[0], here) = decayed(m.raw[A], here, ap, exp2(Pair{e.start[n][2 * i], e.start[n][2 * i + 1]}));
-          at(m.tiles[1], here) = decayed(m.raw[R], here, rp, rise);
-          at(m.tiles[2], here) = decayed(m.raw[B], here, bp, fall);
-          at(m.values[1], here) = pack(read(scale_input(at(m.raw[GY], here), yp)));
-          if (!MAP) {
-            at(m.tiles[3], here) = decayed(m.raw[K], here, kp, fall);
-            at(m.values[3], here) = pack(read(scale_input(at(m.raw[V], here), vp)));
-            *(Pair*)&m.rise[t + 1][column] = rise;
-            *(Pair*)&m.fall[t][column] = fall;
-          }
-        }
-      }
-    }
-    barrier();
-
-    if (chunk > first) {
-      fetch_inputs(chunk - 1);
-      flag = reset_flag(place, chunk - 1);
-    }
-    commit_copies();
-    scale_columns(g, m.scale, shrink, my);
-    State gs, s;
-    pack_state(gs, g);
-    if (!MAP)
-      for (int j = 0; j < 8; ++j)
-        for (int i = 0; i < 2; ++i) at(m.g, (warp() * 16 + my.g + i * 8) * ROW + j * 8 + my.q * 2) = gs[j][i];
-    Square u_state = {}, z_state = {}, v_state = {};
-    state_times(z_state, gs, m.tiles[2]);
-    if (!MAP) {
-      for (int i = 0; i < 4; ++i) {
-        word x[4];
-        load_left(x, m.s + warp() * 16 * ROW + 16 * i, ROW);
-        s[2 * i][0] = x[0], s[2 * i][1] = x[1], s[2 * i + 1][0] = x[2], s[2 * i + 1][1] = x[3];
-      }
-      state_times(u_state, s, m.tiles[0]);
-      times_state(v_state, m.tiles[3], gs);
-    }
-    make_pairs(m.pairs[0], m.square, m.tiles[0], two_to(ae + be - 127), documents, my);
-    barrier();
-
-    // u in units of 16 · a's · the state's, z in units of 16 · b's · the gradient's
-    const float k_unit = two_to(ke), v_unit = two_to(ve), g_unit = two_to(ge);
-    const float added = MAP ? 0 : k_unit * v_unit / s_unit, given = two_to(re + ye - ge), erased = two_to(ae + be - 127 + 4);
-    word values[4], grads[4], x[4], solved[4], z_left[4];
-    Square c = {}, z = {};
-    load_left_transposed(grads, m.values[1] + warp() * 16, ROW);
-    load_right(x, m.pairs[RB], SIDE);
-    multiply(c, grads, x);
-    if (documents) mask_columns(z_state, documents, closes);
-    combine(c, given, z_state);
-    as_left(solved, c);
-    load_right(x, m.pairs[T_INVERSE], SIDE);
-    multiply(z, solved, x);
-    if (!MAP) {
-      as_left(z_left, z);
-      store_transposed(m.values[0], z_left, my);
-      load_left_transposed(values, m.values[3] + warp() * 16, ROW);
-      Square q = {}, u = {};
-      load_right_transposed(x, m.pairs[AK], SIDE);
-      multiply(q, values, x);
-      if (documents) mask_columns(u_state, documents, opens);
-      combine(q, added, u_state);
-      as_left(solved, q);
-      load_right_transposed(x, m.pairs[T_INVERSE], SIDE);
-      multiply(u, solved, x);
-      as_left(solved, u);
-      store_transposed(m.values[2], solved, my);
-
-      Square through_z = {}, through_y = {};
-      load_left_transposed(x, m.pairs[AK], SIDE);
-      multiply_by_left(through_z, x, z_left);
-      load_left_transposed(x, m.pairs[RK], SIDE);
-      multiply_by_left(through_y, x, grads);
-      if (documents) mask_rows<2>(v_state, documents, closes);
-      for (int n = 0; n < 2; ++n)
-        for (int i = 0; i < 4; ++i) c[n][i] = v_state[n][i] + through_z[n][i] * erased + through_y[n][i] * given;
-      write_tokens(gv_out + (uint64)chunk * L * place.stride, place.stride, T - chunk * L, c, k_unit * g_unit, my);
-    }
-    as_left(solved, z, erased);
-    const word share = pack(given, given);
-    for (int i = 0; i < 4; ++i) grads[i] = scale_halves(grads[i], share);
-    if (documents) {
-      mask_tokens(solved, documents, opens);
-      mask_tokens(grads, documents, opens);
-      for (int j = 0; j < 8; ++j)
-        for (int i = 0; i < 4; ++i) g[j][i] = 0;
-    }
-    accumulate(g, solved, m.tiles[0]);
-    accumulate(g, grads, m.tiles[1]);
-    if (MAP) continue;
-    {
-      Pair flow[8];
-      for (int j = 0; j < 8; ++j) {
-        const Pair upper = unpack(s[j][0]), lower = unpack(s[j][1]);
-        flow[j] = {g[j][0] * upper.x + g[j][2] * lower.x, g[j][1] * upper.y + g[j][3] * lower.y};
-      }
-      write_flow(m.flow[(chunk - 1) & 1][warp()], flow, g_unit * s_unit, my);
-    }
-    barrier();
-
-    word left[4][4];
+    auto& from = m.chunks[chunk % 3];
+    const auto& found = m.found[chunk & 1];
+    const Facts f = from.facts;
+    const half_bits* mine = role == 0 ? found.solved[0] : role == 1 ? from.values[0] : role == 2 ? found.solved[1] : from.values[1];
+    const half_bits* solved_tile = found.solved[is_reader];  // u or z
+    const half_bits* plain_tile = from.values[is_reader];    // v or gy
+    const half_bits *state = is_reader ? m.s[chunk % 5] : found.g, *factors = from.tiles[is_reader ? 2 : 0];
+    word left[4][4], x[4];
     for (int i = 0; i < 4; ++i) load_left(left[i], mine + 16 * i, ROW);
     float grad[8][4] = {};
-    for (int i = 0; i < 4; ++i) accumulate(grad, left[i], square_tile + 16 * i * ROW);
+    for (int i = 0; i < 4; ++i) accumulate(grad, left[i], state + 16 * i * ROW);
     Square with_solved = {}, with_plain = {};
-    tile_products(with_solved, left, theirs);
-    tile_products(with_plain, left, theirs + TILE);
-    if (documents) {
-      if (is_reader) mask_rows<8>(grad, documents, opens);
-      else mask_rows<8>(grad, documents, closes);
-      mask_documents(with_solved, documents, is_reader);
-      mask_documents(with_plain, documents, is_reader);
+    tile_products(with_solved, left, solved_tile);
+    tile_products(with_plain, left, plain_tile);
+    if (f.documents) {
+      if (is_reader) mask_rows<8>(grad, f.documents, opens);
+      else mask_rows<8>(grad, f.documents, closes);
+      mask_documents(with_solved, f.documents, is_reader);
+      mask_documents(with_plain, f.documents, is_reader);
     }
-    as_left(solved, with_solved, erased);
-    as_left(x, with_plain, is_reader ? added : given);
-    if (is_reader) {
-      keep_lower(solved, role == 0 ? my.below : my.upto);
-      keep_lower(x, role == 0 ? my.below : my.upto);
-    } else {
-      keep_upper(solved, my.above);
-      keep_upper(x, my.from);
-    }
-    accumulate(grad, solved, factors);
+    const float s_unit = from.s_unit, g_unit = two_to(from.unit), k_unit = two_to(f.k), v_unit = two_to(f.v);
+    as_left(x, with_solved, two_to(f.a + f.b - 127 + 4));
+    if (is_reader) keep_lower(x, role == 0 ? my.below : my.upto);
+    else keep_upper(x, my.above);
+    accumulate(grad, x, factors);
+    as_left(x, with_plain, is_reader ? k_unit * v_unit / s_unit : two_to(f.r + f.gy - from.unit));
+    if (is_reader) keep_lower(x, role == 0 ? my.below : my.upto);
+    else keep_upper(x, my.from);
     accumulate(grad, x, factors + TILE);
-    barrier();
 
-    if (chunk > first) fetch_state(chunk - 1);
-    commit_copies();
-    const float a_unit = two_to(ae), b_unit = two_to(be), r_unit = two_to(re), y_unit = two_to(ye);
+    const float a_unit = two_to(f.a), b_unit = two_to(f.b), r_unit = two_to(f.r), y_unit = two_to(f.gy);
     const float z_unit = 16 * b_unit * g_unit, u_unit = 16 * a_unit * s_unit;
     const float out = role == 0 ? z_unit * s_unit : role == 1 ? y_unit * s_unit : role == 2 ? u_unit * g_unit : v_unit * g_unit;
+    team_barrier(2);
     {
-      const int here = my.g * ROW + my.q * 2;
+      const float* decay = (role < 2 ? m.decays[chunk % 3].rise[role] : m.decays[chunk % 3].fall[0]) + my.g * (N + 8) + my.q * 2;
+      half_bits* tile = from.tiles[role] + my.g * ROW + my.q * 2;
       float* product = &m.products[role][my.g][my.q * 2];
       for (int j = 0; j < 8; ++j)
         for (int i = 0; i < 2; ++i) {
-          word& x = at(m.tiles[role], here + i * 8 * ROW + j * 8);
+          word& here = at(tile, i * 8 * ROW + j * 8);
           const int offset = i * 8 * (N + 8) + j * 8;
           const Pair value = {grad[j][2 * i], grad[j][2 * i + 1]};
-          *(Pair*)(product + offset) = value * unpack(x);
-          x = written(value * (*(const Pair*)(decay + offset) * out));
+          *(Pair*)(product + offset) = value * unpack(here);
+          here = written(value * (*(const Pair*)(decay + offset) * out));
         }
     }
     warp_barrier();
-    for (int i = 0; i < 4; ++i) {
-      const int row = i * 4 + lane() / 8;
-      if (chunk * L + row < T)
-        *(Quad*)(grad_out + (uint64)(chunk * L + i * 4) * place.stride) = *(const Quad*)(m.tiles[role] + row * ROW + lane() % 8 * 8);
-    }
-    barrier();
+    for (int i = 0; i < 4; ++i)
+      if (chunk * L + i * 4 + lane() / 8 < T)
+        *(Quad*)(grad_out + (uint64)(chunk * L + i * 4) * place.stride) =
+            *(const Quad*)(from.tiles[role] + (i * 4 + lane() / 8) * ROW + lane() % 8 * 8);
+    team_barrier(2);
 
     // w enters every exponent at a token's end from its own on, and every one at a start after it
     Pair sum = {0, 0};
@@ -673,63 +734,56 @@ DEVICE void backward(byte* memory, const half_bits* r, const half_bits* w, const
       sum = sum + product(0) * from_a;
     }
     m.sums[warp()][lane()] = sum;
+    team_barrier(2);
+    finish_decays(chunk);
+    if (chunk > first) barrier();
   }
-  if (!MAP) {
-    barrier();
-    finish_decays(first);
-  }
-  barrier();
-  for (int n = 0; n < 2; ++n)
-    if (my.g == 7) *(Pair*)(m.scale + warp() * 16 + n * 8 + my.q * 2) = exp2(mid[n]);
-  barrier();
-  scale_columns(g, m.scale, two_to(unit), my);
-  write_state(g, g_starts + square, my);
 }
 
 static_assert(sizeof(Forward) <= FORWARD_BYTES && sizeof(Backward) <= BACKWARD_BYTES, "shared memory");
+static_assert(sizeof(BackwardMaps) <= BACKWARD_MAPS_BYTES, "shared memory");
 
 #define INPUTS const half_bits *r, const half_bits *w, const half_bits *k, const half_bits *v, const half_bits *a, const half_bits *b
 #define SHAPE int T, int H, int chunks, int length
 
-extern "C" {
 /// Grid (heads, segments).
-__global__ void __launch_bounds__(WARPS * 32, 4)
+extern "C" __global__ void __launch_bounds__(256, 2)
 wkv7_forward(INPUTS, const byte* resets, const float* starts, half_bits* y, float* ends, half_bits* states, float* units, SHAPE) {
-  extern __shared__ __align__(16) byte memory[];
+  byte* memory = (byte*)dynamic_shared();
   forward<false>(memory, r, w, k, v, a, b, resets, starts, y, ends, states, units, T, H, chunks, length, blockIdx.x,
-                 blockIdx.y, gridDim.y, 0);
+                 blockIdx.y, gridDim.y);
 }
 
-/// Grid (heads, segments, 2); maps [heads, segments, 2, N, N]: what inputs write, then the map S → S P.
-__global__ void __launch_bounds__(WARPS * 32, 4)
+/// Grid (heads, segments); maps [heads, segments, 2, N, N]: what inputs write, then the map S → S P.
+extern "C" __global__ void __launch_bounds__(384, 2)
 wkv7_forward_maps(INPUTS, const byte* resets, float* maps, SHAPE) {
-  extern __shared__ __align__(16) byte memory[];
+  byte* memory = (byte*)dynamic_shared();
   forward<true>(memory, r, w, k, v, a, b, resets, nullptr, nullptr, maps, nullptr, nullptr, T, H, chunks, length,
-                blockIdx.x, blockIdx.y, gridDim.y, blockIdx.z);
+                blockIdx.x, blockIdx.y, gridDim.y);
 }
 
-__global__ void __launch_bounds__(WARPS * 32, 3)
+extern "C" __global__ void __launch_bounds__(384, 1)
 wkv7_backward(INPUTS, const half_bits* gy, const byte* resets, const half_bits* states, const float* units,
               const float* ends, const float* g_ends, half_bits* gr, half_bits* gw, half_bits* gk, half_bits* gv,
               half_bits* ga, half_bits* gb, float* g_starts, SHAPE) {
-  extern __shared__ __align__(16) byte memory[];
+  byte* memory = (byte*)dynamic_shared();
   backward<false>(memory, r, w, k, v, a, b, gy, resets, states, units, ends, g_ends, gr, gw, gk, gv, ga, gb, g_starts,
                   T, H, chunks, length, blockIdx.x, blockIdx.y, gridDim.y);
 }
 
-__global__ void __launch_bounds__(WARPS * 32, 4)
+extern "C" __global__ void __launch_bounds__(256, 1)
 wkv7_backward_maps(INPUTS, const half_bits* gy, const byte* resets, float* g_starts, SHAPE) {
-  extern __shared__ __align__(16) byte memory[];
+  byte* memory = (byte*)dynamic_shared();
   backward<true>(memory, r, w, k, v, a, b, gy, resets, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr,
                  nullptr, nullptr, nullptr, g_starts, T, H, chunks, length, blockIdx.x, blockIdx.y, gridDim.y);
 }
 
 /// Grid (heads, 4): rows of the state. Every segment's start: starts[0] = first, then state → state · P + part, where P
 /// is each segment's map; in reverse, from the last segment, with Pᵀ. maps and parts advance by their strides (floats).
-__global__ void __launch_bounds__(128)
+extern "C" __global__ void __launch_bounds__(128)
 wkv7_join(const float* maps, int map_stride, const float* parts, int part_stride, const float* first, float* starts,
           int segments, int reverse) {
-  extern __shared__ __align__(16) byte memory[];
+  byte* memory = (byte*)dynamic_shared();
   float(&p)[N][N + 1] = *(float(*)[N][N + 1])memory;
   float(&state)[16][N] = *(float(*)[16][N])(memory + sizeof p);
   const int column = thread() % N, row = thread() / N * 8;
@@ -753,5 +807,4 @@ wkv7_join(const float* maps, int map_stride, const float* parts, int part_stride
       for (int i = 0; i < 8; ++i) x[i] += state[row + i][j] * p[j][column];
     barrier();
   }
-}
 }
