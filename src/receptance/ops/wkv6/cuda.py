@@ -17,14 +17,20 @@ from receptance.ops import cuda
 SOURCE = Path(__file__).with_name("wkv6.cu")
 ELEMENTS = {torch.float32: "float", torch.bfloat16: "Bf16", torch.float16: "Half"}
 HEADS = (32, 64, 128)  # sizes
+WIDEST_SHARED = 148 * 1024  # bytes, for heads of 128
 CHUNK = 16  # tokens, as in wkv6.cu
 BLOCKS = 528  # four for each of an H100's multiprocessors, as many as run at once
 SHORTEST_SEGMENT = 256  # tokens
 
 
 def fits(r: Tensor) -> bool:
-    """Whether the kernels take inputs like r."""
-    return r.dtype in (torch.bfloat16, torch.float16) and r.shape[-1] in HEADS
+    """Whether the kernels take inputs like r: heads of 128 need the shared memory of a data centre's GPU."""
+    if r.dtype not in (torch.bfloat16, torch.float16) or r.shape[-1] not in HEADS:
+        return False
+    if r.shape[-1] < HEADS[-1] or not r.is_cuda:
+        return True
+    properties = torch.cuda.get_device_properties(r.device)
+    return getattr(properties, "shared_memory_per_block_optin", 0) >= WIDEST_SHARED  # not in older torch
 
 
 def _aligned(x: Tensor) -> Tensor:
