@@ -193,3 +193,11 @@ def test_the_operators_shapes_are_known_without_running_them():
     torch.library.opcheck(module._forward_op, (*inputs, None, None, True), **checks)
     saved = module._forward(*inputs, None, None, True)[-1]
     torch.library.opcheck(module._backward_op, (v, num, None, w, k, v, u, den, None, None, saved), **checks)
+
+
+def test_it_compiles_without_a_graph_break():
+    *inputs, exp = (x.requires_grad_() for x in draw(2, 20, 6))
+    loss = lambda *inputs: wkv4(*inputs[:4], (*inputs[4:], exp.detach()), None)[0].sum()
+    expected = torch.autograd.grad(loss(*inputs), inputs)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    assert all(a.equal(b) for a, b in zip(torch.autograd.grad(compiled(*inputs), inputs), expected))

@@ -163,3 +163,11 @@ def test_the_operators_shapes_are_known_without_running_them():
     torch.library.opcheck(module._forward_op, (*inputs, None, True), **checks)
     saved = module._forward(*inputs, None, True)[-1]
     torch.library.opcheck(module._backward_op, (v, None, r, w, k, v, u, None, saved), **checks)
+
+
+def test_it_compiles_without_a_graph_break():
+    inputs = [x.requires_grad_() for x in draw(1, 20, 2, 32)]
+    loss = lambda *inputs: wkv6(*inputs)[0].float().sum()
+    expected = torch.autograd.grad(loss(*inputs), inputs)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    assert all(a.equal(b) for a, b in zip(torch.autograd.grad(compiled(*inputs), inputs), expected))
