@@ -2,9 +2,9 @@
 
     python bench/wkv.py [wkv4 wkv6 wkv7] [--backends cuda triton] [--out FILE]
 
-Shapes: 65,536 tokens × 32 heads of 64, cut into 64, 16, 4 and 1 sequences (wkv4: 2,048 channels, and 8 × 4,096 tokens). Each cell is the
-median of CUDA-event times over random bfloat16 inputs; the floor counts every input read once and every output and
-gradient written once at the copy bandwidth measured in the same run. A table, then one JSON line.
+Shapes: 65,536 tokens × 32 heads of 64, cut into 64, 16, 4 and 1 sequences (wkv4: 2,048 channels, and 8 × 4,096 tokens).
+Each cell is the median of CUDA-event times over random bfloat16 inputs; the floor counts every input read once and each
+output and gradient written once at the copy bandwidth measured in the same run. A table, then one JSON line.
 """
 
 import argparse
