@@ -1,28 +1,30 @@
 """GGUF files: RWKV's tensors as llama.cpp names and shapes them (rwkv6, rwkv7), or in our own way (rwkv4, rwkv5).
 
-The tables below hold what llama.cpp's convert_hf_to_gguf.py (conversion/rwkv.py) does and src/models/rwkv*.cpp expects: low-rank
-maps transposed, vectors flat, the static mixes of the time mix in one tensor. Versions 4 and 5, which llama.cpp does not
-have, keep their official names and shapes. Everything here works on NumPy arrays and `Blocks`, without torch.
+The tables below hold what llama.cpp's convert_hf_to_gguf.py (conversion/rwkv.py) does and src/models/rwkv*.cpp expects:
+low-rank maps transposed, vectors flat, the static mixes of the time mix in one tensor. Versions 4 and 5, which llama.cpp
+does not have, keep their official names and shapes. All of it works on NumPy arrays and `Blocks`, without torch.
 """
 
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import BinaryIO
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from receptance.errors import CheckpointError, ConfigError
 from receptance.gguf.formats import FORMATS, row_pieces
-from receptance.gguf.quantise import dequantise, pack, scaled
+from receptance.gguf.quantise import dequantise, pack, quantise, scaled
 from receptance.gguf.reader import Scalar, StoredList, read_header
 from receptance.gguf.writer import NewTensor, Value, write_gguf
 from receptance.native import NativeConfig
 from receptance.native.arrays import to_float
 from receptance.native.blocks import Blocks
 
+from .atomic import replacing
 from .source import MappedFile, StoredTensor, TensorSource, show
 
 Plain = NDArray[np.generic]
@@ -38,15 +40,15 @@ FUSED = ".time_mix_lerp_fused.weight"
 class GGUFSource(TensorSource):
     """A GGUF file's tensors, and its metadata fields with their types."""
 
-    fields: dict[str, Scalar | StoredList | None] | None = None
+    fields: dict[str, Scalar | StoredList | None] = field(default_factory=dict)
 
     @property
     def architecture(self) -> object:
-        return (self.fields or {}).get("general.architecture")
+        return self.fields.get("general.architecture")
 
     def number(self, name: str, default: float | None = None) -> float:
         """A metadata field that must be a number."""
-        value = (self.fields or {}).get(name, default)
+        value = self.fields.get(name, default)
         if not isinstance(value, int | float) or not math.isfinite(value):
             raise CheckpointError(f"the metadata field {name} is {show(value)}, expected a number")
         return value
@@ -174,8 +176,8 @@ def read_official(source: GGUFSource) -> dict[str, Stored]:
         return stored
     if architecture not in VERSIONS:
         raise CheckpointError(
-            f"is a GGUF file of a model called {show(architecture)}; known are rwkv6 and rwkv7 as llama.cpp writes them, "
-            "rwkv4 and rwkv5 as `receptance convert` does"
+            f"is a GGUF file of a model called {show(architecture)}; known are rwkv6 and rwkv7 as llama.cpp writes "
+            "them, rwkv4 and rwkv5 as `receptance convert` does"
         )
     version = VERSIONS[str(architecture)]
     check_fields(source, str(architecture))
@@ -313,8 +315,33 @@ def format_for(name: str, x: Stored, recipe: Recipe | None) -> str:
     return wanted
 
 
+def chosen_formats(
+    weights: Mapping[str, Stored], recipe: Recipe | None, exceptions: Mapping[str, str]
+) -> dict[str, str]:
+    """{official name: format} of every tensor. exceptions: {pattern of large matrices' names: type}.
+
+    Raises ConfigError for a pattern that fits none.
+    """
+    chosen = {name: format_for(name, x, recipe) for name, x in weights.items()}
+    for pattern, type in exceptions.items():
+        fitting = [name for name in weights if LARGE.fullmatch(name) and fnmatchcase(name, pattern)]
+        if not fitting:
+            raise ConfigError(
+                f"no large matrix is called {pattern!r}; they are called blocks.0.att.key.weight and so on"
+            )
+        only = Recipe(recipe_named(type).matrices, 0)
+        chosen |= {name: format_for(name, weights[name], only) for name in fitting}
+    return chosen
+
+
+def quantised(x: Stored, format: str) -> Stored:
+    """A matrix as it will come back from the file."""
+    y = dequantise(x) if isinstance(x, Blocks) else to_float(x)
+    return to_dtype(y, format) if FORMATS[format].is_plain else quantise(y, format)
+
+
 def save_gguf(
-    file: BinaryIO,
+    path: Path,
     weights: Mapping[str, Stored],
     config: NativeConfig,
     recipe: Recipe | None,
@@ -323,13 +350,14 @@ def save_gguf(
     formats: Mapping[str, str] | None = None,
     progress: Callable[[str, str], None] = lambda name, format: None,
 ) -> None:
-    """Write official tensors as a GGUF file; nothing of the size of a matrix is held beside them.
+    """Write official tensors as a GGUF file, whole or not at all; nothing of a matrix's size is held beside them.
 
-    recipe: None = in the types that they have. formats: of single tensors, by official name, against the recipe.
+    recipe: None = in the types that they have. formats: those of `chosen_formats`, if not the recipe's own.
     fields: more metadata, such as the tokenizer's. progress is told each tensor before it is written. Raises
-    CheckpointError for what the format has no place for, and for numbers that cannot be quantised.
+    CheckpointError for what the format has no place for, for numbers that cannot be quantised, and when the file cannot
+    be written.
     """
-    chosen = {name: format_for(name, x, recipe) for name, x in weights.items()} | dict(formats or {})
+    chosen = formats or chosen_formats(weights, recipe, {})
     version = config.version
     if config.time_state and version in MIX:
         raise CheckpointError(
@@ -363,7 +391,8 @@ def save_gguf(
             except CheckpointError as error:
                 raise CheckpointError(f"tensor {official}: {error}") from None
 
-    write_gguf(file, {**model_fields(config, recipe, chosen), **fields}, tensors, written())
+    with replacing(path) as file:
+        write_gguf(file, {**model_fields(config, recipe, chosen), **fields}, tensors, written())
 
 
 def fill_first_values(placed: dict[str, tuple[str, Stored, Rule]], version: str) -> None:

@@ -113,11 +113,7 @@ def load_native(
     if device is not None and str(device) != "cpu":
         raise ConfigError(f"device {str(device)!r}: the native engine runs on the CPU only; use engine='torch'")
     source = open_checkpoint(path)
-    try:
-        weights, config = official_weights(source)
-    except CheckpointError as error:
-        raise CheckpointError(f"{source.path}: {error}") from error
-    source.verify()
+    weights, config = verified_weights(source)
     stored = source.metadata.get(f"{OURS}fingerprint", "")
     identity = stored if re.fullmatch("[0-9a-f]{32}", stored) else digest(config.version, weights)
     name = None if dtype is None else str(dtype).removeprefix("torch.")
@@ -231,6 +227,16 @@ def official_tensors(source: TensorSource) -> "dict[str, torch.Tensor]":
     if isinstance(source, GGUFSource):
         return {name: to_torch(x) for name, x in read_official(source).items()}
     return renamed(source, source.read)
+
+
+def verified_weights(source: TensorSource) -> "tuple[dict[str, Stored], NativeConfig]":
+    """A file's weights without torch, with its checksums compared. Raises CheckpointError that names the file."""
+    try:
+        found = official_weights(source)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source.path}: {error}") from error
+    source.verify()
+    return found
 
 
 def official_weights(source: TensorSource) -> "tuple[dict[str, Stored], NativeConfig]":

@@ -10,7 +10,7 @@ from receptance.cli import data, train
 from receptance.cli.errors import guarded
 
 # A verb is a module of this package with a function `command`; its docstring is the help text.
-VERBS = ("run", "chat", "inspect", "convert", "pull", "list", "doctor")
+VERBS = ("run", "chat", "inspect", "convert", "quantize", "pull", "list", "doctor")
 
 
 def build() -> typer.Typer:

@@ -1,4 +1,4 @@
-"""Numbers into GGUF's blocks, by least squares: the scales that leave the smallest squared error, searched, not guessed.
+"""Numbers into GGUF's blocks, by least squares: the scales that leave the smallest squared error are searched for.
 
 For each sub-block several roundings are tried, each with its best scale (and minimum). Where a super-block rounds the
 scales themselves, its own two factors are then fitted to all 256 numbers, and neighbouring scales are tried.

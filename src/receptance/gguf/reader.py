@@ -1,4 +1,4 @@
-"""The header of a GGUF file: metadata fields and where its tensors lie. Format: ggml-org/ggml, docs/gguf.md, versions 2, 3.
+"""The header of a GGUF file: metadata, and where its tensors lie (ggml-org/ggml, docs/gguf.md, versions 2 and 3).
 
 Little-endian throughout: "GGUF", version, number of tensors, number of fields; the fields (name, type, value); for each
 tensor its name, sizes (the innermost first), type and offset; then, from a multiple of the alignment on, the tensors.
