@@ -1,8 +1,8 @@
 """GGUF files: RWKV's tensors as llama.cpp names and shapes them (rwkv6, rwkv7), or in our own way (rwkv4, rwkv5).
 
 The tables below hold what llama.cpp's convert_hf_to_gguf.py (conversion/rwkv.py) does and src/models/rwkv*.cpp expects:
-low-rank maps transposed, vectors flat, the static mixes of the time mix in one tensor. Versions 4 and 5, which llama.cpp
-does not have, keep their official names and shapes. All of it works on NumPy arrays and `Blocks`, without torch.
+low-rank maps transposed, vectors flat, the static mixes of the time mix in one tensor. Versions 4 and 5, which
+llama.cpp does not have, keep their official names and shapes. All of it works on NumPy arrays and `Blocks`, without torch.
 """
 
 import math

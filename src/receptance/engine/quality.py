@@ -1,4 +1,4 @@
-"""What quantising costs: the same text through two models, token by token, and the same with single tensors quantised."""
+"""What quantising costs: the same text through two models, token by token, or with single tensors quantised."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
