@@ -1,7 +1,7 @@
 """Quantised matrices in the block formats of GGUF files, and what their bytes stand for.
 
-A row is a sequence of blocks of 32 (Q8_0, Q4_0) or 256 (Q4_K, Q5_K, Q6_K) numbers. The core reads the rows where they lie, in
-a mapped file; `Blocks.to_float` is the definition in NumPy: what judges the core, and what runs without it.
+A row is a sequence of blocks of 32 (Q8_0, Q4_0) or 256 (Q4_K, Q5_K, Q6_K) numbers. The core reads the rows where they
+lie, in a mapped file; `Blocks.to_float` is the definition in NumPy: what judges the core, and what runs without it.
 """
 
 from collections.abc import Callable
@@ -19,9 +19,9 @@ FORMATS = {"Q8_0": (32, 34), "Q4_0": (32, 18), "Q4_K": (256, 144), "Q5_K": (256,
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """A matrix [rows, cols] of one of FORMATS. `data`: its bytes, contiguous uint8 of any shape; a memory map is not copied.
+    """A matrix [rows, cols] of one of FORMATS. `data`: its bytes, contiguous uint8 of any shape, mapped or not.
 
-    Raises ValueError when the format is unknown, the rows do not divide into blocks, or the bytes are too few or too many.
+    Raises ValueError when the format is unknown, the rows do not divide into blocks, or the number of bytes is wrong.
     """
 
     format: str
@@ -105,11 +105,15 @@ def decode_q4_k(x: Bytes) -> Array:
 def decode_q5_k(x: Bytes) -> Array:
     """As Q4_K, with 32 bytes before them: bit i of byte j is the fifth bit of number j of part i."""
     fifth = (x[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None]) & 1  # [blocks, 8, 32]
-    return with_minima(x, nibbles(x[:, 48:].reshape(-1, 4, 32)).reshape(-1, 8, 32) | fifth << 4)
+    numbers = nibbles(x[:, 48:].reshape(-1, 4, 32)).reshape(-1, 8, 32) | fifth << 4
+    return with_minima(x, numbers.astype(np.uint8))
 
 
 def decode_q6_k(x: Bytes) -> Array:
-    """Each half of 128: 64 bytes with the low 4 bits (all low halves first), 32 bytes with 2 bits more; scales per 16; scale."""
+    """128 bytes with low halves, 64 with 2 bits more, 16 scales, scale. Each half of the block has half of each:
+
+    64 bytes whose low halves are the first 64 numbers, and 32 bytes with the upper bits of numbers j, j + 32, …
+    """
     low = nibbles(x[:, :128].reshape(-1, 2, 64)).reshape(-1, 2, 4, 32)
     high = (x[:, 128:192].reshape(-1, 2, 1, 32) >> np.array([[0], [2], [4], [6]], np.uint8)) & 3
     numbers = (low | high << 4).astype(np.int8) - 32
