@@ -28,9 +28,11 @@ llama_cpp = pytest.importorskip("llama_cpp")
 SOURCE = Path(llama_cpp.__file__).resolve().parents[1] / "vendor/llama.cpp"
 needs_source = pytest.mark.skipif(not SOURCE.is_dir(), reason="llama.cpp's converter is not beside llama_cpp")
 
-# Of the logits' norm. llama.cpp rounds the inputs of its products, to 8 bits before quantised matrices and to the
-# matrix's own type before 16-bit ones; our torch engine does not. In float32 the two differ by 3e-4.
-CLOSE = 1e-2
+# Norm of the difference of logits, relative to that of the logits. llama.cpp rounds the inputs of its products, to 8 bits
+# before quantised matrices and to the matrix's own type before 16-bit ones. Our torch engine rounds nothing. Our native
+# engine rounds to 8 bits in its own way, so that two independent errors of one size meet. In float32 all agree.
+CLOSE = {"torch": 1e-2, "native": 1e-2 * 2**0.5}
+CLOSE_IN_FLOAT32 = dict.fromkeys(CLOSE, 1e-4)
 VOCAB = 65536  # all of the World vocabulary: its ids are in the file
 
 TEXT = "The museum stands at the end of a street. \n\n小さな港町では、 'Tis 12 o'clock; été, naïve   x = [1, 2]\n"
@@ -42,7 +44,7 @@ def lively(model: RWKV) -> RWKV:
     apply_recipe(model, type(model).recipe(model.config), generator)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.02)
     return model.to(torch.bfloat16).eval()
 
 
@@ -76,11 +78,11 @@ def ours(path: Path, tokens: list[int], engine: str) -> NDArray[np.float32]:
         return rc.load(path, engine="torch", dtype="float32").forward(tokens)[0].numpy()
 
 
-def assert_close(path: Path, tokens: list[int]) -> None:
+def assert_close(path: Path, tokens: list[int], close: dict[str, float] = CLOSE) -> None:
     expected = theirs(path, tokens)
-    for engine in ("torch", "native"):
+    for engine in close:
         found = ours(path, tokens, engine)
-        assert np.linalg.norm(found - expected) <= CLOSE * np.linalg.norm(expected), engine
+        assert np.linalg.norm(found - expected) <= close[engine] * np.linalg.norm(expected), engine
 
 
 def written(model: RWKV, type: str, folder: Path) -> Path:
@@ -99,7 +101,7 @@ def tokens(n: int = 60) -> list[int]:
 
 @pytest.mark.parametrize("type", [type for type in RECIPES if not type.startswith("int8")])
 def test_llama_cpp_reads_our_files_to_our_logits(model, type, tmp_path):
-    assert_close(written(model, type, tmp_path), tokens())
+    assert_close(written(model, type, tmp_path), tokens(), CLOSE_IN_FLOAT32 if type == "float32" else CLOSE)
 
 
 def test_the_world_vocabulary_arrives_complete(tmp_path):
@@ -206,7 +208,5 @@ def test_our_quantisers_lose_no_more_than_llama_cpps(converted, tmp_path):
         for name in names:
             x, y = to_float(original[name]), peer[name]
             assert isinstance(y, Blocks)
-            if "ffn.value" in name or "att.output" in name:  # not halved twice
-                pass
             mine = dequantise(quantise(x, y.format))
             assert ((mine - x) ** 2).sum() <= ((dequantise(y) - x) ** 2).sum(), (file_type, name)

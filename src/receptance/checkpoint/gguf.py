@@ -21,14 +21,14 @@ from receptance.gguf.quantise import dequantise, pack, quantise, scaled
 from receptance.gguf.reader import Scalar, StoredList, read_header
 from receptance.gguf.writer import NewTensor, Value, write_gguf
 from receptance.native import NativeConfig
-from receptance.native.arrays import to_float
+from receptance.native.arrays import Weight, to_float
 from receptance.native.blocks import Blocks
 
 from .atomic import replacing
 from .source import MappedFile, StoredTensor, TensorSource, show
 
 Plain = NDArray[np.generic]
-Stored = Plain | Blocks
+Stored = Weight
 Move = Callable[[Plain], Plain]
 
 NORM_EPS = 1e-5  # of RWKV's layer norms in every version
@@ -301,8 +301,9 @@ def format_for(name: str, x: Stored, recipe: Recipe | None) -> str:
     own = "float32" if isinstance(x, Blocks) else {"float64": "float32"}.get(name_of(x), name_of(x))
     if LOW_RANK.fullmatch(name):
         # in 16 bits even where the rest has fewer; exact if it came so
-        is_wide = own == "float32" and recipe is not None and recipe.matrices != "float32"
-        return "float16" if is_wide else own
+        if recipe is None or recipe.matrices == "float32":
+            return "float32" if recipe else own
+        return "float16" if own == "float32" else own
     if not LARGE.fullmatch(name):
         return "float32"
     if recipe is None:
