@@ -28,9 +28,9 @@ llama_cpp = pytest.importorskip("llama_cpp")
 SOURCE = Path(llama_cpp.__file__).resolve().parents[1] / "vendor/llama.cpp"
 needs_source = pytest.mark.skipif(not SOURCE.is_dir(), reason="llama.cpp's converter is not beside llama_cpp")
 
-# Norm of the difference of logits, relative to that of the logits. llama.cpp rounds the inputs of its products, to 8 bits
-# before quantised matrices and to the matrix's own type before 16-bit ones. Our torch engine rounds nothing. Our native
-# engine rounds to 8 bits in its own way, so that two independent errors of one size meet. In float32 all agree.
+# Norm of the difference of logits, relative to that of the logits. llama.cpp rounds the inputs of its products, to 8
+# bits before quantised matrices and to the matrix's own type before 16-bit ones. Our torch engine rounds nothing. Our
+# native engine rounds to 8 bits in its own way, so that two independent errors of one size meet. In float32 all agree.
 CLOSE = {"torch": 1e-2, "native": 1e-2 * 2**0.5}
 CLOSE_IN_FLOAT32 = dict.fromkeys(CLOSE, 1e-4)
 VOCAB = 65536  # all of the World vocabulary: its ids are in the file
@@ -50,7 +50,9 @@ def lively(model: RWKV) -> RWKV:
 
 MODELS = {
     # the converter knows these ranks alone
-    "6": lambda: RWKV6(RWKV6Config(VOCAB, n_layer=3, n_embd=256, dim_ffn=512, mix_rank=32, decay_rank=64, head_size=64)),
+    "6": lambda: RWKV6(
+        RWKV6Config(VOCAB, n_layer=3, n_embd=256, dim_ffn=512, mix_rank=32, decay_rank=64, head_size=64)
+    ),
     "7": lambda: RWKV7(RWKV7Config.make(vocab_size=VOCAB, n_layer=3, n_embd=256)),
 }
 
@@ -126,7 +128,7 @@ def test_the_embedded_model_writes_the_same_text_there(tmp_path):
     assert "".join(rc.generate(rc.load(path), tok, start, max_tokens=50, temperature=0)) == text
 
 
-# Files that llama.cpp made ---------------------------------------------------------------------------------------------
+# Files that llama.cpp made -------------------------------------------------------------------------------------------
 
 
 def hf_folder(model: RWKV, folder: Path) -> Path:
@@ -190,7 +192,7 @@ def test_a_file_of_llama_cpps_quantiser_gives_its_logits(converted, file_type, t
 @needs_source
 def test_our_quantisers_lose_no_more_than_llama_cpps(converted, tmp_path):
     """Squared error of each large matrix, in all formats, against the same float16 original."""
-    from receptance.checkpoint.gguf import LARGE, format_for
+    from receptance.checkpoint.gguf import LARGE
     from receptance.gguf.quantise import dequantise, quantise
     from receptance.native.arrays import to_float
     from receptance.native.blocks import Blocks
