@@ -49,6 +49,8 @@ class GGUFSource(TensorSource):
     def number(self, name: str, default: float | None = None) -> float:
         """A metadata field that must be a number."""
         value = self.fields.get(name, default)
+        if value is None:
+            raise CheckpointError(f"the metadata field {name} is missing; convert the model again")
         if not isinstance(value, int | float) or not math.isfinite(value):
             raise CheckpointError(f"the metadata field {name} is {show(value)}, expected a number")
         return value
@@ -387,10 +389,7 @@ def save_gguf(
     def written() -> Iterator[Iterator[bytes]]:
         for tensor, (official, x) in zip(tensors, contents):
             progress(official, tensor.format)
-            try:
-                yield in_format(x, tensor.format)
-            except CheckpointError as error:
-                raise CheckpointError(f"tensor {official}: {error}") from None
+            yield named(official, in_format(x, tensor.format))
 
     with replacing(path) as file:
         write_gguf(file, {**model_fields(config, recipe, chosen), **fields}, tensors, written())
@@ -423,6 +422,14 @@ def in_format(x: Stored, format: str) -> Iterator[bytes]:
     for first, last in row_pieces(*rows.shape):
         part = rows.rows(first, last).to_float() if isinstance(rows, Blocks) else to_float(rows[first:last])
         yield (to_dtype(part, format) if FORMATS[format].is_plain else pack(part, format)).tobytes()
+
+
+def named(official: str, pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """The pieces; an error in making one tells the tensor."""
+    try:
+        yield from pieces
+    except CheckpointError as error:
+        raise CheckpointError(f"tensor {official}: {error}") from None
 
 
 def model_fields(config: NativeConfig, recipe: Recipe | None, formats: Mapping[str, str]) -> dict[str, Value]:
