@@ -117,7 +117,7 @@ def test_small_rows_get_smaller_blocks():
         "head.weight": np.zeros((4, 512), np.float32),
     }
     assert list(chosen_formats(weights, recipe_named("q4_k"), {}).values()) == [
-        *("Q4_0", "float16", "Q4_K", "float16", "bfloat16", "float32", "Q6_K")
+        *("Q8_0", "float16", "Q4_K", "float16", "bfloat16", "float32", "Q6_K")
     ]
     assert list(chosen_formats(weights, None, {}).values()) == [
         *("float32", "float32", "bfloat16", "float32", "bfloat16", "float32", "float32")
@@ -125,7 +125,7 @@ def test_small_rows_get_smaller_blocks():
     exceptions = {"blocks.*.ffn.*": "float16", "head.weight": "q8_0"}
     chosen = chosen_formats(weights, recipe_named("q4_k"), exceptions)
     assert [chosen[name] for name in ("blocks.0.ffn.value.weight", "head.weight", "emb.weight")] == [
-        *("float16", "Q8_0", "Q4_0")
+        *("float16", "Q8_0", "Q8_0")
     ]
     with pytest.raises(ConfigError, match="no large matrix is called"):
         chosen_formats(weights, None, {"blocks.0.att.w1": "q8_0"})

@@ -2,7 +2,7 @@
 
 The tables below hold what llama.cpp's convert_hf_to_gguf.py (conversion/rwkv.py) does and src/models/rwkv*.cpp expects:
 low-rank maps transposed, vectors flat, the static mixes of the time mix in one tensor. Versions 4 and 5, which
-llama.cpp does not have, keep their official names and shapes. All of it works on NumPy arrays and `Blocks`, without torch.
+llama.cpp does not have, keep their official names and shapes. All of it works on NumPy arrays and `Blocks`.
 """
 
 import math
@@ -268,7 +268,10 @@ def to_dtype(x: NDArray[np.float32], dtype: str) -> Plain:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Formats of the large matrices; `head` and `emb` None = as the rest. `file_type` is llama.cpp's number for it."""
+    """Formats of the large matrices; `head` and `emb` None = as the rest. `file_type` is llama.cpp's number for it.
+
+    The embedding is the most sensitive of them all, and one row of it is read for a token: more bits cost size alone.
+    """
 
     matrices: str
     file_type: int
@@ -282,11 +285,11 @@ RECIPES = {
     "bfloat16": Recipe("bfloat16", 32),
     "q8_0": Recipe("Q8_0", 7),
     "q6_k": Recipe("Q6_K", 18),
-    "q5_k": Recipe("Q5_K", 17, head="Q6_K"),
-    "q4_k": Recipe("Q4_K", 15, head="Q6_K"),
-    "q4_0": Recipe("Q4_0", 2, head="Q6_K"),
+    "q5_k": Recipe("Q5_K", 17, head="Q6_K", emb="Q6_K"),
+    "q4_k": Recipe("Q4_K", 15, head="Q6_K", emb="Q6_K"),
+    "q4_0": Recipe("Q4_0", 2, head="Q6_K", emb="Q6_K"),
     "int8": Recipe("Q8_0", 7),
-    "int4": Recipe("Q4_0", 2, head="Q8_0"),
+    "int4": Recipe("Q4_0", 2, head="Q8_0", emb="Q8_0"),
 }
 NARROWER = {"Q4_K": "Q4_0", "Q5_K": "Q8_0", "Q6_K": "Q8_0"}  # for rows that are no blocks of 256
 

@@ -1,5 +1,6 @@
 """`receptance quantize`: a smaller file, and what it costs."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +27,7 @@ MAX_TEXT = 4 << 20  # bytes
 
 
 def command(
-    source: Annotated[str, typer.Argument(metavar="IN", help="Path, name or org/name[:file]; unquantised.")],
+    source: Annotated[str, typer.Argument(metavar="IN", help="Path, name or org/name[:file].")],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="The .gguf file to write.")],
     type: Annotated[str, typer.Option("--type", help="q8_0, q6_k, q5_k, q4_k, q4_0, int8 or int4.")] = "q8_0",
     tensor: Annotated[
@@ -167,7 +168,7 @@ def measure(
         "perplexity_change": whole.perplexity_change,
         "bytes": target.stat().st_size,
         "original_bytes": size,
-        "bits_per_weight": 8 * target.stat().st_size / sum(x.size for x in weights.values()),
+        "bits_per_weight": 8 * target.stat().st_size / sum(math.prod(x.shape) for x in weights.values()),
         "decode_tokens_per_second": speeds[1],
         "original_decode_tokens_per_second": speeds[0],
         "threads": small.threads,
