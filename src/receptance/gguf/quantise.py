@@ -93,7 +93,8 @@ def fitted(x: Array, low: int, high: int, widths: NDArray[np.float64]) -> Array:
 def squared_error(x: Array, approximation: Array) -> Array:
     """Summed over the last axis."""
     difference = x - approximation
-    return np.einsum("...m,...m->...", difference, difference)
+    total: Array = np.einsum("...m,...m->...", difference, difference)
+    return total
 
 
 # 32 numbers, one scale --------------------------------------------------------------------------------------------
@@ -123,8 +124,8 @@ def pack_q8_0(x: Array) -> Bytes:
 def pack_q4_0(x: Array) -> Bytes:
     widths = np.concatenate([-np.arange(6, 9.01, 0.2), np.arange(6, 8.01, 0.2)])
     scale, q = closest_half(x, fitted(x, -8, 7, widths), -8, 7)
-    q = (q + 8).astype(np.uint8)
-    return np.concatenate([half_bytes(scale), q[:, :16] | q[:, 16:] << 4], 1)
+    bits = (q + 8).astype(np.uint8)
+    return np.concatenate([half_bytes(scale), bits[:, :16] | bits[:, 16:] << 4], 1)
 
 
 # Super-blocks of 256 ------------------------------------------------------------------------------------------------
@@ -217,7 +218,7 @@ def pack_with_minima(x: Array, highest: int) -> tuple[Bytes, Bytes]:
 def in_nibbles(q: Bytes) -> Bytes:
     """[n, 8, 32] of at most 15 → [n, 128]; pairs of sub-blocks share bytes."""
     pairs = q.reshape(-1, 4, 2, 32)
-    return (pairs[:, :, 0] | pairs[:, :, 1] << 4).reshape(-1, 128)
+    return (pairs[:, :, 0] | pairs[:, :, 1] << np.uint8(4)).reshape(-1, 128)
 
 
 def pack_q4_k(x: Array) -> Bytes:
@@ -228,7 +229,7 @@ def pack_q4_k(x: Array) -> Bytes:
 def pack_q5_k(x: Array) -> Bytes:
     head, q = pack_with_minima(x, 31)
     fifth = np.bitwise_or.reduce(q >> 4 << np.arange(8, dtype=np.uint8)[:, None], axis=1)
-    return np.concatenate([head, fifth, in_nibbles(q & 15)], 1)
+    return np.concatenate([head, fifth, in_nibbles(q & np.uint8(15))], 1)
 
 
 def pack_q6_k(x: Array) -> Bytes:
@@ -237,7 +238,7 @@ def pack_q6_k(x: Array) -> Bytes:
     best = fitted(sub, -32, 31, widths).reshape(-1, 16)
     x = x.reshape(-1, 16, 16)
     largest = np.take_along_axis(best, np.abs(best).argmax(1)[:, None], 1)
-    d = rounded_half(largest / -128)
+    d = rounded_half(largest / np.float32(-128))
     scales = np.clip(np.rint(over(best, d)), -128, 127)
 
     def nearest(d: Array, scales: Array) -> tuple[Int, Array]:

@@ -66,16 +66,16 @@ def read_header(data: mmap.mmap, path: Path) -> Header:
     reader = Reader(data, path)
     if reader.take(4) != b"GGUF":
         raise reader.error(f"begins with {data[:4]!r}, expected b'GGUF'; is it a GGUF file?")
-    version = reader.number(4)
+    version = reader.whole(4)
     if version not in (2, 3):
         raise reader.error(f"GGUF version {version}, expected 2 or 3 (little-endian); convert the model again")
-    n_tensors, n_fields = reader.number(10), reader.number(10)
+    n_tensors, n_fields = reader.whole(10), reader.whole(10)
     fields: dict[str, Scalar | StoredList | None] = {}
     for index in range(n_fields):  # each step reads on, so a false count ends at the end of the file
         name = reader.text()
         if name in fields or index >= MAX_FIELDS:
             raise reader.error(f"the metadata field {show(name)} occurs twice, or there are too many; it is damaged")
-        fields[name] = reader.value(int(reader.number(4)))
+        fields[name] = reader.value(reader.whole(4))
     if n_tensors > MAX_TENSORS:
         raise reader.error(f"claims {n_tensors} tensors, more than {MAX_TENSORS}; refusing it")
     alignment = fields.get("general.alignment", DEFAULT_ALIGNMENT)
@@ -121,13 +121,13 @@ class Reader:
     def tensor(self) -> tuple[str, Format, tuple[int, ...], int]:
         """Name, format, shape, and the offset from where the tensors begin."""
         name = self.text()
-        dims = self.number(4)
+        dims = self.whole(4)
         if dims > MAX_DIMS:
             raise self.error(f"tensor {show(name)} has {dims} axes, expected at most {MAX_DIMS}; the file is damaged")
-        shape = tuple(int(self.number(10)) for _ in range(dims))[::-1]
-        code, offset = self.number(4), self.number(10)
+        shape = tuple(self.whole(10) for _ in range(dims))[::-1]
+        code, offset = self.whole(4), self.whole(10)
         if code not in BY_CODE:
-            what = OTHER_CODES.get(int(code), f"number {code}")
+            what = OTHER_CODES.get(code, f"number {code}")
             known = ", ".join(format.name for format in BY_CODE.values())
             raise self.error(f"tensor {show(name)} is in ggml's format {what}, which is not read here; known: {known}")
         if not shape or not all(0 < size < 1 << 40 for size in shape):
@@ -136,7 +136,7 @@ class Reader:
             BY_CODE[code].size(shape)
         except ValueError as error:
             raise self.error(f"tensor {show(name)}: {error}; the file is damaged") from None
-        return name, BY_CODE[code], shape, int(offset)
+        return name, BY_CODE[code], shape, offset
 
     def value(self, kind: int) -> Scalar | StoredList | None:
         """Read a number or a text; note where a list lies and step over it."""
@@ -144,7 +144,7 @@ class Reader:
             return self.text()
         if kind != ARRAY:
             return self.number(kind)
-        inner, count = int(self.number(4)), int(self.number(10))
+        inner, count = self.whole(4), self.whole(10)
         stored = StoredList(inner, count, self.position)
         self.skip_list(inner, count, 0)
         return None if inner == ARRAY else stored
@@ -156,7 +156,7 @@ class Reader:
             self.skip_strings(count)
         elif inner == ARRAY:
             for _ in range(count):
-                self.skip_list(int(self.number(4)), int(self.number(10)), depth + 1)
+                self.skip_list(self.whole(4), self.whole(10), depth + 1)
         else:
             self.skip(self.layout(inner).size * count)
 
@@ -177,10 +177,10 @@ class Reader:
     def strings(self, stored: StoredList) -> list[bytes]:
         """The texts of a list, as bytes."""
         self.position = stored.offset
-        return [self.take(int(self.number(10))) for _ in range(stored.count)]
+        return [self.take(self.whole(10)) for _ in range(stored.count)]
 
     def text(self) -> str:
-        return self.take(int(self.number(10))).decode("utf-8", "replace")
+        return self.take(self.whole(10)).decode("utf-8", "replace")
 
     def layout(self, kind: int) -> struct.Struct:
         if kind not in LAYOUTS:
@@ -192,6 +192,10 @@ class Reader:
         start = self.position
         self.skip(layout.size)
         return layout.unpack_from(self.data, start)[0]  # type: ignore[no-any-return]
+
+    def whole(self, kind: int) -> int:
+        """A number of a type without fractions."""
+        return int(self.number(kind))
 
     def take(self, size: int) -> bytes:
         start = self.position
