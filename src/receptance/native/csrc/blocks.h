@@ -17,6 +17,15 @@ inline u8x32 load32(const void* p) { return *(const u8x32_any*)p; }
 inline f32x8 load8(const float* p) { return *(const f32x8_any*)p; }
 inline f32x8 to_floats(i32x8 v) { return __builtin_convertvector(v, f32x8); }
 
+// One half-precision number, eight times
+inline f32x8 eight_of(const void* half) {
+#if defined(ISA_AVX512) || defined(ISA_AVX2)
+  return (f32x8)_mm256_cvtph_ps(_mm_set1_epi16((short)read<uint16_t>(half)));
+#else
+  return f32x8{} + half_to_float(read<uint16_t>(half));
+#endif
+}
+
 inline float sum8(f32x8 v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
 
 // 8 sums of 4 products each, in order: the first 4 belong to numbers 0-15. q: unsigned up to 63, or SIGNED; x: signed
@@ -45,6 +54,20 @@ inline i32x8 dot(u8x32 q, u8x32 x) {
 #endif
 }
 
+// The same of 32 signed bytes and 32 numbers of 16 bits
+inline i32x8 dot_wide(const uint8_t* q, const int16_t* x) {
+#if defined(ISA_AVX512) || defined(ISA_AVX2)
+  const __m256i low = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)q));
+  const __m256i high = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(q + 16)));
+  return (i32x8)_mm256_add_epi32(_mm256_madd_epi16(low, _mm256_loadu_si256((const __m256i*)x)),
+                                 _mm256_madd_epi16(high, _mm256_loadu_si256((const __m256i*)(x + 16))));
+#else
+  i32x8 sums = {};
+  for (int i = 0; i < 32; i++) sums[i / 4] += (int32_t)(int8_t)q[i] * x[i];
+  return sums;
+#endif
+}
+
 template <int T>
 struct Block {
   static constexpr int64_t numbers = T == Q8_0 || T == Q4_0 ? 32 : 256;
@@ -56,10 +79,15 @@ template <int T, int I>
 inline u8x32 part(const uint8_t* p) {
   if (T == Q8_0) return load32(p + 2);
   if (T == Q4_0) {
+#if defined(ISA_AVX512) || defined(ISA_AVX2)
+    const __m128i v = _mm_loadu_si128((const __m128i*)(p + 2));
+    return (u8x32)_mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(v, 4), v), _mm256_set1_epi8(15));
+#else
     typedef uint8_t half_of __attribute__((vector_size(16)));
     struct Halves { half_of low, high; };
     half_of v = read<half_of>(p + 2);
     return bits<u8x32>(Halves{v & 15, v >> 4});
+#endif
   }
   if (T == Q4_K || T == Q5_K) {
     u8x32 v = load32(p + (T == Q4_K ? 16 : 48) + I / 2 * 32);
@@ -108,20 +136,22 @@ inline void block_dots(const uint8_t* w, int64_t stride, const XGroup* x, int64_
     for (int64_t b = 0; b < cols / BLOCK; b++, w += Block<T>::size) {
       const XGroup& group = x[b / 8];
       const u8x32 xs = load32(group.q + b % 8 * BLOCK);
-      i32x8 taken = {8 * group.sum[b % 8]};
+      i32x8 taken = {8 * sum_of(group, b % 8)};
+      const float x_scale = group.scale[b % 8] * (T == Q8_0 && WIDE ? WIDE_UNIT : 1);
       for (int r = 0; r < R; r++) {
         const uint8_t* p = w + r * stride;
-        __builtin_prefetch(p + AHEAD);
-        i32x8 sums = dot<T == Q8_0>(part<T, 0>(p), xs);
+        if (b % 2 == 0) __builtin_prefetch(p + AHEAD);
+        i32x8 sums = T == Q8_0 && WIDE ? dot_wide(p + 2, group.wide + b % 8 * BLOCK) : dot<T == Q8_0>(part<T, 0>(p), xs);
         if (T == Q4_0) sums -= taken;  // its numbers are stored with 8 added
-        acc[r] += to_floats(sums) * (half_to_float(read<uint16_t>(p)) * group.scale[b % 8]);
+        acc[r] += to_floats(sums) * (eight_of(p) * x_scale);
       }
     }
   } else {
     for (int64_t b = 0; b < cols / 256; b++, w += Block<T>::size) {
       const XGroup& group = x[b];
       const f32x8 x_scales = load8(group.scale);
-      const f32x8 x_sums = to_floats(*(const i32x8_any*)group.sum) * x_scales;
+      f32x8 x_sums;
+      for (int i = 0; i < 8; i++) x_sums[i] = (float)sum_of(group, i) * group.scale[i];
       float scales[R][16];
       for (int r = 0; r < R; r++) {
         const uint8_t* p = w + r * stride;

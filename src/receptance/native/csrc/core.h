@@ -16,7 +16,8 @@ constexpr int BLOCK = 32;  // numbers that share a scale
 constexpr int GROUP = 16;  // rows interleaved in a packed matrix
 
 // Packed: for each group of 16 rows and each block of 32 columns, 16 scales (f16) and then the numbers, in vectors of 16 rows
-// x 4 columns. Q8: 8 vectors of 64 bytes. Q4: 4 vectors of 64 bytes, whose low halves are columns 0-15 and high halves 16-31.
+// x 4 columns (Q8 with AVX2: 2). Q8: 8 vectors of 64 bytes. Q4: 4 vectors of 64 bytes, whose low halves are columns 0-15 and
+// high halves 16-31.
 constexpr int Q8_BYTES = GROUP * 2 + GROUP * BLOCK;
 constexpr int Q4_BYTES = GROUP * 2 + GROUP * BLOCK / 2;
 

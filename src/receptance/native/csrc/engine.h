@@ -8,7 +8,6 @@ constexpr int INPUTS = MIXES;
 constexpr int RKV[] = {IN_R, IN_K, IN_V}, RKVG[] = {IN_R, IN_K, IN_V, IN_G};
 constexpr float MIN_LOG_DECAY = -0.60653065971f;  // -e^-1/2, version 7
 constexpr int64_t TICKET_BYTES = 32 << 10;        // of weights in one ticket of a product with one row
-constexpr int64_t TICKET_ROWS = 32;               // rows of weights in one ticket of a product with many
 
 struct Run {
   Request* request;
@@ -53,7 +52,7 @@ void products(Run& run, int thread, const Product* list, int count, int64_t rows
   for (int i = 0; i < count; i++) {
     const Matrix& w = *list[i].w;
     int64_t row_bytes = line_bytes(w.type, w.cols);
-    step[i] = rows > 1 ? TICKET_ROWS : (TICKET_BYTES / row_bytes + 31) / 32 * 32;  // whole blocks of y
+    step[i] = rows > 1 ? MOST_ROWS : (TICKET_BYTES / row_bytes + 31) / 32 * 32;  // whole blocks of y
     if (step[i] < 32) step[i] = 32;
     starts[i] = total;
     total += (w.rows + step[i] - 1) / step[i];
@@ -577,7 +576,7 @@ void lay_out(Run& run, Slab& slab, const Model& model, int64_t rows, int64_t bat
   run.last_att = slab.take<float>(batch * c);
   run.last_ffn = slab.take<float>(batch * c);
   run.partial = slab.take<float>(threads * c);
-  int64_t local = PANEL * DEPTH + rows * STRIP;
+  int64_t local = local_floats(rows);
   if (2 * c > local) local = 2 * c;
   run.local_bytes = (local * (int64_t)sizeof(float) + 63) / 64 * 64;
   run.local = slab.take<char>(threads * run.local_bytes);
@@ -637,7 +636,7 @@ struct Multiply {
 };
 
 int64_t multiply_bytes(const Matrix& w, int64_t rows, int threads) {
-  return rows * groups_of(w.cols) * (int64_t)sizeof(XGroup) + threads * (int64_t)(PANEL * DEPTH * sizeof(float));
+  return rows * groups_of(w.cols) * (int64_t)sizeof(XGroup) + threads * local_floats(rows) * (int64_t)sizeof(float);
 }
 
 void multiply_thread(void* context, int thread) {
@@ -648,9 +647,9 @@ void multiply_thread(void* context, int thread) {
     for (int64_t m; (m = team_next(job.team)) < job.rows;) quantise(p.x + m * p.ldx, p.w->cols, job.q + m * groups);
     team_barrier(job.team);
   }
-  for (int64_t n; (n = team_next(job.team) * TICKET_ROWS) < p.w->rows;) {
-    const int64_t last = n + TICKET_ROWS < p.w->rows ? n + TICKET_ROWS : p.w->rows;
-    product(p, n, last, job.rows, job.local + thread * PANEL * DEPTH);
+  for (int64_t n; (n = team_next(job.team) * MOST_ROWS) < p.w->rows;) {
+    const int64_t last = n + MOST_ROWS < p.w->rows ? n + MOST_ROWS : p.w->rows;
+    product(p, n, last, job.rows, job.local + thread * local_floats(job.rows));
   }
 }
 

@@ -94,29 +94,8 @@ inline void strip_of_lines(const Matrix& w, int64_t f, int64_t count, int64_t fi
   }
 }
 
-template <int M>
-inline void strip_tile(const float* strip, const float* h, int64_t ldh, int64_t count, float* y) {
-  constexpr int V = 2 * W < STRIP ? 2 : STRIP / W;
-  for (int u = 0; u < STRIP; u += V * W) {
-    vf acc[M][V];
-    for (int m = 0; m < M; m++) {
-      for (int v = 0; v < V; v++) acc[m][v] = load(y + m * STRIP + u + v * W);
-    }
-    for (int64_t f = 0; f < count; f++) {
-      vf ws[V];
-      for (int v = 0; v < V; v++) ws[v] = load(strip + f * STRIP + u + v * W);
-      for (int m = 0; m < M; m++) {
-        for (int v = 0; v < V; v++) acc[m][v] += ws[v] * h[m * ldh + f];
-      }
-    }
-    for (int m = 0; m < M; m++) {
-      for (int v = 0; v < V; v++) store(y + m * STRIP + u + v * W, acc[m][v]);
-    }
-  }
-}
-
 void strip_product(const Matrix& w, const float* h, int64_t rows, int64_t first, float* strip, float* y) {
-  constexpr int M = 6;
+  constexpr int V = 2 * W < STRIP ? 2 : STRIP / W, M = 6;
   __builtin_memset(y, 0, rows * STRIP * sizeof(float));
   for (int64_t f = 0; f < w.rows; f += STRIP_ROWS) {
     int64_t count = w.rows - f < STRIP_ROWS ? w.rows - f : STRIP_ROWS;
@@ -127,8 +106,14 @@ void strip_product(const Matrix& w, const float* h, int64_t rows, int64_t first,
       case Q8: strip_of_lines<Q8>(w, f, count, first, strip); break;
       case Q4: strip_of_lines<Q4>(w, f, count, first, strip); break;
     }
-    int64_t m = 0;
-    for (; m + M <= rows; m += M) strip_tile<M>(strip, h + m * w.rows + f, w.rows, count, y + m * STRIP);
-    for (; m < rows; m++) strip_tile<1>(strip, h + m * w.rows + f, w.rows, count, y + m * STRIP);
+    for (int u = 0; u < STRIP; u += V * W) {
+      int64_t m = 0;
+      for (; m + M <= rows; m += M) {
+        float_tile<M, V>(strip + u, STRIP, h + m * w.rows + f, w.rows, count, y + m * STRIP + u, STRIP);
+      }
+      for (; m < rows; m++) {
+        float_tile<1, V>(strip + u, STRIP, h + m * w.rows + f, w.rows, count, y + m * STRIP + u, STRIP);
+      }
+    }
   }
 }
