@@ -1,6 +1,7 @@
 """RWKV in GGUF files: every version, in both engines, exactly where the format allows; llama.cpp's peculiarities."""
 
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -104,6 +105,19 @@ def test_reading_a_header_leaves_the_weights_alone(version, tmp_path):
         for parameter in model.parameters():
             parameter.add_(1)
     assert path.read_bytes() == content
+
+
+def test_a_file_with_the_whole_vocabulary_is_ready_in_milliseconds(tmp_path):
+    save(tiny_model("7"), tmp_path / "m.safetensors")
+    weights, config = verified_weights(open_checkpoint(tmp_path / "m.safetensors"))
+    words = {"tokenizer.ggml.tokens": [b"token %d" % i for i in range(65536)]}
+    save_gguf(tmp_path / "m.gguf", weights, config, None, words)
+    times = []
+    for _ in range(5):
+        start = time.process_time()
+        open_checkpoint(tmp_path / "m.gguf")
+        times.append(time.process_time() - start)
+    assert min(times) < 0.05  # 10 ms on an idle core
 
 
 def test_small_rows_get_smaller_blocks():

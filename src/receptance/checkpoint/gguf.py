@@ -8,6 +8,7 @@ llama.cpp does not have, keep their official names and shapes. All of it works o
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -23,6 +24,7 @@ from receptance.gguf.writer import NewTensor, Value, write_gguf
 from receptance.native import NativeConfig
 from receptance.native.arrays import Weight, to_float
 from receptance.native.blocks import Blocks
+from receptance.native.model import available_cores
 
 from .atomic import replacing
 from .source import MappedFile, StoredTensor, TensorSource, show
@@ -417,14 +419,19 @@ def fused_mixes(placed: dict[str, tuple[str, Stored, Rule]], version: str) -> di
 
 
 def in_format(x: Stored, format: str) -> Iterator[bytes]:
-    """The bytes of a tensor, some rows at a time."""
+    """The bytes of a tensor, some rows at a time, made on all cores (NumPy works outside of Python's lock)."""
     if isinstance(x, Blocks) and x.format == format:
         yield np.ascontiguousarray(x.data).tobytes()
         return
     rows = x if isinstance(x, Blocks) else x.reshape(-1, x.shape[-1])
-    for first, last in row_pieces(*rows.shape):
+
+    def piece(ends: tuple[int, int]) -> bytes:
+        first, last = ends
         part = rows.rows(first, last).to_float() if isinstance(rows, Blocks) else to_float(rows[first:last])
-        yield (to_dtype(part, format) if FORMATS[format].is_plain else pack(part, format)).tobytes()
+        return (to_dtype(part, format) if FORMATS[format].is_plain else pack(part, format)).tobytes()
+
+    with ThreadPoolExecutor(available_cores()) as pool:
+        yield from pool.map(piece, row_pieces(*rows.shape))
 
 
 def named(official: str, pieces: Iterator[bytes]) -> Iterator[bytes]:
