@@ -277,7 +277,7 @@ def main() -> None:
     parser.add_argument("--precision", nargs="+", default=["master", "autocast"], choices=["master", "autocast"])
     parser.add_argument("--shapes", nargs="+", help="batch x tokens, like 8x4096")
     parser.add_argument("--recompute", default="auto", choices=["auto", "on", "off"])
-    parser.add_argument("--backend", help="of the operators; triton on a GPU, else auto")
+    parser.add_argument("--backend", help="of the operators (auto)")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--no-graph", dest="graph", action="store_false")
     parser.add_argument("--kernels", type=int, default=0, metavar="N", help="list the N largest, say 25")
@@ -285,7 +285,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the JSON to this file too")
     options = parser.parse_args()
     options.device = "cuda" if torch.cuda.is_available() else "cpu"
-    options.backend = options.backend or ("triton" if options.device == "cuda" else "auto")
+    options.backend = options.backend or "auto"
     options.vocab = 512 if options.toy else VOCAB
     if options.device == "cpu" and not options.toy:
         sys.exit("no GPU here; --toy runs the same at toy size")

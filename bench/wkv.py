@@ -2,9 +2,9 @@
 
     python bench/wkv.py [wkv4 wkv6 wkv7] [--backends cuda triton] [--out FILE]
 
-Shapes: 65,536 tokens × 32 heads of 64, cut into 64, 16, 4 and 1 sequences (wkv4: 2,048 channels, and 8 × 4,096 tokens). Each cell is the
-median of CUDA-event times over random bfloat16 inputs; the floor counts every input read once and every output and
-gradient written once at the copy bandwidth measured in the same run. A table, then one JSON line.
+Shapes: 65,536 tokens × 32 heads of 64, cut into 64, 16, 4 and 1 sequences (wkv4: 2,048 channels, and 8 × 4,096 tokens).
+Each cell is the median of CUDA-event times over random bfloat16 inputs; the floor counts every input read once and each
+output and gradient written once at the copy bandwidth measured in the same run. A table, then one JSON line.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def draw(op: str, batch: int, t: int, heads: int, size: int, seed: int = 0) -> l
         return [r, -(rand(*shape) - 2).exp(), k, v, rand(heads, size)]
     kk = torch.nn.functional.normalize(rand(*shape), dim=-1)
     r, k, v = (rand(*shape).bfloat16() for _ in range(3))
-    w = -0.6065 * torch.sigmoid(rand(*shape))
+    w = (-0.6065 * torch.sigmoid(rand(*shape))).bfloat16()
     return [r, w, k, v, (-kk).bfloat16(), (kk * torch.sigmoid(rand(*shape))).bfloat16()]
 
 

@@ -48,7 +48,7 @@ struct Thread {
     ucontext_t context;
     std::vector<char> stack;
     bool done = false;
-    int waits = -1;  // for which barrier: 0 the block's, 1 + i warp i's
+    int waits = -1;  // for which barrier: 0 the block's, 1 + i warp i's, 64 + i of the i-th 128 threads
 };
 inline std::vector<Thread> threads;
 inline ucontext_t scheduler;
@@ -80,6 +80,11 @@ inline void block(unsigned n) {
             bool all = true;
             for (unsigned i = warp * 32; i < std::min(n, warp * 32 + 32); i++) all &= threads[i].waits == (int)warp + 1;
             if (all) for (unsigned i = warp * 32; i < std::min(n, warp * 32 + 32); i++) threads[i].waits = -1, progress = true;
+        }
+        for (unsigned team = 0; team < n / 128; team++) {
+            bool all = true;
+            for (unsigned i = team * 128; i < team * 128 + 128; i++) all &= threads[i].waits == (int)team + 64;
+            if (all) for (unsigned i = team * 128; i < team * 128 + 128; i++) threads[i].waits = -1, progress = true;
         }
         bool all = true, some = false;
         for (unsigned i = 0; i < n; i++) all &= threads[i].done || threads[i].waits == 0, some |= !threads[i].done, left |= !threads[i].done;
@@ -190,6 +195,7 @@ inline void mma_half(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[
 }
 inline unsigned to_tf32(float x) { return __float_as_uint(x) + 0x1000; }
 inline void emulated_matrices(unsigned (&x)[4], const void* row, bool transposed) {
+    if ((size_t)row % 16) fprintf(stderr, "emulation: a row of a matrix is not aligned\n"), abort();
     const void* const* rows = emulation::together(row);
     int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     for (int i = 0; i < 4; i++) {
@@ -215,3 +221,23 @@ inline unsigned __ballot_sync(unsigned, bool x) {
     return bits;
 }
 inline char* dynamic_shared() { return emulated_shared; }
+
+// ops/tiles.cuh
+inline void await_all_but_one() {}
+inline void team_barrier(int team) { emulation::wait(64 + team); }
+inline unsigned largest_of_warp(unsigned x) {
+    const unsigned* all = emulation::together(x);
+    for (int i = 0; i < 32; i++) x = max(x, all[i]);
+    __syncwarp();
+    return x;
+}
+inline unsigned short float_to_half(float x) { return (unsigned short)two_halves(x, 0); }
+inline unsigned scale_halves(unsigned x, unsigned by) {
+    auto low = [](unsigned y) { return half_to_float((unsigned short)y); };
+    return two_halves(low(x) * low(by), low(x >> 16) * low(by >> 16));
+}
+inline unsigned scale_bfloat16(unsigned x, unsigned by) {
+    auto low = [](unsigned y) { return __uint_as_float(y << 16); };
+    return two_bf16(low(x) * low(by), low(x >> 16) * low(by >> 16));
+}
+inline unsigned larger_halves(unsigned x, unsigned y) { return max(x & 0xffff, y & 0xffff) | max(x >> 16, y >> 16) << 16; }

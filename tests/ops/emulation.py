@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from receptance.ops.cuda import _format
+from receptance.ops.cuda import layout
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++") or shutil.which("clang++")
@@ -19,7 +19,9 @@ COMPILER = shutil.which("g++") or shutil.which("clang++")
 
 @cache
 def _build(source: Path, macros: tuple[str, ...]) -> ctypes.CDLL:
-    names = re.findall(r'extern "C" __global__ void(?:\s+__launch_bounds__\([^)]*(?:\([^)]*\)[^)]*)*\))?\s+(\w+)\(', source.read_text())
+    names = re.findall(
+        r'extern "C" __global__ void(?:\s+__launch_bounds__\([^)]*(?:\([^)]*\)[^)]*)*\))?\s+(\w+)\(', source.read_text()
+    )
     launchers = "\n".join(
         f'extern "C" void launch_{x}(unsigned x, unsigned y, unsigned z, unsigned n, const char* p) '
         f"{{ emulation::launch({x}, x, y, z, n, p); }}"
@@ -35,7 +37,9 @@ def _build(source: Path, macros: tuple[str, ...]) -> ctypes.CDLL:
             main = Path(work, "main.cpp")
             main.write_text(f'#include <tuple>\n#include "{HERE}/emulation.h"\n#include "{source}"\n{launchers}\n')
             flags = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-ffp-contract=off", f"-I{source.parent.parent}"]
-            done = subprocess.run([COMPILER, *flags, *macros, "-o", f"{work}/x.so", main], capture_output=True, text=True)
+            done = subprocess.run(
+                [COMPILER, *flags, *macros, "-o", f"{work}/x.so", main], capture_output=True, text=True
+            )
             assert done.returncode == 0, done.stderr[:4000]
             Path(work, "x.so").replace(library)
     return ctypes.CDLL(str(library))
@@ -49,7 +53,7 @@ class Kernel:
         assert shared <= 227 * 1024
         assert all(x.stride(-1) == 1 for x in args if isinstance(x, torch.Tensor) and x.numel() > 1)
         values = [x.data_ptr() if isinstance(x, torch.Tensor) else x or 0 for x in args]
-        self._launch(*(*grid, 1, 1)[:3], threads, _format(tuple(map(type, args))).pack(*values))
+        self._launch(*(*grid, 1, 1)[:3], threads, layout(args).pack(*values))
 
 
 class Program:

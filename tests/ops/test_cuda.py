@@ -81,8 +81,7 @@ def test_a_missing_compiler_is_named(monkeypatch):
 
 def test_arguments_lie_as_c_lays_them_out():
     x = torch.zeros(1)
-    layout = cuda._format((torch.Tensor, int, type(None), float))
-    data = layout.pack(x.data_ptr(), 7, 0, 0.5)
+    data = cuda.layout((x, 7, None, 0.5)).pack(x.data_ptr(), 7, 0, 0.5)
     assert len(data) == 8 + 4 + 4 + 8 + 4  # the null pointer is aligned
     assert data[16:24] == bytes(8)
 
@@ -102,7 +101,9 @@ def test_kernels_that_do_not_build_cost_one_warning(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     pieces._builds.cache_clear()
     try:
-        with pytest.warns(RuntimeWarning, match=r"wkv4: the CUDA kernel cannot be built .*does not compile.*Triton form"):
+        with pytest.warns(
+            RuntimeWarning, match=r"wkv4: the CUDA kernel cannot be built .*does not compile.*Triton form"
+        ):
             assert not pieces.uses_cuda("wkv4", OnGpu())
         with warnings.catch_warnings():
             warnings.simplefilter("error")

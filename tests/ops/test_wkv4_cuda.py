@@ -4,13 +4,13 @@ from functools import partial
 
 import pytest
 import torch
+from tests.ops import emulation
 
 from receptance.ops import cuda
 from receptance.ops.wkv4 import cuda as module
 from receptance.ops.wkv4.cuda import wkv4
 from receptance.ops.wkv4.naive import EMPTY
 from receptance.ops.wkv4.naive import wkv4 as naive
-from tests.ops import emulation
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ["y", "num", "den", "gw", "gk", "gv", "gu", "gnum", "gden"]
@@ -168,3 +168,36 @@ def test_float64_is_refused():
     inputs = [x.double() for x in draw(1, 3, 5)]
     with pytest.raises(TypeError, match="chunk"):
         wkv4(*inputs[:4], tuple(inputs[4:]), None)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_loss_of_y_or_of_the_state_alone(index):
+    """Gradients that nobody hands in are zeros."""
+    inputs = draw(2, 70, 6)
+
+    def gradients(function, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        *leaves, exp = (x.to(dtype, copy=True) for x in inputs)
+        leaves = [x.requires_grad_() for x in leaves]
+        y, (num, den, _) = function(*leaves[:4], (*leaves[4:], exp), None)
+        loss = (y, num / den)[index].sum()
+        return torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+
+    for got, expected in zip(gradients(wkv4, torch.float32), gradients(naive, torch.float64)):
+        assert (got.double() - expected).norm() <= FLOAT32 * expected.norm() + 1e-6
+
+
+def test_the_operators_shapes_are_known_without_running_them():
+    """What torch.compile asks."""
+    w, k, v, u, num, den, _ = inputs = draw(2, 20, 6)
+    checks = {"test_utils": ("test_schema", "test_faketensor")}
+    torch.library.opcheck(module._forward_op, (*inputs, None, None, True), **checks)
+    saved = module._forward(*inputs, None, None, True)[-1]
+    torch.library.opcheck(module._backward_op, (v, num, None, w, k, v, u, den, None, None, saved), **checks)
+
+
+def test_it_compiles_without_a_graph_break():
+    *inputs, exp = (x.requires_grad_() for x in draw(2, 20, 6))
+    loss = lambda *inputs: wkv4(*inputs[:4], (*inputs[4:], exp.detach()), None)[0].sum()
+    expected = torch.autograd.grad(loss(*inputs), inputs)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    assert all(a.equal(b) for a, b in zip(torch.autograd.grad(compiled(*inputs), inputs), expected))

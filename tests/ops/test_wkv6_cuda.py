@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from tests.ops import emulation
 
 from receptance.ops import cuda
 from receptance.ops.wkv6 import cuda as module
 from receptance.ops.wkv6.cuda import wkv6
 from receptance.ops.wkv6.naive import wkv6 as naive
-from tests.ops import emulation
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ["y", "end", "gr", "gw", "gk", "gv", "gu", "gstate"]
@@ -139,3 +139,35 @@ def test_other_inputs_are_refused():
     for inputs in (draw(1, 3, 1, 32, torch.float32), draw(1, 3, 1, 16)):
         with pytest.raises(TypeError, match="triton"):
             wkv6(*inputs)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_loss_of_y_or_of_the_state_alone(index):
+    """Gradients that nobody hands in are zeros; in one segment and in three."""
+
+    def gradients(function, inputs: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        loss = function(*leaves)[index].double().sum()
+        return torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+
+    for t in (40, 600):
+        inputs = draw(1, t, 1, 32, shift=-6)
+        for got, expected in zip(gradients(wkv6, inputs), gradients(naive, [x.double() for x in inputs])):
+            assert (got.double() - expected).norm() <= HALF * expected.norm()
+
+
+def test_the_operators_shapes_are_known_without_running_them():
+    """What torch.compile asks."""
+    r, w, k, v, u, _ = inputs = draw(2, 20, 2, 32)
+    checks = {"test_utils": ("test_schema", "test_faketensor")}
+    torch.library.opcheck(module._forward_op, (*inputs, None, True), **checks)
+    saved = module._forward(*inputs, None, True)[-1]
+    torch.library.opcheck(module._backward_op, (v, None, r, w, k, v, u, None, saved), **checks)
+
+
+def test_it_compiles_without_a_graph_break():
+    inputs = [x.requires_grad_() for x in draw(1, 20, 2, 32)]
+    loss = lambda *inputs: wkv6(*inputs)[0].float().sum()
+    expected = torch.autograd.grad(loss(*inputs), inputs)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    assert all(a.equal(b) for a, b in zip(torch.autograd.grad(compiled(*inputs), inputs), expected))

@@ -24,6 +24,7 @@ PIECES: dict[str, str] = {
 CUDA: dict[str, str] = {
     "wkv4": "receptance.ops.wkv4.cuda",
     "wkv6": "receptance.ops.wkv6.cuda",
+    "wkv7": "receptance.ops.wkv7.cuda",
 }
 
 

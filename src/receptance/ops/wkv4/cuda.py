@@ -24,10 +24,11 @@ def fits(k: Tensor) -> bool:
 
 
 def _program(k: Tensor, resets: Tensor | None) -> cuda.Program:
-    c, element = k.shape[2], ELEMENTS[k.dtype]
-    blocks = 2 if k.dtype == torch.float32 else 3
-    defines = {"ELEMENT": element, "CHANNELS": c, "VECTOR": 2 - c % 2, "RESETS": int(resets is not None)}
-    return cuda.load(SOURCE, **defines, FORWARD_BLOCKS=blocks)
+    c, blocks = k.shape[2], 2 if k.dtype == torch.float32 else 3
+    return cuda.load(
+        SOURCE, ELEMENT=ELEMENTS[k.dtype], CHANNELS=c, VECTOR=2 - c % 2, RESETS=int(resets is not None),
+        FORWARD_BLOCKS=blocks,
+    )  # fmt: skip
 
 
 def _grid(k: Tensor, tokens: int) -> tuple[int, int]:
@@ -74,10 +75,10 @@ def _forward(
 
 
 def _backward(
-    gy: Tensor, g_num: Tensor, g_den: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, den: Tensor,
+    gy: Tensor, g_num: Tensor | None, g_den: Tensor | None, w: Tensor, k: Tensor, v: Tensor, u: Tensor, den: Tensor,
     lengths: Tensor | None, resets: Tensor | None, saved: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of k, v, w and u [2, C], num, den. g_num, g_den: of the final state, whose den is 1."""
+    """Gradients of k, v, w and u [2, C], num, den. g_num, g_den: of the final state, whose den is 1; None is zeros."""
     with torch.cuda.device_of(k):
         batch, t, c = k.shape
         chunks, blocks = _grid(k, BACKWARD)
@@ -115,14 +116,16 @@ class _WKV4(torch.autograd.Function):
         y, *end, saved = run(w, k, v, u, num, den, exp, lengths, resets, is_saving)
         ctx.save_for_backward(w, k, v, u, den, lengths, resets, saved)
         ctx.mark_non_differentiable(end[2])
+        ctx.set_materialize_grads(False)
         return y, *end
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, gy: Tensor, g_num: Tensor, g_den: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gy: Tensor | None, *g_end: Tensor | None) -> tuple[Tensor | None, ...]:
         run = _backward_op if torch.compiler.is_compiling() else _backward
-        g = gy.contiguous(), g_num.contiguous(), g_den.contiguous()
-        gk, gv, shared, g_num0, g_den0 = run(*g, *ctx.saved_tensors)
+        gy = torch.zeros_like(ctx.saved_tensors[1]) if gy is None else gy.contiguous()
+        g_num, g_den = (None if g is None else g.contiguous() for g in g_end[:2])
+        gk, gv, shared, g_num0, g_den0 = run(gy, g_num, g_den, *ctx.saved_tensors)
         return shared[0], gk, gv, shared[1], g_num0, g_den0, None, None, None, None
 
 

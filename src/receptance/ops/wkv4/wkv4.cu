@@ -374,7 +374,7 @@ backward(const float* __restrict__ w_, const E* __restrict__ k_, const E* __rest
     gather<2>(words, work, place, chunks, at.origin, columns, column);
     if (chains) {
         float p, r;
-        if (group == 0) p = g_num[column + c], r = g_den[column + c];
+        if (group == 0) p = g_num ? g_num[column + c] : 0, r = g_den ? g_den[column + c] : 0;
         else p = low(words[GROUP - 1][0][c]), r = high(words[GROUP - 1][0][c]);
         for (int j = 0; j < before; j++) {
             float all = low(words[j][1][c]);

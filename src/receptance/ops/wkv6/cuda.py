@@ -17,20 +17,32 @@ from receptance.ops import cuda
 SOURCE = Path(__file__).with_name("wkv6.cu")
 ELEMENTS = {torch.float32: "float", torch.bfloat16: "Bf16", torch.float16: "Half"}
 HEADS = (32, 64, 128)  # sizes
+WIDEST_SHARED = 148 * 1024  # bytes, for heads of 128
 CHUNK = 16  # tokens, as in wkv6.cu
 BLOCKS = 528  # four for each of an H100's multiprocessors, as many as run at once
 SHORTEST_SEGMENT = 256  # tokens
 
 
 def fits(r: Tensor) -> bool:
-    """Whether the kernels take inputs like r."""
-    return r.dtype in (torch.bfloat16, torch.float16) and r.shape[-1] in HEADS
+    """Whether the kernels take inputs like r: heads of 128 need the shared memory of a data centre's GPU."""
+    if r.dtype not in (torch.bfloat16, torch.float16) or r.shape[-1] not in HEADS:
+        return False
+    if r.shape[-1] < HEADS[-1] or not r.is_cuda:
+        return True
+    properties = torch.cuda.get_device_properties(r.device)
+    return getattr(properties, "shared_memory_per_block_optin", 0) >= WIDEST_SHARED  # not in older torch
+
+
+def _aligned(x: Tensor) -> Tensor:
+    return x if x.data_ptr() % 16 == 0 else x.clone()  # copies go by 16 bytes
 
 
 class _Run:
     """What the kernels of one call share."""
 
     def __init__(self, r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, gy: Tensor | None, resets: Tensor | None):
+        r, w, k, v = (_aligned(x) for x in (r, w, k, v))
+        gy = None if gy is None else _aligned(gy)
         batch, t, h, n = r.shape
         length = max(SHORTEST_SEGMENT, -(-t // (max(1, BLOCKS // (batch * h)) * CHUNK)) * CHUNK)
         self.segments = -(-t // length)
@@ -42,18 +54,22 @@ class _Run:
         )
         tile, warps = CHUNK * n, n // 16
         self.shared = 2 * (tile * 6 + tile * w.element_size()) + 8 * tile + warps * 1024 + 4 * n
+        self.shared_saving = self.shared + 2 * n * n
         self.shared_gradients = 2 * (tile * 8 + tile * w.element_size() + 2 * n * n) + warps * 4160
 
-    def starts(self, first: Tensor, is_backward: bool) -> Tensor:
-        """The state before each segment, or the gradient after each: [B, segments, H, N, N]; first [B, H, N, N]."""
+    def starts(self, first: Tensor | None, is_backward: bool) -> Tensor | None:
+        """The state before each segment, or the gradient after each: [B, segments, H, N, N]; first [B, H, N, N].
+
+        None is zeros.
+        """
         if self.segments == 1:
             return first
-        ends = first.new_empty(self.states)
-        decays = first.new_empty(self.states[:-1])
+        ends = self.inputs[0].new_empty(self.states, dtype=torch.float32)
+        decays = self.inputs[0].new_empty(self.states[:-1], dtype=torch.float32)
         kernel = self.program.backward_ends if is_backward else self.program.forward_ends
         kernel(self.grid, self.threads, *self.inputs, ends, decays, shared=self.shared)
-        h = self.states[2]
-        self.program.chain((first.numel() // 256,), 256, ends, decays, first, h, self.segments, int(is_backward))
+        batch, _, h, n, _ = self.states
+        self.program.chain((batch * h * n * n // 256,), 256, ends, decays, first, h, self.segments, int(is_backward))
         return ends
 
 
@@ -70,18 +86,27 @@ def _forward(
         run = _Run(r, w, k, v, u, None, resets)
         y, end, saved = torch.empty_like(v), torch.empty_like(state), _saved(r, is_saving)
         starts = run.starts(state, False)
-        keep = saved if is_saving else None
-        run.program.forward(run.grid, run.threads, *run.inputs, starts, y, keep, end, shared=run.shared)
+        keep, shared = (saved, run.shared_saving) if is_saving else (None, run.shared)
+        run.program.forward(run.grid, run.threads, *run.inputs, starts, y, keep, end, shared=shared)
     return y, end, saved
 
 
 def _backward(
-    gy: Tensor, g_end: Tensor, r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, resets: Tensor | None, saved: Tensor
+    gy: Tensor,
+    g_end: Tensor | None,
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    u: Tensor,
+    resets: Tensor | None,
+    saved: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of r, w, k, v, u and the initial state."""
+    """Gradients of r, w, k, v, u and the initial state; g_end: of the final one, None is zeros."""
     with torch.cuda.device_of(r):
         run = _Run(r, w, k, v, u, gy, resets)
-        gr, gk, gv, g_start = torch.empty_like(r), torch.empty_like(r), torch.empty_like(r), torch.empty_like(g_end)
+        gr, gk, gv = torch.empty_like(r), torch.empty_like(r), torch.empty_like(r)
+        g_start = u.new_empty(r.shape[0], *r.shape[2:], r.shape[3])
         gw = r.new_empty(r.shape, dtype=w.dtype)  # w itself may be an expanded constant
         gu = r.new_empty(run.states[:-1], dtype=torch.float32)
         ends = run.starts(g_end, True)
@@ -105,7 +130,7 @@ def _(r, w, k, v, u, state, resets, is_saving):
 def _(gy, g_end, r, w, k, v, u, resets, saved):
     return (
         torch.empty_like(r), r.new_empty(r.shape, dtype=w.dtype), torch.empty_like(r), torch.empty_like(r),
-        torch.empty_like(u), torch.empty_like(g_end),
+        torch.empty_like(u), u.new_empty(r.shape[0], *r.shape[2:], r.shape[3]),
     )  # fmt: skip
 
 
@@ -116,19 +141,17 @@ class _WKV6(torch.autograd.Function):
         run = _forward_op if torch.compiler.is_compiling() else _forward
         y, end, saved = run(r, w, k, v, u, state, resets, is_saving)
         ctx.save_for_backward(r, w, k, v, u, resets, saved)
+        ctx.set_materialize_grads(False)
         return y, end
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, gy: Tensor, g_end: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gy: Tensor | None, g_end: Tensor | None) -> tuple[Tensor | None, ...]:
         run = _backward_op if torch.compiler.is_compiling() else _backward
-        gr, gw, gk, gv, gu, g_start = run(gy.contiguous(), g_end.contiguous(), *ctx.saved_tensors)
+        gy = torch.zeros_like(ctx.saved_tensors[3]) if gy is None else gy.contiguous()
+        g_end = None if g_end is None else g_end.contiguous()
+        gr, gw, gk, gv, gu, g_start = run(gy, g_end, *ctx.saved_tensors)
         return gr, gw, gk, gv, gu, g_start, None, None
-
-
-def _aligned(x: Tensor) -> Tensor:
-    x = x.contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def wkv6(
@@ -146,12 +169,11 @@ def wkv6(
         )
     r, v = r.to(k.dtype), v.to(k.dtype)
     w = w if w.dtype in (torch.float32, r.dtype) else w.float()
-    is_constant = w.stride()[:2] == (0, 0) and w[0, 0].is_contiguous() and w.data_ptr() % 16 == 0
-    w = w if is_constant else _aligned(w)
+    w = w if w.stride()[:2] == (0, 0) and w[0, 0].is_contiguous() else w.contiguous()
     resets = None if resets is None else resets.contiguous()
     u, state = u.float().contiguous(), state.float().contiguous()
     is_saving = torch.is_grad_enabled() and any(x.requires_grad for x in (r, w, k, v, u, state))
-    args = _aligned(r), w, _aligned(k), _aligned(v), u, state, resets, is_saving
+    args = r.contiguous(), w, k.contiguous(), v.contiguous(), u, state, resets, is_saving
     y, end = _WKV6.apply(*args)  # type: ignore[no-untyped-call]
     return y, end
 

@@ -24,7 +24,7 @@
 #include "device.cuh"
 
 #ifndef GRADIENT_BLOCKS
-#define GRADIENT_BLOCKS (HEAD == 128 ? 1 : 3)
+#define GRADIENT_BLOCKS (HEAD == 128 ? 1 : 2)
 #endif
 #ifndef WALK_BLOCKS
 #define WALK_BLOCKS (HEAD == 128 ? 1 : 4)
@@ -209,7 +209,7 @@ struct Where {
 // Forward: y and the state from first to last chunk. BACK: gv from gy, the state's gradient from last to first.
 // Without OUTPUT only the state, from nothing, and the product of the decays.
 template <bool BACK, bool OUTPUT>
-__device__ __forceinline__ void walk(const Inputs& in, const float* starts, u16* out, u32* saved, float* ends, float* decays, float* end) {
+__device__ __forceinline__ void walk(const Inputs& in, const float* starts, u16* out, u16* saved, float* ends, float* decays, float* end) {
     char* shared = dynamic_shared();
     struct Tiles {
         u16 r[L * N], k[L * N], x[L * N];
@@ -220,6 +220,7 @@ __device__ __forceinline__ void walk(const Inputs& in, const float* starts, u16*
     u32* addend = operand + L * N;                 // what the state takes up, turned
     float* parts = (float*)(addend + L * N);       // [WARPS, 2, 32, 4]: A over each warp's channels
     float* decay = parts + WARPS * L * L;          // [N]
+    u16* rounded = (u16*)(decay + N);              // [N, N], the state on its way to memory, a warp's rows each
     const Lane my;
     const Where at(in);
     const u16* x_ = BACK ? in.gy : in.v;
@@ -332,12 +333,21 @@ __device__ __forceinline__ void walk(const Inputs& in, const float* starts, u16*
         }
         if (OUTPUT) {
             if (saved) {
-                u32* to = saved + (at.saved(in, token) + element(0, 0)) / 2;
+                u16* own = rounded + my.own * N;
+                int to = place(my.g, 2 * my.t);
 #pragma unroll
                 for (int j = 0; j < BLOCKS; j++) {
-                    to[4 * j] = two_bf16(s[j][0], s[j][1]);
-                    to[4 * j + 4 * N] = two_bf16(s[j][2], s[j][3]);
+                    *(u32*)(own + (to ^ 8 * j)) = two_bf16(s[j][0], s[j][1]);
+                    *(u32*)(own + (to ^ 8 * j) + 8 * N) = two_bf16(s[j][2], s[j][3]);
                 }
+                __syncwarp();
+                uint4* whole = (uint4*)(saved + at.saved(in, token) + my.own * N) + my.lane;  // rows in one go
+#pragma unroll
+                for (int i = 0; i < N / 16; i++) {
+                    int piece = 32 * i + my.lane;
+                    whole[32 * i] = *(const uint4*)(own + place(piece / BLOCKS, piece % BLOCKS * 8));
+                }
+                __syncwarp();
             }
             float y[2][4] = {};
 #pragma unroll
@@ -407,7 +417,7 @@ __device__ __forceinline__ void walk(const Inputs& in, const float* starts, u16*
     Inputs { r, k, v, gy, w, w_t, u, resets, T, H, segments, length }
 
 extern "C" __global__ void __launch_bounds__(THREADS, WALK_BLOCKS)
-forward(INPUTS, const float* starts, u16* y, u32* saved, float* end) {
+forward(INPUTS, const float* starts, u16* y, u16* saved, float* end) {
     walk<false, true>(GIVEN, starts, y, saved, nullptr, nullptr, end);
 }
 extern "C" __global__ void __launch_bounds__(THREADS, WALK_BLOCKS)
@@ -427,7 +437,7 @@ backward_ends(INPUTS, float* ends, float* decays) {
 extern "C" __global__ void chain(float* ends, const float* decays, const float* first, int H, int segments, int from_end) {
     int i = blockIdx.x * blockDim.x + threadIdx.x, number = i / (N * N), b = number / H, h = number % H;
     i %= N * N;
-    float state = first[(i64)number * N * N + i];
+    float state = first ? first[(i64)number * N * N + i] : 0.f;
 #pragma unroll 4
     for (int j = 0; j < segments; j++) {
         i64 at = ((i64)b * segments + (from_end ? segments - 1 - j : j)) * H + h;
@@ -474,7 +484,7 @@ gradients(INPUTS, const u16* saved, const float* ends, u16* gr_, u16* gk_, D* gw
 #pragma unroll
     for (int j = 0; j < BLOCKS; j++)
 #pragma unroll
-        for (int c = 0; c < 4; c++) gs[j][c] = ends[at.state * N * N + (8 * j + 2 * my.t + c % 2) * N + my.own + my.g + 8 * (c / 2)];
+        for (int c = 0; c < 4; c++) gs[j][c] = !ends ? 0.f : ends[at.state * N * N + (8 * j + 2 * my.t + c % 2) * N + my.own + my.g + 8 * (c / 2)];
 #pragma unroll
     for (int c = 0; c < 4; c++) bonus[c] = in.u[at.h * N + my.own + 8 * (c / 2) + 2 * my.t + c % 2];
 

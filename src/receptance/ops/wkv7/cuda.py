@@ -9,25 +9,26 @@ the segments' ends and maps.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from receptance.ops.cuda import Program, load
+from receptance.ops import cuda
+from receptance.ops.custom import custom_operator
 
 HEAD, CHUNK, TEAM = 64, 16, 128  # threads of a team
 # of shared memory
-BYTES = {"FORWARD_BYTES": 63_488, "BACKWARD_BYTES": 181_376, "BACKWARD_MAPS_BYTES": 97_536}
+BYTES = {"FORWARD_BYTES": 77_568, "BACKWARD_BYTES": 207_104, "BACKWARD_MAPS_BYTES": 85_376}
 JOIN_BYTES = 4 * (HEAD * (HEAD + 1) + 16 * HEAD)
 BLOCKS = 264  # that keep a large GPU busy
+WORTHWHILE = 4  # segments; the maps cost about as much as walking along the rows once more
 MIN_SEGMENT = 8  # chunks
 SOURCE = Path(__file__).with_name("wkv7.cu")
 
 
-def program(dtype: torch.dtype) -> Program:
+def program(dtype: torch.dtype) -> cuda.Program:
     macros = {"FLOAT16": 1} if dtype == torch.float16 else {}
-    return load(SOURCE, **BYTES, **macros)
+    return cuda.load(SOURCE, **BYTES, **macros)
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,9 @@ class Cut:
 
     @property
     def length(self) -> int:
-        wanted = max(1, BLOCKS // self.heads)
+        wanted = BLOCKS // self.heads
+        if wanted < WORTHWHILE:
+            return self.chunks
         return min(self.chunks, max(MIN_SEGMENT, -(-self.chunks // wanted)))
 
     @property
@@ -56,7 +59,9 @@ class Cut:
         return self.t, self.h, self.chunks, self.length
 
 
-def _join(kernels: Program, cut: Cut, maps: Tensor, parts: Tensor, stride: int, first: Tensor, reverse: bool) -> Tensor:
+def _join(
+    kernels: cuda.Program, cut: Cut, maps: Tensor, parts: Tensor, stride: int, first: Tensor, reverse: bool
+) -> Tensor:
     """Every segment's start state [heads, segments, N, N] (its end's gradient, if reverse) from the first one's."""
     starts = torch.empty((cut.heads, cut.segments, HEAD, HEAD), dtype=torch.float32, device=first.device)
     square = HEAD * HEAD
@@ -68,82 +73,98 @@ def _join(kernels: Program, cut: Cut, maps: Tensor, parts: Tensor, stride: int, 
     return starts
 
 
-def forward(
-    inputs: list[Tensor], resets: Tensor | None, state: Tensor, is_saving: bool
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """(y, end state, what `backward` needs besides: states, units, ends, maps) of contiguous r, w, k, v, a, b."""
-    batch, t, h, n = inputs[0].shape
-    cut, kernels, device = Cut(batch * h, t, h), program(inputs[0].dtype), state.device
-    grid = cut.heads, cut.segments
-    new = lambda *shape, dtype=torch.float32: torch.empty((cut.heads, *shape), dtype=dtype, device=device)
-    y, ends = torch.empty_like(inputs[3]), new(cut.segments, n, n)
-    maps = new(cut.segments if cut.segments > 1 else 0, 2, n, n)
+def _kept(cut: Cut, like: Tensor, is_saving: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for the states before every chunk, their units, and the segments' maps (what inputs write, then P)."""
+    heads, n = cut.heads if is_saving else 0, HEAD
+    states = like.new_empty((heads, cut.chunks, n, n), dtype=torch.float16)
+    maps = like.new_empty((cut.heads if cut.segments > 1 else 0, cut.segments, 2, n, n), dtype=torch.float32)
+    return states, like.new_empty((heads, cut.chunks), dtype=torch.float32), maps
+
+
+def _forward(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, resets: Tensor | None,
+    is_saving: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """y, the end state; the states, units, segments' ends and maps that the backward pass needs."""
+    batch, t, h, n = r.shape
+    inputs = r, w, k, v, a, b
+    cut, kernels = Cut(batch * h, t, h), program(r.dtype)
+    grid, y = (cut.heads, cut.segments), torch.empty_like(v)
+    states, units, maps = _kept(cut, r, is_saving)
+    ends = state.new_empty((cut.heads, cut.segments, n, n))
     starts = state
     if cut.segments > 1:
-        kernels.wkv7_forward_maps(
-            grid, 3 * TEAM, *inputs, resets, maps, *cut.shape, shared=BYTES["FORWARD_BYTES"]
-        )  # fmt: skip
+        kernels.wkv7_forward_maps(grid, 3 * TEAM, *inputs, resets, maps, *cut.shape, shared=BYTES["FORWARD_BYTES"])
         starts = _join(kernels, cut, maps, maps, 2, state, reverse=False)
-    states = new(cut.chunks, n, n, dtype=torch.float16) if is_saving else None
-    units = new(cut.chunks) if is_saving else None
     kernels.wkv7_forward(
-        grid, 2 * TEAM, *inputs, resets, starts, y, ends, states, units, *cut.shape, shared=BYTES["FORWARD_BYTES"]
+        grid, 2 * TEAM, *inputs, resets, starts, y, ends, states if is_saving else None, units if is_saving else None,
+        *cut.shape, shared=BYTES["FORWARD_BYTES"],
     )  # fmt: skip
-    end = ends[:, -1].reshape(state.shape).clone()
-    return y, end, [states, units, ends, maps] if states is not None and units is not None else []
+    return y, ends[:, -1].reshape(state.shape).clone(), states, units, ends, maps
 
 
-def backward(
-    inputs: list[Tensor], resets: Tensor | None, kept: list[Tensor], gy: Tensor, g_end: Tensor
-) -> tuple[list[Tensor], Tensor]:
-    """The gradients of (r, w, k, v, a, b) and of the start state."""
-    batch, t, h, n = inputs[0].shape
-    cut, kernels = Cut(batch * h, t, h), program(inputs[0].dtype)
-    grid = cut.heads, cut.segments
-    states, units, ends, maps = kept
-    new = lambda: torch.empty((cut.heads, cut.segments, n, n), dtype=torch.float32, device=gy.device)
-    g_ends = g_end
+def _fake(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, resets: Tensor | None,
+    is_saving: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    batch, t, h, n = r.shape
+    cut = Cut(batch * h, t, h)
+    states, units, maps = _kept(cut, r, is_saving)
+    ends = state.new_empty((cut.heads, cut.segments, n, n))
+    return torch.empty_like(v), torch.empty_like(state), states, units, ends, maps
+
+
+def _backward(
+    gradients: tuple[Tensor, ...], inputs: tuple[Tensor, ...], others: tuple[Tensor | None, ...],
+    kept: tuple[Tensor, ...],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The gradients of r, w, k, v, a, b and of the start state."""
+    (gy, g_end), (*tensors, _), (resets,), (states, units, ends, maps) = gradients, inputs, others, kept
+    batch, t, h, n = gy.shape
+    cut, kernels = Cut(batch * h, t, h), program(gy.dtype)
+    grid, g_ends = (cut.heads, cut.segments), g_end
     if cut.segments > 1:
-        parts = new()
+        parts = torch.empty_like(ends)
         kernels.wkv7_backward_maps(
-            grid, 2 * TEAM, *inputs, gy, resets, parts, *cut.shape, shared=BYTES["BACKWARD_MAPS_BYTES"]
+            grid, 2 * TEAM, *tensors, gy, resets, parts, *cut.shape, shared=BYTES["BACKWARD_MAPS_BYTES"]
         )  # fmt: skip
         g_ends = _join(kernels, cut, maps, parts, 1, g_end, reverse=True)
-    grads, g_starts = [torch.empty_like(x) for x in inputs], new()
+    grads, g_starts = [torch.empty_like(x) for x in tensors], torch.empty_like(ends)
     kernels.wkv7_backward(
-        grid, 3 * TEAM, *inputs, gy, resets, states, units, ends, g_ends, *grads, g_starts, *cut.shape,
+        grid, 3 * TEAM, *tensors, gy, resets, states, units, ends, g_ends, *grads, g_starts, *cut.shape,
         shared=BYTES["BACKWARD_BYTES"],
     )  # fmt: skip
-    return grads, g_starts[:, 0].reshape(g_end.shape).clone()
+    return *grads, g_starts[:, 0].reshape(g_end.shape).clone()
 
 
-class _WKV7(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor,
-                resets: Tensor | None, is_saving: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
-        inputs = [r, w, k, v, a, b]
-        y, end, kept = forward(inputs, resets, state, is_saving)
-        ctx.save_for_backward(*inputs, resets, *kept)
-        return y, end
+_operator = custom_operator("wkv7_cuda", _forward, _backward, _fake, n_inputs=7, n_outputs=2)
 
-    @staticmethod
-    def backward(ctx: Any, gy: Tensor, g_end: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        *inputs, resets, states, units, ends, maps = ctx.saved_tensors
-        kept = [states, units, ends, maps]
-        grads, g_start = backward(inputs, resets, kept, gy.contiguous(), g_end.contiguous())
-        return *grads, g_start, None, None
+
+def fits(k: Tensor) -> bool:
+    """Whether the kernels take inputs like k [B, T, H, N]."""
+    return k.dtype in (torch.bfloat16, torch.float16) and k.shape[-1] == HEAD
+
+
+def _aligned(x: Tensor, dtype: torch.dtype) -> Tensor:
+    x = x.to(dtype).contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def wkv7(
     r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, resets: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Same contract as the naive form for heads of 64, all inputs bfloat16 or all float16; the state is float32.
+    """Same contract as the naive form for heads of 64 and k in half precision, to which the others are rounded.
 
-    Log-decays of RWKV-7's range, (-0.6066, 0]: a chunk's decays must stay within float16.
+    The state is float32. Log-decays of RWKV-7's range, (-0.6066, 0]: a chunk's decays must stay within float16.
     """
-    inputs = [x.contiguous() for x in (r, w, k, v, a, b, state)]
-    is_saving = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    y, end = _WKV7.apply(*inputs, resets, is_saving)  # type: ignore[no-untyped-call]
+    if not fits(k):
+        raise TypeError(
+            f"the CUDA form of wkv7 takes half precision and heads of {HEAD}, found {k.dtype} and heads of "
+            f"{k.shape[-1]}; use backend='triton' or 'chunk'"
+        )
+    inputs = [_aligned(x, k.dtype) for x in (r, w, k, v, a, b)]
+    resets = None if resets is None else resets.contiguous()
+    y, end = _operator(*inputs, state.float().contiguous(), resets)[:2]
     return y, end
 
 

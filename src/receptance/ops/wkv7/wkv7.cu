@@ -120,7 +120,7 @@ DEVICE void keep_lower(word (&x)[4], word diagonal) { x[0] &= diagonal, x[2] = 0
 DEVICE void keep_upper(word (&x)[4], word diagonal) { x[0] &= diagonal, x[1] = 0, x[3] &= diagonal; }
 
 /// The matrices of a chunk, one a warp, as float16 and all but the inverse in their operands' units. tiles: a', r', b', k'.
-DEVICE void make_pairs(half_bits* pairs, float (&square)[L][L], const half_bits* tiles, float unit, word resets, const Lane& my) {
+DEVICE void make_pairs(half_bits* pairs, float (&square)[L][L + 4], const half_bits* tiles, float unit, word resets, const Lane& my) {
   Square c = {};
   scores(c, tiles + warp() / 2 * TILE, tiles + (2 + warp() % 2) * TILE);
   if (resets) mask_documents(c, resets, true);
@@ -133,16 +133,16 @@ DEVICE void make_pairs(half_bits* pairs, float (&square)[L][L], const half_bits*
     return;
   }
   for (int n = 0; n < 2; ++n)
-    for (int i = 0; i < 2; ++i) *(Pair*)&square[my.g + 8 * i][n * 8 + my.q * 2] = {c[n][2 * i] * unit, c[n][2 * i + 1] * unit};
+    for (int i = 0; i < 4; ++i) square[n * 8 + my.q * 2 + i % 2][my.g + i / 2 * 8] = c[n][i] * unit;
   warp_barrier();
-  float x[L];  // column `lane` of (I - tril₋(square))⁻¹, by substitution
+  float x[L];  // column `lane` of (I - tril₋(squareᵀ))⁻¹: each row, once known, is taken to all below
   const int column = lane() % L;
 #pragma unroll
-  for (int i = 0; i < L; ++i) {
-    x[i] = i == column ? 1.f : 0.f;
+  for (int i = 0; i < L; ++i) x[i] = i == column ? 1.f : 0.f;
 #pragma unroll
-    for (int j = 0; j < i; ++j) x[i] += square[i][j] * x[j];
-  }
+  for (int j = 0; j < L - 1; ++j)
+#pragma unroll
+    for (int i = j + 1; i < L; ++i) x[i] += square[j][i] * x[j];
   if (lane() < L)
     for (int i = 0; i < L; ++i) pairs[i * SIDE + column] = float_to_half(x[i]);
 }
@@ -244,7 +244,7 @@ DEVICE int unit_of_state(const word* tops, int unit, int added) {
 }
 
 struct Forward {
-  half_bits raw[6][TILE];
+  half_bits raw[2][6][TILE];  // of the chunk at hand and the next
   struct alignas(16) {
     half_bits tiles[5][TILE];  // a', r', b', k', v
     half_bits pairs[4][PAIRS];
@@ -252,7 +252,7 @@ struct Forward {
     Facts facts;
   } chunks[2];
   alignas(16) half_bits s[2][WARPS][16 * ROW];  // states on their way out
-  float square[L][L], tail[N];
+  alignas(16) float square[L][L + 4], tail[N];
   alignas(16) word tops[7][WARPS], state_tops[2][2][WARPS];  // exponents
 };
 
@@ -270,24 +270,28 @@ DEVICE void forward(byte* memory, const half_bits* r, const half_bits* w, const 
   const int first = segment * length, last = first + length < chunks ? first + length : chunks;
 
   if (team() == 0) {
-    const auto fetch_inputs = [&](int chunk) {
-      for (int x = MAP ? W : R; x <= B; ++x) fetch(m.raw[x], inputs[x], place, chunk);
+    bool flag = false, next_flag = false;
+    const auto fetch_chunk = [&](int chunk) {
+      if (chunk < last)
+        for (int x = MAP ? W : R; x <= B; ++x) fetch(m.raw[chunk & 1][x], inputs[x], place, chunk);
       commit_copies();
-      return reset_flag(place, chunk);
+      flag = next_flag, next_flag = chunk < last && reset_flag(place, chunk);
     };
-    bool flag = fetch_inputs(first);
+    fetch_chunk(first);
+    fetch_chunk(first + 1);
     Pair tail[2] = {};
     for (int chunk = first; chunk < last; ++chunk) {
       auto& to = m.chunks[chunk & 1];
-      wait_copies<0>();
+      auto& raw = m.raw[chunk & 1];
+      await_all_but_one();
       for (int x = MAP ? K : R; x <= B; ++x)
-        if (x != W) note_top(m.tops[x], m.raw[x]);
+        if (x != W) note_top(m.tops[x], raw[x]);
       const word documents = vote(flag);
       team_barrier(0);
 
       const Facts f = facts_of(m.tops, documents);
       if (thread() == 0) to.facts = f;
-      const Exponents e(m.raw[W], my);
+      const Exponents e(raw[W], my);
       const word rp = power_of_two(254 - f.r), kp = power_of_two(254 - f.k), ap = power_of_two(254 - f.a);
       const word bp = power_of_two(254 - f.b), vp = power_of_two(254 - f.v);
       for (int n = 0; n < 2; ++n) {
@@ -298,15 +302,15 @@ DEVICE void forward(byte* memory, const half_bits* r, const half_bits* w, const 
         for (int i = 0; i < 2; ++i) {
           const int here = my.here + 8 * i * ROW + 8 * n;
           const Pair rise = {e.end[n][2 * i], e.end[n][2 * i + 1]}, fall = exp2(rise * -1.f);
-          at(to.tiles[0], here) = decayed(m.raw[A], here, ap, exp2(Pair{e.start[n][2 * i], e.start[n][2 * i + 1]}));
-          if (!MAP) at(to.tiles[1], here) = decayed(m.raw[R], here, rp, exp2(rise));
-          at(to.tiles[2], here) = decayed(m.raw[B], here, bp, fall);
-          at(to.tiles[3], here) = decayed(m.raw[K], here, kp, fall);
-          at(to.tiles[4], here) = pack(read(scale_input(at(m.raw[V], here), vp)));
+          at(to.tiles[0], here) = decayed(raw[A], here, ap, exp2(Pair{e.start[n][2 * i], e.start[n][2 * i + 1]}));
+          if (!MAP) at(to.tiles[1], here) = decayed(raw[R], here, rp, exp2(rise));
+          at(to.tiles[2], here) = decayed(raw[B], here, bp, fall);
+          at(to.tiles[3], here) = decayed(raw[K], here, kp, fall);
+          at(to.tiles[4], here) = pack(read(scale_input(at(raw[V], here), vp)));
         }
       }
       team_barrier(0);
-      if (chunk + 1 < last) flag = fetch_inputs(chunk + 1);
+      fetch_chunk(chunk + 2);
       make_pairs(to.pairs[0], m.square, to.tiles[0], two_to(f.a + f.b - 127), documents, my);
       barrier();
     }
@@ -396,10 +400,9 @@ DEVICE void forward(byte* memory, const half_bits* r, const half_bits* w, const 
 }
 
 struct BackwardMaps {
-  half_bits raw[7][TILE];
+  half_bits raw[2][7][TILE];  // of the chunk at hand and the next
   struct alignas(16) {
     half_bits tiles[4][TILE], values[2][TILE];      // a', r', b', k'; gy, v
-    float rise[L + 1][N + 8], fall[L][N + 8];       // decays from the middle to each token's start (and the last one's end); to its end, inverted
     float flow[WARPS][N];                           // Σ over 16 value rows of state ⊙ its gradient at the chunk's end
     Facts facts;
     int unit;                                       // of the state's gradient
@@ -409,11 +412,14 @@ struct BackwardMaps {
     half_bits pairs[4][PAIRS];
     float scale[N];               // of the gradient's columns: the later chunk's first half, this one's second
   } steps[2];
-  float square[L][L], mid[N];
+  alignas(16) float square[L][L + 4], mid[N];
   alignas(16) word tops[7][WARPS], state_tops[2][WARPS];  // exponents
 };
 struct Backward : BackwardMaps {
-  alignas(16) half_bits s[4][N * ROW];       // start states, decayed to the middle
+  struct alignas(16) {  // decays from the middle to each token's start and the last one's end; to its end, inverted
+    float rise[L + 1][N + 8], fall[L][N + 8];
+  } decays[3];
+  alignas(16) half_bits s[5][N * ROW];       // start states, decayed to the middle
   struct alignas(16) {
     half_bits g[N * ROW];         // the end state's gradient, grown from the middle
     half_bits solved[2][TILE];    // z, u
@@ -469,27 +475,33 @@ DEVICE void backward(byte* memory, const half_bits* r, const half_bits* w, const
   const uint64 square = (uint64)(head * segments + segment) * N * N, states_before = (uint64)head * chunks;
 
   if (team() == 0) {
+    bool flag = false, next_flag = false;
+    float s_unit = 1, next_unit = 1;
     const auto fetch_chunk = [&](int chunk) {
-      for (int x = R; x <= GY; ++x)
-        if (!MAP || (x != V && x != K)) fetch(m.raw[x], inputs[x], place, chunk);
-      if (!MAP) {
+      const bool ok = chunk >= first;
+      for (int x = R; ok && x <= GY; ++x)
+        if (!MAP || (x != V && x != K)) fetch(m.raw[chunk & 1][x], inputs[x], place, chunk);
+      if (!MAP && ok) {
         const half_bits* from = states + (states_before + chunk) * N * N + thread() * 8;
-        half_bits* to = m.s[chunk & 3] + thread() / 8 * ROW + thread() % 8 * 8;
+        half_bits* to = m.s[chunk % 5] + thread() / 8 * ROW + thread() % 8 * 8;
         for (int i = 0; i < 4; ++i) copy_async(to + i * 16 * ROW, from + i * 16 * N, true);
       }
       commit_copies();
-      return reset_flag(place, chunk);
+      flag = next_flag, next_flag = ok && reset_flag(place, chunk);
+      s_unit = next_unit;
+      if (!MAP && ok) next_unit = units[states_before + chunk];
     };
-    const auto state_unit = [&](int chunk) { return MAP ? 1.f : units[states_before + chunk]; };
-    bool flag = fetch_chunk(last - 1);
-    float s_unit = state_unit(last - 1);
+    fetch_chunk(last - 1);
+    fetch_chunk(last - 2);
     Pair mid[2] = {};
     for (int chunk = last - 1; chunk >= first; --chunk) {
       auto& to = m.chunks[chunk % 3];
       auto& step = m.steps[chunk & 1];
-      wait_copies<0>();
+      auto& decays = m.decays[chunk % 3];
+      auto& raw = m.raw[chunk & 1];
+      await_all_but_one();
       for (int x = R; x <= GY; ++x)
-        if (x != W && (!MAP || (x != V && x != K))) note_top(m.tops[x], m.raw[x]);
+        if (x != W && (!MAP || (x != V && x != K))) note_top(m.tops[x], raw[x]);
       const word documents = vote(flag);
       team_barrier(0);
 
@@ -498,7 +510,7 @@ DEVICE void backward(byte* memory, const half_bits* r, const half_bits* w, const
         to.facts = f;
         to.s_unit = s_unit;
       }
-      const Exponents e(m.raw[W], my);
+      const Exponents e(raw[W], my);
       const word rp = power_of_two(254 - f.r), kp = power_of_two(254 - f.k), ap = power_of_two(254 - f.a);
       const word bp = power_of_two(254 - f.b), vp = power_of_two(254 - f.v), yp = power_of_two(254 - f.gy);
       for (int n = 0; n < 2; ++n) {
@@ -506,24 +518,24 @@ DEVICE void backward(byte* memory, const half_bits* r, const half_bits* w, const
         const Pair later = mid[n];
         mid[n] = {-as_float(shuffle(as_word(e.start[n][0]), my.q)), -as_float(shuffle(as_word(e.start[n][1]), my.q))};
         if (my.g == 7) *(Pair*)(step.scale + column) = exp2(later + Pair{e.end[n][2], e.end[n][3]});
-        if (!MAP && my.g == 0) *(Pair*)&to.rise[0][column] = exp2(Pair{e.start[n][0], e.start[n][1]});
+        if (!MAP && my.g == 0) *(Pair*)&decays.rise[0][column] = exp2(Pair{e.start[n][0], e.start[n][1]});
         for (int i = 0; i < 2; ++i) {
           const int here = my.here + 8 * i * ROW + 8 * n, t = my.g + 8 * i;
           const Pair end = {e.end[n][2 * i], e.end[n][2 * i + 1]}, rise = exp2(end), fall = exp2(end * -1.f);
-          at(to.tiles[0], here) = decayed(m.raw[A], here, ap, exp2(Pair{e.start[n][2 * i], e.start[n][2 * i + 1]}));
-          at(to.tiles[1], here) = decayed(m.raw[R], here, rp, rise);
-          at(to.tiles[2], here) = decayed(m.raw[B], here, bp, fall);
-          at(to.values[0], here) = pack(read(scale_input(at(m.raw[GY], here), yp)));
+          at(to.tiles[0], here) = decayed(raw[A], here, ap, exp2(Pair{e.start[n][2 * i], e.start[n][2 * i + 1]}));
+          at(to.tiles[1], here) = decayed(raw[R], here, rp, rise);
+          at(to.tiles[2], here) = decayed(raw[B], here, bp, fall);
+          at(to.values[0], here) = pack(read(scale_input(at(raw[GY], here), yp)));
           if (!MAP) {
-            at(to.tiles[3], here) = decayed(m.raw[K], here, kp, fall);
-            at(to.values[1], here) = pack(read(scale_input(at(m.raw[V], here), vp)));
-            *(Pair*)&to.rise[t + 1][column] = rise;
-            *(Pair*)&to.fall[t][column] = fall;
+            at(to.tiles[3], here) = decayed(raw[K], here, kp, fall);
+            at(to.values[1], here) = pack(read(scale_input(at(raw[V], here), vp)));
+            *(Pair*)&decays.rise[t + 1][column] = rise;
+            *(Pair*)&decays.fall[t][column] = fall;
           }
         }
       }
       team_barrier(0);
-      if (chunk > first) flag = fetch_chunk(chunk - 1), s_unit = state_unit(chunk - 1);
+      fetch_chunk(chunk - 2);
       make_pairs(step.pairs[0], m.square, to.tiles[0], two_to(f.a + f.b - 127), documents, my);
       barrier();
     }
@@ -596,7 +608,7 @@ DEVICE void backward(byte* memory, const half_bits* r, const half_bits* w, const
         const float s_unit = from.s_unit, k_unit = two_to(f.k), v_unit = two_to(f.v), g_unit = two_to(unit);
         State s;
         for (int i = 0; i < 4; ++i) {
-          load_left(x, m.s[chunk & 3] + warp() * 16 * ROW + 16 * i, ROW);
+          load_left(x, m.s[chunk % 5] + warp() * 16 * ROW + 16 * i, ROW);
           s[2 * i][0] = x[0], s[2 * i][1] = x[1], s[2 * i + 1][0] = x[2], s[2 * i + 1][1] = x[3];
         }
         Pair flow[8];
@@ -664,7 +676,7 @@ DEVICE void backward(byte* memory, const half_bits* r, const half_bits* w, const
     const half_bits* mine = role == 0 ? found.solved[0] : role == 1 ? from.values[0] : role == 2 ? found.solved[1] : from.values[1];
     const half_bits* solved_tile = found.solved[is_reader];  // u or z
     const half_bits* plain_tile = from.values[is_reader];    // v or gy
-    const half_bits *state = is_reader ? m.s[chunk & 3] : found.g, *factors = from.tiles[is_reader ? 2 : 0];
+    const half_bits *state = is_reader ? m.s[chunk % 5] : found.g, *factors = from.tiles[is_reader ? 2 : 0];
     word left[4][4], x[4];
     for (int i = 0; i < 4; ++i) load_left(left[i], mine + 16 * i, ROW);
     float grad[8][4] = {};
@@ -693,7 +705,7 @@ DEVICE void backward(byte* memory, const half_bits* r, const half_bits* w, const
     const float out = role == 0 ? z_unit * s_unit : role == 1 ? y_unit * s_unit : role == 2 ? u_unit * g_unit : v_unit * g_unit;
     team_barrier(2);
     {
-      const float* decay = (role < 2 ? from.rise[role] : from.fall[0]) + my.g * (N + 8) + my.q * 2;
+      const float* decay = (role < 2 ? m.decays[chunk % 3].rise[role] : m.decays[chunk % 3].fall[0]) + my.g * (N + 8) + my.q * 2;
       half_bits* tile = from.tiles[role] + my.g * ROW + my.q * 2;
       float* product = &m.products[role][my.g][my.q * 2];
       for (int j = 0; j < 8; ++j)
@@ -734,45 +746,44 @@ static_assert(sizeof(BackwardMaps) <= BACKWARD_MAPS_BYTES, "shared memory");
 #define INPUTS const half_bits *r, const half_bits *w, const half_bits *k, const half_bits *v, const half_bits *a, const half_bits *b
 #define SHAPE int T, int H, int chunks, int length
 
-extern "C" {
 /// Grid (heads, segments).
-__global__ void __launch_bounds__(256, 2)
+extern "C" __global__ void __launch_bounds__(256, 2)
 wkv7_forward(INPUTS, const byte* resets, const float* starts, half_bits* y, float* ends, half_bits* states, float* units, SHAPE) {
-  extern __shared__ __align__(16) byte memory[];
+  byte* memory = (byte*)dynamic_shared();
   forward<false>(memory, r, w, k, v, a, b, resets, starts, y, ends, states, units, T, H, chunks, length, blockIdx.x,
                  blockIdx.y, gridDim.y);
 }
 
 /// Grid (heads, segments); maps [heads, segments, 2, N, N]: what inputs write, then the map S → S P.
-__global__ void __launch_bounds__(384, 1)
+extern "C" __global__ void __launch_bounds__(384, 2)
 wkv7_forward_maps(INPUTS, const byte* resets, float* maps, SHAPE) {
-  extern __shared__ __align__(16) byte memory[];
+  byte* memory = (byte*)dynamic_shared();
   forward<true>(memory, r, w, k, v, a, b, resets, nullptr, nullptr, maps, nullptr, nullptr, T, H, chunks, length,
                 blockIdx.x, blockIdx.y, gridDim.y);
 }
 
-__global__ void __launch_bounds__(384, 1)
+extern "C" __global__ void __launch_bounds__(384, 1)
 wkv7_backward(INPUTS, const half_bits* gy, const byte* resets, const half_bits* states, const float* units,
               const float* ends, const float* g_ends, half_bits* gr, half_bits* gw, half_bits* gk, half_bits* gv,
               half_bits* ga, half_bits* gb, float* g_starts, SHAPE) {
-  extern __shared__ __align__(16) byte memory[];
+  byte* memory = (byte*)dynamic_shared();
   backward<false>(memory, r, w, k, v, a, b, gy, resets, states, units, ends, g_ends, gr, gw, gk, gv, ga, gb, g_starts,
                   T, H, chunks, length, blockIdx.x, blockIdx.y, gridDim.y);
 }
 
-__global__ void __launch_bounds__(256, 1)
+extern "C" __global__ void __launch_bounds__(256, 1)
 wkv7_backward_maps(INPUTS, const half_bits* gy, const byte* resets, float* g_starts, SHAPE) {
-  extern __shared__ __align__(16) byte memory[];
+  byte* memory = (byte*)dynamic_shared();
   backward<true>(memory, r, w, k, v, a, b, gy, resets, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr,
                  nullptr, nullptr, nullptr, g_starts, T, H, chunks, length, blockIdx.x, blockIdx.y, gridDim.y);
 }
 
 /// Grid (heads, 4): rows of the state. Every segment's start: starts[0] = first, then state → state · P + part, where P
 /// is each segment's map; in reverse, from the last segment, with Pᵀ. maps and parts advance by their strides (floats).
-__global__ void __launch_bounds__(128)
+extern "C" __global__ void __launch_bounds__(128)
 wkv7_join(const float* maps, int map_stride, const float* parts, int part_stride, const float* first, float* starts,
           int segments, int reverse) {
-  extern __shared__ __align__(16) byte memory[];
+  byte* memory = (byte*)dynamic_shared();
   float(&p)[N][N + 1] = *(float(*)[N][N + 1])memory;
   float(&state)[16][N] = *(float(*)[16][N])(memory + sizeof p);
   const int column = thread() % N, row = thread() / N * 8;
@@ -796,5 +807,4 @@ wkv7_join(const float* maps, int map_stride, const float* parts, int part_stride
       for (int i = 0; i < 8; ++i) x[i] += state[row + i][j] * p[j][column];
     barrier();
   }
-}
 }
