@@ -173,8 +173,8 @@ def group_of(kernel: str, ours: dict[str, str]) -> str:
     return "other"
 
 
-def breakdown(step: Callable[[], object], device: str) -> dict[str, Any]:
-    """Milliseconds by group in one step, and the largest kernels of the group "other"."""
+def breakdown(step: Callable[[], object], device: str, n_kernels: int) -> dict[str, Any]:
+    """Milliseconds by group in one step, the largest kernels of the group "other", and of all, with their calls."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
     with profile(activities=activities) as prof:
         step()
@@ -185,16 +185,23 @@ def breakdown(step: Callable[[], object], device: str) -> dict[str, Any]:
         dict.fromkeys(("GEMM", "WKV", "fused", "loss", "optimiser", "other"), 0.0),
         {},
     )
+    kernels: dict[str, tuple[float, int]] = {}
     for event in prof.key_averages():
         if device == "cuda" and event.device_type != torch.autograd.DeviceType.CUDA:
             continue
         ms = (event.self_device_time_total if device == "cuda" else event.self_cpu_time_total) / 1e3
         group = group_of(event.key, ours)
         groups[group] += ms
+        kernels[event.key[:80]] = ms, event.count
         if group == "other":
             other[event.key[:80]] = ms
     largest = dict(sorted(other.items(), key=lambda item: -item[1])[:8])
-    return {"groups_ms": groups, "other_ms": largest}
+    top = dict(sorted(kernels.items(), key=lambda item: -item[1][0])[:n_kernels])
+    result: dict[str, Any] = {"groups_ms": groups, "other_ms": largest}
+    if n_kernels:
+        result["kernels_ms"] = {kernel: ms for kernel, (ms, _) in top.items()}
+        result["kernel_calls"] = {kernel: calls for kernel, (_, calls) in top.items()}
+    return result
 
 
 def measure(name: str, sizes: tuple[str, int, int], batch: int, t: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -214,7 +221,7 @@ def measure(name: str, sizes: tuple[str, int, int], batch: int, t: int, options:
         cell: dict[str, Any] = {"first_loss": first}
         cell["eager"] = report(model, timed(step, device, options.rounds), batch * t)
         cell["peak_GB"] = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else 0.0
-        cell |= breakdown(step, device)
+        cell |= breakdown(step, device, options.kernels)
         if device == "cuda" and options.graph:
             graph, loss = capture(step)
             cell["graph"] = report(model, timed(graph.replay, device, options.rounds), batch * t)
@@ -258,6 +265,10 @@ def line(name: str, cell: dict[str, Any]) -> None:
     print("   ", "  ".join(f"{group} {ms:.1f}" for group, ms in cell["groups_ms"].items()), "ms")
     for kernel, ms in cell["other_ms"].items():
         print(f"      {ms:8.2f} ms  {kernel}", flush=True)
+    if "kernels_ms" in cell:
+        print(f"    the {len(cell['kernels_ms'])} largest of all:")
+    for kernel, ms in cell.get("kernels_ms", {}).items():
+        print(f"      {ms:8.2f} ms {cell['kernel_calls'][kernel]:6} calls  {kernel}", flush=True)
 
 
 def main() -> None:
@@ -266,14 +277,15 @@ def main() -> None:
     parser.add_argument("--precision", nargs="+", default=["master", "autocast"], choices=["master", "autocast"])
     parser.add_argument("--shapes", nargs="+", help="batch x tokens, like 8x4096")
     parser.add_argument("--recompute", default="auto", choices=["auto", "on", "off"])
-    parser.add_argument("--backend", help="of the operators; triton on a GPU, else auto")
+    parser.add_argument("--backend", help="of the operators (auto)")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--no-graph", dest="graph", action="store_false")
+    parser.add_argument("--kernels", type=int, default=0, metavar="N", help="list the N largest, say 25")
     parser.add_argument("--toy", action="store_true", help="two layers of 64 channels, 2 x 48 tokens, 512 ids")
     parser.add_argument("--out", type=Path, help="write the JSON to this file too")
     options = parser.parse_args()
     options.device = "cuda" if torch.cuda.is_available() else "cpu"
-    options.backend = options.backend or ("triton" if options.device == "cuda" else "auto")
+    options.backend = options.backend or "auto"
     options.vocab = 512 if options.toy else VOCAB
     if options.device == "cpu" and not options.toy:
         sys.exit("no GPU here; --toy runs the same at toy size")

@@ -1,10 +1,10 @@
 """The WKV operators on a GPU: accuracy against float64 first, then time and memory against the byte floor.
 
-    python bench/wkv.py [wkv4 wkv6 wkv7] [--out FILE]
+    python bench/wkv.py [wkv4 wkv6 wkv7] [--backends cuda triton] [--out FILE]
 
-Shapes: 65,536 tokens × 32 heads of 64, cut into 64, 16, 4 and 1 sequences (wkv4: 2,048 channels). Each cell is the
-median of CUDA-event times over random bfloat16 inputs; the floor counts every input read once and every output and
-gradient written once at the copy bandwidth measured in the same run. A table, then one JSON line.
+Shapes: 65,536 tokens × 32 heads of 64, cut into 64, 16, 4 and 1 sequences (wkv4: 2,048 channels, and 8 × 4,096 tokens).
+Each cell is the median of CUDA-event times over random bfloat16 inputs; the floor counts every input read once and each
+output and gradient written once at the copy bandwidth measured in the same run. A table, then one JSON line.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from receptance.ops import GPU_BACKENDS, wkv4, wkv6, wkv7
 
 OPS = {"wkv4": wkv4, "wkv6": wkv6, "wkv7": wkv7}
 SHAPES = [(64, 1024), (16, 4096), (4, 16384), (1, 65536)]
+SHORTER = {"wkv4": [(8, 4096)]}
 TENSORS = {"wkv4": (3, 6), "wkv6": (5, 9), "wkv7": (7, 13)}  # bfloat16 tensors touched: forward, backward
 MAX_ERROR = {"y": 2.1e-3, "gradient": 2.5e-3}
 
@@ -37,7 +38,7 @@ def draw(op: str, batch: int, t: int, heads: int, size: int, seed: int = 0) -> l
         return [r, -(rand(*shape) - 2).exp(), k, v, rand(heads, size)]
     kk = torch.nn.functional.normalize(rand(*shape), dim=-1)
     r, k, v = (rand(*shape).bfloat16() for _ in range(3))
-    w = -0.6065 * torch.sigmoid(rand(*shape))
+    w = (-0.6065 * torch.sigmoid(rand(*shape))).bfloat16()
     return [r, w, k, v, (-kk).bfloat16(), (kk * torch.sigmoid(rand(*shape))).bfloat16()]
 
 
@@ -95,7 +96,7 @@ def copy_bandwidth() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("ops", nargs="*", default=list(OPS))
-    parser.add_argument("--backends", nargs="*", default=["triton"])
+    parser.add_argument("--backends", nargs="*", default=["cuda", "triton"])
     parser.add_argument("--out")
     arguments = parser.parse_args()
     bandwidth = copy_bandwidth()
@@ -105,7 +106,7 @@ def main() -> None:
     }  # fmt: skip
     for op in arguments.ops:
         for backend in arguments.backends:
-            if backend == "triton" and backend not in GPU_BACKENDS[op]:
+            if backend in ("cuda", "triton") and backend not in GPU_BACKENDS[op]:
                 continue
             errors = accuracy(op, backend)
             print(f"{op} {backend}: y {errors['y']:.2e}, worst gradient {errors['gradient']:.2e}", flush=True)
@@ -114,7 +115,7 @@ def main() -> None:
                 result[f"{op} {backend}"] = {"errors": errors}
                 continue
             cells = {}
-            for batch, t in SHAPES:
+            for batch, t in SHAPES + SHORTER.get(op, []):
                 row = cells[f"{batch}x{t}"] = cell(op, backend, batch, t, bandwidth)
                 print(
                     f"  {batch:3d}×{t:<6d} forward {row['forward_ms']:7.3f} ms (floor {row['floor_forward_ms']:.3f})  "

@@ -28,6 +28,7 @@ class Stub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repositories = repositories
         self.lies: set[str] = set()
+        self.refuses: str | None = None  # an error code, with status 401 or 403, that answers everything
         self.cut_after: int | None = None  # bytes after which a download breaks off, once
         self.requests: list[tuple[str, str, str | None, str | None]] = []  # method, path, Range, Authorization
 
@@ -49,7 +50,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
         self.server.requests.append((self.command, path, self.headers.get("Range"), self.headers.get("Authorization")))
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/[^/]+)?", path):
+        if self.server.refuses is not None:
+            self.fail(403 if self.server.refuses == "GatedRepo" else 401, self.server.refuses)
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/[^/]+)?", path):
             self.describe(match[1])
         elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
             self.send_file(match[1], match[2])
@@ -206,6 +209,18 @@ def test_unknown_names(pull: Cli, name: str, words: str) -> None:
     result = pull(name)
     assert result.exit_code == 1
     assert words in result.stderr
+
+
+@pytest.mark.parametrize(
+    "code,words",
+    [("", "answered with an error"), ("RepoNotFound", "it is private (set HF_TOKEN)"), ("GatedRepo", "asked for on")],
+)
+def test_a_refusal_says_what_to_do(pull: Cli, stub: Stub, code: str, words: str) -> None:
+    stub.refuses = code
+    result = pull(FOLDER)
+    assert result.exit_code == 1
+    assert words in " ".join(result.stderr.split())
+    assert "Traceback" not in result.stderr
 
 
 def test_the_token_is_sent(pull: Cli, stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:

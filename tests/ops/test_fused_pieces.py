@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, so before ours is imported
@@ -41,7 +42,8 @@ def results(function: Function, inputs: Sequence[Tensor]) -> list[Tensor]:
 
 def check(kernel: Function, plain: Function, inputs: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> None:
     cast = [x.to(dtype).to(DEVICE) for x in inputs]
-    for i, (got, exact) in enumerate(zip(results(kernel, cast), results(plain, [x.double() for x in cast]))):
+    again = lambda *x: checkpoint(kernel, *x, use_reentrant=False)  # lets what is saved be asked for only once
+    for i, (got, exact) in enumerate(zip(results(again, cast), results(plain, [x.double() for x in cast]))):
         assert got.shape == exact.shape
         assert got.dtype == dtype
         error = ((got.double() - exact).norm() / exact.norm().clamp(min=1e-30)).item()

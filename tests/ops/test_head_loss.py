@@ -9,7 +9,7 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, so before ours is imported
 
-from receptance.ops.head_loss import head_loss, plain_softmax_gradient_
+from receptance.ops.head_loss import head_loss, module_loss, plain_softmax_gradient_
 from receptance.training.loss import language_model_loss
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -31,6 +31,24 @@ def test_blocks_equal_the_loss_on_whole_logits(rows):
     assert abs(got - expected) < 1e-10
     leaves = [x, weight]
     for a, b in zip(torch.autograd.grad(3 * got, leaves), torch.autograd.grad(3 * expected, leaves)):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("rows", [5, None])
+def test_a_module_for_a_head_has_the_same_loss_and_gradients(rows, weighted):
+    x, weight, targets = draw()
+    weights = torch.rand(targets.shape, generator=torch.Generator().manual_seed(3)) if weighted else None
+    if weights is not None:
+        weights[0, :4] = 0
+        targets[0, 1] = -100
+    head = torch.nn.Linear(8, 37, bias=False, dtype=torch.float64)
+    head.weight = torch.nn.Parameter(weight.detach().clone())
+    expected = head_loss(x, weight, targets, PENALTY, token_weights=weights)
+    got = module_loss(x, head, targets, 37, PENALTY, token_weights=weights, rows=rows)
+    assert abs(got - expected) < 1e-10
+    found = torch.autograd.grad(3 * got, [x, head.weight])
+    for a, b in zip(found, torch.autograd.grad(3 * expected, [x, weight])):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from receptance.errors import ConfigError
 from receptance.training import loop, train
 from receptance.training.config import read_config
 from receptance.training.distributed import Parallel
+from receptance.training.evaluate import evaluate
 
 SAME = 1e-5  # float32, relative: the order of summation is all that differs
 CASES = {
@@ -122,6 +124,32 @@ def compare_with_one(folder, tmp_path, name, overrides):
     found = rc.load(folder / name / "run" / "model").state_dict()
     for key, x in whole.items():
         assert (found[key] - x).norm() <= 1e-3 * x.norm() + 1e-6, key
+
+
+def evaluate_shares(folder):
+    """Documents of 1 to 600 tokens over three processes, one of which has fewer windows; whole and sharded models."""
+    for name, more in (("whole", ()), ("sharded", ("parallel.kind=fsdp",))):
+        config = replace(config_of(folder, name, "run.batch_size=12", *more), data=held_out(folder / name))
+        run = loop.set_up(config, Listener())
+        alone = evaluate(run.model, run.tokenizer, run.valid["held"]) if name == "whole" else None
+        shared = evaluate(run.model, run.tokenizer, run.valid["held"], 0, run.parallel)
+        run.parallel.settle(run.model)
+        if alone is not None:
+            assert (shared.tokens, shared.n_bytes) == (alone.tokens, alone.n_bytes)
+            assert shared.nats == pytest.approx(alone.nats, rel=1e-6)
+            found = shared.nats
+        assert shared.nats == pytest.approx(found, rel=1e-6)
+
+
+def held_out(folder):
+    lengths = [1, 2, 5, 600, 30, 30, 31, 550, 7, 520, 3]
+    (folder / "held.jsonl").write_text("\n".join(json.dumps({"text": "ab"[i % 2] * n}) for i, n in enumerate(lengths)))
+    data = config_of(folder.parent, folder.name).data
+    return replace(data, valid={"held": "held.jsonl"})
+
+
+def test_processes_share_a_validation_and_find_the_same_loss(tmp_path):
+    run(3, evaluate_shares, tmp_path, tmp_path)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -2,6 +2,9 @@
 
 import json
 import math
+import re
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from safetensors.torch import load_file
 from receptance.errors import ConfigError
 from receptance.models import VERSIONS
 from receptance.training import read_config
+from receptance.training.config import TrainConfig, fixed_settings
 from receptance.training.loss import language_model_loss
 from receptance.training.optim import param_groups
 from receptance.training.schedule import learning_rate, progress, weight_decay
@@ -150,3 +154,13 @@ def test_every_range_of_the_new_settings_is_checked(tmp_path):
         name = override.partition("=")[0]
         with pytest.raises(ConfigError, match=rf"{name} = .* is out of range"):
             read_config(None, ['data.train=["x.txt"]', override])
+
+
+def test_the_documentation_names_every_setting_that_may_change_between_attempts():
+    text = (Path(__file__).resolve().parents[2] / "docs" / "training.md").read_text()
+    sentence = text.split("These may change between attempts:")[1].split("and all of")[0]
+    fixed = set(fixed_settings())
+    free = {key for section, values in asdict(TrainConfig()).items() for key in values if (section, key) not in fixed}
+    parallel = set(asdict(TrainConfig())["parallel"])
+    assert parallel < free
+    assert set(re.findall(r"`(\w+)`", sentence)) == free - parallel

@@ -60,6 +60,30 @@ def test_an_early_stop_leaves_a_model_and_stays_stopped(tmp_path):
     assert ended in again.messages
 
 
+def test_an_early_stop_with_keep_best_leaves_the_best_model_and_stays_stopped(tmp_path):
+    hostile = ("run.early_stop=1", "run.valid_every=2", "optim.lr=3.0", "optim.lr_final=3.0", "optim.grad_clip=0",
+               "run.keep_best=held", "run.save_dtype=bfloat16")  # fmt: skip
+    overrides = ('data.valid={held="text.txt"}', *hostile)
+    listener = Listener()
+    folder = train(configure(tmp_path, *overrides), listener)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    looks = {}
+    for row in rows:
+        if "held_bits_per_byte" in row:
+            looks.setdefault(row["step"], row["held_bits_per_byte"])
+    best = min(looks, key=lambda step: looks[step])
+    assert best < max(looks), "the run got worse before it stopped"
+    assert any(f"the model is that of step {best}" in text for text in listener.messages)
+    report = json.loads((folder / "training.json").read_text())
+    assert report["tokens_seen"] == best * 8 * 32
+    assert report["validation"]["held"]["bits_per_byte"] == pytest.approx(looks[best], rel=2e-2)
+    first = (folder / "model.safetensors").read_bytes()
+    again = Listener()
+    train(configure(tmp_path, *overrides), again)
+    assert again.rows == []
+    assert (folder / "model.safetensors").read_bytes() == first
+
+
 def test_averaged_weights_are_validated_and_saved_beside_the_last_ones(tmp_path):
     config = configure(tmp_path, "optim.ema=0.9", "optim.dropout=0.0")
     folder = train(config, Listener())

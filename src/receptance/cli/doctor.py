@@ -109,8 +109,10 @@ def back_ends() -> Iterator[Check]:
         operators += f"; fused: {', '.join(sorted(PIECES.keys() - tables.keys()))}" if name == "triton" else ""
         if name == "triton" and find_spec("triton") is None:
             yield Check(f"back end {name}", "no", "the package triton is not installed (it comes with CUDA PyTorch)")
-        elif name == "triton" and not torch.cuda.is_available():
+        elif name in ("cuda", "triton") and not torch.cuda.is_available():
             yield Check(f"back end {name}", "no", "it needs a GPU")
+        elif name == "cuda" and torch.version.cuda is None:
+            yield Check(f"back end {name}", "no", "this torch is not built for CUDA")
         else:
             yield Check(f"back end {name}", "ok", operators)
     if "triton" not in names:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from receptance.models.state import State
 from receptance.ops import Operators, form_of
-from receptance.ops.head_loss import head_loss
+from receptance.ops.head_loss import head_loss, module_loss
 from receptance.ops.norm import add_norm, layer_norm
 from receptance.ops.pieces import upcast
 from receptance.ops.recompute import Recompute
@@ -236,9 +236,14 @@ class RWKV(nn.Module):
     ) -> tuple[Tensor, State]:
         """Mean cross entropy in nats of the targets, both [B, T], and the state; logits are made block by block.
 
-        lengths, resets: as in `forward`. token_weights, total, logit_penalty: as in `receptance.ops.head_loss`.
+        lengths, resets: as in `forward`. token_weights, total, logit_penalty: as in `receptance.ops.head_loss`. A head
+        that was replaced, wrapped or given hooks is called as the module it is.
         """
         x, state, _, _ = self.hidden(tokens, state, lengths=lengths, resets=resets, backend=backend)
+        if not _is_plain(self.head):
+            return module_loss(
+                x, self.head, targets, self.config.vocab_size, logit_penalty, token_weights=token_weights, total=total
+            ), state
         loss = head_loss(
             x, self.head.weight, targets, logit_penalty,
             token_weights=token_weights, total=total, backend=form_of(backend),
@@ -262,14 +267,10 @@ class RWKV(nn.Module):
         if single:
             tokens = tokens[None]
         batch, t = tokens.shape
-        if tokens.device.type == "cpu" and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.config.vocab_size:
-            raise ValueError(
-                f"token ids must be in [0, {self.config.vocab_size}), got {int(tokens.min())}..{int(tokens.max())}"
-            )
         if lengths is not None:
             lengths = torch.as_tensor(lengths, device=self.device)
-            if lengths.shape != (batch,) or not bool(((lengths >= 0) & (lengths <= t)).all()):
-                raise ValueError(f"lengths must be [{batch}] with values in [0, {t}], got {lengths.tolist()}")
+        if not torch.compiler.is_compiling():  # whose graphs cannot depend on values
+            self._check_values(tokens, lengths)
         if resets is not None:
             resets = self._checked_resets(resets, batch, t)
         if state is None:
@@ -309,6 +310,15 @@ class RWKV(nn.Module):
         decided = self.activation_checkpointing or torch.compiler.is_compiling()
         return Recompute() if wanted and torch.is_grad_enabled() and not decided else None
 
+    def _check_values(self, tokens: Tensor, lengths: Tensor | None) -> None:
+        batch, t = tokens.shape
+        if tokens.device.type == "cpu" and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.config.vocab_size:
+            raise ValueError(
+                f"token ids must be in [0, {self.config.vocab_size}), got {int(tokens.min())}..{int(tokens.max())}"
+            )
+        if lengths is not None and (lengths.shape != (batch,) or not bool(((lengths >= 0) & (lengths <= t)).all())):
+            raise ValueError(f"lengths must be [{batch}] with values in [0, {t}], got {lengths.tolist()}")
+
     def _checked_resets(self, resets: Tensor, batch: int, t: int) -> Tensor:
         if resets.dim() == 1:
             resets = resets[None]
@@ -317,6 +327,12 @@ class RWKV(nn.Module):
         if getattr(self.config, "time_state", False):
             raise ValueError("a model with a tuned initial state cannot reset documents inside a row: give them rows")
         return resets.to(self.device)
+
+
+def _is_plain(head: nn.Module) -> bool:
+    """Whether calling the head is a product with its weight and no more."""
+    hooks = head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks
+    return type(head) is nn.Linear and head.bias is None and not any(hooks)
 
 
 def fingerprint(version: str, tensors: dict[str, Tensor]) -> str:

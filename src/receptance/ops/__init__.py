@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from receptance.ops.pieces import PIECES, uses_triton
+from receptance.ops.pieces import CUDA, PIECES, uses_cuda, uses_triton
 from receptance.ops.wkv4 import chunk as chunk4
 from receptance.ops.wkv4 import naive as naive4
 from receptance.ops.wkv4.naive import EMPTY, State4
@@ -48,8 +48,10 @@ BACKENDS: dict[str, dict[str, Callable[..., Any]]] = {
 }
 
 # Back ends that need a GPU: operator → name → module of the function, imported on first use.
-GPU_BACKENDS: dict[str, dict[str, str]] = {op: {"triton": PIECES[op]} for op in BACKENDS}
-WIDEST_HEAD = 128  # of the Triton forms
+GPU_BACKENDS: dict[str, dict[str, str]] = {
+    op: {**({"cuda": CUDA[op]} if op in CUDA else {}), "triton": PIECES[op]} for op in BACKENDS
+}
+WIDEST_HEAD = 128  # of the GPU forms
 
 
 class Operators(Protocol):
@@ -98,6 +100,8 @@ def choose_backend(op: str, backend: str, x: Tensor) -> str:
         if x.shape[1] == 1:
             return "naive"
         fits = x.dim() == 3 or x.shape[-1] <= WIDEST_HEAD
+        if fits and uses_cuda(op, x):
+            return "cuda"
         if op == "wkv7" and x.dtype == torch.float32:  # its kernels spill in this precision
             fits = False
         return "triton" if fits and uses_triton(op, x) else "chunk"

@@ -1,4 +1,4 @@
-"""Which form of an operator or fused piece runs: plain torch on any device, or Triton kernels on a GPU."""
+"""Which form of an operator or fused piece runs: plain torch on any device, or CUDA or Triton kernels on a GPU."""
 
 import warnings
 from functools import cache
@@ -20,28 +20,42 @@ PIECES: dict[str, str] = {
     "wkv7": "receptance.ops.wkv7.triton",
 }
 
+# Operator → module of its form in CUDA C++, where there is one; it comes before Triton's.
+CUDA: dict[str, str] = {
+    "wkv4": "receptance.ops.wkv4.cuda",
+    "wkv6": "receptance.ops.wkv6.cuda",
+    "wkv7": "receptance.ops.wkv7.cuda",
+}
+
 
 def uses_triton(piece: str, x: Tensor, backend: str = "auto") -> bool:
     """Whether `piece` runs its Triton kernels on a tensor like x.
 
-    backend: what the model was called with. "auto" and "triton" take the kernels on CUDA tensors of up to 32 bits;
-    the operators' any-device forms ("naive", "chunk") stand for plain pieces too.
+    backend: what the model was called with. "auto", "triton" and "cuda" take the kernels on CUDA tensors of up to 32
+    bits; the operators' any-device forms ("naive", "chunk") stand for plain pieces too.
     """
-    if backend not in ("auto", "triton") or not x.is_cuda or x.dtype == torch.float64:
+    if backend not in ("auto", "triton", "cuda") or not x.is_cuda or x.dtype == torch.float64:
         return False
-    return torch.compiler.is_compiling() or _builds(piece)
+    return torch.compiler.is_compiling() or _builds(piece, PIECES[piece], "Triton", "the plain form")
+
+
+def uses_cuda(op: str, x: Tensor) -> bool:
+    """Whether the operator's CUDA C++ kernels run on inputs like x [B, T, ...]."""
+    if op not in CUDA or not x.is_cuda or torch.version.cuda is None or not import_module(CUDA[op]).fits(x):
+        return False
+    return torch.compiler.is_compiling() or _builds(op, CUDA[op], "CUDA", "the Triton form")
 
 
 @cache
-def _builds(piece: str) -> bool:
+def _builds(piece: str, module: str, kind: str, instead: str) -> bool:
     """Try the kernels once, forward and backward, on a few numbers; a failure costs speed, not the run."""
     try:
-        import_module(PIECES[piece]).probe()
+        import_module(module).probe()
     except Exception as error:  # whatever a compiler, a driver or a missing package raises
         reason = str(error).strip().splitlines() or [""]
         warnings.warn(
-            f"{piece}: the Triton kernel cannot be built ({type(error).__name__}: {reason[0]}); "
-            "the plain form runs instead, slower",
+            f"{piece}: the {kind} kernel cannot be built ({type(error).__name__}: {reason[0]}); "
+            f"{instead} runs instead, slower",
             RuntimeWarning,
             stacklevel=3,
         )

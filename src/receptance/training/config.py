@@ -4,7 +4,7 @@ import json
 import math
 import tomllib
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TypeVar, Union, get_args, get_origin, get_type_hints
@@ -12,6 +12,17 @@ from typing import TypeVar, Union, get_args, get_origin, get_type_hints
 from receptance.errors import ConfigError
 
 T = TypeVar("T")
+
+
+def free(default: T) -> T:
+    """The default of a setting that may change between two attempts at one run."""
+    return field(default=default, metadata={"free": True})
+
+
+def fixed_settings() -> Iterator[tuple[str, str]]:
+    """Section and key of each setting that is not free."""
+    for section, kind in get_type_hints(TrainConfig).items():
+        yield from ((section, f.name) for f in fields(kind) if not f.metadata.get("free"))
 
 
 @dataclass(frozen=True)
@@ -38,14 +49,14 @@ class DataConfig:
     """
 
     train: tuple[str, ...] = ()
-    root: str = "."
+    root: str = free(".")
     valid: dict[str, str] = field(default_factory=dict)
     repeat: tuple[int, ...] = ()
     weights: tuple[float, ...] = ()
     column: str = "text"
     separator: str | None = None
     skip_bad: bool = False
-    processes: int = 1
+    processes: int = free(1)
     tokenizer: str = "bpe"
     vocab_size: int = 4096
     packing: str = "contiguous"
@@ -83,7 +94,7 @@ class OptimConfig:
     skip_nonfinite: bool = True
     loss_spike: float = 0.0
     grad_spike: float = 0.0
-    max_skips: int = 20
+    max_skips: int = free(20)
 
 
 @dataclass(frozen=True)
@@ -100,33 +111,33 @@ class RunConfig:
     the lowest loss on it stays.
     """
 
-    out: str = "runs/run"
+    out: str = free("runs/run")
     tokens: int = 1_000_000
     ctx_len: int = 256
     batch_size: int = 16
     accumulate: int = 1
     seed: int = 1
-    device: str = "auto"
+    device: str = free("auto")
     precision: str = "auto"
     activation_checkpointing: bool = False
     segment_len: int = 0
     segment_gradients: str = "exact"
-    segment_states: str = "device"
-    cuda_graph: str = "auto"
+    segment_states: str = free("device")
+    cuda_graph: str = free("auto")
     save_dtype: str = "float32"
-    log_every: int = 10
-    valid_every: int = 200
-    valid_tokens: int = 200_000
-    early_stop: int = 0
-    save_every: int = 200
-    keep: int = 2
-    keep_best: str | None = None
-    save_in_background: bool = False
-    sample: tuple[str, ...] = ()
-    sample_tokens: int = 120
-    tensorboard: bool = False
-    wandb: str | None = None
-    wandb_mode: str = "online"
+    log_every: int = free(10)
+    valid_every: int = free(200)
+    valid_tokens: int = free(200_000)
+    early_stop: int = free(0)
+    save_every: int = free(200)
+    keep: int = free(2)
+    keep_best: str | None = free(None)
+    save_in_background: bool = free(False)
+    sample: tuple[str, ...] = free(())
+    sample_tokens: int = free(120)
+    tensorboard: bool = free(False)
+    wandb: str | None = free(None)
+    wandb_mode: str = free("online")
 
 
 @dataclass(frozen=True)
@@ -137,9 +148,9 @@ class ParallelConfig:
     is sharded (0: all); fewer than all is HSDP. context: processes among which each row is cut.
     """
 
-    kind: str = "ddp"
-    shard_size: int = 0
-    context: int = 1
+    kind: str = free("ddp")
+    shard_size: int = free(0)
+    context: int = free(1)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from receptance.tokenizers import tokenizer as open_tokenizer
 from receptance.tokenizers import train_bpe
 from receptance.tokenizers.base import Tokenizer
 from receptance.training.batch import Batch
-from receptance.training.config import TrainConfig, to_json
+from receptance.training.config import TrainConfig, fixed_settings, to_json
 from receptance.training.data import TrainingData, is_token_file, open_data, source_path
 from receptance.training.distributed import Parallel
 from receptance.training.evaluate import Loss
@@ -130,7 +130,10 @@ def settle(checkpoints: Checkpoints, reporter: Reporter) -> None:
 def take_steps(
     run: Run, first: int, checkpoints: Checkpoints, log: Log, reporter: Reporter, sampler: Sampler | None
 ) -> int:
-    """From step `first` to the end, with rows, looks and checkpoints in between. Returns the number of steps taken."""
+    """From step `first` to the end, with rows, looks and checkpoints in between.
+
+    Returns the number of steps that made the weights: after an early stop with run.keep_best, those of the best look.
+    """
     config, often = run.config, run.config.run
     step, meter = Step(run, reporter.message), Meter(run, first)
     skipped = 0.0
@@ -159,7 +162,20 @@ def take_steps(
         checkpoints.save(done, run.model, run.optimizer, to_json(config))
         checkpoints.wait()
         reporter.message(f"step {done}: no improvement in {often.early_stop} looks, so the run ends here")
+        if often.keep_best is not None:
+            done = _back_to_best(run, done, checkpoints, reporter)
     return done
+
+
+def _back_to_best(run: Run, done: int, checkpoints: Checkpoints, reporter: Reporter) -> int:
+    """Put the best checkpoint into the run, if one is intact; returns its step."""
+    best = checkpoints.load(run.model, run.optimizer, best=True)
+    for warning in best.warnings:
+        reporter.message(warning)
+    if not best.step:
+        return done
+    reporter.message(f"the model is that of step {best.step}, the best on {run.config.run.keep_best}")
+    return best.step
 
 
 def _save(run: Run, done: int, score: float | None, checkpoints: Checkpoints, reporter: Reporter) -> None:
@@ -273,38 +289,14 @@ def _refuse_other_run(out: Path, config: TrainConfig) -> None:
         return
     new = json.loads(to_json(config))
     defaults = json.loads(to_json(TrainConfig()))  # what a setting was before it existed
-    free = {
-        "log_every",
-        "valid_every",
-        "save_every",
-        "keep",
-        "sample",
-        "sample_tokens",
-        "device",
-        "out",
-        "valid_tokens",
-        "cuda_graph",
-        "early_stop",
-        "tensorboard",
-        "wandb",
-        "wandb_mode",
-        "max_skips",
-        "keep_best",
-        "save_in_background",
-        "segment_states",
-        "kind",
-        "shard_size",
-        "context",
-        "processes",
-    }
-    for section in new:
-        for key, value in new[section].items():
-            before = old.get(section, {}).get(key, defaults[section][key])  # type: ignore[attr-defined]
-            if key not in free and key != "root" and before != value:
-                raise ConfigError(
-                    f"{out} holds a run with {section}.{key} = {before!r}, this configuration says {value!r}; "
-                    "choose another run.out, or delete that folder to start over"
-                )
+    for section, key in fixed_settings():
+        value = new[section][key]
+        before = old.get(section, {}).get(key, defaults[section][key])  # type: ignore[attr-defined]
+        if before != value:
+            raise ConfigError(
+                f"{out} holds a run with {section}.{key} = {before!r}, this configuration says {value!r}; "
+                "choose another run.out, or delete that folder to start over"
+            )
 
 
 def _drop_other_text(out: Path, config: TrainConfig) -> None:

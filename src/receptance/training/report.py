@@ -145,7 +145,7 @@ def validate(run: "Run", step: int, suffix: str, log: Log, reporter: Reporter) -
     results = {}
     for name, data in run.valid.items():
         with run.autocast() if step < run.config.steps else nullcontext():
-            results[name] = loss = evaluate(run.model, run.tokenizer, data, run.config.run.valid_tokens)
+            results[name] = loss = evaluate(run.model, run.tokenizer, data, run.config.run.valid_tokens, run.parallel)
         name += suffix
         log.write({"step": step, f"{name}_bits_per_byte": loss.bits_per_byte, f"{name}_loss": loss.per_token})
         reporter.message(
@@ -158,10 +158,10 @@ def validate(run: "Run", step: int, suffix: str, log: Log, reporter: Reporter) -
 def should_stop(run: "Run", log: Log) -> bool:
     """Whether the mean bits per byte of the validation texts have not improved for `early_stop` looks."""
     patience = run.config.run.early_stop
-    looks: dict[float, list[float]] = {}
+    looks: dict[float, dict[str, float]] = {}
     for row in log.rows:
         for name in run.valid:
-            if f"{name}_bits_per_byte" in row:
-                looks.setdefault(row["step"], []).append(row[f"{name}_bits_per_byte"])
-    means = [sum(values) / len(values) for values in looks.values()]
+            if f"{name}_bits_per_byte" in row:  # a second one is the finished model's, rounded to save_dtype: no look
+                looks.setdefault(row["step"], {}).setdefault(name, row[f"{name}_bits_per_byte"])
+    means = [sum(values.values()) / len(values) for values in looks.values()]
     return bool(patience) and len(means) > patience and min(means[-patience:]) >= min(means[:-patience])

@@ -98,13 +98,16 @@ class Checkpoints:
         best = min((s for s in map(_score, folders(self.root)) if s is not None), default=float("inf"))
         return self._parallel.agree(score < best)
 
-    def load(self, model: RWKV, optimizer: Optimizer) -> Restored:
-        """Put the newest intact checkpoint into model and optimizer, however it was sharded."""
+    def load(self, model: RWKV, optimizer: Optimizer, *, best: bool = False) -> Restored:
+        """Put the newest intact checkpoint into model and optimizer, however it was sharded.
+
+        best: instead the intact one with the lowest score; those without a score are left out.
+        """
         warnings: list[str] = []
         found: Path | None = None
         manifest: dict[str, object] = {}
         if self._parallel.is_first:
-            for folder in folders(self.root):
+            for folder in _by_score(folders(self.root)) if best else folders(self.root):
                 try:
                     manifest, found = _verify(folder), folder
                     break
@@ -219,6 +222,12 @@ def _score(folder: Path) -> float | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return float(score) if isinstance(score, (int, float)) else None
+
+
+def _by_score(checkpoints: list[Path]) -> list[Path]:
+    """Those that have a score, the best first."""
+    scores = {folder: score for folder in checkpoints if (score := _score(folder)) is not None}
+    return sorted(scores, key=lambda folder: scores[folder])
 
 
 def _write_files(part: Path, tensors: dict[str, Tensor]) -> dict[str, list[object]]:

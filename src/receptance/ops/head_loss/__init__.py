@@ -1,7 +1,8 @@
 """Head and training loss in one: cross entropy and logit penalty in blocks of rows, never holding [B·T, V]."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from receptance.ops.pieces import compute_dtype, uses_triton
 
@@ -56,6 +57,41 @@ def head_loss(
         learns and weight.requires_grad,
     )[0]
     return loss / (count if total is None else total)
+
+
+def module_loss(
+    x: Tensor,
+    head: nn.Module,
+    targets: Tensor,
+    n_vocab: int,
+    logit_penalty: float = 0.0,
+    *,
+    token_weights: Tensor | None = None,
+    total: Tensor | float | None = None,
+    rows: int | None = None,
+) -> Tensor:
+    """`head_loss` with any module for a head, [n, C] → [n, n_vocab], whose logits are made twice, block by block."""
+    n = targets.numel()
+    x, targets = x.reshape(n, x.shape[-1]), targets.reshape(n)
+    weights = torch.ones_like(targets) if token_weights is None else token_weights.reshape(n)
+    weights = weights.to(torch.promote_types(x.dtype, torch.float32))
+    if total is None:
+        total = torch.where(weights.sum() == 0, torch.ones_like(weights[0]), weights.sum())
+    targets = torch.where(weights == 0, torch.zeros_like(targets), targets)
+    rows = rows or max(1, BLOCK.get(x.device.type, BLOCK["cpu"]) // n_vocab)
+
+    def of_block(x: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        z = head(x)
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        losses = nn.functional.cross_entropy(z, targets, reduction="none")
+        if logit_penalty:
+            pull = z.max(1).values.square() * (logit_penalty / 2)
+            losses = losses + (pull - pull.detach())  # a gradient and no value
+        return (losses * weights).sum()
+
+    blocks = zip(x.split(rows), targets.split(rows), weights.split(rows))
+    parts: list[Tensor] = [checkpoint(of_block, *block, use_reentrant=False) for block in blocks]
+    return torch.stack(parts).sum() / total
 
 
 @torch.library.custom_op("receptance::head_loss", mutates_args=())

@@ -150,8 +150,9 @@ def _keep(ctx, inputs, output):
 
 def _gradients(ctx, g):
     _, activation, bonus = ctx.options
-    _, weight, bias, *_, r_k = ctx.saved_tensors
-    *tensors, shares = _norm_and_gate_backward(g.contiguous(), *ctx.saved_tensors, *ctx.options)
+    saved = ctx.saved_tensors  # may be asked for once: activation checkpointing makes them then
+    _, weight, bias, *_, r_k = saved
+    *tensors, shares = _norm_and_gate_backward(g.contiguous(), *saved, *ctx.options)
     gy, g_gate, *g_bonus = tensors
     gw, gb, g_rk = (share.view_as(p).to(p.dtype) if i < 2 or bonus else None
                     for i, (share, p) in enumerate(zip(shares.unbind(), (weight, bias, r_k))))  # fmt: skip

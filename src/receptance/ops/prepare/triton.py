@@ -152,8 +152,9 @@ def _keep(ctx, inputs, output):
 
 
 def _key_gradients(ctx, *grads):
-    *tensors, vectors = _decay_and_keys_backward(*(g.contiguous() for g in grads), *ctx.saved_tensors)
-    parameters = ctx.saved_tensors[3:]
+    saved = ctx.saved_tensors  # may be asked for once: activation checkpointing makes them then
+    *tensors, vectors = _decay_and_keys_backward(*(g.contiguous() for g in grads), *saved)
+    parameters = saved[3:]
     return *tensors, *(g.view_as(p).to(p.dtype) for g, p in zip(vectors.unbind(), parameters))
 
 

@@ -147,8 +147,9 @@ def _keep(ctx, inputs, output):
 
 def _gradients(ctx, grads):
     grads = [g.contiguous() for g in grads]
-    gx, g_last, g_mixes, g_own = _shift_mix_backward(grads, *ctx.saved_tensors, ctx.present)
-    return gx, g_last, g_mixes, None if ctx.saved_tensors[3] is None else g_own, None, None, None
+    saved = ctx.saved_tensors  # may be asked for once: activation checkpointing makes them then
+    gx, g_last, g_mixes, g_own = _shift_mix_backward(grads, *saved, ctx.present)
+    return gx, g_last, g_mixes, None if saved[3] is None else g_own, None, None, None
 
 
 _shift_mix.register_autograd(_gradients, setup_context=_keep)

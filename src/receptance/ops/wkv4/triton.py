@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from receptance.ops.custom import custom_operator
 from receptance.ops.wkv4.naive import State4
 
 BLOCK = 16  # tokens whose rows are loaded together; the forward pass saves the state before each block
@@ -408,72 +409,69 @@ def _buffers(n: int, shape: tuple[int, ...], like: Tensor) -> tuple[Tensor, ...]
     return tuple(torch.empty(shape, dtype=torch.float32, device=like.device) for _ in range(n))
 
 
-class _WKV4(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, w: Tensor, k: Tensor, v: Tensor, u: Tensor, num: Tensor, den: Tensor, exp: Tensor,
-                lengths: Tensor | None, resets: Tensor | None, is_saving: bool) -> tuple[Tensor, ...]:  # fmt: skip
-        batch, t, c = k.shape
-        length, chunks, meta, chain = _plan(k, v, backward=False)
-        blocks = triton.cdiv(c, meta["BC"])
-        y = torch.empty_like(v)
-        end = _buffers(3, (batch, c), k)
-        starts = num, den, exp
-        if chunks > 1:
-            starts = _buffers(3, (batch, chunks, c), k)  # type: ignore[assignment]
-            _chunk_ends[(batch * chunks * blocks,)](w, k, v, lengths, resets, *starts, t, length, chunks, **meta)
-            grid = (batch * triton.cdiv(c, chain["BC"]),)
-            _chain_ends[grid](
-                w, lengths, _any(resets, length), num, den, exp, *starts, *end, t, length, chunks, **chain
-            )
-        saved = _buffers(3, (batch, triton.cdiv(t, BLOCK), c), k) if is_saving else end
-        _outputs[(batch * chunks * blocks,)](
-            w,
-            k,
-            v,
-            u,
-            lengths,
-            resets,
-            *starts,
-            y,
-            *saved,
-            *end,
-            t,
-            length,
-            chunks,
-            SAVE=is_saving,
-            END=chunks == 1,
-            **meta,
-        )
-        if is_saving:
-            ctx.save_for_backward(w, k, v, u, lengths, resets, *saved)
-        ctx.mark_non_differentiable(end[2])
-        return y, *end
+def _saved(k: Tensor, is_saving: bool) -> tuple[Tensor, ...]:
+    """Room for the state before every block of tokens."""
+    batch, t, c = k.shape
+    return _buffers(3, (batch if is_saving else 0, triton.cdiv(t, BLOCK), c), k)
 
-    @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, gy: Tensor, gnum: Tensor, gden: Tensor, _: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        w, k, v, u, lengths, resets, *saved = ctx.saved_tensors
-        batch, t, c = k.shape
-        length, chunks, meta, chain = _plan(k, v, backward=True)
-        grid = (batch * chunks * triton.cdiv(c, meta["BC"]),)
-        gy, gnum, gden = gy.contiguous(), gnum.contiguous(), gden.contiguous()
-        gnum0, gden0 = _buffers(2, (batch, c), k)
-        ends = gnum, gden
-        if chunks > 1:
-            ends = p, r = _buffers(2, (batch, chunks, c), k)
-            (through,) = _buffers(1, (batch, chunks, c), k)
-            _chunk_gradients[grid](w, k, v, u, gy, lengths, resets, *saved, p, r, through, t, length, chunks, **meta)
-            small = (batch * triton.cdiv(c, chain["BC"]),)
-            _chain_gradients[small](gnum, gden, p, r, through, gnum0, gden0, chunks, **chain)
-        gk, gv = torch.empty_like(k), torch.empty_like(v)
-        (shares,) = _buffers(1, (2, batch * chunks, c), k)
-        _input_gradients[grid](
-            w, k, v, u, gy, lengths, resets, *saved, *ends, gk, gv, shares[0], shares[1], gnum0, gden0, t, length,
-            chunks, START=chunks == 1, **{**meta, "maxnreg": 128},
-        )  # fmt: skip
-        gw, gu = shares.sum(1)
-        return gw, gk, gv, gu, gnum0, gden0, None, None, None, None
+
+def _forward(
+    w: Tensor, k: Tensor, v: Tensor, u: Tensor, num: Tensor, den: Tensor,
+    exp: Tensor, lengths: Tensor | None, resets: Tensor | None, is_saving: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """y, the final num, den and exp, and for the backward pass the states before blocks of tokens."""
+    batch, t, c = k.shape
+    length, chunks, meta, chain = _plan(k, v, backward=False)
+    blocks = triton.cdiv(c, meta["BC"])
+    y = torch.empty_like(v)
+    end = _buffers(3, (batch, c), k)
+    starts = num, den, exp
+    if chunks > 1:
+        starts = _buffers(3, (batch, chunks, c), k)  # type: ignore[assignment]
+        _chunk_ends[(batch * chunks * blocks,)](w, k, v, lengths, resets, *starts, t, length, chunks, **meta)
+        grid = (batch * triton.cdiv(c, chain["BC"]),)
+        _chain_ends[grid](w, lengths, _any(resets, length), num, den, exp, *starts, *end, t, length, chunks, **chain)
+    saved = _saved(k, is_saving)
+    _outputs[(batch * chunks * blocks,)](
+        w, k, v, u, lengths, resets, *starts, y, *(saved if is_saving else end), *end, t, length, chunks,
+        SAVE=is_saving, END=chunks == 1, **meta,
+    )  # fmt: skip
+    return y, *end, *saved  # type: ignore[return-value]
+
+
+def _fake(w: Tensor, k: Tensor, v: Tensor, u: Tensor, num: Tensor, den: Tensor, exp: Tensor,
+          lengths: Tensor | None, resets: Tensor | None, is_saving: bool) -> tuple[Tensor, ...]:  # fmt: skip
+    return torch.empty_like(v), *_buffers(3, num.shape, k), *_saved(k, is_saving)
+
+
+def _backward(
+    gradients: tuple[Tensor, ...], inputs: tuple[Tensor, ...], others: tuple[Any, ...], kept: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    gy, gnum, gden = gradients
+    w, k, v, u, _, _ = inputs
+    _, lengths, resets = others
+    _, *saved = kept
+    batch, t, c = k.shape
+    length, chunks, meta, chain = _plan(k, v, backward=True)
+    grid = (batch * chunks * triton.cdiv(c, meta["BC"]),)
+    gnum0, gden0 = _buffers(2, (batch, c), k)
+    ends = gnum, gden
+    if chunks > 1:
+        ends = p, r = _buffers(2, (batch, chunks, c), k)
+        (through,) = _buffers(1, (batch, chunks, c), k)
+        _chunk_gradients[grid](w, k, v, u, gy, lengths, resets, *saved, p, r, through, t, length, chunks, **meta)
+        small = (batch * triton.cdiv(c, chain["BC"]),)
+        _chain_gradients[small](gnum, gden, p, r, through, gnum0, gden0, chunks, **chain)
+    gk, gv = torch.empty_like(k), torch.empty_like(v)
+    (shares,) = _buffers(1, (2, batch * chunks, c), k)
+    _input_gradients[grid](
+        w, k, v, u, gy, lengths, resets, *saved, *ends, gk, gv, shares[0], shares[1], gnum0, gden0, t, length,
+        chunks, START=chunks == 1, **{**meta, "maxnreg": 128},
+    )  # fmt: skip
+    return shares[0].sum(0), gk, gv, shares[1].sum(0), gnum0, gden0
+
+
+_wkv4 = custom_operator("wkv4_triton", _forward, _backward, _fake, n_inputs=6, n_outputs=3)
 
 
 def wkv4(
@@ -492,9 +490,7 @@ def wkv4(
     if torch.float64 in (k.dtype, v.dtype):
         raise TypeError('the Triton form of wkv4 computes in float32; for float64 inputs use backend="chunk"')
     w, u, num, den, exp = (x.float().contiguous() for x in (w, u, *state))
-    is_saving = torch.is_grad_enabled() and any(x.requires_grad for x in (w, k, v, u, num, den))
-    args = w, k.contiguous(), v.contiguous(), u, num, den, exp.detach(), lengths, resets, is_saving
-    y, num, den, exp = _WKV4.apply(*args)  # type: ignore[no-untyped-call]
+    y, num, den, exp, *_ = _wkv4(w, k.contiguous(), v.contiguous(), u, num, den, exp.detach(), lengths, resets)
     return y, (num, den, exp)
 
 

@@ -22,7 +22,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from receptance.ops.custom import custom_operator
 
 CHUNK = 32
 LEVELS = tl.constexpr(2)  # sibling blocks of 1 and 2 times 8 tokens
@@ -100,7 +101,7 @@ def _blocks(x, L: tl.constexpr, BN: tl.constexpr):  # [L, N] → [L/8, N]: sums 
 
 
 @triton.jit
-def _documents(resets_ptr, first, i, left):
+def documents(resets_ptr, first, i, left):
     """Which document of the chunk each token belongs to [L], and the last one; 0 is the one that began before it.
 
     first: where the chunk's tokens begin in `resets` [B, T].
@@ -136,7 +137,7 @@ def _outer(
     i, n = tl.arange(0, L), tl.arange(0, BN)
     mask = (i[:, None] < left) & (n[None, :] < N)
     _, before, after, total = _decays(w_ptr + start_w, i, n, w_t, w_n, mask, L, BN)
-    document, last = _documents(resets_ptr, start // (H * N), i, left)
+    document, last = documents(resets_ptr, start // (H * N), i, left)
     if READS:
         factor = tl.exp(before + _earlier(total, L)[:, None, :])
     else:
@@ -181,7 +182,7 @@ def _apply(
         ordered = i[:, None] < i[None, :]
     else:
         ordered = i[:, None] > i[None, :]
-    document, last = _documents(resets_ptr, first, i, left)
+    document, last = documents(resets_ptr, first, i, left)
     ordered = ordered & (document[:, None] == document[None, :])
     linked = (document == (last if BACK else 0))[:, None]  # tokens that S₁ sees, or that see S₀
     scores = tl.zeros([L, L], tl.float32)
@@ -258,7 +259,7 @@ def _gradients(
     # The gradient of A below the diagonal, its mirror image above: one product then serves late and early tokens.
     g = tl.dot(gy, tl.trans(v), input_precision=PRECISION)
     g = tl.where(lower, g, tl.dot(v, tl.trans(gy), input_precision=PRECISION))
-    document, last = _documents(resets_ptr, start // (H * N), i, left)
+    document, last = documents(resets_ptr, start // (H * N), i, left)
     g = tl.where(document[:, None] == document[None, :], g, 0.0)
     opens, closes = (document == 0)[:, None], (document == last)[:, None]
 
@@ -326,43 +327,59 @@ class _Sizes:
         self.scan = {"N": n, "BN": width, "BV": max(1, 512 // width), "STAGES": 6, "num_warps": 4}
 
 
-class _WKV6(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor,
-                resets: Tensor | None, precision: str) -> tuple[Tensor, Tensor]:  # fmt: skip
-        batch, t, h, n = r.shape
-        chunks, sizes = triton.cdiv(t, CHUNK), _Sizes(n)
-        grid, shape = (batch * chunks * h,), (*w.stride(), t, h, chunks)
-        s = torch.empty((batch, chunks, h, n, n), dtype=torch.float32, device=r.device)
-        decay = torch.empty((batch, chunks, h, n), dtype=torch.float32, device=r.device)
-        end, y = torch.empty_like(state), torch.empty_like(v)
-        meta = {**sizes.tile, "PRECISION": precision}
-        scan_grid = (batch * h, triton.cdiv(n, sizes.scan["BV"]))
-        _outer[grid](k, w, v, resets, s, decay, *shape, READS=False, **meta)
-        _scan[scan_grid](s, decay, state, end, h, chunks, REVERSE=False, **sizes.scan)
-        _outputs[grid](r, w, k, v, u, resets, s, y, *shape, BC=sizes.keys, **meta)
-        ctx.save_for_backward(r, w, k, v, u, resets, s, decay)
-        ctx.precision = precision
-        return y, end
+def _new_states(r: Tensor, wanted: bool = True) -> tuple[Tensor, Tensor]:
+    """Room for each chunk's start state and its decay."""
+    batch, t, h, n = r.shape
+    shape = (batch if wanted else 0, triton.cdiv(t, CHUNK), h, n)
+    return tuple(torch.empty(s, dtype=torch.float32, device=r.device) for s in ((*shape, n), shape))  # type: ignore[return-value]
 
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, gy: Tensor, g_end: Tensor) -> tuple[Tensor | None, ...]:
-        r, w, k, v, u, resets, s, decay = ctx.saved_tensors
-        batch, t, h, n = r.shape
-        chunks, sizes = triton.cdiv(t, CHUNK), _Sizes(n)
-        grid, shape = (batch * chunks * h,), (*w.stride(), t, h, chunks)
-        gy, g_end = gy.contiguous(), g_end.contiguous()
-        gs, g_start = torch.empty_like(s), torch.empty_like(g_end)
-        meta = {**sizes.tile, "PRECISION": ctx.precision}
-        scan_grid = (batch * h, triton.cdiv(n, sizes.scan["BV"]))
-        _outer[grid](r, w, gy, resets, gs, decay, *shape, READS=True, **meta)
-        _scan[scan_grid](gs, decay, g_end, g_start, h, chunks, REVERSE=True, **sizes.scan)
-        gr, gk, gv = (torch.empty_like(x) for x in (r, k, v))
-        gw = torch.empty(w.shape, dtype=w.dtype, device=w.device)  # w itself may be an expanded constant
-        gu = torch.empty_like(decay)
-        _gradients[grid](r, w, k, v, u, gy, resets, s, gs, gr, gw, gk, gv, gu, *shape, BC=sizes.keys, **meta)
-        return gr, gw, gk, gv, gu.sum((0, 1)).to(u.dtype), g_start, None, None
+
+def _forward(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor,
+    resets: Tensor | None, precision: str, is_saving: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """y, the final state, and for the backward pass every chunk's start state and decay."""
+    batch, t, h, n = r.shape
+    chunks, sizes = triton.cdiv(t, CHUNK), _Sizes(n)
+    grid, shape = (batch * chunks * h,), (*w.stride(), t, h, chunks)
+    s, decay = _new_states(r)
+    end, y = torch.empty_like(state), torch.empty_like(v)
+    meta = {**sizes.tile, "PRECISION": precision}
+    scan_grid = (batch * h, triton.cdiv(n, sizes.scan["BV"]))
+    _outer[grid](k, w, v, resets, s, decay, *shape, READS=False, **meta)
+    _scan[scan_grid](s, decay, state, end, h, chunks, REVERSE=False, **sizes.scan)
+    _outputs[grid](r, w, k, v, u, resets, s, y, *shape, BC=sizes.keys, **meta)
+    return y, end, *((s, decay) if is_saving else _new_states(r, wanted=False))
+
+
+def _fake(r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor,
+          resets: Tensor | None, precision: str, is_saving: bool) -> tuple[Tensor, ...]:  # fmt: skip
+    return torch.empty_like(v), torch.empty_like(state), *_new_states(r, is_saving)
+
+
+def _backward(
+    gradients: tuple[Tensor, ...], inputs: tuple[Tensor, ...], others: tuple[Any, ...], saved: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    gy, g_end = gradients
+    r, w, k, v, u, _ = inputs
+    resets, precision = others
+    s, decay = saved
+    batch, t, h, n = r.shape
+    chunks, sizes = triton.cdiv(t, CHUNK), _Sizes(n)
+    grid, shape = (batch * chunks * h,), (*w.stride(), t, h, chunks)
+    gs, g_start = torch.empty_like(s), torch.empty_like(g_end)
+    meta = {**sizes.tile, "PRECISION": precision}
+    scan_grid = (batch * h, triton.cdiv(n, sizes.scan["BV"]))
+    _outer[grid](r, w, gy, resets, gs, decay, *shape, READS=True, **meta)
+    _scan[scan_grid](gs, decay, g_end, g_start, h, chunks, REVERSE=True, **sizes.scan)
+    gr, gk, gv = (torch.empty_like(x) for x in (r, k, v))
+    gw = torch.empty(w.shape, dtype=w.dtype, device=w.device)  # w itself may be an expanded constant
+    gu = torch.empty_like(decay)
+    _gradients[grid](r, w, k, v, u, gy, resets, s, gs, gr, gw, gk, gv, gu, *shape, BC=sizes.keys, **meta)
+    return gr, gw, gk, gv, gu.sum((0, 1)).to(u.dtype), g_start
+
+
+_wkv6 = custom_operator("wkv6_triton", _forward, _backward, _fake, n_inputs=6, n_outputs=2)
 
 
 def wkv6(
@@ -383,8 +400,7 @@ def wkv6(
     """
     precision = precision or ("tf32x3" if v.dtype == torch.float32 else "tf32")
     r, k, v, u, state = (x.contiguous() for x in (r, k, v, u, state))
-    with torch.cuda.device_of(r):
-        y, end = _WKV6.apply(r, w, k, v, u, state, resets, precision)  # type: ignore[no-untyped-call]
+    y, end, *_ = _wkv6(r, w, k, v, u, state, resets, precision)
     return y, end
 
 

@@ -26,6 +26,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from receptance.ops.custom import custom_operator
+from receptance.ops.wkv6.triton import documents
+
 CHUNK = 32
 LEVELS = tl.constexpr(5)  # 2^5 tokens a chunk
 
@@ -74,16 +77,6 @@ def _decays(w, L: tl.constexpr):
 
 
 @triton.jit
-def _documents(resets_ptr, start, t, T):
-    """Which document of the chunk each token belongs to [L], and the last one; 0 is the one that began before it."""
-    if resets_ptr is None:
-        return t * 0, 0
-    else:
-        document = tl.cumsum(tl.load(resets_ptr + start + t, mask=t < T, other=0).to(tl.int32), 0)
-        return document, tl.max(document, 0)
-
-
-@triton.jit
 def _prepare(
     r_ptr, w_ptr, k_ptr, a_ptr, b_ptr, resets_ptr, a0_ptr, b1_ptr, r0_ptr, k1_ptr, y_ptr, t_ptr, d_ptr, rs_ptr, ks_ptr,
     T, H, chunks,
@@ -96,7 +89,7 @@ def _prepare(
     t = chunk * L + i
     mask = (t[:, None] < T) & (n[None, :] < N)
     upto, before, mid, end = _decays(_load(w_ptr, base, t, n, stride, mask), L)
-    document, last = _documents(resets_ptr, (bh // H) * T, t, T)
+    document, last = documents(resets_ptr, (bh // H) * T + chunk * L, i, T - chunk * L)
     same = document[:, None] == document[None, :]
     lower, strict = same & (i[:, None] >= i[None, :]), same & (i[:, None] > i[None, :])
     opens = tl.where(document == 0, 1.0, 0.0)[:, None]  # tokens that still see S₀
@@ -228,7 +221,7 @@ def _gradients(
     mask = (t[:, None] < T) & (n[None, :] < N)
     tile = base + t[:, None] * stride + n[None, :]
     where = bh * chunks + chunk
-    document, last = _documents(resets_ptr, (bh // H) * T, t, T)
+    document, last = documents(resets_ptr, (bh // H) * T + chunk * L, i, T - chunk * L)
     same = document[:, None] == document[None, :]
     lower, strict = same & (i[:, None] >= i[None, :]), same & (i[:, None] > i[None, :])
     upto, before, mid, end = _decays(_load(w_ptr, base, t, n, stride, mask), L)
@@ -310,6 +303,11 @@ class _Plan:
     h: int
     n: int
     precision: str
+
+    @classmethod
+    def of(cls, v: Tensor) -> "_Plan":
+        batch, t, h, n = v.shape
+        return cls(batch, t, h, n, "tf32x3" if v.dtype == torch.float32 else "tf32")
 
     @property
     def chunks(self) -> int:
@@ -402,48 +400,58 @@ def _run_sequence(plan: _Plan, a: Tensor, b: Tensor, x: Tensor, x_scale: Tensor,
     return ends[:, 0 if reverse else -1].reshape(start.shape)
 
 
-def _new_states(plan: _Plan, like: Tensor) -> tuple[Tensor, Tensor]:
+def _new_states(plan: _Plan, like: Tensor, wanted: bool = True) -> tuple[Tensor, Tensor]:
     """Room for a state per chunk, and its rows' scales."""
     dtype = torch.float32 if plan.precision == "tf32x3" else torch.float16
-    states = torch.empty((plan.heads, plan.chunks, plan.n, plan.n), dtype=dtype, device=like.device)
-    return states, torch.empty((plan.heads, plan.chunks, plan.n), dtype=torch.float32, device=like.device)
+    heads = plan.heads if wanted else 0
+    states = torch.empty((heads, plan.chunks, plan.n, plan.n), dtype=dtype, device=like.device)
+    return states, torch.empty((heads, plan.chunks, plan.n), dtype=torch.float32, device=like.device)
 
 
-class _WKV7(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor,
-                resets: Tensor | None, precision: str, is_saving: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
-        batch, t, h, n = r.shape
-        plan = _Plan(batch, t, h, n, precision)
-        p = _run_prepare(plan, r, w, k, a, b, resets, backward=False)
-        assert p.k is not None
-        assert p.y is not None
-        assert p.k_scale is not None
-        y = torch.empty_like(v)
-        saved = _new_states(plan, r) if is_saving else None
-        outputs = p.r, p.r_scale, p.y, y
-        end = _run_sequence(plan, p.a, p.b, v, p.k_scale, p.k, p.decay, state, saved, outputs, reverse=False)
-        if saved is not None:
-            ctx.save_for_backward(r, w, k, v, a, b, resets, *saved)
-            ctx.plan = plan
-        return y, end
+def _forward(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor,
+    resets: Tensor | None, is_saving: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """y, the final state, and for the backward pass every chunk's start state with its scales."""
+    plan = _Plan.of(v)
+    p = _run_prepare(plan, r, w, k, a, b, resets, backward=False)
+    assert p.k is not None
+    assert p.y is not None
+    assert p.k_scale is not None
+    y = torch.empty_like(v)
+    saved = _new_states(plan, r, is_saving)
+    outputs = p.r, p.r_scale, p.y, y
+    end = _run_sequence(
+        plan, p.a, p.b, v, p.k_scale, p.k, p.decay, state, saved if is_saving else None, outputs, reverse=False
+    )
+    return y, end, *saved
 
-    @staticmethod
-    def backward(ctx: Any, gy: Tensor, g_end: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        r, w, k, v, a, b, resets, states, scales = ctx.saved_tensors
-        plan: _Plan = ctx.plan
-        gy, g_end = gy.contiguous(), g_end.contiguous()
-        p = _run_prepare(plan, r, w, k, a, b, resets, backward=True)
-        g_states = _new_states(plan, r)
-        g_start = _run_sequence(
-            plan, p.b, p.a, gy, p.r_scale, p.r, p.decay, g_end, g_states, None, reverse=True
-        )  # fmt: skip
-        grads = [torch.empty_like(x) for x in (r, w, k, v, a, b)]
-        _gradients[(plan.chunks, plan.heads)](
-            r, w, k, v, a, b, gy, resets, p.inverse, states, scales, *g_states, *grads, plan.t, plan.h, plan.chunks,
-            **plan.meta(4),
-        )  # fmt: skip
-        return *grads, g_start, None, None, None
+
+def _fake(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor,
+          resets: Tensor | None, is_saving: bool) -> tuple[Tensor, ...]:  # fmt: skip
+    return torch.empty_like(v), torch.empty_like(state), *_new_states(_Plan.of(v), r, is_saving)
+
+
+def _backward(
+    gradients: tuple[Tensor, ...], inputs: tuple[Tensor, ...], others: tuple[Any, ...], saved: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    gy, g_end = gradients
+    r, w, k, v, a, b, _ = inputs
+    (resets,) = others
+    plan = _Plan.of(v)
+    p = _run_prepare(plan, r, w, k, a, b, resets, backward=True)
+    g_states = _new_states(plan, r)
+    g_start = _run_sequence(
+        plan, p.b, p.a, gy, p.r_scale, p.r, p.decay, g_end, g_states, None, reverse=True
+    )  # fmt: skip
+    grads = [torch.empty_like(x) for x in (r, w, k, v, a, b)]
+    _gradients[(plan.chunks, plan.heads)](
+        r, w, k, v, a, b, gy, resets, p.inverse, *saved, *g_states, *grads, plan.t, plan.h, plan.chunks, **plan.meta(4)
+    )
+    return *grads, g_start
+
+
+_wkv7 = custom_operator("wkv7_triton", _forward, _backward, _fake, n_inputs=7, n_outputs=2)
 
 
 def wkv7(
@@ -455,10 +463,7 @@ def wkv7(
     y, 1e-2 in w's gradient, which is a difference of sums. For float32 inputs they are three tf32 products each, which
     overflow the registers: slow to compile and to run.
     """
-    inputs = [x.contiguous() for x in (r, w, k, v, a, b, state)]
-    is_saving = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    precision = "tf32x3" if v.dtype == torch.float32 else "tf32"
-    y, end = _WKV7.apply(*inputs, resets, precision, is_saving)  # type: ignore[no-untyped-call]
+    y, end, *_ = _wkv7(*(x.contiguous() for x in (r, w, k, v, a, b, state)), resets)
     return y, end
 
 

@@ -1,0 +1,196 @@
+"""Training over several processes against one: the same losses, tokens/s, and how well the speed scales.
+
+    torchrun --standalone --nproc-per-node 2 bench/distributed.py [--ways ddp fsdp context] [--out FILE]
+
+On GPUs (NCCL): RWKV-7 with 24 layers of 1,024 channels, vocabulary 65,536, 8 rows of 4,096 tokens a process. --toy: a
+small model, on CPUs (gloo) or anywhere. The trainer's own passes, optimiser and clipping. First a small model takes a
+few steps in one process and in all of them; losses must agree, or there is no report. Then the timed steps: one process
+alone with its own rows, while the others wait, and all together with as many each. Efficiency is the speed over that of
+one times the number of processes. With `context` every row is cut into as many pieces as there are processes, and is as
+many times longer. A table, then one line of JSON.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from measure import lively_model, machine, rounded
+from torch import Tensor
+
+from receptance.models import VERSIONS
+from receptance.training.batch import Batch
+from receptance.training.config import ParallelConfig, RunConfig, TrainConfig
+from receptance.training.distributed import Parallel
+from receptance.training.loop import autocast
+from receptance.training.optim import build_optimizer, set_learning_rate
+from receptance.training.passes import Passes
+
+WAYS = ("ddp", "fsdp", "context")
+CHECKED = {"n_layer": 3, "n_embd": 128, "vocab": 500, "rows": 4, "tokens": 96, "steps": 5}
+SAME = {"cpu": 1e-5, "cuda": 1e-4}  # of each loss, relative: float32 summed in another order, on a GPU in tf32 besides
+
+
+class Trainer:
+    """A model with the trainer's passes and optimiser, in this process alone or in all of them ("ddp", …)."""
+
+    def __init__(self, way: str, options: argparse.Namespace, sizes: tuple[int, int, int], rows: int, tokens: int,
+                 precision: str):  # fmt: skip
+        vocab, n_layer, n_embd = sizes
+        kind = ParallelConfig(
+            "fsdp" if way == "fsdp" else "ddp", context=dist.get_world_size() if way == "context" else 1
+        )
+        run = RunConfig(batch_size=rows, ctx_len=tokens, precision=precision, cuda_graph="off")
+        config = TrainConfig(run=run, parallel=kind)
+        config = replace(config, optim=replace(config.optim, eps=1e-8))  # 1e-18 makes weights of rounding noise
+        self.parallel = Parallel(config, torch.device(options.device))
+        self.device = self.parallel.device
+        self.model = self.parallel.shard(lively_model(options.version, vocab, n_layer, n_embd).train())
+        recipe = VERSIONS[options.version].recipe(self.model.config)  # type: ignore[arg-type]
+        self.optimizer = build_optimizer(self.model, recipe, config.optim)
+        set_learning_rate(self.optimizer, 1e-3)
+        self.passes = Passes(config, self.model, self.parallel, lambda: autocast(config, self.device))
+        text = torch.randint(vocab, (rows, tokens + 1), generator=torch.Generator().manual_seed(2)).to(self.device)
+        self.batch = self.parallel.share(Batch.of(text[:, :-1], text[:, 1:], None))
+
+    def step(self) -> Tensor:
+        loss = self.parallel.mean(self.passes.backward(self.batch, last=True))
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """A run that is set up inside is one of a single process."""
+    size = os.environ.pop("WORLD_SIZE")
+    try:
+        yield
+    finally:
+        os.environ["WORLD_SIZE"] = size
+
+
+def check(ways: list[str], options: argparse.Namespace) -> dict[str, float]:
+    """The largest relative difference of a loss to that of one process; no report when too large."""
+    sizes = CHECKED["vocab"], CHECKED["n_layer"], CHECKED["n_embd"]
+
+    def losses(way: str) -> Tensor:
+        trainer = Trainer(way, options, sizes, CHECKED["rows"] * dist.get_world_size(), CHECKED["tokens"], "float32")
+        return torch.stack([trainer.step() for _ in range(CHECKED["steps"])])
+
+    with alone():
+        expected = losses("alone")
+    found = {way: float(((losses(way) - expected) / expected).abs().max()) for way in ways}
+    limit = SAME[torch.device(options.device).type]
+    for way, difference in found.items():
+        if not difference <= limit:
+            sys.exit(f"{way}: a loss is {difference:.1e} away from that of one process, allowed {limit}; no report")
+    return found
+
+
+def speed(trainer: Trainer, tokens: int, rounds: int) -> dict[str, float]:
+    """Tokens/s by the median and the best of `rounds` steps after two, and the most memory on this device."""
+    seconds = []
+    for i in range(rounds + 2):
+        wait(trainer.device)
+        begin = time.perf_counter()
+        trainer.step()
+        wait(trainer.device)
+        seconds += [time.perf_counter() - begin] if i >= 2 else []
+    is_gpu = trainer.device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated(trainer.device) / 1e9 if is_gpu else 0.0
+    return {"tokens_per_s": tokens / statistics.median(seconds), "best": tokens / min(seconds), "peak_GB": peak}
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def clean(make: Callable[[], dict[str, float]], device: str) -> dict[str, float]:
+    """What `make` returns, measured from an empty device memory."""
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    return make()
+
+
+def measure(ways: list[str], options: argparse.Namespace) -> dict[str, Any]:
+    size, rows, tokens = dist.get_world_size(), options.rows, options.tokens
+    sizes = (512, 2, 64) if options.toy else (65_536, 24, 1024)
+    results: dict[str, Any] = {}
+    if dist.get_rank() == 0:
+        with alone():
+            results["alone"] = clean(
+                lambda: speed(Trainer("alone", options, sizes, rows, tokens, "auto"), rows * tokens, options.rounds),
+                options.device,
+            )
+    dist.barrier()
+    for way in ways:
+        shape = (rows, tokens * size) if way == "context" else (rows * size, tokens)
+        results[way] = clean(
+            lambda way=way, shape=shape: speed(  # type: ignore[misc]
+                Trainer(way, options, sizes, *shape, "auto"), shape[0] * shape[1], options.rounds
+            ),
+            options.device,
+        )
+        if dist.get_rank() == 0:
+            results[way]["efficiency"] = results[way]["tokens_per_s"] / (size * results["alone"]["tokens_per_s"])
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
+    parser.add_argument("--version", default="7", choices=["4", "5.2", "6", "7"])
+    parser.add_argument("--rows", type=int, help="a process; default 8, or 4 with --toy")
+    parser.add_argument("--tokens", type=int, help="a row; default 4096, or 128 with --toy")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--toy", action="store_true", help="two layers of 64 channels")
+    parser.add_argument("--out", type=Path, help="write the JSON to this file too")
+    options = parser.parse_args()
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        sys.exit("start this with torchrun --standalone --nproc-per-node 2 (or more)")
+    options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.device == "cpu" and not options.toy:
+        sys.exit("no GPU here; --toy runs the same at toy size")
+    options.rows, options.tokens = (
+        options.rows or (4 if options.toy else 8),
+        options.tokens or (128 if options.toy else 4096),
+    )
+    if options.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl")
+    else:
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo")
+    differences = check(options.ways, options)
+    results = measure(options.ways, options)
+    if dist.get_rank() == 0:
+        gpu = torch.cuda.get_device_name() if options.device == "cuda" else None
+        for way, row in results.items():
+            more = f"{row['efficiency']:7.0%}  loss within {differences[way]:.0e}" if way in differences else ""
+            print(f"{way:8}{row['tokens_per_s']:12,.0f} tokens/s{row['peak_GB']:7.1f} GB a GPU{more}")
+        record = {"bench": "distributed", "unit": "tokens/s", "machine": {**machine("triton"), "gpu": gpu},
+                  "processes": dist.get_world_size(), "version": options.version, "toy": options.toy,
+                  "rows_a_process": options.rows, "tokens": options.tokens, "loss_difference": rounded(differences),
+                  "results": {way: rounded(row) for way, row in results.items()}}  # fmt: skip
+        text = json.dumps(record)
+        if options.out:
+            options.out.write_text(text + "\n")
+        print(text)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""RWKV-7's WKV on tensor cores, in CUDA C++: heads of 64, half precision. The kernels and their algebra: wkv7.cu.
+
+A block walks along one row and head. Where batch × heads leave the GPU idle, rows are cut into segments: a first pass
+finds what each segment's inputs write and its linear map S → S P, `wkv7_join` the segments' start states.
+
+Kept for the backward pass, beside the inputs: the state before every 16 tokens, float16 in units of a power of two, and
+the segments' ends and maps.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from receptance.ops import cuda
+from receptance.ops.custom import custom_operator
+
+HEAD, CHUNK, TEAM = 64, 16, 128  # threads of a team
+# of shared memory
+BYTES = {"FORWARD_BYTES": 77_568, "BACKWARD_BYTES": 207_104, "BACKWARD_MAPS_BYTES": 85_376}
+JOIN_BYTES = 4 * (HEAD * (HEAD + 1) + 16 * HEAD)
+BLOCKS = 264  # that keep a large GPU busy
+WORTHWHILE = 4  # segments; the maps cost about as much as walking along the rows once more
+MIN_SEGMENT = 8  # chunks
+SOURCE = Path(__file__).with_name("wkv7.cu")
+
+
+def program(dtype: torch.dtype) -> cuda.Program:
+    macros = {"FLOAT16": 1} if dtype == torch.float16 else {}
+    return cuda.load(SOURCE, **BYTES, **macros)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a row of T tokens is cut: `segments` of `length` chunks, the last one perhaps shorter."""
+
+    heads: int
+    t: int
+    h: int
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.t // CHUNK)
+
+    @property
+    def length(self) -> int:
+        wanted = BLOCKS // self.heads
+        if wanted < WORTHWHILE:
+            return self.chunks
+        return min(self.chunks, max(MIN_SEGMENT, -(-self.chunks // wanted)))
+
+    @property
+    def segments(self) -> int:
+        return -(-self.chunks // self.length)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return self.t, self.h, self.chunks, self.length
+
+
+def _join(
+    kernels: cuda.Program, cut: Cut, maps: Tensor, parts: Tensor, stride: int, first: Tensor, reverse: bool
+) -> Tensor:
+    """Every segment's start state [heads, segments, N, N] (its end's gradient, if reverse) from the first one's."""
+    starts = torch.empty((cut.heads, cut.segments, HEAD, HEAD), dtype=torch.float32, device=first.device)
+    square = HEAD * HEAD
+    linear = maps[:, :, 1]
+    kernels.wkv7_join(
+        (cut.heads, HEAD // 16), TEAM, linear, 2 * square, parts, stride * square, first, starts, cut.segments,
+        int(reverse), shared=JOIN_BYTES,
+    )  # fmt: skip
+    return starts
+
+
+def _kept(cut: Cut, like: Tensor, is_saving: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for the states before every chunk, their units, and the segments' maps (what inputs write, then P)."""
+    heads, n = cut.heads if is_saving else 0, HEAD
+    states = like.new_empty((heads, cut.chunks, n, n), dtype=torch.float16)
+    maps = like.new_empty((cut.heads if cut.segments > 1 else 0, cut.segments, 2, n, n), dtype=torch.float32)
+    return states, like.new_empty((heads, cut.chunks), dtype=torch.float32), maps
+
+
+def _forward(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, resets: Tensor | None,
+    is_saving: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """y, the end state; the states, units, segments' ends and maps that the backward pass needs."""
+    batch, t, h, n = r.shape
+    inputs = r, w, k, v, a, b
+    cut, kernels = Cut(batch * h, t, h), program(r.dtype)
+    grid, y = (cut.heads, cut.segments), torch.empty_like(v)
+    states, units, maps = _kept(cut, r, is_saving)
+    ends = state.new_empty((cut.heads, cut.segments, n, n))
+    starts = state
+    if cut.segments > 1:
+        kernels.wkv7_forward_maps(grid, 3 * TEAM, *inputs, resets, maps, *cut.shape, shared=BYTES["FORWARD_BYTES"])
+        starts = _join(kernels, cut, maps, maps, 2, state, reverse=False)
+    kernels.wkv7_forward(
+        grid, 2 * TEAM, *inputs, resets, starts, y, ends, states if is_saving else None, units if is_saving else None,
+        *cut.shape, shared=BYTES["FORWARD_BYTES"],
+    )  # fmt: skip
+    return y, ends[:, -1].reshape(state.shape).clone(), states, units, ends, maps
+
+
+def _fake(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, resets: Tensor | None,
+    is_saving: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    batch, t, h, n = r.shape
+    cut = Cut(batch * h, t, h)
+    states, units, maps = _kept(cut, r, is_saving)
+    ends = state.new_empty((cut.heads, cut.segments, n, n))
+    return torch.empty_like(v), torch.empty_like(state), states, units, ends, maps
+
+
+def _backward(
+    gradients: tuple[Tensor, ...], inputs: tuple[Tensor, ...], others: tuple[Tensor | None, ...],
+    kept: tuple[Tensor, ...],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The gradients of r, w, k, v, a, b and of the start state."""
+    (gy, g_end), (*tensors, _), (resets,), (states, units, ends, maps) = gradients, inputs, others, kept
+    batch, t, h, n = gy.shape
+    cut, kernels = Cut(batch * h, t, h), program(gy.dtype)
+    grid, g_ends = (cut.heads, cut.segments), g_end
+    if cut.segments > 1:
+        parts = torch.empty_like(ends)
+        kernels.wkv7_backward_maps(
+            grid, 2 * TEAM, *tensors, gy, resets, parts, *cut.shape, shared=BYTES["BACKWARD_MAPS_BYTES"]
+        )  # fmt: skip
+        g_ends = _join(kernels, cut, maps, parts, 1, g_end, reverse=True)
+    grads, g_starts = [torch.empty_like(x) for x in tensors], torch.empty_like(ends)
+    kernels.wkv7_backward(
+        grid, 3 * TEAM, *tensors, gy, resets, states, units, ends, g_ends, *grads, g_starts, *cut.shape,
+        shared=BYTES["BACKWARD_BYTES"],
+    )  # fmt: skip
+    return *grads, g_starts[:, 0].reshape(g_end.shape).clone()
+
+
+_operator = custom_operator("wkv7_cuda", _forward, _backward, _fake, n_inputs=7, n_outputs=2)
+
+
+def fits(k: Tensor) -> bool:
+    """Whether the kernels take inputs like k [B, T, H, N]."""
+    return k.dtype in (torch.bfloat16, torch.float16) and k.shape[-1] == HEAD
+
+
+def _aligned(x: Tensor, dtype: torch.dtype) -> Tensor:
+    x = x.to(dtype).contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def wkv7(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, resets: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Same contract as the naive form for heads of 64 and k in half precision, to which the others are rounded.
+
+    The state is float32. Log-decays of RWKV-7's range, (-0.6066, 0]: a chunk's decays must stay within float16.
+    """
+    if not fits(k):
+        raise TypeError(
+            f"the CUDA form of wkv7 takes half precision and heads of {HEAD}, found {k.dtype} and heads of "
+            f"{k.shape[-1]}; use backend='triton' or 'chunk'"
+        )
+    inputs = [_aligned(x, k.dtype) for x in (r, w, k, v, a, b)]
+    resets = None if resets is None else resets.contiguous()
+    y, end = _operator(*inputs, state.float().contiguous(), resets)[:2]
+    return y, end
+
+
+def probe() -> None:
+    """Build and run the kernels; raises whatever goes wrong."""
+    x = torch.zeros(1, 2, 1, HEAD, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    wkv7(x, x, x, x, x, x, torch.zeros(1, 1, HEAD, HEAD, device="cuda"))[0].sum().backward()
+    torch.cuda.synchronize()
