@@ -17,17 +17,20 @@ holds as [out, in] as the view `stored.T`, and no copy is made.
 """
 
 import ctypes
+from collections.abc import Iterator
 
 import numpy as np
 
 from receptance.native.arrays import Array, Weight, Weights, aligned, to_float
-from receptance.native.blocks import Blocks
+from receptance.native.blocks import FORMATS, Blocks
 from receptance.native.config import NativeConfig
 from receptance.native.library import INPUTS, TYPES, ChannelMix, Core, Layer, Matrix, Model
 
 BLOCK, GROUP = 32, 16  # as in csrc/core.h
 PACKED_BYTES = {"int8": GROUP * (2 + BLOCK), "int4": GROUP * (2 + BLOCK // 2)}
 LINE_BLOCK_BYTES = {"int8": 2 + BLOCK, "int4": 2 + BLOCK // 2, "float32": 4 * BLOCK}  # the others: 2 * BLOCK
+TYPE_NAMES = {number: name for name, number in TYPES.items()}
+MATRICES = ("receptance", "key", "value", "gate", "output", "w1", "w2", "a1", "a2", "v1", "v2", "g1", "g2", "maa1")
 NUMPY_TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 
 
@@ -35,6 +38,15 @@ def type_name(x: Weight) -> str:
     if isinstance(x, Blocks):
         return x.format
     return {"uint16": "bfloat16", "float64": "float32"}.get(x.dtype.name, x.dtype.name)
+
+
+def matrix_bytes(matrix: Matrix) -> int:
+    """Of a matrix in any type; 0 when it is absent."""
+    name = TYPE_NAMES[matrix.type]
+    if name in FORMATS:
+        numbers, size = FORMATS[name]
+        return int(matrix.rows * matrix.cols // numbers * size)
+    return int(matrix.rows * matrix.cols * LINE_BLOCK_BYTES.get(name, 2 * BLOCK) // BLOCK)
 
 
 class Binding:
@@ -141,6 +153,24 @@ class Binding:
                     setattr(ffn, f"mix_{letter}", self.vector(1 - x if name == "time_mix_" else x))
         ffn.value = self.lines(prefix + "value.weight", self.dtype)
         return ffn
+
+    def matrices(self) -> Iterator[Matrix]:
+        """All that multiply a token's vector."""
+        yield self.model.head
+        for layer in self.layers:
+            yield from (getattr(layer, name) for name in MATRICES)
+            yield from layer.maa2
+            for ffn in (layer.ffn, layer.ffn_pre):
+                yield from (ffn.key, ffn.receptance, ffn.value)
+
+    def n_elements(self) -> int:
+        return sum(int(matrix.rows * matrix.cols) for matrix in self.matrices())
+
+    def bytes_per_token(self, active: float) -> int:
+        """Of matrices that one token reads; `active`: the share of lines read of a transposed value matrix."""
+        values = [ffn.value for layer in self.layers for ffn in (layer.ffn, layer.ffn_pre)]
+        lines = sum(matrix_bytes(value) for value in values if value.type <= TYPES["int4"])
+        return sum(map(matrix_bytes, self.matrices())) - int(lines * (1 - active))
 
     # Where numbers come to lie ----------------------------------------------------------------------------------------
 
