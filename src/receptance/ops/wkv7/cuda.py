@@ -18,7 +18,7 @@ from receptance.ops.custom import custom_operator
 
 HEAD, CHUNK, TEAM = 64, 16, 128  # threads of a team
 # of shared memory
-BYTES = {"FORWARD_BYTES": 77_568, "BACKWARD_BYTES": 207_104, "BACKWARD_MAPS_BYTES": 85_376}
+BYTES = {"FORWARD_BYTES": 77_824, "BACKWARD_BYTES": 207_232, "BACKWARD_MAPS_BYTES": 85_632}
 JOIN_BYTES = 4 * (HEAD * (HEAD + 1) + 16 * HEAD)
 BLOCKS = 264  # that keep a large GPU busy
 WORTHWHILE = 4  # segments; the maps cost about as much as walking along the rows once more

@@ -248,11 +248,11 @@ struct Forward {
   struct alignas(16) {
     half_bits tiles[5][TILE];  // a', r', b', k', v
     half_bits pairs[4][PAIRS];
-    float scale[N];            // of the state's columns: the last chunk's second half, this one's first
+    float scale[N], tail[N];   // decays of the state's columns: the last chunk's second half with this one's first; this one's second
     Facts facts;
   } chunks[2];
   alignas(16) half_bits s[2][WARPS][16 * ROW];  // states on their way out
-  alignas(16) float square[L][L + 4], tail[N];
+  alignas(16) float square[L][L + 4];
   alignas(16) word tops[7][WARPS], state_tops[2][2][WARPS];  // exponents
 };
 
@@ -297,8 +297,9 @@ DEVICE void forward(byte* memory, const half_bits* r, const half_bits* w, const 
       for (int n = 0; n < 2; ++n) {
         const int column = warp() * 16 + n * 8 + my.q * 2;
         const Pair mid = {-as_float(shuffle(as_word(e.start[n][0]), my.q)), -as_float(shuffle(as_word(e.start[n][1]), my.q))};
-        if (my.g == 7) *(Pair*)(to.scale + column) = exp2(mid + tail[n]);
+        const Pair before = tail[n];
         tail[n] = {e.end[n][2], e.end[n][3]};
+        if (my.g == 7) *(Pair*)(to.scale + column) = exp2(mid + before), *(Pair*)(to.tail + column) = exp2(tail[n]);
         for (int i = 0; i < 2; ++i) {
           const int here = my.here + 8 * i * ROW + 8 * n;
           const Pair rise = {e.end[n][2 * i], e.end[n][2 * i + 1]}, fall = exp2(rise * -1.f);
@@ -314,9 +315,6 @@ DEVICE void forward(byte* memory, const half_bits* r, const half_bits* w, const 
       make_pairs(to.pairs[0], m.square, to.tiles[0], two_to(f.a + f.b - 127), documents, my);
       barrier();
     }
-    for (int n = 0; n < 2; ++n)
-      if (my.g == 7) *(Pair*)(m.tail + warp() * 16 + n * 8 + my.q * 2) = exp2(tail[n]);
-    barrier();
     return;
   }
 
@@ -393,9 +391,9 @@ DEVICE void forward(byte* memory, const half_bits* r, const half_bits* w, const 
     accumulate(state, solved, from.tiles[2]);
     if (!is_map) accumulate(state, values, from.tiles[3]);
     note_top(tops[(chunk + 1) & 1], state);
-    barrier();
+    if (chunk + 1 < last) barrier();
   }
-  scale_columns(state, m.tail, two_to(unit), my);
+  scale_columns(state, m.chunks[(last - 1) & 1].tail, two_to(unit), my);
   write_state(state, end + square, my);
 }
 
@@ -410,9 +408,9 @@ struct BackwardMaps {
   } chunks[3];
   struct alignas(16) {
     half_bits pairs[4][PAIRS];
-    float scale[N];               // of the gradient's columns: the later chunk's first half, this one's second
+    float scale[N], mid[N];       // decays of the gradient's columns: the later chunk's first half with this one's second; this one's first
   } steps[2];
-  alignas(16) float square[L][L + 4], mid[N];
+  alignas(16) float square[L][L + 4];
   alignas(16) word tops[7][WARPS], state_tops[2][WARPS];  // exponents
 };
 struct Backward : BackwardMaps {
@@ -518,6 +516,7 @@ DEVICE void backward(byte* memory, const half_bits* r, const half_bits* w, const
         const Pair later = mid[n];
         mid[n] = {-as_float(shuffle(as_word(e.start[n][0]), my.q)), -as_float(shuffle(as_word(e.start[n][1]), my.q))};
         if (my.g == 7) *(Pair*)(step.scale + column) = exp2(later + Pair{e.end[n][2], e.end[n][3]});
+        if (my.g == 7) *(Pair*)(step.mid + column) = exp2(mid[n]);
         if (!MAP && my.g == 0) *(Pair*)&decays.rise[0][column] = exp2(Pair{e.start[n][0], e.start[n][1]});
         for (int i = 0; i < 2; ++i) {
           const int here = my.here + 8 * i * ROW + 8 * n, t = my.g + 8 * i;
@@ -539,9 +538,7 @@ DEVICE void backward(byte* memory, const half_bits* r, const half_bits* w, const
       make_pairs(step.pairs[0], m.square, to.tiles[0], two_to(f.a + f.b - 127), documents, my);
       barrier();
     }
-    for (int n = 0; n < 2; ++n)
-      if (my.g == 7) *(Pair*)(m.mid + warp() * 16 + n * 8 + my.q * 2) = exp2(mid[n]);
-    barrier();
+    if (!MAP) barrier();
     return;
   }
 
@@ -643,9 +640,9 @@ DEVICE void backward(byte* memory, const half_bits* r, const half_bits* w, const
           for (int i = 0; i < 4; ++i) c[n][i] = v_state[n][i] + through_z[n][i] * erased + through_y[n][i] * given;
         write_tokens(gv + (uint64)chunk * L * place.stride, place.stride, T - chunk * L, c, k_unit * g_unit, my);
       }
-      barrier();
+      if (!MAP || chunk > first) barrier();
     }
-    scale_columns(g, m.mid, two_to(unit), my);
+    scale_columns(g, m.steps[first & 1].mid, two_to(unit), my);
     write_state(g, g_starts + square, my);
     return;
   }
