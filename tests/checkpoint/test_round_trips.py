@@ -237,9 +237,9 @@ def test_unknown_dtype_device_engine_and_format_are_named(tmp_path):
     with pytest.raises(ConfigError, match="dtype 'float64' is unknown to the native engine"):
         load(tmp_path / "model.pth", engine="native", dtype="float64")
     with pytest.raises(ConfigError, match="unknown"):
-        save(tiny_model("7"), tmp_path / "model.pth", format="gguf")
+        save(tiny_model("7"), tmp_path / "model.pth", format="onnx")
     with pytest.raises(ConfigError, match="suffix"):
-        save(tiny_model("7"), tmp_path / "model.gguf")
+        save(tiny_model("7"), tmp_path / "model.onnx")
     save(tiny_model("7"), tmp_path / "rwkv7-0.4b")
     assert (tmp_path / "rwkv7-0.4b" / "config.json").exists()
 

@@ -7,6 +7,7 @@ import pytest
 
 from receptance.errors import TokenizerError
 from receptance.tokenizers import ByteTokenizer, tokenizer
+from receptance.tokenizers.gguf import gguf_fields
 
 
 def string(text: bytes) -> bytes:
@@ -106,3 +107,52 @@ def test_cut_or_corrupted_files_never_crash(tmp_path):
     for case in cases:
         with contextlib.suppress(TokenizerError):
             tokenizer(write(tmp_path, case))
+
+
+# Writing -------------------------------------------------------------------------------------------------------------
+
+
+def written(tok, vocab_size, path):
+    from receptance.gguf.writer import write_gguf
+
+    fields, lost = gguf_fields(tok, vocab_size)
+    with path.open("wb") as file:
+        write_gguf(file, fields, [], [])
+    return fields, lost
+
+
+def test_every_tokenizer_comes_back(world, tmp_path):
+    text = "It's 12345 o'clock.\n\n\tété 小さな  x"
+    for tok, vocab_size in ((world, 65536), (ByteTokenizer(), 257), (tokenizer("rwkv7-stories"), 5120)):
+        fields, lost = written(tok, vocab_size, tmp_path / "m.gguf")
+        back = tokenizer(tmp_path / "m.gguf")
+        assert type(back) is type(tok)
+        assert (back.vocab_size, back.encode(text)) == (tok.vocab_size, tok.encode(text))
+        assert len(fields["tokenizer.ggml.tokens"]) == len(fields["tokenizer.ggml.token_type"]) == vocab_size
+        assert bool(lost) == (tok.name == "bpe")
+    assert fields["tokenizer.ggml.merges"][0] == "Ġ t".encode()
+
+
+def test_padding_beyond_the_vocabulary_is_marked(tmp_path):
+    fields, _ = written(ByteTokenizer(), 300, tmp_path / "m.gguf")
+    assert fields["tokenizer.ggml.tokens"][299] == b"[PAD299]"
+    assert fields["tokenizer.ggml.token_type"][256:258] == [1, 5]
+    with pytest.raises(TokenizerError, match="257 ids, the model 200"):
+        gguf_fields(ByteTokenizer(), 200)
+
+
+def test_a_bpe_that_llama_cpp_cannot_express_is_kept_whole(tmp_path):
+    import json
+
+    inner = json.loads(tokenizer("rwkv7-stories").json_text())
+    inner["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\p{L}+|\s+|[^\s\p{L}]+"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(inner))
+    tok = tokenizer(tmp_path)
+    fields, lost = written(tok, 5120, tmp_path / "m.gguf")
+    assert fields["tokenizer.ggml.model"] == "none"
+    assert "token ids only" in lost
+    assert tokenizer(tmp_path / "m.gguf").encode("one, two") == tok.encode("one, two")
+    inner["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(inner))
+    fields, lost = gguf_fields(tokenizer(tmp_path), 5120)
+    assert (fields["tokenizer.ggml.pre"], lost) == ("gpt-2", "")

@@ -14,14 +14,17 @@ from receptance.errors import CheckpointError, ConfigError
 
 from . import hf
 from .detect import check_sizes, compare, outline, shapes_make_sense, version_of, without_prefix
+from .gguf import GGUFSource, open_gguf, read_official
 from .safetensors import OURS, open_safetensors
-from .source import FLOATS, TensorSource, map_file, open_regular, show
+from .source import FLOATS, TensorSource, map_file, open_regular, show, to_torch
 
 if TYPE_CHECKING:
     import torch
 
     from receptance.models import RWKV
-    from receptance.native import NativeModel
+    from receptance.native import NativeConfig, NativeModel
+
+    from .gguf import Stored
 
 T = TypeVar("T")
 
@@ -83,7 +86,7 @@ def load(
 
     source = open_checkpoint(path)
     try:
-        tensors = official_tensors(source, source.read)
+        tensors = official_tensors(source)
         version, config, model = outline({name: tuple(tensor.shape) for name, tensor in tensors.items()})
         check_folder_config(source, version, config)
     except CheckpointError as error:
@@ -104,27 +107,15 @@ def load_native(
     path: str | os.PathLike[str], *, dtype: object = None, device: object = None, threads: int | None = None
 ) -> "NativeModel":
     """`load` for the CPU engine."""
-    from receptance.native import NativeModel, read_config, tensor_shapes
+    from receptance.native import NativeModel
     from receptance.native.arrays import fingerprint as digest
 
     if device is not None and str(device) != "cpu":
         raise ConfigError(f"device {str(device)!r}: the native engine runs on the CPU only; use engine='torch'")
     source = open_checkpoint(path)
-    try:
-        weights = official_tensors(source, source.array)
-        shapes = {name: tuple(x.shape) for name, x in weights.items()}
-        version = version_of(shapes)
-        check_sizes(shapes)
-        with shapes_make_sense(version):
-            config = read_config(version, shapes)
-            expected = tensor_shapes(config)
-        compare(expected, shapes, version)
-        check_folder_config(source, version, config)
-    except CheckpointError as error:
-        raise CheckpointError(f"{source.path}: {error}") from error
-    source.verify()
+    weights, config = verified_weights(source)
     stored = source.metadata.get(f"{OURS}fingerprint", "")
-    identity = stored if re.fullmatch("[0-9a-f]{32}", stored) else digest(version, weights)
+    identity = stored if re.fullmatch("[0-9a-f]{32}", stored) else digest(config.version, weights)
     name = None if dtype is None else str(dtype).removeprefix("torch.")
     model = NativeModel(weights, config, identity, dtype=name, threads=threads)
     source.release()
@@ -165,7 +156,7 @@ def open_file(path: Path) -> TensorSource:
     if start[8:9] == b"{":
         return open_safetensors(file)
     if start.startswith(b"GGUF"):
-        raise file.error("is a GGUF file, which this build cannot read; use the .pth or .safetensors it was made from")
+        return open_gguf(file)
     if start[:1] == b"\x80" or start[257:262] == b"ustar":
         raise file.error(
             "is in PyTorch's old format (before 1.6), which cannot be read without running code. If you trust its "
@@ -231,8 +222,45 @@ def read_json(path: Path) -> dict[str, object]:
 # Tensors -------------------------------------------------------------------------------------------------------------
 
 
-def official_tensors(source: TensorSource, read: Callable[[str], T]) -> dict[str, T]:
-    """The tensors, still on the mapped file, under official names and shapes; `read` is a method of the source."""
+def official_tensors(source: TensorSource) -> "dict[str, torch.Tensor]":
+    """Torch tensors under official names and shapes, on the mapped file where they lie in order; blocks as float32."""
+    if isinstance(source, GGUFSource):
+        return {name: to_torch(x) for name, x in read_official(source).items()}
+    return renamed(source, source.read)
+
+
+def verified_weights(source: TensorSource) -> "tuple[dict[str, Stored], NativeConfig]":
+    """A file's weights without torch, with its checksums compared. Raises CheckpointError that names the file."""
+    try:
+        found = official_weights(source)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source.path}: {error}") from error
+    source.verify()
+    return found
+
+
+def official_weights(source: TensorSource) -> "tuple[dict[str, Stored], NativeConfig]":
+    """The same without torch: NumPy arrays, or `Blocks` for quantised matrices, and the sizes that they tell.
+
+    Raises CheckpointError unless they are exactly the tensors of one model.
+    """
+    from receptance.native import read_config, tensor_shapes
+
+    weights: dict[str, Stored]
+    weights = read_official(source) if isinstance(source, GGUFSource) else {**renamed(source, source.array)}
+    shapes = {name: tuple(x.shape) for name, x in weights.items()}
+    version = version_of(shapes)
+    check_sizes(shapes)
+    with shapes_make_sense(version):
+        config = read_config(version, shapes)
+        expected = tensor_shapes(config)
+    compare(expected, shapes, version)
+    check_folder_config(source, version, config)
+    return weights, config
+
+
+def renamed(source: TensorSource, read: Callable[[str], T]) -> dict[str, T]:
+    """Every tensor but of GGUF files, by `read`, a method of the source, under official names and shapes."""
     for name, stored in source.tensors.items():
         if stored.dtype not in FLOATS:
             raise CheckpointError(f"tensor {show(name)} is {stored.dtype}, expected one of {', '.join(FLOATS)}")

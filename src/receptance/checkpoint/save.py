@@ -12,15 +12,18 @@ from receptance.errors import CheckpointError, ConfigError
 from . import hf
 from .atomic import replacing
 from .detect import detect, without_prefix
+from .gguf import save_gguf
 from .load import OUR_TYPE, fingerprint
 from .safetensors import OURS, write_safetensors
 from .source import FLOATS
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
     from torch import nn
 
-FORMATS = ("pth", "safetensors", "folder", "hf")
+FORMATS = ("pth", "safetensors", "folder", "hf", "gguf")
 
 
 def save(
@@ -29,8 +32,9 @@ def save(
     """Write a model, or a state dict with official names, bit for bit.
 
     format: "pth" (a plain dict, for torch and the `rwkv` package), "safetensors" (with checksums), "folder"
-    (model.safetensors and config.json), "hf" (a folder for transformers or flash-linear-attention); None goes by the
-    suffix, and means a folder where there is none. What was at `path` stays untouched until the new file is complete.
+    (model.safetensors and config.json), "hf" (a folder for transformers or flash-linear-attention), "gguf" (for
+    llama.cpp; without a tokenizer, which `receptance convert` adds, and with float64 rounded to float32). None goes by
+    the suffix, and means a folder where there is none. What was at `path` stays untouched until the new file is whole.
     The same weights give the same bytes. Raises CheckpointError when the tensors are no RWKV model or when they cannot
     be written.
     """
@@ -44,7 +48,14 @@ def save(
     for name, tensor in tensors.items():
         if str(tensor.dtype).removeprefix("torch.") not in FLOATS:
             raise CheckpointError(f"tensor {name} is {tensor.dtype}, expected one of {', '.join(FLOATS)}")
-    version, config = detect({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    version, config = detect(shapes)
+    if format == "gguf":
+        from receptance.native import read_config
+
+        arrays = {name: to_numpy(tensor) for name, tensor in tensors.items()}
+        save_gguf(path, arrays, read_config(version, shapes), None, {"tokenizer.ggml.model": "none"})
+        return
     metadata = {
         "format": "pt",  # transformers refuses files without it
         f"{OURS}kind": "model",
@@ -76,9 +87,19 @@ def format_of(path: Path) -> str:
         return "pth"
     if suffix == ".safetensors":
         return "safetensors"
+    if suffix == ".gguf":
+        return "gguf"
     if suffix[1:].isalpha():  # the ".4b" of a model's name is no suffix
-        raise ConfigError(f"{path}: the suffix {suffix} is unknown; use .pth, .safetensors, or a folder's name")
+        raise ConfigError(f"{path}: the suffix {suffix} is unknown; use .pth, .safetensors, .gguf, or a folder's name")
     return "folder"
+
+
+def to_numpy(tensor: "torch.Tensor") -> "NDArray[np.generic]":
+    """On the CPU, without a gradient; bfloat16 as its bits."""
+    import torch
+
+    tensor = tensor.detach().to("cpu")
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def save_folder(

@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from receptance.errors import CheckpointError
+from receptance.gguf.formats import BLOCK_FORMATS
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
     from numpy.typing import NDArray
+
+    from receptance.native.blocks import Blocks
 
 # torch's names; weights must be one of FLOATS, the others are known only so that the message can say what was found
 FLOATS = ("float64", "float32", "bfloat16", "float16")
@@ -70,7 +73,10 @@ def open_regular(path: Path) -> BinaryIO:
 
 @dataclass(frozen=True, eq=False)
 class StoredTensor:
-    """One tensor of a file; `stride` (in elements) is None when the elements lie in order without gaps."""
+    """One tensor of a file; `stride` (in elements) is None when the elements lie in order without gaps.
+
+    `dtype` is one of ITEM_SIZE, or the name of a GGUF block format, whose rows are whole blocks.
+    """
 
     file: MappedFile
     dtype: str
@@ -85,6 +91,8 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
+        if self.dtype in BLOCK_FORMATS:
+            return BLOCK_FORMATS[self.dtype].size(self.shape)
         return self.elements * ITEM_SIZE[self.dtype]
 
     @property
@@ -104,7 +112,7 @@ class StoredTensor:
             raise self.file.error(f"tensor {show(name)} is empty: shape {list(self.shape)}")
         if self.stride is not None and (len(self.stride) != len(self.shape) or any(step < 0 for step in self.stride)):
             raise self.file.error(f"tensor {show(name)} has impossible strides for shape {list(self.shape)}")
-        last = self.offset + self.span * ITEM_SIZE[self.dtype]
+        last = self.offset + (self.nbytes if self.stride is None else self.span * ITEM_SIZE[self.dtype])
         if not start <= self.offset <= last <= end <= self.file.size or self.nbytes > end - start:
             raise self.file.error(
                 f"tensor {show(name)} of shape {list(self.shape)} and type {self.dtype} needs {self.nbytes} bytes, "
@@ -115,6 +123,8 @@ class StoredTensor:
         """The tensor, on the mapped bytes themselves where that is sound (copy-on-write), else a copy."""
         import torch
 
+        if self.dtype in BLOCK_FORMATS:
+            return to_torch(self.stored())
         dtype: torch.dtype = getattr(torch, self.dtype)
         size = ITEM_SIZE[self.dtype]
         buffer: mmap.mmap | bytearray = self.file.data
@@ -137,6 +147,30 @@ class StoredTensor:
             return flat.reshape(self.shape)
         steps = [step * dtype.itemsize for step in self.stride]
         return np.ascontiguousarray(np.lib.stride_tricks.as_strided(flat, self.shape, steps))
+
+    def stored(self) -> "NDArray[np.generic] | Blocks":
+        """`array`, or for a block format the blocks themselves, on the mapped bytes, as rows of the last axis."""
+        if self.dtype not in BLOCK_FORMATS:
+            return self.array()
+        import numpy as np
+
+        from receptance.native.blocks import Blocks
+
+        data = np.frombuffer(self.file.data, np.uint8, self.nbytes, self.offset)
+        return Blocks(self.dtype, (self.elements // self.shape[-1], self.shape[-1]), data)
+
+
+def to_torch(x: "NDArray[np.generic] | Blocks") -> "torch.Tensor":
+    """On the same memory where that is possible; blocks become float32."""
+    import numpy as np
+    import torch
+
+    if not isinstance(x, np.ndarray):
+        from receptance.gguf.quantise import dequantise
+
+        x = dequantise(x)
+    tensor = torch.from_numpy(x)
+    return tensor.view(torch.bfloat16) if x.dtype == np.uint16 else tensor
 
 
 @dataclass(frozen=True)

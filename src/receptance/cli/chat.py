@@ -10,7 +10,7 @@ import typer
 from receptance.cli import options
 from receptance.cli.errors import complain
 from receptance.cli.model_source import find_model, guess_template, load_runner, load_tokenizer
-from receptance.cli.preset import read_preset
+from receptance.cli.preset import find_preset
 from receptance.cli.terminal import interruptible, write
 from receptance.engine.params import SamplingParams
 from receptance.errors import ReceptanceError
@@ -62,7 +62,7 @@ def command(
       receptance chat model.pth --state yesterday.state
     """
     source = find_model(model)
-    preset = read_preset(source.folder)
+    preset = find_preset(source)
     flags = {
         "max_tokens": max_tokens,
         "temperature": temperature,

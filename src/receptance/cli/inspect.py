@@ -1,11 +1,12 @@
 """`receptance inspect`: what a checkpoint is."""
 
+import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from receptance.cli.model_source import ModelSource, find_model, load_model
+from receptance.cli.model_source import ModelSource, fields_of, find_model, load_model
 from receptance.cli.terminal import write_json
 
 if TYPE_CHECKING:
@@ -26,16 +27,19 @@ def command(
       receptance inspect org/name:file.pth --json
     """
     source = find_model(model)
-    rwkv = load_model(source)
-    summary = describe(source, rwkv)
-    rows = [
-        {"name": name, "shape": list(x.shape), "dtype": str(x.dtype).removeprefix("torch."), "parameters": x.numel()}
-        for name, x in rwkv.state_dict().items()
-    ]
+    if source.path.suffix == ".gguf":
+        summary, rows, layers = describe_gguf(source)
+    else:
+        rwkv = load_model(source)
+        summary, layers = describe(source, rwkv), rwkv.config.n_layer
+        rows = [
+            {"name": n, "shape": list(x.shape), "dtype": str(x.dtype).removeprefix("torch."), "parameters": x.numel()}
+            for n, x in rwkv.state_dict().items()
+        ]
     if as_json:
         write_json({**summary, "tensors": rows})
     else:
-        _print(summary, rows if tensors else fold_blocks(rows, rwkv.config.n_layer))
+        _print(summary, rows if tensors else fold_blocks(rows, layers))
 
 
 def describe(source: ModelSource, model: "RWKV") -> dict[str, object]:
@@ -57,6 +61,40 @@ def describe(source: ModelSource, model: "RWKV") -> dict[str, object]:
         "state_bytes": state.nbytes,
         "fingerprint": model.fingerprint,
     }
+
+
+def describe_gguf(source: ModelSource) -> tuple[dict[str, object], list[dict[str, object]], int]:
+    """The same facts, the tensors under official names in the types of the file, and the number of layers.
+
+    Without torch: its form of a quantised model would be eight times as large.
+    """
+    from receptance.checkpoint.load import open_checkpoint, verified_weights
+    from receptance.native.arrays import fingerprint
+    from receptance.native.binding import type_name
+
+    stored = open_checkpoint(source.path)
+    weights, config = verified_weights(stored)
+    fields = fields_of(source)
+    shapes = config.state_shapes(1)
+    rows: list[dict[str, object]] = [
+        {"name": name, "shape": list(x.shape), "dtype": type_name(x), "parameters": math.prod(x.shape)}
+        for name, x in weights.items()
+    ]
+    summary = {
+        "model": source.name,
+        "path": str(source.path),
+        "version": config.version,
+        "config": {name: value for name, value in asdict(config).items() if value},
+        "parameters": sum(math.prod(x.shape) for x in weights.values()),
+        "stored_dtypes": sorted(set(stored.dtypes.values())),
+        "stored_bytes": sum(tensor.nbytes for tensor in stored.tensors.values()),
+        "has_checksums": False,
+        "state": {name: list(shape) for name, shape in shapes.items()},
+        "state_bytes": 4 * sum(math.prod(shape) for shape in shapes.values()),
+        "fingerprint": fingerprint(config.version, weights),
+        "metadata": {name: value for name, value in fields.items() if isinstance(value, int | float | str)},
+    }
+    return summary, rows, config.n_layer
 
 
 def fold_blocks(rows: list[dict[str, object]], n_layer: int) -> list[dict[str, object]]:

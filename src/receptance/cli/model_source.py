@@ -4,6 +4,7 @@ import difflib
 import os
 import re
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -133,15 +134,16 @@ def prefers_native() -> bool:
 
 
 def load_tokenizer(source: ModelSource, vocab_size: int, name: str | None = None) -> "Tokenizer":
-    """The tokenizer given by name or path, else the one in the model's folder, else the one its vocabulary tells."""
+    """The tokenizer given by name or path, else the one in the model's file (.gguf) or folder, else the one that its
+    vocabulary tells."""
     from receptance.tokenizers import IN_FOLDERS, tokenizer
 
     if name is not None:
         return tokenizer(name)
+    if inside := tokenizer_inside(source):
+        return inside
     if any(any(source.folder.glob(pattern)) for pattern in IN_FOLDERS):
         return tokenizer(source.folder)
-    if source.path.suffix == ".gguf":
-        return tokenizer(source.path)
     known = {WORLD_ROWS: "world", PILE_ROWS: "pile", 257: "byte"}
     if vocab_size not in known:
         raise ReceptanceError(
@@ -149,6 +151,27 @@ def load_tokenizer(source: ModelSource, vocab_size: int, name: str | None = None
             "beside the weights, or use --tokenizer world, pile, byte or a file"
         )
     return tokenizer(known[vocab_size])
+
+
+def fields_of(source: ModelSource) -> Mapping[str, object]:
+    """The metadata of a GGUF file; empty for others."""
+    if source.path.suffix != ".gguf":
+        return {}
+    from receptance.checkpoint import open_checkpoint
+    from receptance.checkpoint.gguf import GGUFSource
+
+    stored = open_checkpoint(source.path)
+    return stored.fields if isinstance(stored, GGUFSource) else {}
+
+
+def tokenizer_inside(source: ModelSource) -> "Tokenizer | None":
+    """The tokenizer that a GGUF file holds."""
+    if not (fields := fields_of(source)):
+        return None
+    from receptance.tokenizers import tokenizer
+    from receptance.tokenizers.gguf import has_tokenizer
+
+    return tokenizer(source.path) if has_tokenizer(fields) else None
 
 
 def guess_template(source: ModelSource) -> str:

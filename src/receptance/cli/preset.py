@@ -14,10 +14,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from receptance.cli.model_source import ModelSource, fields_of
 from receptance.engine.params import SamplingParams
 from receptance.errors import ConfigError
 
 PRESET_FILE = "model.toml"
+PRESET_FIELD = "receptance.preset"  # the same text in the metadata of a GGUF file
 WORDS = ("template", "thinking", "system", "state")
 
 
@@ -34,10 +36,19 @@ class Preset:
 def read_preset(folder: Path) -> Preset:
     """The folder's preset, empty when it has none. Raises ConfigError naming file, key and what was expected."""
     path = folder / PRESET_FILE
-    if not path.is_file():
-        return Preset()
+    return parse_preset(path, path.read_bytes()) if path.is_file() else Preset()
+
+
+def find_preset(model: ModelSource) -> Preset:
+    """The preset inside the model's file (.gguf), else its folder's."""
+    text = fields_of(model).get(PRESET_FIELD)
+    return parse_preset(model.path, text.encode()) if isinstance(text, str) else read_preset(model.folder)
+
+
+def parse_preset(path: Path, text: bytes) -> Preset:
+    """The text of a preset, which came out of `path`."""
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(text.decode("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid TOML ({error})") from None
     if unknown := table.keys() - {*WORDS, "new_document", "sampling"}:

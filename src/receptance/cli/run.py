@@ -9,7 +9,7 @@ import typer
 from receptance.cli import options, state_file
 from receptance.cli.errors import INTERRUPTED, UsageError
 from receptance.cli.model_source import find_model, load_runner, load_tokenizer, looks_like_model
-from receptance.cli.preset import read_preset
+from receptance.cli.preset import find_preset
 from receptance.cli.terminal import interruptible, read_stdin, write, write_json
 from receptance.engine.params import SamplingParams
 
@@ -76,7 +76,7 @@ def command(
     if save_state:
         state_file.check_target(save_state)
     source = find_model(model)
-    preset = read_preset(source.folder)
+    preset = find_preset(source)
     flags = {
         "max_tokens": max_tokens,
         "temperature": temperature,

@@ -6,12 +6,17 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from receptance.native.blocks import Blocks
+
 Array = NDArray[np.float32]
-Weights = Mapping[str, NDArray[np.generic]]  # float64, float32, float16, or uint16 for bfloat16
+Weight = NDArray[np.generic] | Blocks  # float64, float32, float16, or uint16 for bfloat16; or blocks
+Weights = Mapping[str, Weight]
 
 
-def to_float(x: NDArray[np.generic]) -> Array:
+def to_float(x: Weight) -> Array:
     """Exactly these numbers (of float64: the nearest) as float32, without a copy where they are that already."""
+    if isinstance(x, Blocks):
+        return x.to_float()
     if x.dtype == np.uint16:
         return (x.astype(np.uint32) << 16).view(np.float32)
     return np.asarray(x, dtype=np.float32)
@@ -37,5 +42,6 @@ def fingerprint(version: str, weights: Weights) -> str:
     for name in sorted(weights.keys() - {"blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2"}):
         x = weights[name]
         digest.update(f"\n{name} {list(x.shape)} ".encode())
-        digest.update(to_float(x.reshape(-1)[:256]).astype("<f4").tobytes())
+        start = x.rows(0, 256) if isinstance(x, Blocks) else x.reshape(-1)[:256]
+        digest.update(to_float(start).reshape(-1)[:256].astype("<f4").tobytes())
     return digest.hexdigest()[:32]

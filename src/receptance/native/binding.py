@@ -3,25 +3,50 @@
 Matrices in the file's own type are used where they lie, in the mapped file. Copies are made of what the core wants
 otherwise: quantised matrices, the transposed value matrix of the channel mix, transposed low-rank maps, vectors as
 float32.
+
+A weight is a NumPy array (float64, float32, float16; uint16 = the bits of bfloat16) or `Blocks(format, shape, data)`:
+a matrix in one of GGUF's block formats, whose `data` (contiguous uint8, for instance a slice of np.memmap) is read
+where it lies. Names, shapes and the order of dimensions are those of the official checkpoints in either case: a
+matrix of a GGUF file, whose fastest dimension is its input, has the shape [out, in] of `head.weight` or
+`att.key.weight` as it lies there. Blocks may stand for `emb.weight`, `head.weight`, `att.{receptance, key, value,
+gate, output}.weight` and `{ffn, ffnPre}.{key, receptance, value}.weight`, in place, and for anything else at the
+price of a float32 copy.
+
+Low-rank maps are [in, out] in official checkpoints; the core wants them [out, in] in order, so give a map that a file
+holds as [out, in] as the view `stored.T`, and no copy is made.
 """
 
 import ctypes
+from collections.abc import Iterator
 
 import numpy as np
-from numpy.typing import NDArray
 
-from receptance.native.arrays import Array, Weights, aligned, to_float
+from receptance.native.arrays import Array, Weight, Weights, aligned, to_float
+from receptance.native.blocks import FORMATS, Blocks
 from receptance.native.config import NativeConfig
 from receptance.native.library import INPUTS, TYPES, ChannelMix, Core, Layer, Matrix, Model
 
 BLOCK, GROUP = 32, 16  # as in csrc/core.h
 PACKED_BYTES = {"int8": GROUP * (2 + BLOCK), "int4": GROUP * (2 + BLOCK // 2)}
 LINE_BLOCK_BYTES = {"int8": 2 + BLOCK, "int4": 2 + BLOCK // 2, "float32": 4 * BLOCK}  # the others: 2 * BLOCK
+TYPE_NAMES = {number: name for name, number in TYPES.items()}
+MATRICES = ("receptance", "key", "value", "gate", "output", "w1", "w2", "a1", "a2", "v1", "v2", "g1", "g2", "maa1")
 NUMPY_TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 
 
-def type_name(x: NDArray[np.generic]) -> str:
+def type_name(x: Weight) -> str:
+    if isinstance(x, Blocks):
+        return x.format
     return {"uint16": "bfloat16", "float64": "float32"}.get(x.dtype.name, x.dtype.name)
+
+
+def matrix_bytes(matrix: Matrix) -> int:
+    """Of a matrix in any type; 0 when it is absent."""
+    name = TYPE_NAMES[matrix.type]
+    if name in FORMATS:
+        numbers, size = FORMATS[name]
+        return int(matrix.rows * matrix.cols // numbers * size)
+    return int(matrix.rows * matrix.cols * LINE_BLOCK_BYTES.get(name, 2 * BLOCK) // BLOCK)
 
 
 class Binding:
@@ -68,10 +93,9 @@ class Binding:
         att = block + "att."
         names = ["receptance", "key", "value", *(["gate"] if att + "gate.weight" in self.weights else []), "output"]
         for name in names:
-            dtype = self.dtype
-            if name == "output" and self.config.head_size % BLOCK:  # each head quantises its own part of the input
-                dtype = None if self.config.major > 4 and dtype in PACKED_BYTES else dtype
-            setattr(layer, name, self.matrix(f"{att}{name}.weight", dtype))
+            setattr(layer, name, self.matrix(f"{att}{name}.weight", self.dtype))
+        if self.config.head_size % BLOCK and layer.output.type >= TYPES["int8"]:
+            layer.output = self.stored(to_float(self.weights[att + "output.weight"]))  # a head quantises its own input
         if self.config.major > 4:
             layer.lnx_weight = self.vector(self.weights[att + "ln_x.weight"])
             layer.lnx_bias = self.vector(self.weights[att + "ln_x.bias"])
@@ -101,8 +125,10 @@ class Binding:
         layer.decay = self.vector(self.weights[att + "time_decay"])
         layer.bonus = self.vector(self.weights[att + "time_faaaa"])
         layer.maa1 = self.transposed(self.weights[att + "time_maa_w1"])
+        stored = self.weights[att + "time_maa_w2"]
+        outer = to_float(stored) if isinstance(stored, Blocks) else stored
         for i in range(5):
-            layer.maa2[i] = self.transposed(self.weights[att + "time_maa_w2"][i])
+            layer.maa2[i] = self.transposed(outer[i])
         layer.w1 = self.transposed(self.weights[att + "time_decay_w1"])
         layer.w2 = self.transposed(self.weights[att + "time_decay_w2"])
 
@@ -128,16 +154,37 @@ class Binding:
         ffn.value = self.lines(prefix + "value.weight", self.dtype)
         return ffn
 
+    def matrices(self) -> Iterator[Matrix]:
+        """All that multiply a token's vector."""
+        yield self.model.head
+        for layer in self.layers:
+            yield from (getattr(layer, name) for name in MATRICES)
+            yield from layer.maa2
+            for ffn in (layer.ffn, layer.ffn_pre):
+                yield from (ffn.key, ffn.receptance, ffn.value)
+
+    def n_elements(self) -> int:
+        return sum(int(matrix.rows * matrix.cols) for matrix in self.matrices())
+
+    def bytes_per_token(self, active: float) -> int:
+        """Of matrices that one token reads; `active`: the share of lines read of a transposed value matrix."""
+        values = [ffn.value for layer in self.layers for ffn in (layer.ffn, layer.ffn_pre)]
+        lines = sum(matrix_bytes(value) for value in values if value.type <= TYPES["int4"])
+        return sum(map(matrix_bytes, self.matrices())) - int(lines * (1 - active))
+
     # Where numbers come to lie ----------------------------------------------------------------------------------------
 
-    def vector(self, x: NDArray[np.generic]) -> int:
+    def vector(self, x: Weight) -> int:
         """The address of these numbers as float32."""
         flat = np.ascontiguousarray(to_float(x)).reshape(-1)
         self.kept.append(flat)
         return flat.ctypes.data
 
-    def stored(self, x: NDArray[np.generic]) -> Matrix:
-        """A matrix in one of the plain types, where it lies if it lies in order."""
+    def stored(self, x: Weight) -> Matrix:
+        """A matrix in one of the plain types or in blocks, where it lies if it lies in order."""
+        if isinstance(x, Blocks):
+            self.kept.append(x)
+            return Matrix(*x.shape, x.data.ctypes.data, TYPES[x.format])
         if x.dtype == np.float64:
             x = to_float(x)
         x = np.ascontiguousarray(x)
@@ -147,14 +194,16 @@ class Binding:
     def plain(self, name: str) -> Matrix:
         return self.stored(self.weights[name])
 
-    def transposed(self, x: NDArray[np.generic]) -> Matrix:
+    def transposed(self, x: Weight) -> Matrix:
         """A low-rank map [in, out] as [out, in], in its own type."""
-        return self.stored(x.T)
+        return self.stored((to_float(x) if isinstance(x, Blocks) else x).T)
 
     def matrix(self, name: str, dtype: str | None) -> Matrix:
         """[out, in] for dot products: in place, or repacked into `dtype` where that is narrower or quantised."""
         x = self.weights[name]
         rows, cols = x.shape
+        if isinstance(x, Blocks) and dtype not in PACKED_BYTES:
+            return self.stored(x)
         if dtype is None or dtype == type_name(x) or dtype == "float32" or (dtype in PACKED_BYTES and cols % BLOCK):
             return self.stored(x)  # to float32 every narrower type widens exactly, in the product
         if dtype not in PACKED_BYTES:
@@ -171,12 +220,14 @@ class Binding:
     def lines(self, name: str, dtype: str | None) -> Matrix:
         """The value matrix of a channel mix, [C, F], transposed."""
         x = self.weights[name]
+        if isinstance(x, Blocks) and dtype not in PACKED_BYTES:
+            return self.stored(x)  # not transposed
         own = type_name(x)
         if dtype is None or (dtype == "float32" and own != "float32") or (dtype in PACKED_BYTES and x.shape[0] % BLOCK):
             dtype = own
         return self.repacked(x, dtype, transpose=True)
 
-    def repacked(self, x: NDArray[np.generic], dtype: str, *, transpose: bool) -> Matrix:
+    def repacked(self, x: Weight, dtype: str, *, transpose: bool) -> Matrix:
         rows, cols = x.shape[::-1] if transpose else x.shape
         memory = aligned(rows * cols * LINE_BLOCK_BYTES.get(dtype, 2 * BLOCK) // BLOCK)
         source = self.temporary(x)
@@ -186,9 +237,9 @@ class Binding:
         self.kept.append(memory)
         return Matrix(rows, cols, memory.ctypes.data, TYPES[dtype])
 
-    def temporary(self, x: NDArray[np.generic]) -> Matrix:
+    def temporary(self, x: Weight) -> Matrix:
         """A matrix that is only read now: nothing of it is kept."""
-        x = np.ascontiguousarray(to_float(x) if x.dtype == np.float64 else x)
+        x = np.ascontiguousarray(to_float(x) if isinstance(x, Blocks) or x.dtype == np.float64 else x)
         matrix = Matrix(x.shape[0], x.shape[1], x.ctypes.data, TYPES[type_name(x)])
         matrix.source = x  # type: ignore[attr-defined]  # lives as long as the call
         return matrix

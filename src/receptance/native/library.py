@@ -12,6 +12,7 @@ from pathlib import Path
 from receptance.native.build import LIBRARY, sources_hash
 
 TYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3, "int4": 4}  # enum Type
+TYPES |= {"Q8_0": 5, "Q4_0": 6, "Q4_K": 7, "Q5_K": 8, "Q6_K": 9}
 INPUTS = ("r", "w", "k", "v", "a", "g")  # enum Mix
 FLOATS = POINTER(c_float)
 
@@ -119,6 +120,9 @@ def declare(library: ctypes.CDLL) -> None:
         "forward": (None, [c_void_p, POINTER(Request)]),
         "pack": (None, [c_void_p, c_void_p, POINTER(Matrix), c_void_p, c_int32]),
         "pack_lines": (None, [c_void_p, c_void_p, POINTER(Matrix), c_int32, c_void_p, c_int32]),
+        "widen": (None, [c_void_p, POINTER(Matrix), c_int64, c_int64, c_void_p]),
+        "multiply": (None, [c_void_p, c_void_p, POINTER(Matrix), c_void_p, c_int64, c_void_p, c_void_p]),
+        "multiply_bytes": (c_int64, [c_void_p, POINTER(Matrix), c_int64, c_int32]),
     }
     for name, (result, arguments) in functions.items():
         function = getattr(library, f"receptance_{name}")

@@ -86,6 +86,15 @@ class NativeModel:
     def device(self) -> str:
         return "cpu"
 
+    @property
+    def n_matrix_elements(self) -> int:
+        """Numbers of all matrices that multiply a token's vector. 0 without the core."""
+        return self._binding.n_elements() if self._core else 0
+
+    def bytes_per_token(self, active: float = 1.0) -> int:
+        """Of matrices read for one token, when this share of the hidden units is not zero. 0 without the core."""
+        return self._binding.bytes_per_token(active) if self._core else 0
+
     def state_shapes(self, batch: int) -> Shapes:
         """Name → shape of each state tensor."""
         return self.config.state_shapes(batch)

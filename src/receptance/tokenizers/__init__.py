@@ -7,7 +7,7 @@ from receptance.embedded import resolve
 from receptance.errors import TokenizerError
 
 from .base import StreamDecoder, Tokenizer
-from .bpe import BPETokenizer, read_bpe, train_bpe
+from .bpe import BPETokenizer, parse_bpe, read_bpe, train_bpe
 from .byte import BYTE_TOKENS, ByteTokenizer
 from .chat import ChatTemplate, Thinking, chat_template
 from .gguf import read_gguf_tokens
@@ -35,7 +35,7 @@ IN_FOLDERS = ("rwkv_vocab*.txt", "vocab.txt", "tokenizer.json", PILE_FILE)  # fi
 def tokenizer(name_or_path: str | Path) -> Tokenizer:
     """A tokenizer by name ("world", "pile", "byte", or an embedded model's) or from a file or folder.
 
-    Files: a World vocabulary (.txt), a byte-level BPE (.json), a GGUF model with the World vocabulary (.gguf). A folder
+    Files: a World vocabulary (.txt), a byte-level BPE (.json), a GGUF model with its tokenizer (.gguf). A folder
     must hold one of `rwkv_vocab*.txt`, `vocab.txt`, `tokenizer.json`, `20B_tokenizer.json`. Names win over paths: write
     "./world" for a folder of that name. Raises TokenizerError when nothing fits or the file is damaged.
     """
@@ -62,7 +62,15 @@ def _read(path: Path) -> Tokenizer:
         return read_bpe(path)
     if path.suffix not in (".txt", ".gguf"):
         raise TokenizerError(f"{path}: expected a .txt (World vocabulary), .json (BPE) or .gguf file")
-    tokens, vocab_size = read_gguf_tokens(path) if path.suffix == ".gguf" else (read_vocabulary(path), None)
+    tokens: dict[int, bytes]
+    vocab_size: int | None
+    if path.suffix == ".gguf":
+        found = read_gguf_tokens(path)
+        if isinstance(found, str):
+            return parse_bpe(found, path)
+        tokens, vocab_size = found
+    else:
+        tokens, vocab_size = read_vocabulary(path), None
     if tokens == BYTE_TOKENS:
         return ByteTokenizer()
     try:

@@ -65,17 +65,30 @@ class BPETokenizer(Tokenizer):
     def save(self, folder: str | Path) -> Path:
         path = Path(folder) / "tokenizer.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self._inner.to_str(), encoding="utf-8")
+        path.write_text(self.json_text(), encoding="utf-8")
         return path
+
+    def json_text(self) -> str:
+        """The tokenizer.json."""
+        return self._inner.to_str()  # type: ignore[no-any-return]
 
 
 def read_bpe(path: str | Path) -> BPETokenizer:
     """A BPE tokenizer from a tokenizer.json. Raises TokenizerError when it is not one."""
-    import tokenizers
-
     path = Path(path)
     try:
-        inner = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"{path}: not a tokenizer.json of the tokenizers library ({error})") from None
+    return parse_bpe(text, path)
+
+
+def parse_bpe(text: str, path: Path) -> BPETokenizer:
+    """`read_bpe` of text that came out of `path`."""
+    import tokenizers
+
+    try:
+        inner = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises nothing narrower
         raise TokenizerError(f"{path}: not a tokenizer.json of the tokenizers library ({error})") from None
     try:

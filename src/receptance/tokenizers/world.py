@@ -72,6 +72,13 @@ class WorldTokenizer(Tokenizer):
         return path
 
 
+def vocabulary_of(tokenizer: Tokenizer) -> dict[int, bytes] | None:
+    """Tokens by id of a tokenizer that matches the longest token, the byte tokenizer among them; None for others."""
+    if isinstance(tokenizer, WorldTokenizer):
+        return tokenizer._tokens
+    return {token: bytes([token - 1]) for token in range(1, 257)} if tokenizer.name == "byte" else None
+
+
 class _Chunks(dict[bytes, tuple[int, ...]]):
     """The ids of every chunk met lately; a missing chunk is matched and, when short, remembered."""
 

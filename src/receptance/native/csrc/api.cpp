@@ -73,3 +73,18 @@ API void receptance_pack_lines(const Engine* engine, Team* team, const Matrix* f
   Packing packing = {engine, team, from, to, type, transpose, 1};
   team_run(team, pack_parts, &packing);
 }
+
+// Rows first..last of a matrix in a plain or block type, as float32
+API void receptance_widen(const Engine* engine, const Matrix* from, int64_t first, int64_t last, float* to) {
+  engine->widen(*from, first, last, to);
+}
+
+// y[rows, w.rows] = x[rows, w.cols] w^T as `forward` does it. scratch: receptance_multiply_bytes, aligned to 64
+API void receptance_multiply(const Engine* engine, Team* team, const Matrix* w, const float* x, int64_t rows, float* y,
+                             void* scratch) {
+  engine->multiply(*w, x, rows, y, team, scratch);
+}
+
+API int64_t receptance_multiply_bytes(const Engine* engine, const Matrix* w, int64_t rows, int32_t threads) {
+  return engine->multiply_bytes(*w, rows, threads);
+}

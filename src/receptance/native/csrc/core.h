@@ -7,15 +7,17 @@
 
 namespace receptance {
 
-// How a matrix is stored. The first three are row by row, as in checkpoints. The others hold blocks of 32 numbers with one
-// half-precision scale each: "packed" interleaves 16 rows for dot products, "lines" keeps rows whole for sums of rows.
-enum Type : int32_t { F32 = 0, F16 = 1, BF16 = 2, Q8 = 3, Q4 = 4 };
+// How a matrix is stored. The first three are row by row, as in checkpoints. Q8 and Q4 hold blocks of 32 numbers with one
+// half-precision scale each: "packed" interleaves 16 rows for dot products, "lines" keeps rows whole for sums of rows. The
+// last five are row by row in the block formats of GGUF files (blocks.h), read where they lie.
+enum Type : int32_t { F32 = 0, F16, BF16, Q8, Q4, Q8_0, Q4_0, Q4_K, Q5_K, Q6_K };
 
 constexpr int BLOCK = 32;  // numbers that share a scale
 constexpr int GROUP = 16;  // rows interleaved in a packed matrix
 
 // Packed: for each group of 16 rows and each block of 32 columns, 16 scales (f16) and then the numbers, in vectors of 16 rows
-// x 4 columns. Q8: 8 vectors of 64 bytes. Q4: 4 vectors of 64 bytes, whose low halves are columns 0-15 and high halves 16-31.
+// x 4 columns (Q8 with AVX2: 2). Q8: 8 vectors of 64 bytes. Q4: 4 vectors of 64 bytes, whose low halves are columns 0-15 and
+// high halves 16-31.
 constexpr int Q8_BYTES = GROUP * 2 + GROUP * BLOCK;
 constexpr int Q4_BYTES = GROUP * 2 + GROUP * BLOCK / 2;
 
@@ -25,7 +27,8 @@ struct Matrix {
   int32_t type;
 };
 
-// Channel mix. `value` is stored transposed, [F, C], so that the rows of inactive hidden units need not be read.
+// Channel mix. `value` is stored transposed, [F, C], so that the rows of inactive hidden units need not be read; but in the
+// formats of GGUF files as it is there, [C, F].
 struct ChannelMix {
   const float *mix_k, *mix_r;  // weights of (previous - current)
   Matrix key, receptance, value;
@@ -96,6 +99,11 @@ struct Engine {
   // Numbers [rows, cols] of a plain type into a quantised one; rows first..last of the result.
   void (*pack)(const Matrix& from, void* to, int32_t type, int64_t first_group, int64_t last_group);
   void (*pack_lines)(const Matrix& from, bool transpose, void* to, int32_t type, int64_t first, int64_t last);
+  // Rows first..last of a matrix in a plain or block type, as float32
+  void (*widen)(const Matrix& from, int64_t first, int64_t last, float* to);
+  // y[rows, w.rows] = x[rows, w.cols] w^T, on all threads, x rounded as in `forward`; scratch as in `multiply_bytes`
+  void (*multiply)(const Matrix& w, const float* x, int64_t rows, float* y, Team*, void* scratch);
+  int64_t (*multiply_bytes)(const Matrix& w, int64_t rows, int threads);
 };
 
 const Engine* engine_portable();
@@ -103,11 +111,16 @@ const Engine* engine_avx2();
 const Engine* engine_avx512();
 const Engine* engine_neon();
 
-inline int64_t line_bytes(int32_t type, int64_t cols) {  // of one row of a matrix in lines
+constexpr bool is_blocks(int32_t type) { return type >= Q8_0; }
+
+constexpr int64_t line_bytes(int32_t type, int64_t cols) {  // of one row of a matrix in lines, or in a type that has rows
   switch (type) {
     case F32: return cols * 4;
-    case Q8: return cols / BLOCK * 2 + cols;
-    case Q4: return cols / BLOCK * 2 + cols / 2;
+    case Q8: case Q8_0: return cols / BLOCK * (2 + BLOCK);
+    case Q4: case Q4_0: return cols / BLOCK * (2 + BLOCK / 2);
+    case Q4_K: return cols / 256 * 144;
+    case Q5_K: return cols / 256 * 176;
+    case Q6_K: return cols / 256 * 210;
     default: return cols * 2;
   }
 }

@@ -8,7 +8,6 @@ constexpr int INPUTS = MIXES;
 constexpr int RKV[] = {IN_R, IN_K, IN_V}, RKVG[] = {IN_R, IN_K, IN_V, IN_G};
 constexpr float MIN_LOG_DECAY = -0.60653065971f;  // -e^-1/2, version 7
 constexpr int64_t TICKET_BYTES = 32 << 10;        // of weights in one ticket of a product with one row
-constexpr int64_t TICKET_ROWS = 32;               // rows of weights in one ticket of a product with many
 
 struct Run {
   Request* request;
@@ -23,11 +22,11 @@ struct Run {
   int64_t* chunk;             // rows of this chunk, for the threads that did not cut it
   float* x;                   // [rows, C] the residual
   float* mixed[INPUTS];       // [rows, C]
-  XBlock* quantised[INPUTS];  // the same
+  XGroup* quantised[INPUTS];  // the same
   float *r, *k, *v, *g, *y;   // [rows, A]
   float *decay, *rate, *value_gate, *first;  // [rows, A], version 7 (6: decay)
   float *low[4];              // [rows, C]: low-rank inner values
-  XBlock* y_quantised;
+  XGroup *y_quantised, *hidden_quantised;
   float *hidden, *gate;       // [rows, F], [rows, C]
   float *last_att, *last_ffn; // [B, C]: what the next call's shift needs
   float* partial;             // [threads, C]: parts of the sparse product, to be added to x
@@ -43,7 +42,7 @@ inline void each(Run& run, int64_t count, F stage) {
   team_barrier(run.team);
 }
 
-inline bool is_packed(const Matrix& w) { return w.type == Q8 || w.type == Q4; }
+inline bool is_quantised(const Matrix& w) { return w.type >= Q8; }
 
 inline float* panel_of(Run& run, int thread) { return (float*)(run.local + thread * run.local_bytes); }
 
@@ -52,9 +51,9 @@ void products(Run& run, int thread, const Product* list, int count, int64_t rows
   int64_t starts[16], step[16], total = 0;
   for (int i = 0; i < count; i++) {
     const Matrix& w = *list[i].w;
-    int64_t row_bytes = is_packed(w) ? w.cols : w.cols * (w.type == F32 ? 4 : 2);
-    step[i] = rows > 1 ? TICKET_ROWS : (TICKET_BYTES / row_bytes + 15) / 16 * 16;
-    if (step[i] < 16) step[i] = 16;
+    int64_t row_bytes = line_bytes(w.type, w.cols);
+    step[i] = rows > 1 ? MOST_ROWS : (TICKET_BYTES / row_bytes + 31) / 32 * 32;  // whole blocks of y
+    if (step[i] < 32) step[i] = 32;
     starts[i] = total;
     total += (w.rows + step[i] - 1) / step[i];
   }
@@ -66,8 +65,8 @@ void products(Run& run, int thread, const Product* list, int count, int64_t rows
   });
 }
 
-inline Product make(const Matrix& w, const float* x, const XBlock* q, float* y, int epilogue = STORE) {
-  return {&w, x, w.cols, q, y, w.rows, epilogue};
+inline Product make(const Matrix& w, const float* x, const XGroup* q, float* y, int epilogue = STORE) {
+  return {&w, x, w.cols, q, y, w.rows, epilogue, nullptr, nullptr};
 }
 
 // Element-wise parts ---------------------------------------------------------------------------------------------------
@@ -150,7 +149,7 @@ void keep_shift(Run& run, int thread, const float* last, float* shift) {
 
 inline void quantise_for(Run& run, const Matrix& w, int input, int64_t m) {
   const int64_t c = w.cols;
-  if (is_packed(w)) quantise(run.mixed[input] + m * c, c, run.quantised[input] + m * (c / BLOCK));
+  if (is_quantised(w)) quantise(run.mixed[input] + m * c, c, run.quantised[input] + m * groups_of(c));
 }
 
 // Channel mix ----------------------------------------------------------------------------------------------------------
@@ -171,7 +170,15 @@ void channel_mix(Run& run, int thread, const ChannelMix& ffn, const float* weigh
   keep_shift(run, thread, run.last_ffn, shift_out);
   Product list[2] = {make(ffn.key, run.mixed[IN_K], run.quantised[IN_K], run.hidden, RELU2)};
   if (gated) list[1] = make(ffn.receptance, run.mixed[IN_R], run.quantised[IN_R], run.gate, SIGMOID);
+  if (is_blocks(ffn.value.type)) list[0].y_quantised = run.hidden_quantised;
   products(run, thread, list, gated ? 2 : 1, rows);
+
+  if (is_blocks(ffn.value.type)) {  // its rows are channels: all hidden units are read
+    list[0] = make(ffn.value, run.hidden, run.hidden_quantised, run.x, gated ? GATED_ADD : ADD);
+    list[0].gate = run.gate;
+    products(run, thread, list, 1, rows);
+    return;
+  }
 
   if (rows == 1) {  // only the lines of hidden units that are not zero
     float* sum = run.partial + thread * c;
@@ -216,10 +223,10 @@ inline void heads(Run& run, int64_t width, F work) {
 }
 
 inline void quantise_output(Run& run, const Matrix& output, int64_t row, int64_t t, int64_t channel, int64_t n) {
-  if (!is_packed(output)) return;
+  if (!is_quantised(output)) return;
   const int64_t a = output.cols;
   for (int64_t m = row; m < row + t; m++) {
-    quantise(run.y + m * a + channel, n, run.y_quantised + m * (a / BLOCK) + channel / BLOCK);
+    quantise(run.y + m * a + channel, n, run.y_quantised + m * groups_of(a), channel / BLOCK);
   }
 }
 
@@ -323,7 +330,7 @@ void time_mix6(Run& run, int thread, int64_t index) {
   const int inputs[5] = {IN_W, IN_K, IN_V, IN_R, IN_G};
   Product corrections[5];
   for (int i = 0; i < 5; i++) {
-    corrections[i] = {&layer.maa2[i], run.low[0] + i * rank, 5 * rank, nullptr, run.mixed[inputs[i]], c, STORE};
+    corrections[i] = {&layer.maa2[i], run.low[0] + i * rank, 5 * rank, nullptr, run.mixed[inputs[i]], c, STORE, nullptr, nullptr};
   }
   products(run, thread, corrections, 5, run.rows);
   const Matrix* by[MIXES] = {&layer.receptance, &layer.w1, &layer.key, &layer.value, nullptr, &layer.gate};
@@ -345,7 +352,7 @@ void time_mix6(Run& run, int thread, int64_t index) {
   products(run, thread, list, 5, run.rows);
   heads(run, n, [&](int64_t s, int64_t row, int64_t t, int64_t channel) {
     const int64_t o = row * c + channel, place = ((at + s) * c + channel) * n, r = layer.w2.cols;
-    Product decay = {&layer.w2, run.low[0] + row * r, r, nullptr, run.decay + row * c, c, STORE};
+    Product decay = {&layer.w2, run.low[0] + row * r, r, nullptr, run.decay + row * c, c, STORE, nullptr, nullptr};
     product(decay, channel, channel + n, t, panel_of(run, thread));
     for (int64_t m = row; m < row + t; m++) {
       float *w = run.decay + m * c + channel;
@@ -419,7 +426,7 @@ void time_mix7(Run& run, int thread, int64_t index) {
     float* to[4] = {run.decay, run.rate, run.g, run.value_gate};
     for (int i = 0; i < (first_layer ? 3 : 4); i++) {
       const int64_t rank = outer[i]->cols;
-      Product p = {outer[i], run.low[i] + row * rank, rank, nullptr, to[i] + row * c, c, STORE};
+      Product p = {outer[i], run.low[i] + row * rank, rank, nullptr, to[i] + row * c, c, STORE, nullptr, nullptr};
       product(p, channel, channel + n, t, panel_of(run, thread));
     }
     for (int64_t m = row; m < row + t; m++) prepare7(run, layer, first_layer, m * c + channel, channel, n);
@@ -470,14 +477,7 @@ void embed(Run& run) {
     const int64_t s = run.row_seq[m], at = run.seq_offset[s] + run.seq_done[s] + run.row_time[m];
     const int64_t token = run.request->tokens[at];
     float* x = run.x + m * c;
-    const char* row = (const char*)model.emb.data + token * line_bytes(model.emb.type, c);
-    for (int64_t i = 0; i < c; i++) {
-      switch (model.emb.type) {
-        case F32: x[i] = element<F32>(row, i); break;
-        case F16: x[i] = element<F16>(row, i); break;
-        default: x[i] = element<BF16>(row, i); break;
-      }
-    }
+    widen(model.emb, token, token + 1, x);
     layer_norm(x, model.ln0_weight, model.ln0_bias, c, x);
   });
 }
@@ -557,7 +557,7 @@ void lay_out(Run& run, Slab& slab, const Model& model, int64_t rows, int64_t bat
   run.chunk = slab.take<int64_t>(1);
   run.x = slab.take<float>(rows * c);
   for (auto& p : run.mixed) p = slab.take<float>(rows * wide);
-  for (auto& p : run.quantised) p = slab.take<XBlock>(rows * (wide / BLOCK + 1));
+  for (auto& p : run.quantised) p = slab.take<XGroup>(rows * groups_of(wide));
   float** const of_all[] = {&run.r, &run.k, &run.v, &run.g, &run.y};
   for (float** p : of_all) *p = slab.take<float>(rows * a);
   float** const of_some[] = {&run.decay, &run.rate, &run.value_gate, &run.first};
@@ -569,13 +569,14 @@ void lay_out(Run& run, Slab& slab, const Model& model, int64_t rows, int64_t bat
     for (const Matrix* w : inner) rank = w->rows > rank ? w->rows : rank;
   }
   for (auto& p : run.low) p = slab.take<float>(rows * rank);
-  run.y_quantised = slab.take<XBlock>(rows * (a / BLOCK + 1));
+  run.y_quantised = slab.take<XGroup>(rows * groups_of(a));
   run.hidden = slab.take<float>(rows * f);
+  run.hidden_quantised = slab.take<XGroup>(rows * groups_of(f));
   run.gate = slab.take<float>(rows * c);
   run.last_att = slab.take<float>(batch * c);
   run.last_ffn = slab.take<float>(batch * c);
   run.partial = slab.take<float>(threads * c);
-  int64_t local = PANEL * DEPTH + rows * STRIP;
+  int64_t local = local_floats(rows);
   if (2 * c > local) local = 2 * c;
   run.local_bytes = (local * (int64_t)sizeof(float) + 63) / 64 * 64;
   run.local = slab.take<char>(threads * run.local_bytes);
@@ -622,4 +623,39 @@ void forward(Request& request) {
     run.seq_offset[s] = offset;
   }
   team_run(request.team, thread_main, &run);
+}
+
+// One product by itself: for tests and measurements ---------------------------------------------------------------------
+
+struct Multiply {
+  const Product* product;
+  Team* team;
+  int64_t rows;
+  float* local;
+  XGroup* q;
+};
+
+int64_t multiply_bytes(const Matrix& w, int64_t rows, int threads) {
+  return rows * groups_of(w.cols) * (int64_t)sizeof(XGroup) + threads * local_floats(rows) * (int64_t)sizeof(float);
+}
+
+void multiply_thread(void* context, int thread) {
+  const Multiply& job = *(const Multiply*)context;
+  const Product& p = *job.product;
+  const int64_t groups = groups_of(p.w->cols);
+  if (is_quantised(*p.w)) {
+    for (int64_t m; (m = team_next(job.team)) < job.rows;) quantise(p.x + m * p.ldx, p.w->cols, job.q + m * groups);
+    team_barrier(job.team);
+  }
+  for (int64_t n; (n = team_next(job.team) * MOST_ROWS) < p.w->rows;) {
+    const int64_t last = n + MOST_ROWS < p.w->rows ? n + MOST_ROWS : p.w->rows;
+    product(p, n, last, job.rows, job.local + thread * local_floats(job.rows));
+  }
+}
+
+void multiply(const Matrix& w, const float* x, int64_t rows, float* y, Team* team, void* scratch) {
+  XGroup* q = (XGroup*)scratch;
+  const Product p = make(w, x, q, y);
+  Multiply job = {&p, team, rows, (float*)(q + rows * groups_of(w.cols)), q};
+  team_run(team, multiply_thread, &job);
 }

@@ -17,6 +17,10 @@ namespace receptance {
 namespace {
 #include "vector.h"
 #include "products.h"
+#include "blocks.h"
+#include "panels.h"
+#include "dispatch.h"
+#include "lines.h"
 #include "pack.h"
 #include "wkv.h"
 #include "engine.h"
@@ -27,7 +31,7 @@ bool supported() {
 }  // namespace
 
 const Engine* engine_neon() {
-  static const Engine engine = {"neon", supported, scratch_bytes, forward, pack, pack_lines};
+  static const Engine engine = {"neon", supported, scratch_bytes, forward, pack, pack_lines, widen, multiply, multiply_bytes};
   return &engine;
 }
 }  // namespace receptance

@@ -6,6 +6,10 @@ namespace receptance {
 namespace {
 #include "vector.h"
 #include "products.h"
+#include "blocks.h"
+#include "panels.h"
+#include "dispatch.h"
+#include "lines.h"
 #include "pack.h"
 #include "wkv.h"
 #include "engine.h"
@@ -16,7 +20,7 @@ bool supported() {
 }  // namespace
 
 const Engine* engine_portable() {
-  static const Engine engine = {"portable", supported, scratch_bytes, forward, pack, pack_lines};
+  static const Engine engine = {"portable", supported, scratch_bytes, forward, pack, pack_lines, widen, multiply, multiply_bytes};
   return &engine;
 }
 }  // namespace receptance

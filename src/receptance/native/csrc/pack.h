@@ -40,7 +40,8 @@ void pack(const Matrix& from, void* to, int32_t type, int64_t first_group, int64
         uint16_t scale = encode(x, type, q);
         __builtin_memcpy(p + 2 * r, &scale, 2);
         for (int k = 0; k < (type == Q8 ? 32 : 16); k++) {
-          uint8_t* at = p + GROUP * 2 + k / 4 * 64 + r * 4 + k % 4;
+          const int together = type == Q8 ? Q8_TOGETHER : 4;
+          uint8_t* at = p + GROUP * 2 + (k / together * GROUP + r) * together + k % together;
           *at = (uint8_t)(type == Q8 ? q[k] : q[k] | q[k + 16] << 4);
         }
       }

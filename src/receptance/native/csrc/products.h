@@ -1,46 +1,78 @@
-// Matrix products: y[m][n] = sum over k of x[m][k] w[n][k], and sums of rows for the sparse channel mix.
+// Matrix products: y[m][n] = sum over k of x[m][k] w[n][k].
 // Included by each isa_*.cpp after vector.h, inside its own namespace.
 
-enum Epilogue { STORE, ADD, RELU2, SIGMOID, TANH };
+enum Epilogue { STORE, ADD, GATED_ADD, RELU2, SIGMOID, TANH };
 
-// 32 numbers of a quantised x: q * scale, and their sum, which takes back what unsigned weights add
-struct XBlock {
-  float scale;
-  int32_t sum;
-  int8_t q[BLOCK];
+// Eight blocks of a quantised x, twice: q * scale for weights of 4 to 6 bits, and wide * scale / 256 for those of 8 bits where
+// 16-bit products cost no more (WIDE). Sums (of 16 q, of 32 wide) take back what unsigned weights add.
+struct XGroup {
+  float scale[8];
+  int32_t sum[16], wide_sum[8];
+  int8_t q[8 * BLOCK];
+  int16_t wide[8 * BLOCK];
 };
+
+#if defined(ISA_AVX512) || defined(ISA_NEON)
+constexpr bool WIDE = false;  // they have dot products of bytes
+#else
+constexpr bool WIDE = true;
+#endif
+constexpr float WIDE_UNIT = 1.0f / 256;
+#if defined(ISA_AVX2)
+constexpr int Q8_TOGETHER = 2;  // columns of a row that lie together in a packed block
+#else
+constexpr int Q8_TOGETHER = 4;
+#endif
+
+inline int64_t groups_of(int64_t cols) { return (cols + 8 * BLOCK - 1) / (8 * BLOCK); }
+inline int32_t sum_of(const XGroup& x, int64_t block) { return x.sum[2 * block] + x.sum[2 * block + 1]; }
 
 struct Product {
   const Matrix* w;
   const float* x;     // [m, ldx]
   int64_t ldx;
-  const XBlock* q;    // the same, quantised: [m, cols / 32]; for quantised w
+  const XGroup* q;    // the same, quantised: [m, groups_of(cols)]; for quantised w
   float* y;           // [m, ldy]
   int64_t ldy;
   int epilogue;
+  const float* gate;  // [m, ldy], GATED_ADD: y += gate * product
+  XGroup* y_quantised;  // null, or [m, groups_of(w->rows)]: y once more, quantised
 };
 
-constexpr int PANEL = 16;     // rows of w converted to float at once
-constexpr int DEPTH = 1024;   // columns of them
-constexpr int STRIP = 32;     // columns of a transposed product done at once
-constexpr int STRIP_ROWS = 64;
 constexpr int AHEAD = 2048;   // bytes of prefetch
 
-void quantise(const float* x, int64_t n, XBlock* out) {
-  for (int64_t b = 0; b < n / BLOCK; b++, x += BLOCK, out++) {
+// n numbers, whole blocks, into the blocks from `first` on
+void quantise(const float* x, int64_t n, XGroup* out, int64_t first = 0) {
+  for (int64_t b = first; b < first + n / BLOCK; b++, x += BLOCK) {
+    XGroup& group = out[b / 8];
+    int8_t* q = group.q + b % 8 * BLOCK;
+    int16_t* wide = group.wide + b % 8 * BLOCK;
     float largest = 0;
 #pragma omp simd reduction(max : largest)
     for (int i = 0; i < BLOCK; i++) largest = __builtin_fabsf(x[i]) > largest ? __builtin_fabsf(x[i]) : largest;
-    float scale = largest / 127, inverse = largest > 1e-30f ? 127 / largest : 0;  // 127 / largest must be finite
+    const float inverse = largest > 1e-30f ? 127 / largest : 0;  // it must be finite
+    group.scale[b % 8] = largest / 127;
+    int32_t whole[BLOCK];
+#pragma omp simd
+    for (int i = 0; i < BLOCK; i++) whole[i] = (int32_t)((x[i] * inverse + 12582912.0f) - 12582912.0f);
+#pragma omp simd
+    for (int i = 0; i < BLOCK; i++) q[i] = (int8_t)whole[i];
+    for (int h = 0; h < 2; h++) {
+      int32_t total = 0;
+#pragma omp simd reduction(+ : total)
+      for (int i = 0; i < 16; i++) total += whole[16 * h + i];
+      group.sum[b % 8 * 2 + h] = total;
+    }
+    if (!WIDE) continue;
     int32_t total = 0;
 #pragma omp simd reduction(+ : total)
     for (int i = 0; i < BLOCK; i++) {
-      int32_t q = (int32_t)((x[i] * inverse + 12582912.0f) - 12582912.0f);
-      out->q[i] = (int8_t)q;
-      total += q;
+      whole[i] = (int32_t)((x[i] * (inverse * 256) + 12582912.0f) - 12582912.0f);
+      total += whole[i];
     }
-    out->scale = scale;
-    out->sum = total;
+    group.wide_sum[b % 8] = total;
+#pragma omp simd
+    for (int i = 0; i < BLOCK; i++) wide[i] = (int16_t)whole[i];
   }
 }
 
@@ -58,6 +90,16 @@ void finish(float* y, int64_t n, int epilogue) {
 #pragma omp simd
       for (int64_t i = 0; i < n; i++) y[i] = tanh_(y[i]);
       break;
+  }
+}
+
+// Results n..n+count of row m go where they belong
+inline void put(const Product& p, int64_t m, int64_t n, int64_t count, float* y) {
+  finish(y, count, p.epilogue);
+  float* to = p.y + m * p.ldy + n;
+  const float* gate = p.gate + m * p.ldy + n;
+  for (int64_t i = 0; i < count; i++) {
+    to[i] = p.epilogue == ADD ? to[i] + y[i] : p.epilogue == GATED_ADD ? to[i] + gate[i] * y[i] : y[i];
   }
 }
 
@@ -94,80 +136,15 @@ void one_row(const Product& p, int64_t first, int64_t last) {
     int count = last - n >= 8 ? 8 : 1;
     if (count == 8) dot_rows<T, 8>(w + n * stride, stride, p.x, cols, y);
     else dot_rows<T, 1>(w + n * stride, stride, p.x, cols, y);
-    finish(y, count, p.epilogue);
-    for (int i = 0; i < count; i++) p.y[n + i] = p.epilogue == ADD ? p.y[n + i] + y[i] : y[i];
+    put(p, 0, n, count, y);
     n += count;
   }
-}
-
-// Many rows of x, plain weights: panels converted to float, in tiles that stay in registers ------------------------------
-
-template <int R, int M>
-inline void tile(const float* w, int64_t ldw, const float* x, int64_t ldx, int64_t depth, float* y, int64_t ldy) {
-  vf acc[M][R] = {};
-  int64_t k = 0;
-  for (; k + W <= depth; k += W) {
-    vf xs[M];
-    for (int m = 0; m < M; m++) xs[m] = load(x + m * ldx + k);
-    for (int r = 0; r < R; r++) {
-      vf ws = load(w + r * ldw + k);
-      for (int m = 0; m < M; m++) acc[m][r] += ws * xs[m];
-    }
-  }
-  for (int m = 0; m < M; m++) {
-    for (int r = 0; r < R; r++) {
-      float rest = 0;
-      for (int64_t j = k; j < depth; j++) rest += w[r * ldw + j] * x[m * ldx + j];
-      y[m * ldy + r] += sum(acc[m][r]) + rest;
-    }
-  }
-}
-
-template <int R>
-inline void tiles(const float* w, int64_t ldw, const float* x, int64_t ldx, int64_t rows, int64_t depth, float* y,
-                  int64_t ldy) {
-  int64_t m = 0;
-  for (; m + TILE <= rows; m += TILE) tile<R, TILE>(w, ldw, x + m * ldx, ldx, depth, y + m * ldy, ldy);
-  for (; m < rows; m++) tile<R, 1>(w, ldw, x + m * ldx, ldx, depth, y + m * ldy, ldy);
-}
-
-template <int T>
-void many_rows(const Product& p, int64_t first, int64_t last, int64_t rows, float* panel) {
-  const int64_t cols = p.w->cols, stride = offset<T>(cols);
-  const char* w = (const char*)p.w->data;
-  if (p.epilogue != ADD) {
-    for (int64_t m = 0; m < rows; m++) __builtin_memset(p.y + m * p.ldy + first, 0, (last - first) * sizeof(float));
-  }
-  for (int64_t k = 0; k < cols; k += DEPTH) {
-    int64_t depth = cols - k < DEPTH ? cols - k : DEPTH;
-    for (int64_t n = first; n < last; n += PANEL) {
-      int64_t height = last - n < PANEL ? last - n : PANEL;
-      const float* rows_of_w = (const float*)(w + n * stride) + k;
-      int64_t ldw = cols;
-      if (T != F32) {
-        for (int64_t r = 0; r < height; r++) {
-          const char* row = w + (n + r) * stride + offset<T>(k);
-          int64_t j = 0;
-          for (; j + W <= depth; j += W) store(panel + r * DEPTH + j, elements<T>(row, j));
-          for (; j < depth; j++) panel[r * DEPTH + j] = element<T>(row, j);
-        }
-        rows_of_w = panel;
-        ldw = DEPTH;
-      }
-      int64_t r = 0;
-      for (; r + 4 <= height; r += 4) {
-        tiles<4>(rows_of_w + r * ldw, ldw, p.x + k, p.ldx, rows, depth, p.y + n + r, p.ldy);
-      }
-      for (; r < height; r++) tiles<1>(rows_of_w + r * ldw, ldw, p.x + k, p.ldx, rows, depth, p.y + n + r, p.ldy);
-    }
-  }
-  for (int64_t m = 0; m < rows; m++) finish(p.y + m * p.ldy + first, last - first, p.epilogue);
 }
 
 // Packed weights: G groups of 16 rows, M rows of x -----------------------------------------------------------------------
 
 template <int T, int G, int M>
-inline void packed(const uint8_t* w, int64_t group_bytes, int64_t blocks, const XBlock* x, int64_t ldq,
+inline void packed(const uint8_t* w, int64_t group_bytes, int64_t blocks, const XGroup* x, int64_t ldq,
                    float (*y)[M][GROUP]) {
   constexpr int BYTES = T == Q8 ? Q8_BYTES : Q4_BYTES;
   constexpr int VECTORS = T == Q8 ? 8 : 4;
@@ -185,14 +162,14 @@ inline void packed(const uint8_t* w, int64_t group_bytes, int64_t blocks, const 
         if (T == Q8) {
           q = _mm512_xor_si512(q, _mm512_set1_epi8((char)0x80));  // + 128: unsigned
           for (int m = 0; m < M; m++) {
-            __m512i xs = _mm512_set1_epi32(read<int32_t>(x[m * ldq + b].q + 4 * j));
+            __m512i xs = _mm512_set1_epi32(read<int32_t>(x[m * ldq + b / 8].q + b % 8 * BLOCK + 4 * j));
             dot[m] = _mm512_dpbusd_epi32(dot[m], q, xs);
           }
         } else {
           __m512i low = _mm512_and_si512(q, _mm512_set1_epi8(15));
           __m512i high = _mm512_and_si512(_mm512_srli_epi16(q, 4), _mm512_set1_epi8(15));
           for (int m = 0; m < M; m++) {
-            const int8_t* xq = x[m * ldq + b].q;
+            const int8_t* xq = x[m * ldq + b / 8].q + b % 8 * BLOCK;
             dot[m] = _mm512_dpbusd_epi32(dot[m], low, _mm512_set1_epi32(read<int32_t>(xq + 4 * j)));
             dot[m] = _mm512_dpbusd_epi32(dot[m], high, _mm512_set1_epi32(read<int32_t>(xq + 16 + 4 * j)));
           }
@@ -200,9 +177,9 @@ inline void packed(const uint8_t* w, int64_t group_bytes, int64_t blocks, const 
       }
       __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
       for (int m = 0; m < M; m++) {
-        const XBlock& xb = x[m * ldq + b];
-        dot[m] = _mm512_sub_epi32(dot[m], _mm512_set1_epi32((T == Q8 ? 128 : 8) * xb.sum));
-        __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(xb.scale));
+        const XGroup& xg = x[m * ldq + b / 8];
+        dot[m] = _mm512_sub_epi32(dot[m], _mm512_set1_epi32((T == Q8 ? 128 : 8) * sum_of(xg, b % 8)));
+        __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(xg.scale[b % 8]));
         acc[g][m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[m]), both, acc[g][m]);
       }
     }
@@ -212,6 +189,7 @@ inline void packed(const uint8_t* w, int64_t group_bytes, int64_t blocks, const 
   }
 #elif defined(ISA_AVX2)
   const __m256i ones = _mm256_set1_epi16(1);
+  const float unit = T == Q8 ? WIDE_UNIT : 1;
   __m256 acc[G][M][2] = {};
   for (int64_t b = 0; b < blocks; b++) {
     for (int g = 0; g < G; g++) {
@@ -220,41 +198,38 @@ inline void packed(const uint8_t* w, int64_t group_bytes, int64_t blocks, const 
         for (int i = 0; i < BYTES; i += 64) __builtin_prefetch(p + i + AHEAD);
       }
       __m256i dot[M][2] = {};  // Q8: 32-bit sums; Q4: 16-bit sums, which 8 products of 15 x 127 x 2 do not overflow
-      for (int j = 0; j < VECTORS; j++) {
+      for (int j = 0; T == Q8 && j < 16; j++) {  // two columns of 16 rows
+        const __m128i* at = (const __m128i*)(p + GROUP * 2 + j * 32);
+        const __m256i q[2] = {_mm256_cvtepi8_epi16(_mm_loadu_si128(at)), _mm256_cvtepi8_epi16(_mm_loadu_si128(at + 1))};
+        for (int m = 0; m < M; m++) {
+          __m256i xs = _mm256_set1_epi32(read<int32_t>(x[m * ldq + b / 8].wide + b % 8 * BLOCK + 2 * j));
+          for (int h = 0; h < 2; h++) dot[m][h] = _mm256_add_epi32(dot[m][h], _mm256_madd_epi16(q[h], xs));
+        }
+      }
+      for (int j = 0; T == Q4 && j < 4; j++) {
         const __m256i* at = (const __m256i*)(p + GROUP * 2 + j * 64);
         const __m256i q[2] = {_mm256_loadu_si256(at), _mm256_loadu_si256(at + 1)};
-        if (T == Q8) {  // products of unsigned and signed bytes: |w| and x with w's sign
-          const __m256i size[2] = {_mm256_abs_epi8(q[0]), _mm256_abs_epi8(q[1])};
-          for (int m = 0; m < M; m++) {
-            __m256i xs = _mm256_set1_epi32(read<int32_t>(x[m * ldq + b].q + 4 * j));
-            for (int h = 0; h < 2; h++) {
-              __m256i pairs = _mm256_maddubs_epi16(size[h], _mm256_sign_epi8(xs, q[h]));
-              dot[m][h] = _mm256_add_epi32(dot[m][h], _mm256_madd_epi16(pairs, ones));
-            }
-          }
-        } else {
-          const __m256i mask = _mm256_set1_epi8(15);
-          const __m256i low[2] = {_mm256_and_si256(q[0], mask), _mm256_and_si256(q[1], mask)};
-          const __m256i high[2] = {_mm256_and_si256(_mm256_srli_epi16(q[0], 4), mask),
-                                   _mm256_and_si256(_mm256_srli_epi16(q[1], 4), mask)};
-          for (int m = 0; m < M; m++) {
-            const int8_t* xq = x[m * ldq + b].q;
-            __m256i first = _mm256_set1_epi32(read<int32_t>(xq + 4 * j));
-            __m256i second = _mm256_set1_epi32(read<int32_t>(xq + 16 + 4 * j));
-            for (int h = 0; h < 2; h++) {
-              dot[m][h] = _mm256_add_epi16(dot[m][h], _mm256_maddubs_epi16(low[h], first));
-              dot[m][h] = _mm256_add_epi16(dot[m][h], _mm256_maddubs_epi16(high[h], second));
-            }
+        const __m256i mask = _mm256_set1_epi8(15);
+        const __m256i low[2] = {_mm256_and_si256(q[0], mask), _mm256_and_si256(q[1], mask)};
+        const __m256i high[2] = {_mm256_and_si256(_mm256_srli_epi16(q[0], 4), mask),
+                                 _mm256_and_si256(_mm256_srli_epi16(q[1], 4), mask)};
+        for (int m = 0; m < M; m++) {
+          const int8_t* xq = x[m * ldq + b / 8].q + b % 8 * BLOCK;
+          __m256i first = _mm256_set1_epi32(read<int32_t>(xq + 4 * j));
+          __m256i second = _mm256_set1_epi32(read<int32_t>(xq + 16 + 4 * j));
+          for (int h = 0; h < 2; h++) {
+            dot[m][h] = _mm256_add_epi16(dot[m][h], _mm256_maddubs_epi16(low[h], first));
+            dot[m][h] = _mm256_add_epi16(dot[m][h], _mm256_maddubs_epi16(high[h], second));
           }
         }
       }
       for (int h = 0; h < 2; h++) {
         __m256 scale = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + h * 16)));
         for (int m = 0; m < M; m++) {
-          const XBlock& xb = x[m * ldq + b];
+          const XGroup& xg = x[m * ldq + b / 8];
           __m256i whole = dot[m][h];
-          if (T == Q4) whole = _mm256_sub_epi32(_mm256_madd_epi16(whole, ones), _mm256_set1_epi32(8 * xb.sum));
-          __m256 both = _mm256_mul_ps(scale, _mm256_set1_ps(xb.scale));
+          if (T == Q4) whole = _mm256_sub_epi32(_mm256_madd_epi16(whole, ones), _mm256_set1_epi32(8 * sum_of(xg, b % 8)));
+          __m256 both = _mm256_mul_ps(scale, _mm256_set1_ps(xg.scale[b % 8] * unit));
           acc[g][m][h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole), both, acc[g][m][h]);
         }
       }
@@ -267,6 +242,7 @@ inline void packed(const uint8_t* w, int64_t group_bytes, int64_t blocks, const 
     }
   }
 #else
+  const float unit = T == Q8 && WIDE ? WIDE_UNIT : 1;
   __builtin_memset(y, 0, sizeof(float) * G * M * GROUP);
   for (int64_t b = 0; b < blocks; b++) {
     for (int g = 0; g < G; g++) {
@@ -280,7 +256,7 @@ inline void packed(const uint8_t* w, int64_t group_bytes, int64_t blocks, const 
           int8x16_t low = T == Q8 ? vreinterpretq_s8_u8(q) : vreinterpretq_s8_u8(vandq_u8(q, vdupq_n_u8(15)));
           int8x16_t high = vreinterpretq_s8_u8(vshrq_n_u8(q, 4));
           for (int m = 0; m < M; m++) {
-            const int8_t* xq = x[m * ldq + b].q;
+            const int8_t* xq = x[m * ldq + b / 8].q + b % 8 * BLOCK;
             int8x16_t xs = vreinterpretq_s8_s32(vdupq_n_s32(read<int32_t>(xq + 4 * j)));
             parts[m][i] = vdotq_s32(parts[m][i], low, xs);
             if (T == Q4) {
@@ -296,11 +272,12 @@ inline void packed(const uint8_t* w, int64_t group_bytes, int64_t blocks, const 
 #else
       for (int j = 0; j < VECTORS; j++) {
         for (int m = 0; m < M; m++) {
-          const int8_t* xq = x[m * ldq + b].q + 4 * j;
+          const int8_t* xq = x[m * ldq + b / 8].q + b % 8 * BLOCK + 4 * j;
+          const int16_t* xw = x[m * ldq + b / 8].wide + b % 8 * BLOCK + 4 * j;
           for (int r = 0; r < GROUP; r++) {
             const uint8_t* q = p + GROUP * 2 + j * 64 + r * 4;
             for (int i = 0; i < 4; i++) {
-              if (T == Q8) dot[m][r] += (int32_t)(int8_t)q[i] * xq[i];
+              if (T == Q8) dot[m][r] += (int32_t)(int8_t)q[i] * xw[i];
               else dot[m][r] += (int32_t)(q[i] & 15) * xq[i] + (int32_t)(q[i] >> 4) * xq[16 + i];
             }
           }
@@ -308,22 +285,15 @@ inline void packed(const uint8_t* w, int64_t group_bytes, int64_t blocks, const 
       }
 #endif
       for (int m = 0; m < M; m++) {
-        const XBlock& xb = x[m * ldq + b];
+        const XGroup& xg = x[m * ldq + b / 8];
         for (int r = 0; r < GROUP; r++) {
-          int32_t whole = T == Q4 ? dot[m][r] - 8 * xb.sum : dot[m][r];
-          y[g][m][r] += (float)whole * (half_to_float(read<uint16_t>(p + 2 * r)) * xb.scale);
+          int32_t whole = T == Q4 ? dot[m][r] - 8 * sum_of(xg, b % 8) : dot[m][r];
+          y[g][m][r] += (float)whole * (half_to_float(read<uint16_t>(p + 2 * r)) * xg.scale[b % 8] * unit);
         }
       }
     }
   }
 #endif
-}
-
-inline void put(const Product& p, int64_t m, int64_t n, int64_t last, float* y) {
-  int64_t count = last - n < GROUP ? last - n : GROUP;
-  finish(y, count, p.epilogue);
-  float* to = p.y + m * p.ldy + n;
-  for (int64_t i = 0; i < count; i++) to[i] = p.epilogue == ADD ? to[i] + y[i] : y[i];
 }
 
 #if defined(ISA_AVX512)
@@ -333,172 +303,18 @@ constexpr int PACKED_TILE = 4;
 #endif
 
 template <int T>
-void packed_rows(const Product& p, int64_t first, int64_t last, int64_t rows) {
+void packed_row(const Product& p, int64_t first, int64_t last) {
   const int64_t blocks = p.w->cols / BLOCK, group_bytes = blocks * (T == Q8 ? Q8_BYTES : Q4_BYTES);
   const uint8_t* w = (const uint8_t*)p.w->data;
   int64_t n = first;
-  if (rows == 1) {
-    for (; n + 4 * GROUP <= last; n += 4 * GROUP) {
-      float y[4][1][GROUP];
-      packed<T, 4, 1>(w + n / GROUP * group_bytes, group_bytes, blocks, p.q, blocks, y);
-      for (int g = 0; g < 4; g++) put(p, 0, n + g * GROUP, last, y[g][0]);
-    }
+  for (; n + 4 * GROUP <= last; n += 4 * GROUP) {
+    float y[4][1][GROUP];
+    packed<T, 4, 1>(w + n / GROUP * group_bytes, group_bytes, blocks, p.q, 0, y);
+    for (int g = 0; g < 4; g++) put(p, 0, n + g * GROUP, GROUP, y[g][0]);
   }
   for (; n < last; n += GROUP) {
-    const uint8_t* group = w + n / GROUP * group_bytes;
-    int64_t m = 0;
-    for (; m + PACKED_TILE <= rows; m += PACKED_TILE) {
-      float y[1][PACKED_TILE][GROUP];
-      packed<T, 1, PACKED_TILE>(group, group_bytes, blocks, p.q + m * blocks, blocks, y);
-      for (int i = 0; i < PACKED_TILE; i++) put(p, m + i, n, last, y[0][i]);
-    }
-    for (; m < rows; m++) {
-      float y[1][1][GROUP];
-      packed<T, 1, 1>(group, group_bytes, blocks, p.q + m * blocks, blocks, y);
-      put(p, m, n, last, y[0][0]);
-    }
-  }
-}
-
-// Rows first..last of w against `rows` rows of x; `first` a multiple of 16. panel: PANEL x DEPTH floats.
-void product(const Product& p, int64_t first, int64_t last, int64_t rows, float* panel) {
-  switch (p.w->type) {
-    case F32: return rows == 1 ? one_row<F32>(p, first, last) : many_rows<F32>(p, first, last, rows, panel);
-    case F16: return rows == 1 ? one_row<F16>(p, first, last) : many_rows<F16>(p, first, last, rows, panel);
-    case BF16: return rows == 1 ? one_row<BF16>(p, first, last) : many_rows<BF16>(p, first, last, rows, panel);
-    case Q8: return packed_rows<Q8>(p, first, last, rows);
-    case Q4: return packed_rows<Q4>(p, first, last, rows);
-  }
-}
-
-// Sums of lines: y[c] += sum over i of h[i] w[index[i]][c] ----------------------------------------------------------------
-
-template <int T>
-inline vf line_part(const char* line, int64_t cols, int64_t c) {  // W numbers of a quantised line, without their scale
-  const char* q = line + cols / BLOCK * 2;
-  if (T == Q8) return bytes((const int8_t*)q + c);
-  int64_t at = c / BLOCK * 16 + c % 16;
-  return c % BLOCK < 16 ? nibbles<0>((const uint8_t*)q + at) : nibbles<4>((const uint8_t*)q + at);
-}
-
-template <int T, int R>
-inline void add_lines(const char* const* line, const float* h, int64_t cols, float* y) {
-  int64_t c = 0;
-  if (T == Q8 || T == Q4) {
-    for (; c < cols; c += BLOCK) {
-      float scale[R];
-      for (int r = 0; r < R; r++) {
-        scale[r] = h[r] * half_to_float(read<uint16_t>(line[r] + c / BLOCK * 2));
-        if (c % 64 == 0) __builtin_prefetch(line[r] + cols / BLOCK * 2 + (T == Q8 ? c : c / 2) + 512);
-      }
-      for (int u = 0; u < BLOCK; u += W) {
-        vf acc = load(y + c + u);
-        for (int r = 0; r < R; r++) acc += line_part<T>(line[r], cols, c + u) * scale[r];
-        store(y + c + u, acc);
-      }
-    }
-    return;
-  }
-  constexpr int PLAIN = T == Q8 || T == Q4 ? F32 : T;
-  for (; c + W <= cols; c += W) {
-    vf acc = load(y + c);
-    for (int r = 0; r < R; r++) acc += elements<PLAIN>(line[r], c) * h[r];
-    store(y + c, acc);
-  }
-  for (; c < cols; c++) {
-    for (int r = 0; r < R; r++) y[c] += element<PLAIN>(line[r], c) * h[r];
-  }
-}
-
-template <int T>
-void add_active(const Matrix& w, const int32_t* index, const float* h, int64_t count, float* y) {
-  const char* data = (const char*)w.data;
-  const int64_t size = line_bytes(T, w.cols);
-  int64_t i = 0;
-  for (; i < count;) {
-    const char* line[8];
-    int many = count - i >= 8 ? 8 : 1;
-    for (int r = 0; r < many; r++) line[r] = data + index[i + r] * size;
-    if (many == 8) add_lines<T, 8>(line, h + i, w.cols, y);
-    else add_lines<T, 1>(line, h + i, w.cols, y);
-    i += many;
-  }
-}
-
-// Hidden units first..last of one row h: those that are not zero. index, values: room for them. Returns their number.
-int64_t add_active_lines(const Matrix& w, const float* h, int64_t first, int64_t last, int32_t* index, float* values,
-                         float* y) {
-  int64_t count = 0;
-  for (int64_t f = first; f < last; f++) {
-    index[count] = (int32_t)f;
-    values[count] = h[f];
-    count += h[f] != 0;
-  }
-  switch (w.type) {
-    case F32: add_active<F32>(w, index, values, count, y); break;
-    case F16: add_active<F16>(w, index, values, count, y); break;
-    case BF16: add_active<BF16>(w, index, values, count, y); break;
-    case Q8: add_active<Q8>(w, index, values, count, y); break;
-    case Q4: add_active<Q4>(w, index, values, count, y); break;
-  }
-  return count;
-}
-
-// The same for many rows of h, columns first..first+STRIP: y [rows, STRIP] is set to the whole sum ------------------------
-
-template <int T>
-inline void strip_of_lines(const Matrix& w, int64_t f, int64_t count, int64_t first, float* strip) {
-  const int64_t cols = w.cols, width = cols - first < STRIP ? cols - first : STRIP, size = line_bytes(T, cols);
-  for (int64_t i = 0; i < count; i++, strip += STRIP) {
-    const char* line = (const char*)w.data + (f + i) * size;
-    if (T == Q8 || T == Q4) {
-      float scale = half_to_float(read<uint16_t>(line + first / BLOCK * 2));
-      for (int u = 0; u < STRIP; u += W) store(strip + u, line_part<T>(line, cols, first + u) * scale);
-      continue;
-    }
-    constexpr int PLAIN = T == Q8 || T == Q4 ? F32 : T;
-    int64_t u = 0;
-    for (; u + W <= width; u += W) store(strip + u, elements<PLAIN>(line, first + u));
-    for (; u < width; u++) strip[u] = element<PLAIN>(line, first + u);
-    for (; u < STRIP; u++) strip[u] = 0;
-  }
-}
-
-template <int M>
-inline void strip_tile(const float* strip, const float* h, int64_t ldh, int64_t count, float* y) {
-  constexpr int V = 2 * W < STRIP ? 2 : STRIP / W;
-  for (int u = 0; u < STRIP; u += V * W) {
-    vf acc[M][V];
-    for (int m = 0; m < M; m++) {
-      for (int v = 0; v < V; v++) acc[m][v] = load(y + m * STRIP + u + v * W);
-    }
-    for (int64_t f = 0; f < count; f++) {
-      vf ws[V];
-      for (int v = 0; v < V; v++) ws[v] = load(strip + f * STRIP + u + v * W);
-      for (int m = 0; m < M; m++) {
-        for (int v = 0; v < V; v++) acc[m][v] += ws[v] * h[m * ldh + f];
-      }
-    }
-    for (int m = 0; m < M; m++) {
-      for (int v = 0; v < V; v++) store(y + m * STRIP + u + v * W, acc[m][v]);
-    }
-  }
-}
-
-void strip_product(const Matrix& w, const float* h, int64_t rows, int64_t first, float* strip, float* y) {
-  constexpr int M = 6;
-  __builtin_memset(y, 0, rows * STRIP * sizeof(float));
-  for (int64_t f = 0; f < w.rows; f += STRIP_ROWS) {
-    int64_t count = w.rows - f < STRIP_ROWS ? w.rows - f : STRIP_ROWS;
-    switch (w.type) {
-      case F32: strip_of_lines<F32>(w, f, count, first, strip); break;
-      case F16: strip_of_lines<F16>(w, f, count, first, strip); break;
-      case BF16: strip_of_lines<BF16>(w, f, count, first, strip); break;
-      case Q8: strip_of_lines<Q8>(w, f, count, first, strip); break;
-      case Q4: strip_of_lines<Q4>(w, f, count, first, strip); break;
-    }
-    int64_t m = 0;
-    for (; m + M <= rows; m += M) strip_tile<M>(strip, h + m * w.rows + f, w.rows, count, y + m * STRIP);
-    for (; m < rows; m++) strip_tile<1>(strip, h + m * w.rows + f, w.rows, count, y + m * STRIP);
+    float y[1][1][GROUP];
+    packed<T, 1, 1>(w + n / GROUP * group_bytes, group_bytes, blocks, p.q, 0, y);
+    put(p, 0, n, last - n < GROUP ? last - n : GROUP, y[0][0]);
   }
 }

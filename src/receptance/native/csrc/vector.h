@@ -5,13 +5,10 @@
 
 #if defined(ISA_AVX512)
 constexpr int W = 16;
-constexpr int TILE = 6;  // rows of x per tile of a product with many rows
 #elif defined(ISA_AVX2)
 constexpr int W = 8;
-constexpr int TILE = 3;
 #else
 constexpr int W = 4;
-constexpr int TILE = 3;
 #endif
 
 typedef float vf __attribute__((vector_size(W * 4)));
@@ -19,7 +16,15 @@ typedef float vf_any __attribute__((vector_size(W * 4), aligned(4), may_alias));
 
 inline vf load(const float* p) { return *(const vf_any*)p; }
 inline void store(float* p, vf v) { *(vf_any*)p = v; }
-inline vf splat(float x) { return vf{} + x; }
+inline vf splat(float x) {  // `vf{} + x` would add: 0 + -0 is not -0
+#if defined(ISA_AVX512)
+  return (vf)_mm512_set1_ps(x);
+#elif defined(ISA_AVX2)
+  return (vf)_mm256_set1_ps(x);
+#else
+  return vf{x, x, x, x};
+#endif
+}
 
 template <class To, class From>
 inline To bits(From from) {
