@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from tests.ops import emulation
 
 from receptance.ops import cuda
 from receptance.ops.wkv7 import cuda as module
 from receptance.ops.wkv7.cuda import wkv7
 from receptance.ops.wkv7.naive import wkv7 as naive
-from tests.ops import emulation
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ["y", "end", "gr", "gw", "gk", "gv", "ga", "gb", "gstate"]

@@ -58,19 +58,19 @@ void quantise(const float* x, int64_t n, XGroup* out, int64_t first = 0) {
 #pragma omp simd
     for (int i = 0; i < BLOCK; i++) q[i] = (int8_t)whole[i];
     for (int h = 0; h < 2; h++) {
-      int32_t total = 0;
+      uint32_t total = 0;  // unsigned: NaN becomes the least integer, and sums of those must not overflow
 #pragma omp simd reduction(+ : total)
-      for (int i = 0; i < 16; i++) total += whole[16 * h + i];
-      group.sum[b % 8 * 2 + h] = total;
+      for (int i = 0; i < 16; i++) total += (uint32_t)whole[16 * h + i];
+      group.sum[b % 8 * 2 + h] = (int32_t)total;
     }
     if (!WIDE) continue;
-    int32_t total = 0;
+    uint32_t total = 0;
 #pragma omp simd reduction(+ : total)
     for (int i = 0; i < BLOCK; i++) {
       whole[i] = (int32_t)((x[i] * (inverse * 256) + 12582912.0f) - 12582912.0f);
-      total += whole[i];
+      total += (uint32_t)whole[i];
     }
-    group.wide_sum[b % 8] = total;
+    group.wide_sum[b % 8] = (int32_t)total;
 #pragma omp simd
     for (int i = 0; i < BLOCK; i++) wide[i] = (int16_t)whole[i];
   }

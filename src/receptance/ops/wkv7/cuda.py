@@ -120,7 +120,7 @@ def _backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The gradients of r, w, k, v, a, b and of the start state."""
     (gy, g_end), (*tensors, _), (resets,), (states, units, ends, maps) = gradients, inputs, others, kept
-    batch, t, h, n = gy.shape
+    batch, t, h, _ = gy.shape
     cut, kernels = Cut(batch * h, t, h), program(gy.dtype)
     grid, g_ends = (cut.heads, cut.segments), g_end
     if cut.segments > 1:
