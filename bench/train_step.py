@@ -11,6 +11,7 @@ time ÷ 989 TFLOP/s), peak memory, GPU time by group of kernels in one profiled 
 
 import argparse
 import json
+import re
 import statistics
 import sys
 import time
@@ -28,7 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from receptance.models import RWKV, VERSIONS
 from receptance.ops import BACKENDS
-from receptance.ops.pieces import PIECES
+from receptance.ops.pieces import CUDA, PIECES
 from receptance.training.optim import param_groups
 
 VOCAB = 65_536
@@ -148,12 +149,15 @@ def timed(function: Callable[[], object], device: str, rounds: int) -> list[floa
 
 
 def kernel_groups() -> dict[str, str]:
-    """Name of a Triton kernel of ours → group."""
+    """Name of a kernel of ours → group."""
+    groups = {}
+    for path in CUDA.values():
+        source = Path(str(import_module(path).SOURCE)).read_text()
+        groups |= dict.fromkeys(re.findall(r"__global__ void(?: __launch_bounds__\(.*?\))?\s+(\w+)\(", source), "WKV")
     if find_spec("triton") is None:
-        return {}
+        return groups
     import triton
 
-    groups = {}
     for piece, path in PIECES.items():
         group = "WKV" if piece in BACKENDS else "loss" if piece == "head_loss" else "fused"
         for value in vars(import_module(path)).values():
