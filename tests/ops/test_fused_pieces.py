@@ -76,6 +76,29 @@ def test_token_shift_stops_at_a_document(own):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sum_norm_shift_and_mixes_in_one(shape, adds, dtype):
+    b, t, c = shape
+    n_mixes, present = (1, True) if adds else (6, False)
+    resets = torch.zeros(b, t, dtype=torch.bool, device=DEVICE)
+    resets[0, [0, t // 2, t - 1]] = t > 1
+    inputs = [rand(*shape), rand(*shape, seed=1), rand(c), rand(c, seed=1), rand(b, c)]
+    inputs += [rand(1, 1, c, seed=j) for j in range(n_mixes)]
+
+    def flat(function, cut):
+        def call(x, delta, weight, bias, last, *mixes):
+            delta, rest = (delta, 0) if adds else (None, delta.sum())
+            total, end, mixed = function(x, delta, weight, bias, 1e-5, last, mixes, resets=cut, present=present)
+            return total + rest, end, *mixed
+
+        return call
+
+    for cut in (None, resets):
+        check(flat(shift_kernels.norm_mix, cut), flat(shift.norm_mix, cut), inputs, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("present", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_mixes_of_each_position_its_own(shape, present, dtype):

@@ -14,7 +14,6 @@ from receptance.models.base import (
     Recipe,
     Rule,
     Shapes,
-    carry,
     depth,
     frame_recipe,
     norm_recipe,
@@ -121,13 +120,17 @@ class TimeMix(nn.Module):
         self.output = nn.Linear(c, c, bias=False)
         self.ln_x = nn.GroupNorm(h, c, eps=64e-5)  # for any head size
 
+    @property
+    def mixes(self) -> list[Tensor]:
+        return [self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g]
+
     def forward(
-        self, x: Tensor, v_first: Tensor | None, state: dict[str, Tensor], call: Call
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        b, t, c = x.shape
+        self, mixed: list[Tensor], v_first: Tensor | None, state: Tensor, call: Call
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """mixed: [B, T, C] for each of `mixes` → ([B, T, C], the first layer's values, WKV state)."""
+        xr, xw, xk, xv, xa, xg = mixed
+        b, t, c = xr.shape
         heads = (b, t, self.n_head, c // self.n_head)
-        mixes = [self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g]
-        xr, xw, xk, xv, xa, xg = call.shift(x, state["att_shift"], mixes)  # [B, T, C] each
         r = self.receptance(xr)
         k = self.key(xk)
         v = self.value(xv)
@@ -143,11 +146,11 @@ class TimeMix(nn.Module):
         r, k, v = (z.view(heads) for z in (r, k, v))
         w, k, erase, write = call.fused(decay_and_keys, w, k, a, self.w0, self.a0, self.k_k, self.k_a)
         y, wkv = wkv7(
-            r, w, k, v, erase, write, state["wkv"], lengths=call.lengths, resets=call.resets, backend=call.backend
+            r, w, k, v, erase, write, state, lengths=call.lengths, resets=call.resets, backend=call.backend
         )
         norm = self.ln_x
         out = call.fused(norm_and_gate, y, norm.weight, norm.bias, norm.eps, g, "plain", (r, k, v, self.r_k))
-        return self.output(out), v_first, {"att_shift": carry(x, state["att_shift"], call), "wkv": wkv}
+        return self.output(out), v_first, wkv
 
 
 class ChannelMix(nn.Module):
@@ -157,10 +160,10 @@ class ChannelMix(nn.Module):
         self.key = nn.Linear(config.n_embd, config.dim_ffn, bias=False)
         self.value = nn.Linear(config.dim_ffn, config.n_embd, bias=False)
 
-    def forward(self, x: Tensor, shift: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-        (xk,) = call.shift(x, shift, [self.x_k])
-        k = relu_square(self.key(xk), backend=call.form)  # [B, T, F]
-        return self.value(k), carry(x, shift, call)
+    def forward(self, mixed: Tensor, call: Call) -> Tensor:
+        k = relu_square(self.key(mixed), backend=call.form)  # [B, T, F]
+        out: Tensor = self.value(k)
+        return out
 
 
 class Block(nn.Module):
@@ -176,10 +179,11 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, v_first: Tensor | None, state: dict[str, Tensor], call: Call
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        mixed, v_first, after = self.att(call.norm(x, self.ln1), v_first, state, call)
-        x, normed = call.add(x, mixed, self.ln2)
-        mixed, shift = self.ffn(normed, state["ffn_shift"], call)
-        return call.drop(x + mixed), v_first, {**after, "ffn_shift": shift}
+        x, att_shift, mixed = call.enter(x, None, self.ln1, state["att_shift"], self.att.mixes)
+        delta, v_first, wkv = self.att(mixed, v_first, state["wkv"], call)
+        x, ffn_shift, (mixed,) = call.enter(x, delta, self.ln2, state["ffn_shift"], [self.ffn.x_k])
+        x = call.drop(x + self.ffn(mixed, call))
+        return x, v_first, {"att_shift": att_shift, "wkv": wkv, "ffn_shift": ffn_shift}
 
 
 class RWKV7(RWKV):

@@ -9,15 +9,16 @@ from receptance.ops.prepare import MIN_LOG_DECAY, MIN_NORM
 
 TILE, WARPS = 2048, 8  # elements of a tile: 16 bytes of bfloat16 a thread
 COLS = 64  # channels of a tile where heads do not matter
+PROGRAMS = 1056  # of a backward pass: each sums its tiles' share of the gradients of vectors before it writes them
 
 
 @triton.jit
-def _tile(rows, C, N, BR: tl.constexpr, BN: tl.constexpr):
-    """Rows × one head (or N channels): (column, offsets, mask of columns, mask)."""
-    row = tl.program_id(0) * BR + tl.arange(0, BR)
-    i = tl.arange(0, BN)
-    c = tl.program_id(1) * N + i
-    inside = (i < N) & (c < C)
+def _tile(i, rows, C, N, BR: tl.constexpr, BN: tl.constexpr):
+    """The i-th BR rows × one head (or N channels): (column, offsets, mask of columns, mask)."""
+    row = i * BR + tl.arange(0, BR)
+    n = tl.arange(0, BN)
+    c = tl.program_id(1) * N + n
+    inside = (n < N) & (c < C)
     return c, row[:, None].to(tl.int64) * C + c[None, :], inside, (row < rows)[:, None] & inside[None, :]
 
 
@@ -47,7 +48,7 @@ def _keys_of(w_ptr, k_ptr, a_ptr, w0_ptr, a0_ptr, kk_ptr, ka_ptr, c, at, inside,
 @triton.jit
 def _keys(w_ptr, k_ptr, a_ptr, w0_ptr, a0_ptr, kk_ptr, ka_ptr, out_w, out_k, out_a, out_b, rows, C, N,
           LOW: tl.constexpr, MIN_NORM: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    c, at, inside, mask = _tile(rows, C, N, BR, BN)
+    c, at, inside, mask = _tile(tl.program_id(0), rows, C, N, BR, BN)
     decay, k, rate, _, k_a, _, _, kk = _keys_of(
         w_ptr, k_ptr, a_ptr, w0_ptr, a0_ptr, kk_ptr, ka_ptr, c, at, inside, mask, MIN_NORM
     )
@@ -59,31 +60,39 @@ def _keys(w_ptr, k_ptr, a_ptr, w0_ptr, a0_ptr, kk_ptr, ka_ptr, out_w, out_k, out
 
 @triton.jit
 def _keys_backward(w_ptr, k_ptr, a_ptr, w0_ptr, a0_ptr, kk_ptr, ka_ptr, gw_ptr, gk_ptr, ga_ptr, gb_ptr,
-                   out_w, out_k, out_a, partial_ptr, rows, C, N,
+                   out_w, out_k, out_a, partial_ptr, rows, C, N, SPAN,
                    LOW: tl.constexpr, MIN_NORM: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    c, at, inside, mask = _tile(rows, C, N, BR, BN)
-    decay, k, rate, k_k, k_a, inverse, counts, kk = _keys_of(
-        w_ptr, k_ptr, a_ptr, w0_ptr, a0_ptr, kk_ptr, ka_ptr, c, at, inside, mask, MIN_NORM
-    )
-    g_decay = _load(gw_ptr, at, mask) * LOW * decay * (1.0 - decay)
-    gk, gb = _load(gk_ptr, at, mask), _load(gb_ptr, at, mask)
-    g_kk = gb * rate - _load(ga_ptr, at, mask)
-    g_rate = (gb * kk + gk * k * k_a) * rate * (1.0 - rate)
-    along = tl.where(counts, tl.sum(kk * g_kk, 1)[:, None], 0.0)
-    g_key = (g_kk - kk * along) * inverse
-    _store(out_w, at, g_decay, mask)
-    _store(out_k, at, gk * (1.0 + (rate - 1.0) * k_a) + g_key * k_k, mask)
-    _store(out_a, at, g_rate, mask)
+    sum_w, sum_a = tl.zeros((BR, BN), tl.float32), tl.zeros((BR, BN), tl.float32)
+    sum_kk, sum_ka = tl.zeros((BR, BN), tl.float32), tl.zeros((BR, BN), tl.float32)
+    for i in range(SPAN):
+        c, at, inside, mask = _tile(tl.program_id(0) * SPAN + i, rows, C, N, BR, BN)
+        decay, k, rate, k_k, k_a, inverse, counts, kk = _keys_of(
+            w_ptr, k_ptr, a_ptr, w0_ptr, a0_ptr, kk_ptr, ka_ptr, c, at, inside, mask, MIN_NORM
+        )
+        g_decay = _load(gw_ptr, at, mask) * LOW * decay * (1.0 - decay)
+        gk, gb = _load(gk_ptr, at, mask), _load(gb_ptr, at, mask)
+        g_kk = gb * rate - _load(ga_ptr, at, mask)
+        g_rate = (gb * kk + gk * k * k_a) * rate * (1.0 - rate)
+        along = tl.where(counts, tl.sum(kk * g_kk, 1)[:, None], 0.0)
+        g_key = (g_kk - kk * along) * inverse
+        _store(out_w, at, g_decay, mask)
+        _store(out_k, at, gk * (1.0 + (rate - 1.0) * k_a) + g_key * k_k, mask)
+        _store(out_a, at, g_rate, mask)
+        sum_w += g_decay
+        sum_a += g_rate
+        sum_kk += g_key * k
+        sum_ka += gk * k * (rate - 1.0)
+    c, _, inside, _ = _tile(0, rows, C, N, BR, BN)
     partial_ptr += tl.program_id(0) * 4 * C + c
-    tl.store(partial_ptr, tl.sum(g_decay, 0), mask=inside)
-    tl.store(partial_ptr + C, tl.sum(g_rate, 0), mask=inside)
-    tl.store(partial_ptr + 2 * C, tl.sum(g_key * k, 0), mask=inside)
-    tl.store(partial_ptr + 3 * C, tl.sum(gk * k * (rate - 1.0), 0), mask=inside)
+    tl.store(partial_ptr, tl.sum(sum_w, 0), mask=inside)
+    tl.store(partial_ptr + C, tl.sum(sum_a, 0), mask=inside)
+    tl.store(partial_ptr + 2 * C, tl.sum(sum_kk, 0), mask=inside)
+    tl.store(partial_ptr + 3 * C, tl.sum(sum_ka, 0), mask=inside)
 
 
 @triton.jit
 def _residual(v_ptr, first_ptr, gate_ptr, v0_ptr, out, rows, C, N, BR: tl.constexpr, BN: tl.constexpr):
-    c, at, inside, mask = _tile(rows, C, N, BR, BN)
+    c, at, inside, mask = _tile(tl.program_id(0), rows, C, N, BR, BN)
     v, first = _load(v_ptr, at, mask), _load(first_ptr, at, mask)
     share = tl.sigmoid(_load(gate_ptr, at, mask) + _load(v0_ptr, c, inside)[None, :])
     _store(out, at, v + (first - v) * share, mask)
@@ -91,15 +100,19 @@ def _residual(v_ptr, first_ptr, gate_ptr, v0_ptr, out, rows, C, N, BR: tl.conste
 
 @triton.jit
 def _residual_backward(v_ptr, first_ptr, gate_ptr, v0_ptr, g_ptr, out_v, out_first, out_gate, partial_ptr, rows, C, N,
-                       BR: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    c, at, inside, mask = _tile(rows, C, N, BR, BN)
-    v, first, g = _load(v_ptr, at, mask), _load(first_ptr, at, mask), _load(g_ptr, at, mask)
-    share = tl.sigmoid(_load(gate_ptr, at, mask) + _load(v0_ptr, c, inside)[None, :])
-    g_gate = g * (first - v) * share * (1.0 - share)
-    _store(out_v, at, g * (1.0 - share), mask)
-    _store(out_first, at, g * share, mask)
-    _store(out_gate, at, g_gate, mask)
-    tl.store(partial_ptr + tl.program_id(0) * C + c, tl.sum(g_gate, 0), mask=inside)
+                       SPAN, BR: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+    total = tl.zeros((BR, BN), tl.float32)
+    for i in range(SPAN):
+        c, at, inside, mask = _tile(tl.program_id(0) * SPAN + i, rows, C, N, BR, BN)
+        v, first, g = _load(v_ptr, at, mask), _load(first_ptr, at, mask), _load(g_ptr, at, mask)
+        share = tl.sigmoid(_load(gate_ptr, at, mask) + _load(v0_ptr, c, inside)[None, :])
+        g_gate = g * (first - v) * share * (1.0 - share)
+        _store(out_v, at, g * (1.0 - share), mask)
+        _store(out_first, at, g * share, mask)
+        _store(out_gate, at, g_gate, mask)
+        total += g_gate
+    c, _, inside, _ = _tile(0, rows, C, N, BR, BN)
+    tl.store(partial_ptr + tl.program_id(0) * C + c, tl.sum(total, 0), mask=inside)
 
 
 def _launch(rows: int, c: int, n: int) -> tuple[tuple[int, int], dict[str, int]]:
@@ -107,6 +120,13 @@ def _launch(rows: int, c: int, n: int) -> tuple[tuple[int, int], dict[str, int]]
     width = triton.next_power_of_2(n)
     height = max(1, TILE // width)
     return (triton.cdiv(rows, height), triton.cdiv(c, n)), {"BR": height, "BN": width, "num_warps": WARPS}
+
+
+def _launch_backward(rows: int, c: int, n: int) -> tuple[tuple[int, int], dict[str, int]]:
+    """The same with several tiles to a program."""
+    (tiles, across), meta = _launch(rows, c, n)
+    span = triton.cdiv(tiles, max(1, PROGRAMS // across))
+    return (triton.cdiv(tiles, span), across), {"SPAN": span, **meta}
 
 
 _LIMITS = {"LOW": MIN_LOG_DECAY, "MIN_NORM": MIN_NORM}
@@ -135,7 +155,7 @@ def _decay_and_keys_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     b, t, h, n = k.shape
     outs = [torch.empty_like(x) for x in (w, k, a)]
-    grid, meta = _launch(b * t, h * n, n)
+    grid, meta = _launch_backward(b * t, h * n, n)
     partial = torch.empty(grid[0], 4, h * n, dtype=torch.float32, device=k.device)
     _keys_backward[grid](w, k, a, w0, a0, k_k, k_a, gw, gk, ga, gb, *outs, partial, b * t, h * n, n, **_LIMITS, **meta)
     return outs[0], outs[1], outs[2], partial.sum(0)
@@ -181,7 +201,7 @@ def _value_residual_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     outs = [torch.empty_like(x) for x in (v, first, gate)]
     rows, c = v.shape[0] * v.shape[1], v.shape[2]
-    grid, meta = _launch(rows, c, COLS)
+    grid, meta = _launch_backward(rows, c, COLS)
     partial = torch.empty(grid[0], c, dtype=torch.float32, device=v.device)
     _residual_backward[grid](v, first, gate, v0, g, *outs, partial, rows, c, COLS, **meta)
     return outs[0], outs[1], outs[2], partial.sum(0).view_as(v0).to(v0.dtype)
