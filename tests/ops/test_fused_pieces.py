@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -114,12 +115,10 @@ def test_mixes_of_each_position_its_own(shape, present, dtype):
 def test_decay_and_keys(b, t, h, n, dtype):
     c = h * n
     vectors = [rand(1, 1, c, seed=j) for j in range(4)]
-    check(
-        prepare_kernels.decay_and_keys,
-        prepare.decay_and_keys,
-        [rand(b, t, c), rand(b, t, h, n), rand(b, t, c, seed=1), *vectors],
-        dtype,
-    )
+    inputs = [rand(b, t, c), rand(b, t, h, n), rand(b, t, c, seed=1), *vectors]
+    for twice in (False, True):
+        kernel, plain = (partial(x.decay_and_keys, twice=twice) for x in (prepare_kernels, prepare))
+        check(kernel, plain, inputs, dtype)
 
 
 def test_a_removal_key_of_zeros_has_a_finite_gradient():
@@ -134,6 +133,7 @@ def test_a_removal_key_of_zeros_has_a_finite_gradient():
 def test_value_residual(shape, dtype):
     inputs = [*(rand(*shape, seed=j) for j in range(3)), rand(1, 1, shape[2])]
     check(prepare_kernels.value_residual, prepare.value_residual, inputs, dtype)
+    check(prepare_kernels.value_residual_twice, prepare.value_residual_twice, inputs, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

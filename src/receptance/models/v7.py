@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -23,7 +24,7 @@ from receptance.models.base import (
 from receptance.ops import wkv7
 from receptance.ops.ffn import relu_square
 from receptance.ops.heads import norm_and_gate
-from receptance.ops.prepare import decay_and_keys, value_residual
+from receptance.ops.prepare import decay_and_keys, value_residual_twice
 
 
 def rank(x: float) -> int:
@@ -135,21 +136,22 @@ class TimeMix(nn.Module):
         k = self.key(xk)
         v = self.value(xv)
         if v_first is None:
-            v_first = v
+            v_first = v_again = v
         else:
             gate = call.cheap(torch.matmul, xv @ self.v1, self.v2)
-            v = call.fused(value_residual, v, v_first, gate, self.v0)
+            # kept for the backward pass: making it again moves four times as much
+            v, v_again, v_first = value_residual_twice(v, v_first, gate, self.v0, backend=call.form)
         w = call.cheap(torch.matmul, torch.tanh(xw @ self.w1), self.w2)
         a = call.cheap(torch.matmul, xa @ self.a1, self.a2)
         g = call.cheap(torch.matmul, torch.sigmoid(xg @ self.g1), self.g2)
 
-        r, k, v = (z.view(heads) for z in (r, k, v))
-        w, k, erase, write = call.fused(decay_and_keys, w, k, a, self.w0, self.a0, self.k_k, self.k_a)
-        y, wkv = wkv7(
-            r, w, k, v, erase, write, state, lengths=call.lengths, resets=call.resets, backend=call.backend
-        )
+        r, k, v, v_again = (z.view(heads) for z in (r, k, v, v_again))
+        keys = partial(decay_and_keys, twice=True)
+        w, k, erase, write, k_again = call.fused(keys, w, k, a, self.w0, self.a0, self.k_k, self.k_a)
+        y, wkv = wkv7(r, w, k, v, erase, write, state, lengths=call.lengths, resets=call.resets, backend=call.backend)
         norm = self.ln_x
-        out = call.fused(norm_and_gate, y, norm.weight, norm.bias, norm.eps, g, "plain", (r, k, v, self.r_k))
+        bonus = r, k_again, v_again, self.r_k
+        out = norm_and_gate(y, norm.weight, norm.bias, norm.eps, g, "plain", bonus, backend=call.form)  # kept too
         return self.output(out), v_first, wkv
 
 
@@ -160,8 +162,8 @@ class ChannelMix(nn.Module):
         self.key = nn.Linear(config.n_embd, config.dim_ffn, bias=False)
         self.value = nn.Linear(config.dim_ffn, config.n_embd, bias=False)
 
-    def forward(self, mixed: Tensor, call: Call) -> Tensor:
-        k = relu_square(self.key(mixed), backend=call.form)  # [B, T, F]
+    def forward(self, xk: Tensor, call: Call) -> Tensor:
+        k = relu_square(self.key(xk), backend=call.form)  # [B, T, F]
         out: Tensor = self.value(k)
         return out
 
@@ -181,8 +183,8 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         x, att_shift, mixed = call.enter(x, None, self.ln1, state["att_shift"], self.att.mixes)
         delta, v_first, wkv = self.att(mixed, v_first, state["wkv"], call)
-        x, ffn_shift, (mixed,) = call.enter(x, delta, self.ln2, state["ffn_shift"], [self.ffn.x_k])
-        x = call.drop(x + self.ffn(mixed, call))
+        x, ffn_shift, (xk,) = call.enter(x, delta, self.ln2, state["ffn_shift"], [self.ffn.x_k])
+        x = call.drop(x + self.ffn(xk, call))
         return x, v_first, {"att_shift": att_shift, "wkv": wkv, "ffn_shift": ffn_shift}
 
 

@@ -1,5 +1,7 @@
 """RWKV-7's decay, keys and value residual in Triton: one kernel forward, one backward that makes everything again."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -59,7 +61,7 @@ def _keys(w_ptr, k_ptr, a_ptr, w0_ptr, a0_ptr, kk_ptr, ka_ptr, out_w, out_k, out
 
 
 @triton.jit
-def _keys_backward(w_ptr, k_ptr, a_ptr, w0_ptr, a0_ptr, kk_ptr, ka_ptr, gw_ptr, gk_ptr, ga_ptr, gb_ptr,
+def _keys_backward(w_ptr, k_ptr, a_ptr, w0_ptr, a0_ptr, kk_ptr, ka_ptr, gw_ptr, gk_ptr, ga_ptr, gb_ptr, more_ptr,
                    out_w, out_k, out_a, partial_ptr, rows, C, N, SPAN,
                    LOW: tl.constexpr, MIN_NORM: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     sum_w, sum_a = tl.zeros((BR, BN), tl.float32), tl.zeros((BR, BN), tl.float32)
@@ -71,6 +73,8 @@ def _keys_backward(w_ptr, k_ptr, a_ptr, w0_ptr, a0_ptr, kk_ptr, ka_ptr, gw_ptr, 
         )
         g_decay = _load(gw_ptr, at, mask) * LOW * decay * (1.0 - decay)
         gk, gb = _load(gk_ptr, at, mask), _load(gb_ptr, at, mask)
+        if more_ptr is not None:
+            gk += _load(more_ptr, at, mask)
         g_kk = gb * rate - _load(ga_ptr, at, mask)
         g_rate = (gb * kk + gk * k * k_a) * rate * (1.0 - rate)
         along = tl.where(counts, tl.sum(kk * g_kk, 1)[:, None], 0.0)
@@ -99,16 +103,22 @@ def _residual(v_ptr, first_ptr, gate_ptr, v0_ptr, out, rows, C, N, BR: tl.conste
 
 
 @triton.jit
-def _residual_backward(v_ptr, first_ptr, gate_ptr, v0_ptr, g_ptr, out_v, out_first, out_gate, partial_ptr, rows, C, N,
-                       SPAN, BR: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+def _residual_backward(v_ptr, first_ptr, gate_ptr, v0_ptr, g_ptr, more_ptr, g_first_ptr,
+                       out_v, out_first, out_gate, partial_ptr, rows, C, N, SPAN,
+                       BR: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     total = tl.zeros((BR, BN), tl.float32)
     for i in range(SPAN):
         c, at, inside, mask = _tile(tl.program_id(0) * SPAN + i, rows, C, N, BR, BN)
         v, first, g = _load(v_ptr, at, mask), _load(first_ptr, at, mask), _load(g_ptr, at, mask)
         share = tl.sigmoid(_load(gate_ptr, at, mask) + _load(v0_ptr, c, inside)[None, :])
+        if more_ptr is not None:
+            g += _load(more_ptr, at, mask)
         g_gate = g * (first - v) * share * (1.0 - share)
+        g_first = g * share
+        if g_first_ptr is not None:
+            g_first += _load(g_first_ptr, at, mask)
         _store(out_v, at, g * (1.0 - share), mask)
-        _store(out_first, at, g * share, mask)
+        _store(out_first, at, g_first, mask)
         _store(out_gate, at, g_gate, mask)
         total += g_gate
     c, _, inside, _ = _tile(0, rows, C, N, BR, BN)
@@ -132,8 +142,7 @@ def _launch_backward(rows: int, c: int, n: int) -> tuple[tuple[int, int], dict[s
 _LIMITS = {"LOW": MIN_LOG_DECAY, "MIN_NORM": MIN_NORM}
 
 
-@torch.library.custom_op("receptance::decay_and_keys", mutates_args=())
-def _decay_and_keys(
+def _make_keys(
     w: Tensor, k: Tensor, a: Tensor, w0: Tensor, a0: Tensor, k_k: Tensor, k_a: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     b, t, h, n = k.shape
@@ -143,26 +152,34 @@ def _decay_and_keys(
     return outs[0], outs[1], outs[2], outs[3]
 
 
+def _key_gradients(
+    gw: Tensor, gk: Tensor, ga: Tensor, gb: Tensor,
+    w: Tensor, k: Tensor, a: Tensor, w0: Tensor, a0: Tensor, k_k: Tensor, k_a: Tensor, more: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of w, k, a, and [4, C]: of the vectors. more: what else reached the new k."""
+    b, t, h, n = k.shape
+    outs = [torch.empty_like(x) for x in (w, k, a)]
+    grid, meta = _launch_backward(b * t, h * n, n)
+    partial = torch.empty(grid[0], 4, h * n, dtype=torch.float32, device=k.device)
+    _keys_backward[grid](
+        w, k, a, w0, a0, k_k, k_a, gw, gk, ga, gb, more, *outs, partial, b * t, h * n, n, **_LIMITS, **meta
+    )
+    return outs[0], outs[1], outs[2], partial.sum(0)
+
+
+_decay_and_keys = torch.library.custom_op("receptance::decay_and_keys", _make_keys, mutates_args=())
+_decay_and_keys_backward = torch.library.custom_op(
+    "receptance::decay_and_keys_backward", _key_gradients, mutates_args=()
+)
+
+
 @_decay_and_keys.register_fake
 def _(w, k, a, w0, a0, k_k, k_a):
     return tuple(torch.empty_like(k) for _ in range(4))
 
 
-@torch.library.custom_op("receptance::decay_and_keys_backward", mutates_args=())
-def _decay_and_keys_backward(
-    gw: Tensor, gk: Tensor, ga: Tensor, gb: Tensor,
-    w: Tensor, k: Tensor, a: Tensor, w0: Tensor, a0: Tensor, k_k: Tensor, k_a: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    b, t, h, n = k.shape
-    outs = [torch.empty_like(x) for x in (w, k, a)]
-    grid, meta = _launch_backward(b * t, h * n, n)
-    partial = torch.empty(grid[0], 4, h * n, dtype=torch.float32, device=k.device)
-    _keys_backward[grid](w, k, a, w0, a0, k_k, k_a, gw, gk, ga, gb, *outs, partial, b * t, h * n, n, **_LIMITS, **meta)
-    return outs[0], outs[1], outs[2], partial.sum(0)
-
-
 @_decay_and_keys_backward.register_fake
-def _(gw, gk, ga, gb, w, k, a, w0, a0, k_k, k_a):
+def _(gw, gk, ga, gb, w, k, a, w0, a0, k_k, k_a, more=None):
     partial = torch.empty(4, k.shape[2] * k.shape[3], dtype=torch.float32, device=k.device)
     return torch.empty_like(w), torch.empty_like(k), torch.empty_like(a), partial
 
@@ -171,18 +188,35 @@ def _keep(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
-def _key_gradients(ctx, *grads):
+def _differentiate_keys(ctx, *grads):
     saved = ctx.saved_tensors  # may be asked for once: activation checkpointing makes them then
     *tensors, vectors = _decay_and_keys_backward(*(g.contiguous() for g in grads), *saved)
-    parameters = saved[3:]
-    return *tensors, *(g.view_as(p).to(p.dtype) for g, p in zip(vectors.unbind(), parameters))
+    return *tensors, *(g.view_as(p).to(p.dtype) for g, p in zip(vectors.unbind(), saved[3:]))
 
 
-_decay_and_keys.register_autograd(_key_gradients, setup_context=_keep)
+_decay_and_keys.register_autograd(_differentiate_keys, setup_context=_keep)
 
 
-@torch.library.custom_op("receptance::value_residual", mutates_args=())
-def _value_residual(v: Tensor, first: Tensor, gate: Tensor, v0: Tensor) -> Tensor:
+class _KeysTwice(torch.autograd.Function):
+    """Not an operator of torch.library: the new k comes twice, so that the kernel adds its two gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*inputs)
+        with torch.cuda.device_of(inputs[0]):
+            outs = _make_keys(*inputs)
+        return *outs, outs[1].data
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors
+        *first, more = (g.contiguous() for g in grads)
+        with torch.cuda.device_of(saved[0]):
+            *tensors, vectors = _key_gradients(*first, *saved, more=more)
+        return *tensors, *(g.view_as(p).to(p.dtype) for g, p in zip(vectors.unbind(), saved[3:]))
+
+
+def _make_value(v: Tensor, first: Tensor, gate: Tensor, v0: Tensor) -> Tensor:
     out = torch.empty_like(v)
     rows, c = v.shape[0] * v.shape[1], v.shape[2]
     grid, meta = _launch(rows, c, COLS)
@@ -190,45 +224,79 @@ def _value_residual(v: Tensor, first: Tensor, gate: Tensor, v0: Tensor) -> Tenso
     return out
 
 
+def _value_gradients(
+    g: Tensor, v: Tensor, first: Tensor, gate: Tensor, v0: Tensor, more: Tensor | None = None,
+    g_first: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of v, first, gate, v0. more, g_first: what else reached the result and `first`."""
+    outs = [torch.empty_like(x) for x in (v, first, gate)]
+    rows, c = v.shape[0] * v.shape[1], v.shape[2]
+    grid, meta = _launch_backward(rows, c, COLS)
+    partial = torch.empty(grid[0], c, dtype=torch.float32, device=v.device)
+    _residual_backward[grid](v, first, gate, v0, g, more, g_first, *outs, partial, rows, c, COLS, **meta)
+    return outs[0], outs[1], outs[2], partial.sum(0).view_as(v0).to(v0.dtype)
+
+
+_value_residual = torch.library.custom_op("receptance::value_residual", _make_value, mutates_args=())
+_value_residual_backward = torch.library.custom_op(
+    "receptance::value_residual_backward", _value_gradients, mutates_args=()
+)
+
+
 @_value_residual.register_fake
 def _(v, first, gate, v0):
     return torch.empty_like(v)
 
 
-@torch.library.custom_op("receptance::value_residual_backward", mutates_args=())
-def _value_residual_backward(
-    g: Tensor, v: Tensor, first: Tensor, gate: Tensor, v0: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    outs = [torch.empty_like(x) for x in (v, first, gate)]
-    rows, c = v.shape[0] * v.shape[1], v.shape[2]
-    grid, meta = _launch_backward(rows, c, COLS)
-    partial = torch.empty(grid[0], c, dtype=torch.float32, device=v.device)
-    _residual_backward[grid](v, first, gate, v0, g, *outs, partial, rows, c, COLS, **meta)
-    return outs[0], outs[1], outs[2], partial.sum(0).view_as(v0).to(v0.dtype)
-
-
 @_value_residual_backward.register_fake
-def _(g, v, first, gate, v0):
+def _(g, v, first, gate, v0, more=None, g_first=None):
     return torch.empty_like(v), torch.empty_like(first), torch.empty_like(gate), torch.empty_like(v0)
 
 
-def _residual_gradients(ctx, g):
+def _differentiate_value(ctx, g):
     return _value_residual_backward(g.contiguous(), *ctx.saved_tensors)
 
 
-_value_residual.register_autograd(_residual_gradients, setup_context=_keep)
+_value_residual.register_autograd(_differentiate_value, setup_context=_keep)
+
+
+class _ValueTwice(torch.autograd.Function):
+    """The result twice, and `first` passed on to the next layer: the kernel adds all their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, first: Tensor, gate: Tensor, v0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(v, first, gate, v0)
+        ctx.set_materialize_grads(False)
+        with torch.cuda.device_of(v):
+            out = _make_value(v, first, gate, v0)
+        return out, out.data, first
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors
+        g, more, g_first = (None if x is None else x.contiguous() for x in grads)
+        if g is None:
+            g, more = torch.zeros_like(saved[0]) if more is None else more, None
+        with torch.cuda.device_of(g):
+            return _value_gradients(g, *saved, more=more, g_first=g_first)
 
 
 def decay_and_keys(
-    w: Tensor, k: Tensor, a: Tensor, w0: Tensor, a0: Tensor, k_k: Tensor, k_a: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Same contract as the plain form; all four come back in k's dtype."""
-    return _decay_and_keys(w.contiguous(), k.contiguous(), a.contiguous(), w0, a0, k_k, k_a)
+    w: Tensor, k: Tensor, a: Tensor, w0: Tensor, a0: Tensor, k_k: Tensor, k_a: Tensor, twice: bool = False
+) -> tuple[Tensor, ...]:
+    """Same contract as the plain form; all come back in k's dtype."""
+    function = _KeysTwice.apply if twice else _decay_and_keys
+    return function(w.contiguous(), k.contiguous(), a.contiguous(), w0, a0, k_k, k_a)
 
 
 def value_residual(v: Tensor, first: Tensor, gate: Tensor, v0: Tensor) -> Tensor:
     """Same contract as the plain form."""
     return _value_residual(v.contiguous(), first.contiguous(), gate.contiguous(), v0)
+
+
+def value_residual_twice(v: Tensor, first: Tensor, gate: Tensor, v0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Same contract as the plain form."""
+    return _ValueTwice.apply(v.contiguous(), first.contiguous(), gate.contiguous(), v0)
 
 
 def probe() -> None:
@@ -237,4 +305,5 @@ def probe() -> None:
     w, k, v = draw(1, 2, 64), draw(1, 2, 1, 64), draw(64)
     sum(y.sum() for y in decay_and_keys(w, k, w, v, v, v, v)).backward()
     value_residual(w, w, w, v).sum().backward()
+    value_residual_twice(w, w, w, v)[0].sum().backward()
     torch.cuda.synchronize()

@@ -330,9 +330,7 @@ class _NormMix(torch.autograd.Function):
         g_sum = None if g_sum is None else g_sum.contiguous()
         norm = weight, bias, statistics
         with torch.cuda.device_of(total):
-            gx, g_last, _, vectors = _backward(
-                given, g_sum, g_end, total, norm, last, mixes, None, resets, ctx.present
-            )
+            gx, g_last, _, vectors = _backward(given, g_sum, g_end, total, norm, last, mixes, None, resets, ctx.present)
         m = len(mixes)
         g_mixes, g_weight, g_bias = vectors[:m].to(mixes.dtype), vectors[m].to(weight.dtype), vectors[m + 1]
         g_delta = None if ctx.delta_dtype is None else gx.to(ctx.delta_dtype)
