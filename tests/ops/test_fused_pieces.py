@@ -278,3 +278,29 @@ def test_a_kernel_that_cannot_be_built_is_replaced_with_one_warning(monkeypatch)
         warnings.simplefilter("error")
         assert not pieces.uses_triton("ffn", OnGpu())
     pieces._builds.cache_clear()
+
+
+def test_a_kernel_is_tried_apart_from_what_the_caller_does(monkeypatch):
+    """Its first use may be inside of activation checkpointing, or without gradients."""
+
+    def probe():
+        assert torch.is_grad_enabled()
+        x = torch.ones(3, requires_grad=True)
+        (x * x).sum().backward()
+
+    class OnGpu:
+        is_cuda, dtype = True, torch.bfloat16
+
+    def function(x):
+        assert pieces.uses_triton("ffn", OnGpu())
+        return x.exp().square()
+
+    monkeypatch.setattr(ffn_kernels, "probe", probe)
+    pieces._builds.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        checkpoint(function, torch.ones(2, requires_grad=True), use_reentrant=False).sum().backward()
+        pieces._builds.cache_clear()
+        with torch.no_grad():
+            function(torch.ones(2))
+    pieces._builds.cache_clear()

@@ -210,9 +210,10 @@ class _KeysTwice(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         saved = ctx.saved_tensors
-        *first, more = (g.contiguous() for g in grads)
+        *four, more = (g.contiguous() for g in grads)
+        arguments = *four, *saved, more
         with torch.cuda.device_of(saved[0]):
-            *tensors, vectors = _key_gradients(*first, *saved, more=more)
+            *tensors, vectors = _key_gradients(*arguments)
         return *tensors, *(g.view_as(p).to(p.dtype) for g, p in zip(vectors.unbind(), saved[3:]))
 
 
@@ -277,8 +278,9 @@ class _ValueTwice(torch.autograd.Function):
         g, more, g_first = (None if x is None else x.contiguous() for x in grads)
         if g is None:
             g, more = torch.zeros_like(saved[0]) if more is None else more, None
+        arguments = g, *saved, more, g_first
         with torch.cuda.device_of(g):
-            return _value_gradients(g, *saved, more=more, g_first=g_first)
+            return _value_gradients(*arguments)
 
 
 def decay_and_keys(
