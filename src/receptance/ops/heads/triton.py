@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE, WARPS = 2048, 8  # elements of a tile: 16 bytes of bfloat16 a thread
+TILE, WARPS = 1024, 4  # elements of a tile: 16 bytes of bfloat16 a thread
 PROGRAMS = 1056  # of the backward pass: each sums its tiles' share of the gradients of vectors before it writes them
 GATES = {"none": 0, "plain": 1, "silu": 2}
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from receptance.ops.prepare import MIN_LOG_DECAY, MIN_NORM
 
-TILE, WARPS = 2048, 8  # elements of a tile: 16 bytes of bfloat16 a thread
+TILE, WARPS = 1024, 4  # elements of a tile: 16 bytes of bfloat16 a thread
 COLS = 64  # channels of a tile where heads do not matter
 PROGRAMS = 1056  # of a backward pass: each sums its tiles' share of the gradients of vectors before it writes them
 
