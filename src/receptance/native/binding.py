@@ -17,7 +17,7 @@ holds as [out, in] as the view `stored.T`, and no copy is made.
 """
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -245,5 +245,5 @@ class Binding:
         return matrix
 
 
-def addresses(arrays: dict[str, Array], fields: list[str]) -> list[int | None]:
+def addresses(arrays: Mapping[str, Array], fields: list[str]) -> list[int | None]:
     return [arrays[name].ctypes.data if name in arrays else None for name in fields]

@@ -72,6 +72,9 @@ class Request(ctypes.Structure):
         ("chunk_rows", c_int64),
         ("active", c_int64),
         ("hidden", c_int64),
+        ("from_rows", c_void_p),
+        ("to_rows", c_void_p),
+        ("pool", c_int64),
     ]
 
 

@@ -89,6 +89,10 @@ struct Request {
   int64_t chunk_rows; // at most so many tokens at once (at least one for each row)
   int64_t active;     // out: hidden units that were not zero, and
   int64_t hidden;     // out: all of them, where the sparse product was used
+  // Null: sequence s has row s of the state. Else row from[s] of `in` becomes row to[s] of `out`, both of `pool` rows; a
+  // row that is written is no other sequence's.
+  const int32_t *from, *to;
+  int64_t pool;
 };
 
 struct Engine {
