@@ -88,6 +88,18 @@ class NativeModel:
         return "cpu"
 
     @property
+    def core(self) -> Core | None:
+        """The compiled core, None where NumPy takes its place."""
+        return self._core
+
+    def team(self) -> int:
+        """The core's threads, for its functions that take them; of this process, also after a fork."""
+        assert self._core is not None
+        if self._team_process != os.getpid():  # a fork leaves the threads behind
+            self._team, self._team_process = self._core.library.receptance_team_new(self.threads), os.getpid()
+        return int(self._team)
+
+    @property
     def n_matrix_elements(self) -> int:
         """Numbers of all matrices that multiply a token's vector. 0 without the core."""
         return self._binding.n_elements() if self._core else 0
@@ -220,14 +232,13 @@ class NativeModel:
         assert core is not None
         chunk = int(max(min(CHUNK_ROWS, len(tokens)), len(counts)))
         with self._lock:
-            if self._team_process != os.getpid():  # a fork leaves the threads behind
-                self._team, self._team_process = core.library.receptance_team_new(self.threads), os.getpid()
+            team = self.team()
             if self._scratch[0] < chunk:
                 need = core.library.receptance_scratch_bytes(core.engine, self._binding.model, chunk, self.threads)
                 self._scratch = (chunk, aligned(need))
             request = Request(
                 ctypes.pointer(self._binding.model),
-                self._team,
+                team,
                 tokens.ctypes.data,
                 counts.ctypes.data,
                 len(counts),
