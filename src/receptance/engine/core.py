@@ -294,7 +294,8 @@ class Core:
             assert sequence.slot is not None
             self._before_feeding(sequence)
             works.append(Work(sequence.slot, sequence.tokens[sequence.fed : sequence.fed + count]))
-        logits = self._forward(works)
+        writes = all(sequence.phase is Phase.WRITING for sequence, _ in plan)
+        logits = self._timed(works) if self.drafter and writes else self._forward(works)
         drawing = []
         for i, (sequence, count) in enumerate(plan):
             sequence.fed += count
@@ -411,7 +412,7 @@ class Core:
             works.append(Work(sequence.slot, unread + draft, spares[-1]))
             first.append(rows + len(unread) - 1)
             rows += len(unread) + len(draft)
-        logits = self._timed(rows, works)
+        logits = self._timed(works, all_logits=True)
         right = [0] * len(sequences)
         going = list(range(len(sequences)))
         ended = {id(sequence): len(sequence.tokens) for sequence in sequences}
@@ -441,10 +442,10 @@ class Core:
                 sequence.slot, spare = spare, sequence.slot
             self.pool.release(spare)
 
-    def _timed(self, rows: int, works: list[Work]) -> Logits:
+    def _timed(self, works: list[Work], *, all_logits: bool = False) -> Logits:
         clock = time.perf_counter()
-        logits = self._forward(works, all_logits=True)
-        self.worth.measured(rows, time.perf_counter() - clock)
+        logits = self._forward(works, all_logits=all_logits)
+        self.worth.measured(sum(len(work.tokens) for work in works), time.perf_counter() - clock)
         return logits
 
     # Drawing ----------------------------------------------------------------------------------------------------------
