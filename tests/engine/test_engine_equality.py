@@ -22,7 +22,27 @@ from receptance.tokenizers import Tokenizer, tokenizer
 TOLERANCE = 1e-4  # of states against the plain generator's: float32, other splits of the prompt
 
 STARTS = ("Once upon a time, there was", "The old man and", "A list: 1, 2, 3, 1, 2, 3, 1, 2,", "\n\n", "")
-WORDS = "the cat sat on a mat and then it went to see what was there 12 times 中文 ok".split()
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "then",
+    "it",
+    "went",
+    "to",
+    "see",
+    "what",
+    "was",
+    "there",
+    "12",
+    "times",
+    "中文",
+    "ok",
+]
 
 
 def small_torch(version: Any) -> Any:

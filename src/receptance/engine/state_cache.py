@@ -80,14 +80,13 @@ class StateCache:
         return bool(end) and end[0].entry is not None and end[0].entry.logits is not None
 
     def add(self, root: str | None, tokens: list[int], entry: Entry) -> None:
-        """Keep the state after all of `tokens`, unless it alone is too large."""
+        """Keep the state after all of `tokens`, unless it alone is too large. Logits that were kept are not lost."""
         if entry.nbytes > self.max_bytes:
             return
         node = self._node_of(root, tokens)
-        if node.entry is not None:
-            self.nbytes -= node.entry.nbytes
-        node.entry = entry
-        self.nbytes += entry.nbytes
+        if node.entry is None or entry.logits is not None:
+            self.nbytes += entry.nbytes - (node.entry.nbytes if node.entry else 0)
+            node.entry = entry
         self._used[node] = root
         self._used.move_to_end(node)
         while self.nbytes > self.max_bytes:
