@@ -335,7 +335,7 @@ class Core:
         if isinstance(job, EmbedJob):
             vector = self.runner.embedding(sequence.slot)
             self._leave(sequence)
-            job.watch(vector)
+            job.watch(vector / max(float((vector * vector).sum()) ** 0.5, 1e-12))
         elif isinstance(job, ScoreJob):
             if job.scored.ids:
                 self._add_scores(job.scored, logits, row, job.scored.ids[:1])
