@@ -7,7 +7,7 @@ request's seed and the number of tokens drawn, and a row that is given to a sequ
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from receptance.engine.constraint import Constraints, Matcher
@@ -53,7 +53,7 @@ class TextJob:
     watch: Watcher | None
     matcher: Matcher | None = None
     drafts: Drafts | None = None
-    record: Record = field(default_factory=Record)
+    evidence: int = 0  # for the draft under way
     reason: FinishReason | None = None  # while it closes
     # With keep_state, where the text can still end: the characters of it at the reader's last mark, and the state there
     # unless the sequence's row holds it.
@@ -110,7 +110,7 @@ class Core:
         self.pool = StatePool(runner, host_bytes=host_bytes, folder=folder)
         self.cache = StateCache(cache_bytes)
         self.stats = Stats()
-        self.drafter, self.worth = drafter, Worth()
+        self.drafter, self.worth, self.record = drafter, Worth(), Record()
         self._constraints: Constraints | None = None
         self._free_rows: list[int] = []
         self._rows = 0
@@ -396,9 +396,10 @@ class Core:
         drafts = []
         for sequence, _ in plan:
             job: TextJob = sequence.job
-            length = job.record.wanted(self.worth, len(plan)) if job.drafts else 0
+            job.evidence = job.drafts.evidence() if job.drafts else 0
             left = job.params.max_tokens - len(job.completion.tokens) - 1
-            drafts.append(job.drafts.propose(min(length, left)) if job.drafts and min(length, left) > 0 else [])
+            length = min(self.record.wanted(self.worth, job.evidence, len(plan)), left)
+            drafts.append(job.drafts.propose(length) if job.drafts and length > 0 else [])
         return drafts if any(drafts) else None
 
     def _verify(self, sequences: list[Sequence], drafts: list[list[int]]) -> None:
@@ -429,7 +430,7 @@ class Core:
         for sequence, draft, spare, count in zip(sequences, drafts, spares, right):
             job: TextJob = sequence.job
             if draft:
-                job.record.checked(len(draft), count)
+                self.record.checked(job.evidence, len(draft), count)
                 self.stats.drafted += len(draft)
                 self.stats.accepted += count
             if sequence.phase is Phase.WRITING and count == len(
