@@ -3,8 +3,9 @@
 `python bench/train_cpu.py [--versions 4 5.2 6 7] [--out FILE]`: forward, loss, backward, clipping and AdamW in float32,
 six layers of 256 channels, 5,120 tokens of vocabulary. "naive" is the loop over time with all logits and their cross
 entropy, "chunk" has the chunked operator in its place, "trainer" the loss in blocks as well: the step that `receptance
-train` takes. Where flash-linear-attention is installed (`pip install fla-core einops`), "fla" has its plain torch form in
-the operator's place: its loop for RWKV-6, for RWKV-7 its chunks, which are faster than its loop. Loss and gradients must
+train` takes.
+Where flash-linear-attention is installed (`pip install fla-core einops`), "fla" has its plain torch form in the
+operator's place: its loop for RWKV-6, for RWKV-7 its chunks, which are faster than its loop. Loss and gradients must
 agree first, or there is no report. It ends in one line of JSON.
 """
 
