@@ -30,6 +30,8 @@ class NativeModel:
     exactly), float16 and bfloat16 round wider ones, int8 and int4 quantise blocks of 32 numbers. Vectors and low-rank
     maps stay as in the file; arithmetic and state are float32.
     threads: None = one for each core that this process may use.
+    repack: with dtype None, copy matrices in GGUF's block formats into the order in which they are read fastest: the same
+    numbers. False reads them where they lie in the file, which starts sooner and decodes slower.
     engine_name: None = the best compiled engine for this machine, or "numpy" where there is none.
     Raises ConfigError for an unknown dtype, or int8 and int4 without the compiled core.
     """
@@ -45,6 +47,7 @@ class NativeModel:
         dtype: str | None = None,
         threads: int | None = None,
         engine_name: str | None = None,
+        repack: bool = True,
     ):
         if dtype is not None and dtype not in DTYPES:
             raise ConfigError(f"dtype {dtype!r} is unknown to the native engine; use one of {', '.join(DTYPES)}")
@@ -75,7 +78,7 @@ class NativeModel:
             return
         self.engine_name = self._core.name
         self._team, self._team_process = self._core.library.receptance_team_new(self.threads), os.getpid()
-        self._binding = Binding(self._core, self._team, weights, config, dtype)
+        self._binding = Binding(self._core, self._team, weights, config, dtype, repack=repack)
 
     def __del__(self) -> None:
         if getattr(self, "_team", None) and self._core and self._team_process == os.getpid():

@@ -170,10 +170,10 @@ void channel_mix(Run& run, int thread, const ChannelMix& ffn, const float* weigh
   keep_shift(run, thread, run.last_ffn, shift_out);
   Product list[2] = {make(ffn.key, run.mixed[IN_K], run.quantised[IN_K], run.hidden, RELU2)};
   if (gated) list[1] = make(ffn.receptance, run.mixed[IN_R], run.quantised[IN_R], run.gate, SIGMOID);
-  if (is_blocks(ffn.value.type)) list[0].y_quantised = run.hidden_quantised;
+  if (has_rows_of_outputs(ffn.value.type)) list[0].y_quantised = run.hidden_quantised;
   products(run, thread, list, gated ? 2 : 1, rows);
 
-  if (is_blocks(ffn.value.type)) {  // its rows are channels: all hidden units are read
+  if (has_rows_of_outputs(ffn.value.type)) {  // its rows are channels: all hidden units are read
     list[0] = make(ffn.value, run.hidden, run.hidden_quantised, run.x, gated ? GATED_ADD : ADD);
     list[0].gate = run.gate;
     products(run, thread, list, 1, rows);
