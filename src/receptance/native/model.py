@@ -1,7 +1,9 @@
 """`NativeModel`: what `receptance.load(path, engine="native")` gives."""
 
 import ctypes
+import math
 import os
+import sys
 import threading
 import warnings
 from pathlib import Path
@@ -18,6 +20,7 @@ from receptance.native.plain import PlainEngine
 from receptance.native.state import State
 
 DTYPES = ("float32", "bfloat16", "float16", "int8", "int4")
+RECYCLED, RECYCLED_RESULTS = 1 << 18, 4  # numbers of a result whose memory is used again, and how many of them are kept
 CHUNK_ROWS = 128  # tokens at once in the core: bounds its working memory
 EMPTY = -1e38  # RWKV-4's exponent before any token, as in receptance.ops
 STATE_FIELDS = ["att_shift", "ffn_shift", "wkv", "num", "den", "exp"]
@@ -63,6 +66,7 @@ class NativeModel:
         self._core: Core | None = None
         self._lock = threading.Lock()
         self._scratch: tuple[int, NDArray[np.uint8]] = (0, aligned(0))
+        self._results: list[Array] = []
         try:
             self._core = None if engine_name == "numpy" else load_core(engine_name or "")
         except NoCoreError as error:
@@ -178,8 +182,12 @@ class NativeModel:
         assert core is not None
         given = {name: np.ascontiguousarray(x) for name, x in before.items()}
         has_empty = not counts.all()  # rows that no token touches keep their state
-        made = {name: x.copy() if has_empty else np.empty_like(x) for name, x in given.items()}
-        logits = np.zeros(shape, np.float32) if has_empty else np.empty(shape, np.float32)
+        made = {name: self._memory(x.shape) for name, x in given.items()}
+        logits = self._memory(shape)
+        if has_empty:
+            logits[:] = 0
+            for name, x in given.items():
+                made[name][:] = x
         chunk = int(max(min(CHUNK_ROWS, len(rows)), len(counts)))
         with self._lock:
             if self._team_process != os.getpid():  # a fork leaves the threads behind
@@ -201,8 +209,21 @@ class NativeModel:
                 chunk,
             )
             core.library.receptance_forward(core.engine, ctypes.byref(request))
+            self._results += [x for x in (logits, *made.values()) if x.size >= RECYCLED]
+            del self._results[:-RECYCLED_RESULTS]
         self.active_fraction = request.active / request.hidden if request.hidden else None
         return logits, State(made)
+
+    def _memory(self, shape: tuple[int, ...]) -> Array:
+        """An array of any content; a large one is an earlier result that nobody has any more, whose pages are there already."""
+        if math.prod(shape) < RECYCLED:
+            return np.empty(shape, np.float32)
+        with self._lock:
+            for i in range(len(self._results)):
+                x = self._results[i]
+                if x.shape == shape and sys.getrefcount(x) == 3:  # the list, `x`, the argument
+                    return self._results.pop(i)
+        return np.empty(shape, np.float32)
 
     def _run_plain(
         self, rows: NDArray[np.int32], counts: NDArray[np.int32], before: State, shape: tuple[int, int], last_only: bool

@@ -5,11 +5,18 @@ void packed_product(const Product& p, int64_t first, int64_t last, int64_t rows,
   rows == 1 ? packed_row<T>(p, first, last) : many_packed_rows<T>(p, first, last, rows, panel);
 }
 
+template <int T>
+void plain_product(const Product& p, int64_t first, int64_t last, int64_t rows, float* panel) {
+  if (rows == 1) one_row<T>(p, first, last);
+  else if (rows <= FEW) few_rows<T>(p, first, last, rows, panel);
+  else many_rows<T>(p, first, last, rows, panel);
+}
+
 void product_part(const Product& p, int64_t first, int64_t last, int64_t rows, float* panel) {
   switch (p.w->type) {
-    case F32: rows == 1 ? one_row<F32>(p, first, last) : many_rows<F32>(p, first, last, rows, panel); break;
-    case F16: rows == 1 ? one_row<F16>(p, first, last) : many_rows<F16>(p, first, last, rows, panel); break;
-    case BF16: rows == 1 ? one_row<BF16>(p, first, last) : many_rows<BF16>(p, first, last, rows, panel); break;
+    case F32: plain_product<F32>(p, first, last, rows, panel); break;
+    case F16: plain_product<F16>(p, first, last, rows, panel); break;
+    case BF16: plain_product<BF16>(p, first, last, rows, panel); break;
     case Q8: packed_product<Q8>(p, first, last, rows, panel); break;
     case PACKED_Q8_0: packed_product<Q8>(p, first, last, rows, panel); break;
     case Q4: packed_product<Q4>(p, first, last, rows, panel); break;

@@ -17,11 +17,13 @@ inline __m256i load256(const void* p) { return _mm256_loadu_si256((const __m256i
 inline __m256i four_of(const void* x, int j) { return _mm256_set1_epi32(read<int32_t>((const char*)x + 4 * j)); }
 inline __m256 half8(const void* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 
+// to += whole * scale - minimum * taken
 inline void add_scaled(float* to, __m256i whole, __m256 scale) {
   _mm256_storeu_ps(to, _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole), scale, _mm256_loadu_ps(to)));
 }
-inline void take_scaled(float* to, __m256 minimum, float taken) {
-  _mm256_storeu_ps(to, _mm256_fnmadd_ps(minimum, _mm256_set1_ps(taken), _mm256_loadu_ps(to)));
+inline void add_scaled(float* to, __m256i whole, __m256 scale, __m256 minimum, __m256 taken) {
+  const __m256 sums = _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole), scale, _mm256_loadu_ps(to));
+  _mm256_storeu_ps(to, _mm256_fnmadd_ps(minimum, taken, sums));
 }
 
 // Columns 4 j to 4 j + 3 (HIGH: 16 further) of 8 rows, unsigned. p: the numbers of 32 columns, of these rows
@@ -44,101 +46,166 @@ inline __m256i quad(const uint8_t* p, int j) {
 
 constexpr int AHEAD = 1024;  // bytes: with one row of x. Q8 is read as fast without, the others a fifth slower
 
-// The named sums are no arrays: GCC keeps arrays in memory, at a third of the speed.
+// The named sums are no arrays, and loops are not unrolled further than said: GCC would keep sums in memory, at a third of the
+// speed. a: rows 0-7, b: rows 8-15.
+#define IN_ORDER(v) __asm__ volatile("" : "+x"(v))
 #define FOR_M(DO) DO(0) if constexpr (M > 1) { DO(1) } if constexpr (M > 2) { DO(2) DO(3) }
-
-// 16-bit sums of COUNT steps of 4 columns from step FIRST on
-#define STEP(m) a##m = _mm256_add_epi16(a##m, _mm256_maddubs_epi16(w, four_of(x##m, HIGH ? FIRST + j + 4 : FIRST + j)));
-template <int T, bool HIGH, int FIRST, int COUNT, int M>
-inline __attribute__((always_inline)) void steps(const uint8_t* p, const int8_t* x0, const int8_t* x1, const int8_t* x2,
-                                                 const int8_t* x3, __m256i& a0, __m256i& a1, __m256i& a2, __m256i& a3) {
-#pragma GCC unroll 4
-  for (int j = 0; j < COUNT; j++) {
-    const __m256i w = quad<T, HIGH>(p, FIRST + j);
-    FOR_M(STEP)
+#define SUMS __m256i &a0, __m256i &a1, __m256i &a2, __m256i &a3, __m256i &b0, __m256i &b1, __m256i &b2, __m256i &b3
+#define INPUTS const int8_t *x0, const int8_t *x1, const int8_t *x2, const int8_t *x3
+#define STEP(m)                                                                  \
+  {                                                                              \
+    __m256i xs = four_of(x##m, HIGH ? j + 4 : j);                                \
+    IN_ORDER(xs);                                                                \
+    a##m = _mm256_add_epi16(a##m, _mm256_maddubs_epi16(w, xs));                  \
+    b##m = _mm256_add_epi16(b##m, _mm256_maddubs_epi16(v, xs));                  \
   }
+
+// 16-bit sums of 4 columns
+template <int T, bool HIGH, int M>
+inline __attribute__((always_inline)) void step(const uint8_t* p, int j, INPUTS, SUMS) {
+  const __m256i w = quad<T, HIGH>(p, j), v = quad<T, HIGH>(p + 32, j);
+  FOR_M(STEP)
 }
 #undef STEP
 
-// 8 rows, M rows of x, the block of 32 columns number b of a group. p: the numbers of these rows; header: 16 bytes further on
-// for the second half of the rows
-template <int T, int M>
-inline __attribute__((always_inline)) void eight_rows(const uint8_t* p, const uint8_t* header, int64_t b, int half, __m256 d,
-                                                      const XGroup& g0, const XGroup& g1, const XGroup& g2,
-                                                      const XGroup& g3, float* sums) {
-  const __m256i zero = _mm256_setzero_si256(), ones = _mm256_set1_epi16(1);
-  __m256i a0 = zero, a1 = zero, a2 = zero, a3 = zero;
-  if constexpr (T == Q8) {  // pairs of columns, by x of 16 bits
-    const int16_t *x0 = g0.wide + b * BLOCK, *x1 = g1.wide + b * BLOCK, *x2 = g2.wide + b * BLOCK, *x3 = g3.wide + b * BLOCK;
-#define STEP(m) a##m = _mm256_add_epi32(a##m, _mm256_madd_epi16(w, four_of(x##m, j)));
-#pragma GCC unroll 4
-    for (int j = 0; j < 16; j++) {
-      const __m256i w = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(p + j * 32)));
-      FOR_M(STEP)
-    }
+// The same of 8 rows
+#define STEP(m)                                                                  \
+  {                                                                              \
+    __m256i xs = four_of(x##m, HIGH ? j + 4 : j);                                \
+    IN_ORDER(xs);                                                                \
+    a##m = _mm256_add_epi16(a##m, _mm256_maddubs_epi16(w, xs));                  \
+  }
+template <int T, bool HIGH, int M>
+inline __attribute__((always_inline)) void half_step(const uint8_t* p, int j, INPUTS, __m256i& a0, __m256i& a1, __m256i& a2,
+                                                     __m256i& a3) {
+  const __m256i w = quad<T, HIGH>(p, j);
+  FOR_M(STEP)
+}
 #undef STEP
-#define END(m) add_scaled(sums + m * GROUP, a##m, _mm256_mul_ps(d, _mm256_set1_ps(g##m.scale[b] * WIDE_UNIT)));
-    FOR_M(END)
-#undef END
-    return;
+#define ALL_INPUTS x0, x1, x2, x3
+#define ALL_SUMS a0, a1, a2, a3, b0, b1, b2, b3
+
+// 16 rows of Q8, M rows of x, block b: pairs of columns, by x of 16 bits. p: the numbers
+template <int M>
+inline __attribute__((always_inline)) void wide_rows(const uint8_t* p, const uint8_t* header, int64_t b, const XGroup& g0,
+                                                     const XGroup& g1, const XGroup& g2, const XGroup& g3, float* sums) {
+  const __m256i zero = _mm256_setzero_si256();
+  __m256i a0 = zero, a1 = zero, a2 = zero, a3 = zero, b0 = zero, b1 = zero, b2 = zero, b3 = zero;
+  const int16_t *x0 = g0.wide + b * BLOCK, *x1 = g1.wide + b * BLOCK, *x2 = g2.wide + b * BLOCK, *x3 = g3.wide + b * BLOCK;
+#define STEP(m)                                                     \
+  {                                                                 \
+    __m256i xs = four_of(x##m, j);                                  \
+    IN_ORDER(xs);                                                   \
+    a##m = _mm256_add_epi32(a##m, _mm256_madd_epi16(w, xs));        \
+    b##m = _mm256_add_epi32(b##m, _mm256_madd_epi16(v, xs));        \
   }
-  const int8_t *x0 = g0.q + b * BLOCK, *x1 = g1.q + b * BLOCK, *x2 = g2.q + b * BLOCK, *x3 = g3.q + b * BLOCK;
-  if constexpr (T == Q4) {
-    steps<T, false, 0, 4, M>(p, x0, x1, x2, x3, a0, a1, a2, a3);
-    steps<T, true, 0, 4, M>(p, x0, x1, x2, x3, a0, a1, a2, a3);  // 8 steps of 15 x 127 x 2 do not overflow
-    const __m256 eight = _mm256_mul_ps(d, _mm256_set1_ps(8));
-#define END(m)                                                                                                    \
-  add_scaled(sums + m * GROUP, _mm256_madd_epi16(a##m, ones), _mm256_mul_ps(d, _mm256_set1_ps(g##m.scale[b]))); \
-  take_scaled(sums + m * GROUP, eight, g##m.taken[b]);
-    FOR_M(END)
-#undef END
-    return;
+#pragma GCC unroll 2
+  for (int j = 0; j < 16; j++) {
+    const __m256i w = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(p + j * 32)));
+    const __m256i v = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(p + j * 32 + 16)));
+    FOR_M(STEP)
   }
-  // two scales of each row, of this block and its neighbour, or in Q6_K of the two halves of this one
-  const int64_t pair = T == Q6_K ? b : b / 2;
-  const __m128i stored = _mm_loadu_si128((const __m128i*)(header + (T == Q6_K ? 32 : 64) + pair * 32));
-  const __m256i both = T == Q6_K ? _mm256_cvtepi8_epi16(stored) : _mm256_cvtepu8_epi16(stored);
-  const __m256i first = _mm256_blend_epi16(both, _mm256_slli_epi32(both, 16), 0xaa);
-  const __m256i second = _mm256_blend_epi16(both, _mm256_srli_epi32(both, 16), 0x55);
-  if constexpr (T == Q4_K) {
-    const __m256i scale = b % 2 ? second : first;
-    steps<T, false, 0, 4, M>(p, x0, x1, x2, x3, a0, a1, a2, a3);
-    steps<T, true, 0, 4, M>(p, x0, x1, x2, x3, a0, a1, a2, a3);
-#define SCALED(m) a##m = _mm256_madd_epi16(a##m, scale);
-    FOR_M(SCALED)
-#undef SCALED
-  } else {
-    const __m256i low = T == Q6_K ? first : b % 2 ? second : first, high = T == Q6_K ? second : low;
-    __m256i c0 = zero, c1 = zero, c2 = zero, c3 = zero;
-#define INTO(m) c##m = _mm256_add_epi32(c##m, _mm256_madd_epi16(a##m, scale)), a##m = zero;
-#define PART(HIGH, FIRST, COUNT)                                                   \
-  {                                                                                \
-    steps<T, HIGH, FIRST, COUNT, M>(p, x0, x1, x2, x3, a0, a1, a2, a3);            \
-    const __m256i scale = HIGH ? high : low;                                       \
-    FOR_M(INTO)                                                                    \
+#undef STEP
+  const __m256 d = half8(header), e = half8(header + 16);
+#define END(m)                                                              \
+  {                                                                         \
+    const __m256 x_scale = _mm256_set1_ps(g##m.scale[b] * WIDE_UNIT);       \
+    add_scaled(sums + m * GROUP, a##m, _mm256_mul_ps(d, x_scale));          \
+    add_scaled(sums + m * GROUP + 8, b##m, _mm256_mul_ps(e, x_scale));      \
   }
-    if constexpr (T == Q5_K) {  // 4 steps of 31 x 127 x 2 do not overflow
-      PART(false, 0, 4) PART(true, 0, 4)
-    } else {  // nor do 2 of 63
-      PART(false, 0, 2) PART(false, 2, 2) PART(true, 0, 2) PART(true, 2, 2)
-    }
-#undef PART
-#undef INTO
-#define TAKEN(m) \
-  a##m = T == Q6_K ? _mm256_sub_epi32(c##m, _mm256_slli_epi32(_mm256_madd_epi16(both, four_of(g##m.sum, (int)b)), 5)) : c##m;
-    FOR_M(TAKEN)  // the numbers of Q6_K are stored with 32 added
-#undef TAKEN
-  }
-#define END(m) add_scaled(sums + m * GROUP, a##m, _mm256_mul_ps(d, _mm256_set1_ps(g##m.scale[b])));
   FOR_M(END)
 #undef END
-  if constexpr (T != Q6_K) {
-    const __m128i minima = _mm_loadl_epi64((const __m128i*)(header + 192 + b * GROUP - half * 8));
-    const __m256 least = _mm256_mul_ps(half8(header + 32), _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(minima)));
-#define END(m) take_scaled(sums + m * GROUP, least, g##m.taken[b]);
-    FOR_M(END)
-#undef END
+}
+
+// The same of the others: quads of columns, by x of 8 bits
+template <int T, int M>
+inline __attribute__((always_inline)) void sixteen_rows(const uint8_t* p, const uint8_t* header, int64_t b, const XGroup& g0,
+                                                        const XGroup& g1, const XGroup& g2, const XGroup& g3, float* sums) {
+  const __m256i zero = _mm256_setzero_si256();
+  __m256i a0 = zero, a1 = zero, a2 = zero, a3 = zero, b0 = zero, b1 = zero, b2 = zero, b3 = zero;
+  const int8_t *x0 = g0.q + b * BLOCK, *x1 = g1.q + b * BLOCK, *x2 = g2.q + b * BLOCK, *x3 = g3.q + b * BLOCK;
+  __m256 least_a = _mm256_setzero_ps(), least_b = least_a;
+  if constexpr (T == Q4 || T == Q4_K) {  // 8 steps of 15 x 127 x 2 do not overflow
+#pragma GCC unroll 2
+    for (int j = 0; j < 4; j++) {
+      step<T, false, M>(p, j, ALL_INPUTS, ALL_SUMS);
+      step<T, true, M>(p, j, ALL_INPUTS, ALL_SUMS);
+    }
   }
+  if constexpr (T == Q4) {
+    const __m256i ones = _mm256_set1_epi16(1);
+#define WIDEN(m) a##m = _mm256_madd_epi16(a##m, ones), b##m = _mm256_madd_epi16(b##m, ones);
+    FOR_M(WIDEN)
+#undef WIDEN
+    least_a = _mm256_mul_ps(half8(header), _mm256_set1_ps(8)), least_b = _mm256_mul_ps(half8(header + 16), _mm256_set1_ps(8));
+  } else {
+    // two scales of each row, of this block and its neighbour, or in Q6_K of the two halves of this one
+    const uint8_t* pair = header + (T == Q6_K ? 32 + b * 32 : 64 + b / 2 * 32);
+    __m256i both[2], first[2], second[2];
+    for (int half = 0; half < 2; half++) {
+      const __m128i stored = _mm_loadu_si128((const __m128i*)(pair + half * 16));
+      both[half] = T == Q6_K ? _mm256_cvtepi8_epi16(stored) : _mm256_cvtepu8_epi16(stored);
+      first[half] = _mm256_blend_epi16(both[half], _mm256_slli_epi32(both[half], 16), 0xaa);
+      second[half] = _mm256_blend_epi16(both[half], _mm256_srli_epi32(both[half], 16), 0x55);
+      if (T != Q6_K && b % 2) first[half] = second[half];
+    }
+    if constexpr (T == Q4_K) {
+#define SCALED(m) a##m = _mm256_madd_epi16(a##m, first[0]), b##m = _mm256_madd_epi16(b##m, first[1]);
+      FOR_M(SCALED)
+#undef SCALED
+    } else {
+      __m256i whole0 = zero, whole1 = zero, whole2 = zero, whole3 = zero;
+      for (int half = 0; half < 2; half++) {  // there are no registers for all
+        __m256i c0 = zero, c1 = zero, c2 = zero, c3 = zero;
+#define INTO(m) c##m = _mm256_add_epi32(c##m, _mm256_madd_epi16(a##m, scale)), a##m = zero;
+#define PART(HIGH, FIRST, COUNT)                                                                                        \
+  {                                                                                                                     \
+    for (int j = FIRST; j < FIRST + COUNT; j++) half_step<T, HIGH, M>(p + half * 32, j, ALL_INPUTS, a0, a1, a2, a3);    \
+    const __m256i scale = HIGH && T == Q6_K ? second[half] : first[half];                                               \
+    FOR_M(INTO)                                                                                                         \
+  }
+        if constexpr (T == Q5_K) {  // 4 steps of 31 x 127 x 2 do not overflow
+          PART(false, 0, 4) PART(true, 0, 4)
+        } else {  // nor do 2 of 63
+          PART(false, 0, 2) PART(false, 2, 2) PART(true, 0, 2) PART(true, 2, 2)
+        }
+#undef PART
+#undef INTO
+        // the numbers of Q6_K are stored with 32 added
+#define TAKE(m)                                                                                            \
+  if constexpr (T == Q6_K) {                                                                               \
+    const __m256i taken = _mm256_madd_epi16(both[half], four_of(g##m.sum, (int)b));                        \
+    c##m = _mm256_sub_epi32(c##m, _mm256_slli_epi32(taken, 5));                                            \
+  }                                                                                                        \
+  if (half == 0) b##m = c##m; else whole##m = c##m;
+        FOR_M(TAKE)
+#undef TAKE
+      }
+#define SWAP(m) a##m = b##m, b##m = whole##m;
+      FOR_M(SWAP)
+#undef SWAP
+    }
+    if constexpr (T != Q6_K) {
+      const __m128i minima = _mm_loadu_si128((const __m128i*)(header + 192 + b * GROUP));
+      least_a = _mm256_mul_ps(half8(header + 32), _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(minima)));
+      least_b = _mm256_mul_ps(half8(header + 48), _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(minima, 8))));
+    }
+  }
+  const __m256 d = half8(header), e = half8(header + 16);
+#define END(m)                                                                                       \
+  {                                                                                                  \
+    const __m256 x_scale = _mm256_set1_ps(g##m.scale[b]), taken = _mm256_set1_ps(g##m.taken[b]);     \
+    float* to = sums + m * GROUP;                                                                    \
+    if constexpr (T == Q6_K) {                                                                       \
+      add_scaled(to, a##m, _mm256_mul_ps(d, x_scale));                                               \
+      add_scaled(to + 8, b##m, _mm256_mul_ps(e, x_scale));                                           \
+    } else {                                                                                         \
+      add_scaled(to, a##m, _mm256_mul_ps(d, x_scale), least_a, taken);                               \
+      add_scaled(to + 8, b##m, _mm256_mul_ps(e, x_scale), least_b, taken);                           \
+    }                                                                                                \
+  }
+  FOR_M(END)
+#undef END
 }
 
 // sums [G, M, 16] += what `blocks` blocks of 32 columns give, at most 8, in G groups of 16 rows that lie `bytes` apart, each a
@@ -153,15 +220,18 @@ __attribute__((noinline)) void packed_tile(const uint8_t* w, int64_t bytes, int6
       const uint8_t* header = w + g * bytes + (small ? b * Packed<T>::size : 0);
       const uint8_t* numbers = header + Packed<T>::header + (small ? 0 : b * Packed<T>::part);
       for (int i = 0; M == 1 && T != Q8 && i < Packed<T>::part; i += 64) __builtin_prefetch(numbers + i + AHEAD);
-      for (int half = 0; half < 2; half++) {
-        const __m256 d = half8(header + half * 16);
-        eight_rows<T, M>(numbers + half * (T == Q8 ? 16 : 32), header + half * 16, b, half, d, g0, g1, g2, g3,
-                         sums + g * M * GROUP + half * 8);
-      }
+      if constexpr (T == Q8) wide_rows<M>(numbers, header, b, g0, g1, g2, g3, sums + g * M * GROUP);
+      else sixteen_rows<T, M>(numbers, header, b, g0, g1, g2, g3, sums + g * M * GROUP);
+      __asm__ volatile("" ::: "memory");  // sums stay where they are: there are no registers for them
     }
   }
 }
 
+#undef IN_ORDER
+#undef ALL_INPUTS
+#undef ALL_SUMS
+#undef INPUTS
+#undef SUMS
 #undef FOR_M
 
 #else

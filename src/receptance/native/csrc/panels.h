@@ -101,6 +101,47 @@ void many_rows(const Product& p, int64_t first, int64_t last, int64_t rows, floa
   });
 }
 
+// A few rows of x, whose numbers stay in the second-level cache: no panels, but R rows of w by M of x along the columns
+constexpr int64_t FEW = 32;
+
+template <int T, int R, int M>
+inline void dot_block(const char* w, int64_t stride, const float* x, int64_t ldx, int64_t cols, float* y, int64_t ldy) {
+  vf acc[R][M] = {};
+  int64_t k = 0;
+  for (; k + W <= cols; k += W) {
+    vf ws[R];
+    for (int r = 0; r < R; r++) ws[r] = elements<T>(w + r * stride, k);
+    for (int m = 0; m < M; m++) {
+      const vf xs = load(x + m * ldx + k);
+      for (int r = 0; r < R; r++) acc[r][m] += ws[r] * xs;
+    }
+  }
+  for (int r = 0; r < R; r++) {
+    for (int m = 0; m < M; m++) {
+      float rest = 0;
+      for (int64_t j = k; j < cols; j++) rest += element<T>(w + r * stride, j) * x[m * ldx + j];
+      y[m * ldy + r] = sum(acc[r][m]) + rest;
+    }
+  }
+}
+
+template <int T>
+void few_rows(const Product& p, int64_t first, int64_t last, int64_t rows, float* local) {
+  constexpr int R = 2, M = 4;
+  const int64_t cols = p.w->cols, size = offset<T>(cols), count = last - first;
+  float* y = local + PANEL * DEPTH;  // [rows, count]
+  for (int64_t n = 0; n < count; n += R) {
+    const char* w = (const char*)p.w->data + (first + n) * size;
+    int64_t m = 0;
+    if (n + R <= count) {
+      for (; m + M <= rows; m += M) dot_block<T, R, M>(w, size, p.x + m * p.ldx, p.ldx, cols, y + m * count + n, count);
+      for (; m < rows; m++) dot_block<T, R, 1>(w, size, p.x + m * p.ldx, p.ldx, cols, y + m * count + n, count);
+    }
+    for (; m < rows; m++) dot_block<T, 1, 1>(w, size, p.x + m * p.ldx, p.ldx, cols, y + m * count + n, count);
+  }
+  for (int64_t m = 0; m < rows; m++) put(p, m, first, count, y + m * count);
+}
+
 template <int T>
 void many_packed_rows(const Product& p, int64_t first, int64_t last, int64_t rows, float* local) {
   constexpr int64_t step = 8 * BLOCK / Packed<T>::numbers * Packed<T>::size;  // 256 columns of 16 rows
