@@ -32,6 +32,7 @@ BLOCK, GROUP = 32, 16  # as in csrc/core.h
 PACKED_BYTES = {"int8": GROUP * (2 + BLOCK), "int4": GROUP * (2 + BLOCK // 2)}
 PACKED_BLOCKS = {"Q8_0": 544, "Q4_0": 288, "Q4_K": 2368, "Q5_K": 2880, "Q6_K": 3360}  # bytes of a block of 16 rows, packed
 LINE_BLOCK_BYTES = {"int8": 2 + BLOCK, "int4": 2 + BLOCK // 2, "float32": 4 * BLOCK}  # the others: 2 * BLOCK
+LARGE = 1 << 30  # bytes
 TYPE_NAMES = {number: name for name, number in TYPES.items()}
 MATRICES = ("receptance", "key", "value", "gate", "output", "w1", "w2", "a1", "a2", "v1", "v2", "g1", "g2", "maa1")
 NUMPY_TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
@@ -60,18 +61,21 @@ class Binding:
 
     dtype: what the large matrices are stored as; None = as in the file. With int4 the head and the matrices of RWKV's
     smallest and most delicate part, the low-rank maps, keep more: int8 and the file's type.
-    repack: of matrices in blocks, whether to make copies that hold the same numbers 16 rows side by side.
+    repack: of matrices in blocks, whether to make copies that hold the same numbers 16 rows side by side. None: all but Q8_0
+    matrices of large models, which are read nearly as fast in place, while copying would double the time until the first token.
     """
 
     def __init__(
-        self, core: Core, team: int, weights: Weights, config: NativeConfig, dtype: str | None, *, repack: bool = True
+        self, core: Core, team: int, weights: Weights, config: NativeConfig, dtype: str | None, *, repack: bool | None = None
     ):
         self.core = core
         self.team = team
         self.weights = weights
         self.config = config
         self.dtype = dtype
-        self.repack = repack
+        blocks = sum(x.nbytes for x in weights.values() if isinstance(x, Blocks))
+        in_place = () if blocks <= LARGE else ("Q8_0",)
+        self.in_place = in_place if repack is None else () if repack else tuple(FORMATS)
         self.kept: list[object] = []
         self.layers = (Layer * config.n_layer)()
         self.model = self.frame()
@@ -213,7 +217,7 @@ class Binding:
         x = self.weights[name]
         rows, cols = x.shape
         if isinstance(x, Blocks) and dtype not in PACKED_BYTES:
-            return self.packed_blocks(x) if self.repack and rows % GROUP == 0 else self.stored(x)
+            return self.stored(x) if x.format in self.in_place or rows % GROUP else self.packed_blocks(x)
         if dtype is None or dtype == type_name(x) or dtype == "float32" or (dtype in PACKED_BYTES and cols % BLOCK):
             return self.stored(x)  # to float32 every narrower type widens exactly, in the product
         if dtype not in PACKED_BYTES:

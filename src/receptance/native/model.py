@@ -33,8 +33,9 @@ class NativeModel:
     exactly), float16 and bfloat16 round wider ones, int8 and int4 quantise blocks of 32 numbers. Vectors and low-rank
     maps stay as in the file; arithmetic and state are float32.
     threads: None = one for each core that this process may use.
-    repack: with dtype None, copy matrices in GGUF's block formats into the order in which they are read fastest: the same
-    numbers. False reads them where they lie in the file, which starts sooner and decodes slower.
+    repack: with dtype None, whether to copy matrices in GGUF's block formats into the order in which they are read fastest
+    (the same numbers), at a second or so per GB, or to read them where they lie in the file. None: copy, except Q8_0 matrices
+    of models with more than 1 GiB of blocks.
     engine_name: None = the best compiled engine for this machine, or "numpy" where there is none.
     Raises ConfigError for an unknown dtype, or int8 and int4 without the compiled core.
     """
@@ -50,7 +51,7 @@ class NativeModel:
         dtype: str | None = None,
         threads: int | None = None,
         engine_name: str | None = None,
-        repack: bool = True,
+        repack: bool | None = None,
     ):
         if dtype is not None and dtype not in DTYPES:
             raise ConfigError(f"dtype {dtype!r} is unknown to the native engine; use one of {', '.join(DTYPES)}")
