@@ -18,7 +18,7 @@ holds as [out, in] as the view `stored.T`, and no copy is made.
 
 import ctypes
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -283,5 +283,5 @@ def let_go(x: NDArray[np.uint8]) -> None:
         base.madvise(mmap.MADV_DONTNEED, first, length)
 
 
-def addresses(arrays: dict[str, Array], fields: list[str]) -> list[int | None]:
+def addresses(arrays: Mapping[str, Array], fields: list[str]) -> list[int | None]:
     return [arrays[name].ctypes.data if name in arrays else None for name in fields]

@@ -4,7 +4,7 @@ Where it could not be compiled, `load_library` says why, and the NumPy form (`pl
 """
 
 import ctypes
-from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -73,10 +73,22 @@ class Request(ctypes.Structure):
         ("chunk_rows", c_int64),
         ("active", c_int64),
         ("hidden", c_int64),
+        ("from_rows", c_void_p),
+        ("to_rows", c_void_p),
+        ("pool", c_int64),
     ]
 
 
-STRUCTURES = (Matrix, ChannelMix, Layer, Model, CState, Request)
+class SampleRow(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("logits", "mask", "occurrence", "seen", "weight", "bias_ids", "bias_values")),
+        *((name, c_double) for name in ("top_p", "uniform")),
+        *((name, c_float) for name in ("temperature", "min_p", "presence", "frequency", "repetition", "decay")),
+        *((name, c_int32) for name in ("biases", "top_k", "count_digits", "token")),
+    ]
+
+
+STRUCTURES = (Matrix, ChannelMix, Layer, Model, CState, Request, SampleRow)
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +136,7 @@ def declare(library: ctypes.CDLL) -> None:
         "widen": (None, [c_void_p, POINTER(Matrix), c_int64, c_int64, c_void_p]),
         "multiply": (None, [c_void_p, c_void_p, POINTER(Matrix), c_void_p, c_int64, c_void_p, c_void_p]),
         "multiply_bytes": (c_int64, [c_void_p, POINTER(Matrix), c_int64, c_int32]),
+        "sample": (None, [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p]),
     }
     for name, (result, arguments) in functions.items():
         function = getattr(library, f"receptance_{name}")

@@ -101,7 +101,27 @@ struct Request {
   int64_t chunk_rows; // at most so many tokens at once (at least one for each row)
   int64_t active;     // out: hidden units that were not zero, and
   int64_t hidden;     // out: all of them, where the sparse product was used
+  // Null: sequence s has row s of the state. Else row from[s] of `in` becomes row to[s] of `out`, both of `pool` rows; a
+  // row that is written is no other sequence's.
+  const int32_t *from, *to;
+  int64_t pool;
 };
+
+// How the next token of one row is drawn: the fields of SamplingParams, and what the row has read and written.
+struct SampleRow {
+  const float* logits;       // [vocab]
+  const uint32_t* mask;      // null, or a bit for each token that may come
+  float* occurrence;         // [vocab]: decayed number of times each token was generated; changed
+  uint8_t* seen;             // [vocab]: 0 = never, 1 = in the prompt, GENERATED; null: no penalties; changed
+  const float* weight;       // [vocab]: what an occurrence counts where digits are not penalised
+  const int32_t* bias_ids;
+  const float* bias_values;
+  double top_p, uniform;     // top_p above 1: all
+  float temperature, min_p, presence, frequency, repetition, decay;
+  int32_t biases, top_k, count_digits;
+  int32_t token;             // out
+};
+constexpr uint8_t GENERATED = 2;
 
 struct Engine {
   const char* name;
@@ -117,6 +137,8 @@ struct Engine {
   // y[rows, w.rows] = x[rows, w.cols] w^T, on all threads, x rounded as in `forward`; scratch as in `multiply_bytes`
   void (*multiply)(const Matrix& w, const float* x, int64_t rows, float* y, Team*, void* scratch);
   int64_t (*multiply_bytes)(const Matrix& w, int64_t rows, int threads);
+  // The next token of each row; scratch: 3 vocab numbers for each thread
+  void (*sample)(SampleRow* rows, int64_t count, int64_t vocab, Team*, float* scratch);
 };
 
 const Engine* engine_portable();

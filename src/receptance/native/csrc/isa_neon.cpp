@@ -25,6 +25,7 @@ namespace {
 #include "pack.h"
 #include "wkv.h"
 #include "engine.h"
+#include "sample.h"
 
 bool supported() {
   return has_dot_products();
@@ -32,7 +33,7 @@ bool supported() {
 }  // namespace
 
 const Engine* engine_neon() {
-  static const Engine engine = {"neon", supported, scratch_bytes, forward, pack, pack_lines, widen, multiply, multiply_bytes};
+  static const Engine engine = {"neon", supported, scratch_bytes, forward, pack, pack_lines, widen, multiply, multiply_bytes, sample};
   return &engine;
 }
 }  // namespace receptance

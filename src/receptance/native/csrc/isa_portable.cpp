@@ -14,6 +14,7 @@ namespace {
 #include "pack.h"
 #include "wkv.h"
 #include "engine.h"
+#include "sample.h"
 
 bool supported() {
   return true;
@@ -21,7 +22,7 @@ bool supported() {
 }  // namespace
 
 const Engine* engine_portable() {
-  static const Engine engine = {"portable", supported, scratch_bytes, forward, pack, pack_lines, widen, multiply, multiply_bytes};
+  static const Engine engine = {"portable", supported, scratch_bytes, forward, pack, pack_lines, widen, multiply, multiply_bytes, sample};
   return &engine;
 }
 }  // namespace receptance
