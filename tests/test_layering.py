@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "models": {"errors", "ops"},
     "checkpoint": {"errors", "embedded", "models", "native", "gguf"},
     "data": {"errors", "tokenizers"},
-    "engine": {"errors", "models", "checkpoint", "native"},
+    "engine": {"errors", "models", "checkpoint", "native", "ops", "tokenizers"},
     "generation": {"errors", "engine", "models", "tokenizers"},
     "training": {"errors", "ops", "models", "data", "checkpoint", "tokenizers"},
     "cli": None,  # the top of the house

@@ -6,15 +6,16 @@ It runs every row to its end without ever admitting a new one; the batched engin
 import secrets
 import time
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import import_module
-from typing import Any, Literal, Unpack
+from typing import Any, Unpack
 
 from receptance.engine.numpy_sampling import uniform
 from receptance.engine.params import SamplingFields, SamplingParams
 from receptance.engine.protocols import Model, State
-from receptance.errors import ReceptanceError
-from receptance.tokenizers import StopMatcher, Tokenizer
+from receptance.engine.request import FinishReason, GenerationError, Prompt, Token, prompt_ids
+from receptance.engine.text import Reader
+from receptance.tokenizers import Tokenizer
 
 __all__ = [
     "Generation",
@@ -28,26 +29,6 @@ __all__ = [
 ]
 
 PREFILL_CHUNK = 512  # tokens fed at once: bounds the memory of a long prompt
-
-Prompt = str | Sequence[int]
-FinishReason = Literal["stop", "length", "cancelled"]
-
-
-class GenerationError(ReceptanceError):
-    """A prompt cannot be continued, or the model gives no usable probabilities."""
-
-
-@dataclass(frozen=True)
-class Token:
-    """One drawn token. `text` is what became certain with it: "" inside a character or a possible stop string.
-
-    logprob and top (ids and log-probabilities of the most probable tokens) are there when `logprobs` was asked for.
-    """
-
-    id: int
-    text: str
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
 
 
 def generate(
@@ -135,7 +116,7 @@ class Generation:
         chunk: int = PREFILL_CHUNK,
     ):
         self.params = params
-        self.prompt_ids = _prompt_ids(model, tokenizer, prompt, state)
+        self.prompt_ids = prompt_ids(model, tokenizer, prompt, state is not None)
         self.seed = secrets.randbits(63) if params.seed is None else params.seed
         self.tokens: list[Token] = []
         self.finish_reason: FinishReason | None = None
@@ -143,14 +124,9 @@ class Generation:
         self.decode_seconds = 0.0
         self._model = model
         self._tokenizer = tokenizer
-        self._decoder = tokenizer.stream()
+        self._reader = Reader(tokenizer, params)
         self._end: State | None = None
-        self._stop = StopMatcher(params.stop_strings)
         self._marks: list[tuple[int, State]] = []  # (characters of text, state) at ends of tokens; see _mark
-        self._decoded = 0  # characters that the tokens so far have given, with those held back
-        self._passed = 0  # characters passed on in tokens
-        self._unmarked: list[int] = []  # ids since the last mark, to see whether a character is open
-        self._unmarked_text = 0  # their characters so far
         self._steps = _decode(model, tokenizer, [self], state, chunk)
 
     @property
@@ -197,21 +173,7 @@ class Generation:
 
     def _accept(self, token: int, logprob: float | None, top: tuple[tuple[int, float], ...]) -> Token:
         """Take a drawn token; decide whether the text ends with it."""
-        reason: FinishReason | None = None
-        piece = ""
-        if token == self._tokenizer.eos_id or token in self.params.stop_tokens:
-            reason, text = "stop", self._stop.finish()
-        else:
-            piece = self._decoder.push(token)
-            text = self._stop.push(piece)
-            if self._stop.matched is not None:
-                reason = "stop"
-            elif len(self.tokens) + 1 >= self.params.max_tokens:
-                reason, text = "length", text + self._stop.finish()
-            self._decoded += len(piece)
-            self._unmarked.append(token)
-            self._unmarked_text += len(piece)
-        self._passed += len(text)
+        text, reason = self._reader.accept(token)
         self.tokens.append(Token(token, text, logprob, top))
         if reason:
             self._finish(reason)
@@ -219,46 +181,26 @@ class Generation:
 
     def _mark(self, state: State) -> None:
         """Remember the state after all tokens so far, and forget those that the text can no longer be cut back to."""
-        if self._is_whole():
-            self._marks.append((self._decoded, state))
-            self._unmarked, self._unmarked_text = [], 0
-        while len(self._marks) > 1 and self._marks[1][0] <= self._passed:
+        if self._reader.is_whole:
+            self._marks.append((self._reader.decoded, state))
+            self._reader.mark()
+        while len(self._marks) > 1 and self._marks[1][0] <= self._reader.passed:
             del self._marks[0]
-
-    def _is_whole(self) -> bool:
-        """No character is unfinished: where one is, decoding to the end shows U+FFFD after the characters so far."""
-        return len(self._tokenizer.decode(self._unmarked)) == self._unmarked_text
 
     def _finish(self, reason: FinishReason) -> None:
         """Set the state: the last one within the text, fed with what the text has beyond it."""
         self.finish_reason = reason
-        while self._marks[-1][0] > self._passed:
+        while self._marks[-1][0] > self._reader.passed:
             self._marks.pop()
         characters, state = self._marks[-1]
-        if self._decoded == self._passed and self._is_whole():
-            missing = self._unmarked
+        if self._reader.is_clean:
+            missing = self._reader.unmarked
         else:  # the text ends within a token
             missing = self._tokenizer.encode(self.text[characters:])
         if missing:
             _, state = prefill(self._model, [missing], state)
         self._end = state.clone()
         self._marks = []
-
-
-def _prompt_ids(model: Model, tokenizer: Tokenizer, prompt: Prompt, state: State | None) -> list[int]:
-    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-    if not ids:
-        if state is not None:
-            raise GenerationError("the prompt is empty; a state goes on only from at least one more token of text")
-        ids = [tokenizer.eos_id]  # how a document begins
-    vocab = model.config.vocab_size
-    wrong = next((i for i in ids if not 0 <= i < vocab), None)
-    if wrong is not None:
-        raise GenerationError(
-            f"the prompt has token id {wrong}, but the model's ids are 0 to {vocab - 1}; "
-            f"does the tokenizer '{tokenizer.name}' belong to this model?"
-        )
-    return ids
 
 
 def prefill(

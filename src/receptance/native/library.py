@@ -4,7 +4,7 @@ Where it could not be compiled, `load_library` says why, and the NumPy form (`pl
 """
 
 import ctypes
-from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,6 +13,7 @@ from receptance.native.build import LIBRARY, sources_hash
 
 TYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3, "int4": 4}  # enum Type
 TYPES |= {"Q8_0": 5, "Q4_0": 6, "Q4_K": 7, "Q5_K": 8, "Q6_K": 9}
+TYPES |= {"packed Q8_0": 10, "packed Q4_0": 11, "packed Q4_K": 12, "packed Q5_K": 13, "packed Q6_K": 14}
 INPUTS = ("r", "w", "k", "v", "a", "g")  # enum Mix
 FLOATS = POINTER(c_float)
 
@@ -72,10 +73,22 @@ class Request(ctypes.Structure):
         ("chunk_rows", c_int64),
         ("active", c_int64),
         ("hidden", c_int64),
+        ("from_rows", c_void_p),
+        ("to_rows", c_void_p),
+        ("pool", c_int64),
     ]
 
 
-STRUCTURES = (Matrix, ChannelMix, Layer, Model, CState, Request)
+class SampleRow(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("logits", "mask", "occurrence", "seen", "weight", "bias_ids", "bias_values")),
+        *((name, c_double) for name in ("top_p", "uniform")),
+        *((name, c_float) for name in ("temperature", "min_p", "presence", "frequency", "repetition", "decay")),
+        *((name, c_int32) for name in ("biases", "top_k", "count_digits", "token")),
+    ]
+
+
+STRUCTURES = (Matrix, ChannelMix, Layer, Model, CState, Request, SampleRow)
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,6 +136,7 @@ def declare(library: ctypes.CDLL) -> None:
         "widen": (None, [c_void_p, POINTER(Matrix), c_int64, c_int64, c_void_p]),
         "multiply": (None, [c_void_p, c_void_p, POINTER(Matrix), c_void_p, c_int64, c_void_p, c_void_p]),
         "multiply_bytes": (c_int64, [c_void_p, POINTER(Matrix), c_int64, c_int32]),
+        "sample": (None, [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p]),
     }
     for name, (result, arguments) in functions.items():
         function = getattr(library, f"receptance_{name}")

@@ -1,9 +1,12 @@
 """`NativeModel`: what `receptance.load(path, engine="native")` gives."""
 
 import ctypes
+import math
 import os
+import sys
 import threading
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +21,7 @@ from receptance.native.plain import PlainEngine
 from receptance.native.state import State
 
 DTYPES = ("float32", "bfloat16", "float16", "int8", "int4")
+RECYCLED, RECYCLED_RESULTS = 1 << 18, 4  # numbers of a result whose memory is used again, and how many of them are kept
 CHUNK_ROWS = 128  # tokens at once in the core: bounds its working memory
 EMPTY = -1e38  # RWKV-4's exponent before any token, as in receptance.ops
 STATE_FIELDS = ["att_shift", "ffn_shift", "wkv", "num", "den", "exp"]
@@ -30,6 +34,9 @@ class NativeModel:
     exactly), float16 and bfloat16 round wider ones, int8 and int4 quantise blocks of 32 numbers. Vectors and low-rank
     maps stay as in the file; arithmetic and state are float32.
     threads: None = one for each core that this process may use.
+    repack: with dtype None, whether to copy matrices in GGUF's block formats into the order in which they are read fastest
+    (the same numbers), at a second or so per GB, or to read them where they lie in the file. None: copy, except Q8_0 matrices
+    of models with more than 1 GiB of blocks.
     engine_name: None = the best compiled engine for this machine, or "numpy" where there is none.
     Raises ConfigError for an unknown dtype, or int8 and int4 without the compiled core.
     """
@@ -45,6 +52,7 @@ class NativeModel:
         dtype: str | None = None,
         threads: int | None = None,
         engine_name: str | None = None,
+        repack: bool | None = None,
     ):
         if dtype is not None and dtype not in DTYPES:
             raise ConfigError(f"dtype {dtype!r} is unknown to the native engine; use one of {', '.join(DTYPES)}")
@@ -60,6 +68,7 @@ class NativeModel:
         self._core: Core | None = None
         self._lock = threading.Lock()
         self._scratch: tuple[int, NDArray[np.uint8]] = (0, aligned(0))
+        self._results: list[Array] = []
         try:
             self._core = None if engine_name == "numpy" else load_core(engine_name or "")
         except NoCoreError as error:
@@ -75,7 +84,7 @@ class NativeModel:
             return
         self.engine_name = self._core.name
         self._team, self._team_process = self._core.library.receptance_team_new(self.threads), os.getpid()
-        self._binding = Binding(self._core, self._team, weights, config, dtype)
+        self._binding = Binding(self._core, self._team, weights, config, dtype, repack=repack)
 
     def __del__(self) -> None:
         if getattr(self, "_team", None) and self._core and self._team_process == os.getpid():
@@ -85,6 +94,18 @@ class NativeModel:
     @property
     def device(self) -> str:
         return "cpu"
+
+    @property
+    def core(self) -> Core | None:
+        """The compiled core, None where NumPy takes its place."""
+        return self._core
+
+    def team(self) -> int:
+        """The core's threads, for its functions that take them; of this process, also after a fork."""
+        assert self._core is not None
+        if self._team_process != os.getpid():  # a fork leaves the threads behind
+            self._team, self._team_process = self._core.library.receptance_team_new(self.threads), os.getpid()
+        return int(self._team)
 
     @property
     def n_matrix_elements(self) -> int:
@@ -168,26 +189,69 @@ class NativeModel:
         self.check_state(state)
         return state
 
+    def forward_rows(
+        self,
+        tokens: NDArray[np.int32],
+        counts: NDArray[np.int32],
+        pool: State,
+        from_rows: NDArray[np.int32],
+        to_rows: NDArray[np.int32],
+        *,
+        last_only: bool = True,
+    ) -> Array:
+        """Run sequences whose states are rows of one pool, in place: row from_rows[i] becomes row to_rows[i].
+
+        tokens: counts[i] >= 1 tokens of each sequence, one after the other. Rows may be forked (one `from` several
+        times), but a row that is written is no other sequence's. Logits of each sequence's last token, [B, V], or of
+        all tokens. Nothing is checked: the batched engine's step.
+        """
+        logits = self._memory((len(counts) if last_only else len(tokens), self.config.vocab_size))
+        rows = np.ascontiguousarray(from_rows, np.int32), np.ascontiguousarray(to_rows, np.int32)
+        if self._plain is None:
+            self._call(tokens, counts, pool, pool, logits, last_only, rows)
+        else:
+            forked = pool.select(rows[0].tolist())
+            for name, x in pool.items():
+                x[:, rows[1]] = forked[name]
+            self._plain_rows(tokens, counts, pool, rows[1].tolist(), logits, last_only)
+        return logits
+
     def _run_core(
         self, rows: NDArray[np.int32], counts: NDArray[np.int32], before: State, shape: tuple[int, int], last_only: bool
     ) -> tuple[Array, State]:
+        given = State({name: np.ascontiguousarray(x) for name, x in before.items()})
+        has_empty = not counts.all()  # rows that no token touches keep their state
+        made = State({name: self._memory(x.shape) for name, x in given.items()})
+        logits = self._memory(shape)
+        if has_empty:
+            logits[:] = 0
+            for name, x in given.items():
+                made[name][:] = x
+        self._call(rows, counts, given, made, logits, last_only)
+        return logits, made
+
+    def _call(
+        self,
+        tokens: NDArray[np.int32],
+        counts: NDArray[np.int32],
+        given: State,
+        made: State,
+        logits: Array,
+        last_only: bool,
+        rows: tuple[NDArray[np.int32], NDArray[np.int32]] | None = None,
+    ) -> None:
         core = self._core
         assert core is not None
-        given = {name: np.ascontiguousarray(x) for name, x in before.items()}
-        has_empty = not counts.all()  # rows that no token touches keep their state
-        made = {name: x.copy() if has_empty else np.empty_like(x) for name, x in given.items()}
-        logits = np.zeros(shape, np.float32) if has_empty else np.empty(shape, np.float32)
-        chunk = int(max(min(CHUNK_ROWS, len(rows)), len(counts)))
+        chunk = int(max(min(CHUNK_ROWS, len(tokens)), len(counts)))
         with self._lock:
-            if self._team_process != os.getpid():  # a fork leaves the threads behind
-                self._team, self._team_process = core.library.receptance_team_new(self.threads), os.getpid()
+            team = self.team()
             if self._scratch[0] < chunk:
                 need = core.library.receptance_scratch_bytes(core.engine, self._binding.model, chunk, self.threads)
                 self._scratch = (chunk, aligned(need))
             request = Request(
                 ctypes.pointer(self._binding.model),
-                self._team,
-                rows.ctypes.data,
+                team,
+                tokens.ctypes.data,
                 counts.ctypes.data,
                 len(counts),
                 ctypes.pointer(CState(*addresses(given, STATE_FIELDS))),
@@ -197,23 +261,48 @@ class NativeModel:
                 self._scratch[1].ctypes.data,
                 chunk,
             )
+            if rows is not None:
+                request.from_rows, request.to_rows, request.pool = rows[0].ctypes.data, rows[1].ctypes.data, given.batch
             core.library.receptance_forward(core.engine, ctypes.byref(request))
         self.active_fraction = request.active / request.hidden if request.hidden else None
-        return logits, State(made)
+
+    def _memory(self, shape: tuple[int, ...]) -> Array:
+        """An array of any content; a large one is an earlier result that nobody has any more, whose pages are there already."""
+        if math.prod(shape) < RECYCLED:
+            return np.empty(shape, np.float32)
+        with self._lock:
+            for i in range(len(self._results)):
+                x = self._results[i]
+                if x.shape == shape and sys.getrefcount(x) == 3:  # the list, `x`, the argument
+                    return x
+            made = np.empty(shape, np.float32)
+            self._results = [*self._results[1 - RECYCLED_RESULTS :], made]
+        return made
 
     def _run_plain(
         self, rows: NDArray[np.int32], counts: NDArray[np.int32], before: State, shape: tuple[int, int], last_only: bool
     ) -> tuple[Array, State]:
-        assert self._plain is not None
         after = before.clone()
         logits = np.zeros(shape, np.float32)
+        self._plain_rows(rows, counts, after, range(len(counts)), logits, last_only)
+        return logits, after
+
+    def _plain_rows(
+        self,
+        tokens: NDArray[np.int32],
+        counts: NDArray[np.int32],
+        pool: State,
+        rows: Iterable[int],
+        logits: Array,
+        last_only: bool,
+    ) -> None:
+        assert self._plain is not None
         ends = np.cumsum(counts)
-        for i, (count, end) in enumerate(zip(counts.tolist(), ends.tolist())):
+        for i, (row, count, end) in enumerate(zip(rows, counts.tolist(), ends.tolist())):
             if count:
                 place: int | slice = i if last_only else slice(end - count, end)
-                fields = {name: x[:, i] for name, x in after.items()}
-                logits[place] = self._plain.forward(rows[end - count : end].tolist(), fields, last_only)
-        return logits, after
+                fields = {name: x[:, row] for name, x in pool.items()}
+                logits[place] = self._plain.forward(tokens[end - count : end].tolist(), fields, last_only)
 
 
 def tuned_state(weights: Weights, config: NativeConfig) -> Array | None:

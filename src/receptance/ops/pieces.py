@@ -58,7 +58,7 @@ def _builds(piece: str, module: str, kind: str, instead: str) -> bool:
             import_module(module).probe()
 
     try:
-        with ThreadPoolExecutor(1) as other:  # a thread without the caller's autograd mode, autocast and saving hooks
+        with ThreadPoolExecutor(1) as other:  # whatever modes and hooks the first caller is in
             other.submit(probe).result()
     except Exception as error:  # whatever a compiler, a driver or a missing package raises
         reason = str(error).strip().splitlines() or [""]

@@ -27,8 +27,9 @@ API const char* receptance_sources() { return SOURCES_HASH; }
 
 // Sizes of the structures, which library.py repeats
 API int64_t receptance_size(int32_t which) {
-  const int64_t sizes[] = {sizeof(Matrix), sizeof(ChannelMix), sizeof(Layer), sizeof(Model), sizeof(State), sizeof(Request)};
-  return which >= 0 && which < 6 ? sizes[which] : -1;
+  const int64_t sizes[] = {sizeof(Matrix), sizeof(ChannelMix), sizeof(Layer), sizeof(Model), sizeof(State), sizeof(Request),
+                           sizeof(SampleRow)};
+  return which >= 0 && which < 7 ? sizes[which] : -1;
 }
 
 API Team* receptance_team_new(int32_t threads) { return team_new(threads); }
@@ -87,4 +88,10 @@ API void receptance_multiply(const Engine* engine, Team* team, const Matrix* w, 
 
 API int64_t receptance_multiply_bytes(const Engine* engine, const Matrix* w, int64_t rows, int32_t threads) {
   return engine->multiply_bytes(*w, rows, threads);
+}
+
+// The next token of each row. scratch: 3 vocab numbers for each thread of the team
+API void receptance_sample(const Engine* engine, Team* team, SampleRow* rows, int64_t count, int64_t vocab,
+                           float* scratch) {
+  engine->sample(rows, count, vocab, team, scratch);
 }

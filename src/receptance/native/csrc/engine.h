@@ -7,7 +7,7 @@
 constexpr int INPUTS = MIXES;
 constexpr int RKV[] = {IN_R, IN_K, IN_V}, RKVG[] = {IN_R, IN_K, IN_V, IN_G};
 constexpr float MIN_LOG_DECAY = -0.60653065971f;  // -e^-1/2, version 7
-constexpr int64_t TICKET_BYTES = 32 << 10;        // of weights in one ticket of a product with one row
+constexpr int64_t TICKET_BYTES = 32 << 10;        // of weights in one ticket of a product with one row, at least
 
 struct Run {
   Request* request;
@@ -16,6 +16,9 @@ struct Run {
   int threads;
   int64_t rows, batch;  // of this chunk: tokens; sequences
   const State* in;
+  int64_t pool;             // rows of the state's arrays, and of each sequence its row before and after the call
+  const int32_t *from, *to;
+  int32_t* rows_of_batch;   // 0, 1, 2, ...: where the caller names none
   // of each row of the chunk: its sequence, and its place in it; of each sequence: its first row and number of rows
   int32_t *row_seq, *row_time;
   int64_t *seq_first, *seq_rows, *seq_done, *seq_offset;
@@ -52,8 +55,9 @@ void products(Run& run, int thread, const Product* list, int count, int64_t rows
   for (int i = 0; i < count; i++) {
     const Matrix& w = *list[i].w;
     int64_t row_bytes = line_bytes(w.type, w.cols);
-    step[i] = rows > 1 ? MOST_ROWS : (TICKET_BYTES / row_bytes + 31) / 32 * 32;  // whole blocks of y
-    if (step[i] < 32) step[i] = 32;
+    // 64 rows are four groups of a packed matrix, or streams of eight rows: so many are read fastest
+    step[i] = rows > 1 || TICKET_BYTES <= 64 * row_bytes ? MOST_ROWS : (TICKET_BYTES / row_bytes + 63) / 64 * 64;
+    if (w.rows < 64 * 2 * run.threads) step[i] = 32;  // whole blocks of y
     starts[i] = total;
     total += (w.rows + step[i] - 1) / step[i];
   }
@@ -113,7 +117,7 @@ void add_pending(Run& run) {
 }
 
 // A stage over blocks of rows: layer norm, then `mixes(row, normed, previous)`. The last row of each sequence is kept in
-// `last`, and the row before each sequence's first one comes from `shift`, both [B, C].
+// `last` [B, C], and the row before each sequence's first one comes from `shift`, of one layer of the state.
 template <class F>
 void normed_rows(Run& run, int thread, const float* weight, const float* bias, const float* shift, float* last,
                  F mixes) {
@@ -128,7 +132,7 @@ void normed_rows(Run& run, int thread, const float* weight, const float* bias, c
       float *now = lines[m & 1], *before = lines[(m & 1) ^ 1];
       const int32_t seq = run.row_seq[m], time = run.row_time[m];
       const float* previous = before;
-      if (time == 0) previous = shift + seq * c;
+      if (time == 0) previous = shift + run.from[seq] * c;
       else if (m == first) layer_norm(run.x + (m - 1) * c, weight, bias, c, before);
       layer_norm(run.x + m * c, weight, bias, c, now);
       mixes(m, now, previous);
@@ -143,7 +147,7 @@ void keep_shift(Run& run, int thread, const float* last, float* shift) {
   const int64_t c = run.model->n_embd;
   if (thread != 0) return;
   for (int64_t s = 0; s < run.batch; s++) {
-    if (run.seq_rows[s] > 0) __builtin_memcpy(shift + s * c, last + s * c, c * sizeof(float));
+    if (run.seq_rows[s] > 0) __builtin_memcpy(shift + run.to[s] * c, last + s * c, c * sizeof(float));
   }
 }
 
@@ -170,10 +174,10 @@ void channel_mix(Run& run, int thread, const ChannelMix& ffn, const float* weigh
   keep_shift(run, thread, run.last_ffn, shift_out);
   Product list[2] = {make(ffn.key, run.mixed[IN_K], run.quantised[IN_K], run.hidden, RELU2)};
   if (gated) list[1] = make(ffn.receptance, run.mixed[IN_R], run.quantised[IN_R], run.gate, SIGMOID);
-  if (is_blocks(ffn.value.type)) list[0].y_quantised = run.hidden_quantised;
+  if (has_rows_of_outputs(ffn.value.type)) list[0].y_quantised = run.hidden_quantised;
   products(run, thread, list, gated ? 2 : 1, rows);
 
-  if (is_blocks(ffn.value.type)) {  // its rows are channels: all hidden units are read
+  if (has_rows_of_outputs(ffn.value.type)) {  // its rows are channels: all hidden units are read
     list[0] = make(ffn.value, run.hidden, run.hidden_quantised, run.x, gated ? GATED_ADD : ADD);
     list[0].gate = run.gate;
     products(run, thread, list, 1, rows);
@@ -238,7 +242,7 @@ void output_product(Run& run, int thread, const Layer& layer) {
 void time_mix4(Run& run, int thread, int64_t index) {
   const Model& model = *run.model;
   const Layer& layer = model.layers[index];
-  const int64_t c = model.n_embd, a = model.dim_att, at = index * run.batch;
+  const int64_t c = model.n_embd, a = model.dim_att, at = index * run.pool;
   const Matrix* by[MIXES] = {&layer.receptance, nullptr, &layer.key, &layer.value};
   normed_rows(run, thread, layer.ln1_weight, layer.ln1_bias, run.in->att_shift + at * c, run.last_att,
               [&](int64_t m, const float* x, const float* previous) {
@@ -254,10 +258,11 @@ void time_mix4(Run& run, int thread, int64_t index) {
   products(run, thread, list, 3, run.rows);
   const State &in = *run.in, &out = *run.request->out;
   heads(run, 64, [&](int64_t s, int64_t row, int64_t t, int64_t channel) {
-    const int64_t n = a - channel < 64 ? a - channel : 64, place = (at + s) * a + channel, o = row * a + channel;
+    const int64_t n = a - channel < 64 ? a - channel : 64, o = row * a + channel;
+    const int64_t from = (at + run.from[s]) * a + channel, place = (at + run.to[s]) * a + channel;
     float* fields[3][2] = {{in.num, out.num}, {in.den, out.den}, {in.exp, out.exp}};
     for (auto& field : fields) {
-      if (field[0] != field[1]) __builtin_memcpy(field[1] + place, field[0] + place, n * sizeof(float));
+      if (field[0] + from != field[1] + place) __builtin_memcpy(field[1] + place, field[0] + from, n * sizeof(float));
     }
     wkv4(n, t, a, layer.decay + channel, layer.bonus + channel, run.k + o, run.v + o, run.y + o, out.num + place,
          out.den + place, out.exp + place);
@@ -287,7 +292,7 @@ void norm_and_gate(Run& run, const Layer& layer, int64_t row, int64_t t, int64_t
 void time_mix5(Run& run, int thread, int64_t index) {
   const Model& model = *run.model;
   const Layer& layer = model.layers[index];
-  const int64_t c = model.n_embd, a = model.dim_att, n = model.head_size, at = index * run.batch;
+  const int64_t c = model.n_embd, a = model.dim_att, n = model.head_size, at = index * run.pool;
   const Matrix* by[MIXES] = {&layer.receptance, nullptr, &layer.key, &layer.value, nullptr, &layer.gate};
   normed_rows(run, thread, layer.ln1_weight, layer.ln1_bias, run.in->att_shift + at * c, run.last_att,
               [&](int64_t m, const float* x, const float* previous) {
@@ -304,9 +309,10 @@ void time_mix5(Run& run, int thread, int64_t index) {
   if (model.has_gate) list[3] = make(layer.gate, run.mixed[IN_G], run.quantised[IN_G], run.g);
   products(run, thread, list, model.has_gate ? 4 : 3, run.rows);
   heads(run, n, [&](int64_t s, int64_t row, int64_t t, int64_t channel) {
-    const int64_t o = row * a + channel, place = ((at + s) * a + channel) * n;
+    const int64_t o = row * a + channel, from = ((at + run.from[s]) * a + channel) * n;
+    const int64_t place = ((at + run.to[s]) * a + channel) * n;
     wkv6(n, t, a, 0, run.r + o, layer.decay + channel, run.k + o, run.v + o, layer.bonus + channel, run.y + o,
-         run.in->wkv + place, run.request->out->wkv + place);
+         run.in->wkv + from, run.request->out->wkv + place);
     norm_and_gate(run, layer, row, t, channel, n);
   });
   output_product(run, thread, layer);
@@ -315,7 +321,7 @@ void time_mix5(Run& run, int thread, int64_t index) {
 void time_mix6(Run& run, int thread, int64_t index) {
   const Model& model = *run.model;
   const Layer& layer = model.layers[index];
-  const int64_t c = model.n_embd, n = model.head_size, at = index * run.batch, rank = layer.maa2[0].cols;
+  const int64_t c = model.n_embd, n = model.head_size, at = index * run.pool, rank = layer.maa2[0].cols;
   float *now = run.decay, *before = run.rate;  // [rows, C]: the normed rows, until the second stage
   normed_rows(run, thread, layer.ln1_weight, layer.ln1_bias, run.in->att_shift + at * c, run.last_att,
               [&](int64_t m, const float* x, const float* previous) {
@@ -351,7 +357,8 @@ void time_mix6(Run& run, int thread, int64_t index) {
                      make(layer.w1, run.mixed[IN_W], nullptr, run.low[0], TANH)};
   products(run, thread, list, 5, run.rows);
   heads(run, n, [&](int64_t s, int64_t row, int64_t t, int64_t channel) {
-    const int64_t o = row * c + channel, place = ((at + s) * c + channel) * n, r = layer.w2.cols;
+    const int64_t o = row * c + channel, r = layer.w2.cols;
+    const int64_t from = ((at + run.from[s]) * c + channel) * n, place = ((at + run.to[s]) * c + channel) * n;
     Product decay = {&layer.w2, run.low[0] + row * r, r, nullptr, run.decay + row * c, c, STORE, nullptr, nullptr};
     product(decay, channel, channel + n, t, panel_of(run, thread));
     for (int64_t m = row; m < row + t; m++) {
@@ -361,7 +368,7 @@ void time_mix6(Run& run, int thread, int64_t index) {
       for (int64_t i = 0; i < n; i++) w[i] = exp_(-exp_(base[i] + w[i]));
     }
     wkv6(n, t, c, c, run.r + o, run.decay + o, run.k + o, run.v + o, layer.bonus + channel, run.y + o,
-         run.in->wkv + place, run.request->out->wkv + place);
+         run.in->wkv + from, run.request->out->wkv + place);
     norm_and_gate(run, layer, row, t, channel, n);
   });
   output_product(run, thread, layer);
@@ -400,7 +407,7 @@ void prepare7(Run& run, const Layer& layer, bool first_layer, int64_t o, int64_t
 void time_mix7(Run& run, int thread, int64_t index) {
   const Model& model = *run.model;
   const Layer& layer = model.layers[index];
-  const int64_t c = model.n_embd, n = model.head_size, at = index * run.batch;
+  const int64_t c = model.n_embd, n = model.head_size, at = index * run.pool;
   const Matrix* by[MIXES] = {&layer.receptance, &layer.w1, &layer.key, &layer.value, &layer.a1, &layer.g1};
   normed_rows(run, thread, layer.ln1_weight, layer.ln1_bias, run.in->att_shift + at * c, run.last_att,
               [&](int64_t m, const float* x, const float* previous) {
@@ -420,18 +427,18 @@ void time_mix7(Run& run, int thread, int64_t index) {
   if (!first_layer) list[6] = make(layer.v1, run.mixed[IN_V], nullptr, run.low[3]);
   products(run, thread, list, first_layer ? 6 : 7, run.rows);
 
+  // the outer halves of the low-rank maps: a head takes its own, but several sequences share what they read
+  const int outers = first_layer ? 3 : 4;
+  const Product outer[4] = {make(layer.w2, run.low[0], nullptr, run.decay), make(layer.a2, run.low[1], nullptr, run.rate),
+                            make(layer.g2, run.low[2], nullptr, run.g), make(layer.v2, run.low[3], nullptr, run.value_gate)};
+  if (run.batch > 1) products(run, thread, outer, outers, run.rows);
   heads(run, n, [&](int64_t s, int64_t row, int64_t t, int64_t channel) {
-    const int64_t o = row * c + channel, place = ((at + s) * c + channel) * n;
-    const Matrix* outer[4] = {&layer.w2, &layer.a2, &layer.g2, &layer.v2};
-    float* to[4] = {run.decay, run.rate, run.g, run.value_gate};
-    for (int i = 0; i < (first_layer ? 3 : 4); i++) {
-      const int64_t rank = outer[i]->cols;
-      Product p = {outer[i], run.low[i] + row * rank, rank, nullptr, to[i] + row * c, c, STORE, nullptr, nullptr};
-      product(p, channel, channel + n, t, panel_of(run, thread));
-    }
+    const int64_t o = row * c + channel, from = ((at + run.from[s]) * c + channel) * n;
+    const int64_t place = ((at + run.to[s]) * c + channel) * n;
+    for (int i = 0; run.batch == 1 && i < outers; i++) product(outer[i], channel, channel + n, t, panel_of(run, thread));
     for (int64_t m = row; m < row + t; m++) prepare7(run, layer, first_layer, m * c + channel, channel, n);
     wkv7(n, t, c, run.r + o, run.decay + o, run.k + o, run.v + o, run.mixed[IN_R] + o, run.mixed[IN_W] + o, run.y + o,
-         run.in->wkv + place, run.request->out->wkv + place);
+         run.in->wkv + from, run.request->out->wkv + place);
     for (int64_t m = row; m < row + t; m++) {
       const int64_t i0 = m * c + channel;
       float *y = run.y + i0, *r = run.r + i0, *k = run.k + i0, *v = run.v + i0, *g = run.g + i0, bonus = 0;
@@ -520,7 +527,7 @@ void layers(Run& run, int thread) {
   const State& out = *run.request->out;
   for (int64_t i = 0; i < model.n_layer; i++) {
     const Layer& layer = model.layers[i];
-    const int64_t shift = i * run.batch * model.n_embd;
+    const int64_t shift = i * run.pool * model.n_embd;
     if (i == 0 && model.pre_ffn) {
       channel_mix(run, thread, layer.ffn_pre, layer.ln1_weight, layer.ln1_bias, run.in->att_shift, out.att_shift);
     } else if (model.version == 4) {
@@ -554,6 +561,7 @@ void lay_out(Run& run, Slab& slab, const Model& model, int64_t rows, int64_t bat
   run.row_time = slab.take<int32_t>(rows);
   int64_t** const of_sequences[] = {&run.seq_first, &run.seq_rows, &run.seq_done, &run.seq_offset};
   for (int64_t** p : of_sequences) *p = slab.take<int64_t>(batch);
+  run.rows_of_batch = slab.take<int32_t>(batch);
   run.chunk = slab.take<int64_t>(1);
   run.x = slab.take<float>(rows * c);
   for (auto& p : run.mixed) p = slab.take<float>(rows * wide);
@@ -604,6 +612,7 @@ void thread_main(void* context, int thread) {
       for (int64_t s = 0; s < run.batch; s++) run.seq_done[s] += run.seq_rows[s];
     });
     run.in = run.request->out;  // the next chunk goes on from this one
+    run.from = run.to;
   }
 }
 
@@ -621,7 +630,11 @@ void forward(Request& request) {
   for (int64_t s = 0, offset = 0; s < run.batch; offset += request.lengths[s++]) {
     run.seq_done[s] = 0;
     run.seq_offset[s] = offset;
+    run.rows_of_batch[s] = (int32_t)s;
   }
+  run.pool = request.from ? request.pool : run.batch;
+  run.from = request.from ? request.from : run.rows_of_batch;
+  run.to = request.from ? request.to : run.rows_of_batch;
   team_run(request.team, thread_main, &run);
 }
 

@@ -11,12 +11,14 @@ namespace {
 #include "vector.h"
 #include "products.h"
 #include "blocks.h"
+#include "packed.h"
 #include "panels.h"
 #include "dispatch.h"
 #include "lines.h"
 #include "pack.h"
 #include "wkv.h"
 #include "engine.h"
+#include "sample.h"
 
 bool supported() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
@@ -24,7 +26,7 @@ bool supported() {
 }  // namespace
 
 const Engine* engine_avx2() {
-  static const Engine engine = {"avx2", supported, scratch_bytes, forward, pack, pack_lines, widen, multiply, multiply_bytes};
+  static const Engine engine = {"avx2", supported, scratch_bytes, forward, pack, pack_lines, widen, multiply, multiply_bytes, sample};
   return &engine;
 }
 }  // namespace receptance

@@ -11,12 +11,14 @@ namespace {
 #include "vector.h"
 #include "products.h"
 #include "blocks.h"
+#include "packed.h"
 #include "panels.h"
 #include "dispatch.h"
 #include "lines.h"
 #include "pack.h"
 #include "wkv.h"
 #include "engine.h"
+#include "sample.h"
 
 bool supported() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
@@ -25,7 +27,7 @@ bool supported() {
 }  // namespace
 
 const Engine* engine_avx512() {
-  static const Engine engine = {"avx512", supported, scratch_bytes, forward, pack, pack_lines, widen, multiply, multiply_bytes};
+  static const Engine engine = {"avx512", supported, scratch_bytes, forward, pack, pack_lines, widen, multiply, multiply_bytes, sample};
   return &engine;
 }
 }  // namespace receptance

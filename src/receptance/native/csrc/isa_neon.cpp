@@ -18,12 +18,14 @@ namespace {
 #include "vector.h"
 #include "products.h"
 #include "blocks.h"
+#include "packed.h"
 #include "panels.h"
 #include "dispatch.h"
 #include "lines.h"
 #include "pack.h"
 #include "wkv.h"
 #include "engine.h"
+#include "sample.h"
 
 bool supported() {
   return has_dot_products();
@@ -31,7 +33,7 @@ bool supported() {
 }  // namespace
 
 const Engine* engine_neon() {
-  static const Engine engine = {"neon", supported, scratch_bytes, forward, pack, pack_lines, widen, multiply, multiply_bytes};
+  static const Engine engine = {"neon", supported, scratch_bytes, forward, pack, pack_lines, widen, multiply, multiply_bytes, sample};
   return &engine;
 }
 }  // namespace receptance

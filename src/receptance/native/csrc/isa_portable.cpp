@@ -7,12 +7,14 @@ namespace {
 #include "vector.h"
 #include "products.h"
 #include "blocks.h"
+#include "packed.h"
 #include "panels.h"
 #include "dispatch.h"
 #include "lines.h"
 #include "pack.h"
 #include "wkv.h"
 #include "engine.h"
+#include "sample.h"
 
 bool supported() {
   return true;
@@ -20,7 +22,7 @@ bool supported() {
 }  // namespace
 
 const Engine* engine_portable() {
-  static const Engine engine = {"portable", supported, scratch_bytes, forward, pack, pack_lines, widen, multiply, multiply_bytes};
+  static const Engine engine = {"portable", supported, scratch_bytes, forward, pack, pack_lines, widen, multiply, multiply_bytes, sample};
   return &engine;
 }
 }  // namespace receptance

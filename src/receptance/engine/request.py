@@ -1,0 +1,156 @@
+"""What is asked of the engine, and what comes of it."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from receptance.engine.params import SamplingParams
+from receptance.engine.protocols import Model, State
+from receptance.errors import ConfigError, ReceptanceError
+from receptance.tokenizers import Tokenizer
+
+Prompt = str | Sequence[int]
+FinishReason = Literal["stop", "length", "cancelled"]
+
+_ids = itertools.count()
+
+
+class GenerationError(ReceptanceError):
+    """A prompt cannot be continued, or the model gives no usable probabilities."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """One drawn token. `text` is what became certain with it: "" inside a character or a possible stop string.
+
+    logprob and top (ids and log-probabilities of the most probable tokens) are there when `logprobs` was asked for.
+    """
+
+    id: int
+    text: str
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What the text must be, from its first character to its last. Give one of the three.
+
+    json_schema: a JSON schema as text ("{}": any JSON object); regex: a regular expression; lark: a grammar in the form
+    of Lark. Raises ConfigError when not exactly one is given.
+    """
+
+    json_schema: str | None = None
+    regex: str | None = None
+    lark: str | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("json_schema", "regex", "lark") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ConfigError(f"a grammar has {given or 'nothing'}, expected one of json_schema, regex, lark")
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """A text to go on from, and how.
+
+    prompt: text or token ids; empty without a state: a new document.
+    state: one row of any engine's State that has read what comes before the prompt; it is not changed.
+    state_key: names the state, so that requests which start from the same one share the prefixes they read after it;
+    None: they share nothing. Without a state it means nothing.
+    n: so many texts for one reading of the prompt; text i has the seed `params.seed` + i.
+    priority: smaller goes first, and takes the place of larger where there is no room.
+    keep_state: the results hold the state after exactly prompt and text.
+    grammar: what the text must be.
+    """
+
+    prompt: Prompt
+    params: SamplingParams = field(default_factory=SamplingParams)
+    state: State | None = None
+    state_key: str | None = None
+    n: int = 1
+    priority: int = 0
+    keep_state: bool = False
+    grammar: Grammar | None = None
+    id: str = field(default_factory=lambda: f"request-{next(_ids)}")
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.n, int) or not 1 <= self.n <= 1024:
+            raise ConfigError(f"n is {self.n!r}, expected a whole number from 1 to 1024")
+        if not isinstance(self.prompt, str) and not isinstance(self.prompt, Sequence):
+            raise ConfigError(f"the prompt is {type(self.prompt).__name__}, expected text or token ids")
+        if self.state is not None and self.state.batch != 1:
+            raise ConfigError(f"the state has {self.state.batch} rows, expected one")
+
+
+@dataclass(frozen=True, eq=False)
+class Score:
+    """Log-likelihood of a continuation. Its tokens follow those of the context; neither is changed by encoding.
+
+    An empty context is the end-of-document token, as at the start of a document.
+    """
+
+    context: Prompt
+    continuation: Prompt
+    priority: int = 0
+
+
+@dataclass(eq=False)
+class Scored:
+    """logprobs: of each token of the continuation, in nats. greedy: each is the most probable one."""
+
+    ids: list[int]
+    logprobs: list[float]
+    greedy: bool
+
+    @property
+    def total(self) -> float:
+        return sum(self.logprobs)
+
+
+@dataclass(eq=False)
+class Completion:
+    """One text: what has come of a request (of one of its n) so far.
+
+    finish_reason: None while it runs. error: why it could not go on. cached_tokens: of the prompt, read by an earlier
+    request. state: with keep_state, the one after prompt and text, in the engine's own form.
+    """
+
+    prompt_ids: list[int]
+    seed: int
+    index: int = 0
+    tokens: list[Token] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    error: Exception | None = None
+    cached_tokens: int = 0
+    state: Any = None
+
+    @property
+    def text(self) -> str:
+        return "".join(token.text for token in self.tokens)
+
+    @property
+    def ids(self) -> list[int]:
+        return [token.id for token in self.tokens]
+
+    @property
+    def is_done(self) -> bool:
+        return self.finish_reason is not None or self.error is not None
+
+
+def prompt_ids(model: Model, tokenizer: Tokenizer, prompt: Prompt, has_state: bool) -> list[int]:
+    """The tokens to feed. Raises GenerationError for ids that the model lacks, and for none after a state."""
+    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+    if not ids:
+        if has_state:
+            raise GenerationError("the prompt is empty; a state goes on only from at least one more token of text")
+        ids = [tokenizer.eos_id]  # how a document begins
+    vocab = model.config.vocab_size
+    wrong = next((i for i in ids if not 0 <= i < vocab), None)
+    if wrong is not None:
+        raise GenerationError(
+            f"the prompt has token id {wrong}, but the model's ids are 0 to {vocab - 1}; "
+            f"does the tokenizer '{tokenizer.name}' belong to this model?"
+        )
+    return ids

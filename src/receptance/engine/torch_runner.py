@@ -1,0 +1,153 @@
+"""The runner of torch models on any device: rows are gathered from a pool of states, run, and put back in place."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load as deserialise
+from safetensors.torch import save as serialise
+from torch import Tensor
+
+from receptance.engine import sampling
+from receptance.engine.params import SamplingParams
+from receptance.engine.plain_sampler import PlainSampler
+from receptance.engine.runner import Report, Sampler, Work
+from receptance.engine.sampling import log_probabilities
+from receptance.models import RWKV, State
+from receptance.native import NoCoreError, load_core
+
+
+class TorchRunner:
+    """See `Runner`. Logits are tensors on the model's device."""
+
+    def __init__(self, model: RWKV, slots: int, vocab: int, token_bytes: Callable[[int], bytes], eos_id: int):
+        self.model, self.slots, self.vocab = model, slots, vocab
+        self._empty = model.zero_state()
+        self.state_bytes = self._empty.nbytes
+        self.pool = model.zero_state(slots).clone()  # a tuned initial state is one row seen many times
+        self.sampler: Sampler = self._sampler(token_bytes, eos_id)
+
+    def _sampler(self, token_bytes: Callable[[int], bytes], eos_id: int) -> Sampler:
+        def weight() -> Tensor:
+            return sampling.digit_weight(map(token_bytes, range(self.vocab))).to(self.model.device)
+
+        if self.model.device.type == "cpu":
+            try:
+                return _CpuSampler(self.vocab, eos_id, weight)
+            except NoCoreError:
+                pass
+
+        def columns(params: list[SamplingParams]) -> sampling.ParamRows:
+            return sampling.ParamRows.of(params, self.vocab, eos_id, self.model.device)
+
+        def masked(logits: Tensor, allowed: NDArray[np.bool_]) -> Tensor:
+            return logits.masked_fill(~torch.from_numpy(allowed).to(logits.device), -torch.inf)
+
+        return PlainSampler(sampling, self.vocab, eos_id, weight, columns=columns, masked=masked)
+
+    @torch.inference_mode()
+    def reset(self, slot: int) -> None:
+        self.load(slot, self._empty)
+
+    @torch.inference_mode()
+    def load(self, slot: int, state: Any) -> None:
+        if not isinstance(state, State):
+            state = State(state)
+        self.model.check_state(state)
+        for name, x in self.pool.items():
+            x[:, slot] = state[name][:, 0].to(x)
+
+    @torch.inference_mode()
+    def save(self, slot: int) -> State:
+        return State({name: x[:, slot : slot + 1].to("cpu", copy=True) for name, x in self.pool.items()})
+
+    @torch.inference_mode()
+    def run(self, works: Sequence[Work], *, all_logits: bool = False) -> Tensor:
+        """Works of about equal length share a call: single tokens, and the others by the power of two below."""
+        groups: dict[int, list[int]] = {}
+        for i, work in enumerate(works):
+            groups.setdefault(len(work.tokens).bit_length(), []).append(i)
+        parts: list[Tensor | None] = [None] * len(works)
+        for group in groups.values():
+            for i, logits in zip(group, self._forward([works[i] for i in group], all_logits)):
+                parts[i] = logits
+        rows = [part for part in parts if part is not None]
+        return torch.cat(rows)
+
+    def _forward(self, works: list[Work], all_logits: bool) -> list[Tensor]:
+        lengths = [len(work.tokens) for work in works]
+        width = max(lengths)
+        tokens = torch.tensor([[*work.tokens, *[0] * (width - len(work.tokens))] for work in works])
+        ragged = min(lengths) < width
+        logits, after = self.model.forward(
+            tokens,
+            self.pool.select([work.slot for work in works]),
+            lengths=torch.tensor(lengths) if ragged else None,
+            last_only=not all_logits,
+        )
+        targets = [work.slot if work.target is None else work.target for work in works]
+        index = torch.tensor(targets, device=logits.device)
+        for name, x in self.pool.items():
+            x.index_copy_(1, index, after[name].to(x))
+        if all_logits:
+            return [row[:length] for row, length in zip(logits, lengths)]
+        return list(logits.split(1))
+
+    def keep(self, logits: Tensor, row: int) -> Tensor:
+        return logits[row].clone()
+
+    def join(self, rows: Sequence[Tensor]) -> Tensor:
+        return torch.stack(list(rows))
+
+    def pick(self, logits: Tensor, rows: Sequence[int]) -> Tensor:
+        return logits[list(rows)]
+
+    def report(self, logits: Tensor, row: int, token: int, n: int) -> Report:
+        chosen, ids, values = log_probabilities(
+            logits[row : row + 1, : self.vocab], torch.tensor([token], device=logits.device), n
+        )
+        return float(chosen[0]), tuple(zip(ids[0].tolist(), values[0].tolist()))
+
+    def score(self, logits: Tensor, first: int, targets: Sequence[int]) -> tuple[list[float], bool]:
+        x = logits[first : first + len(targets)]
+        chosen, best, _ = log_probabilities(x, torch.tensor(list(targets), device=x.device), 1)
+        return chosen.tolist(), best[:, 0].tolist() == list(targets)
+
+    def embedding(self, slot: int) -> NDArray[np.float32]:
+        vector: NDArray[np.float32] = self.pool["ffn_shift"][-1, slot].float().cpu().numpy().copy()
+        return vector
+
+    def pack(self, state: State) -> bytes:
+        return serialise({name: x.contiguous() for name, x in state.items()})
+
+    def unpack(self, data: bytes) -> State:
+        try:
+            state = State(deserialise(data))
+        except SafetensorError as error:
+            raise ValueError(str(error)) from None
+        self.model.check_state(state)
+        return state
+
+
+class _CpuSampler:
+    """The core's sampler for tensors on the CPU. Raises NoCoreError where there is no core."""
+
+    def __init__(self, vocab: int, eos_id: int, weight: Callable[[], Tensor]):
+        from receptance.engine.core_sampler import CoreSampler
+
+        core, threads = load_core(), torch.get_num_threads()
+        team = core.library.receptance_team_new(threads)
+        self._inner = CoreSampler(core, lambda: team, threads, vocab, eos_id, lambda: weight().numpy())
+        self.admit, self.free = self._inner.admit, self._inner.free
+
+    def draw(
+        self,
+        logits: Tensor,
+        rows: Sequence[int],
+        uniforms: Sequence[float],
+        masks: Sequence[NDArray[Any] | None] | None,
+    ) -> list[int]:
+        return self._inner.draw(logits.float().contiguous().numpy(), rows, uniforms, masks)
