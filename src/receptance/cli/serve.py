@@ -149,13 +149,14 @@ def log_decays(source: ModelSource, version: str, n_layer: int) -> Any:
     import numpy as np
 
     from receptance.checkpoint import open_checkpoint
+    from receptance.native.arrays import to_float
 
     key = "w0" if version == "7" else "time_decay"
     rows = []
     try:
         stored = open_checkpoint(source.path)
         for layer in range(n_layer):
-            x = np.asarray(stored.array(f"blocks.{layer}.att.{key}"), np.float32).ravel()
+            x = to_float(stored.array(f"blocks.{layer}.att.{key}")).ravel()
             rows.append(-np.exp(-0.5) / (1 + np.exp(-x)) if version == "7" else -np.exp(x))
     except (ReceptanceError, KeyError, TypeError, ValueError):
         return None
