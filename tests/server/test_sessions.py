@@ -260,8 +260,7 @@ def test_many_sessions_at_once_are_not_mixed_up(server):
                 id = (await client.post("/v1/sessions", json={})).json()["id"]
                 said = []
                 for text in (f"The fox number {i}", " and"):
-                    answer = await client.post("/v1/chat/completions", json={
-                        "session_id": id, "messages": [{"role": "user", "content": text}], "max_tokens": 4, "seed": i})  # fmt: skip
+                    answer = await client.post("/v1/chat/completions", json=body_of(id, text, max_tokens=4, seed=i))
                     said.append(content(answer))
                 turns = (await client.get(f"/v1/sessions/{id}")).json()["turns"]
                 assert [turn["assistant"] for turn in turns] == said

@@ -2,8 +2,10 @@
 
 from typing import Any
 
+from starlette.exceptions import HTTPException
 
-class ApiError(Exception):
+
+class ApiError(HTTPException):  # which FastAPI lets through where a body is being read
     """retry_after: seconds after which the client may try again."""
 
     def __init__(
@@ -15,16 +17,13 @@ class ApiError(Exception):
         param: str | None = None,
         retry_after: int | None = None,
     ):
-        super().__init__(message)
-        self.status, self.message, self.code, self.param, self.retry_after = status, message, code, param, retry_after
+        headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
+        super().__init__(status, message, headers)
+        self.status, self.message, self.code, self.param = status, message, code, param
 
     @property
     def body(self) -> dict[str, Any]:
         return {"error": {"message": self.message, "type": kind(self.status), "code": self.code, "param": self.param}}
-
-    @property
-    def headers(self) -> dict[str, str]:
-        return {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
 
 
 def kind(status: int) -> str:

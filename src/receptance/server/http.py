@@ -19,7 +19,7 @@ def answer(body: Any, status: int = 200, headers: dict[str, str] | None = None) 
 
 
 def failure(error: ApiError) -> Response:
-    return answer(error.body, error.status, error.headers)
+    return answer(error.body, error.status, dict(error.headers or {}))
 
 
 def event(body: Any) -> bytes:
