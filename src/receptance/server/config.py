@@ -50,7 +50,6 @@ class LimitConfig:
     requests: int = 4096
     n: int = 16
     max_tokens: int = 32_768
-    default_max_tokens: int = 1024
     prompt_bytes: int = 1 << 20
     prompts: int = 128
     messages: int = 4096
@@ -171,7 +170,7 @@ def check(config: ServerConfig) -> None:
     for section in (config.limits, config.sessions):
         for entry in fields(section):
             value = getattr(section, entry.name)
-            lowest = 0 if entry.name in ("drain_seconds", "memory_bytes", "tools", "logit_bias") else 1
+            lowest = 0 if isinstance(value, float) or entry.name in ("memory_bytes", "tools", "logit_bias") else 1
             if isinstance(value, int | float) and not lowest <= value <= 1 << 50:
                 raise ConfigError(f"{entry.name} = {value!r} is out of range; expected {lowest} or more")
     if not 0 <= config.listen.port <= 65535:
