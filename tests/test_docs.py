@@ -111,7 +111,7 @@ def test_command_lines_are_accepted(page, cli):
             assert verb in command.commands, f"{page.name}: there is no {verb!r}"
             command = command.commands[verb]
         context = command.make_context(verb, list(arguments))  # raises, naming the option, for one that does not exist
-        if verb == "serve":
+        if "words" in context.params:
             read_server_config(None, [word for word in context.params["words"] or [] if "=" in word])
         if verb == "train":
             overrides = [word for word in context.params["overrides"] or [] if "=" in word]

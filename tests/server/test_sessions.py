@@ -131,14 +131,9 @@ def test_a_stream_keeps_its_turn_before_it_says_that_it_is_finished(client):
         assert len(client.get(f"/v1/sessions/{id}").json()["turns"]) == 1
 
 
-def body_of(id, **fields):
-    return {
-        "session_id": id,
-        "messages": [{"role": "user", "content": "The fox"}],
-        "max_tokens": 5,
-        "seed": 1,
-        **fields,
-    }
+def body_of(id, text="The fox", **fields):
+    messages = [{"role": "user", "content": text}]
+    return {"session_id": id, "messages": messages, "max_tokens": 5, "seed": 1, **fields}
 
 
 def test_a_stopped_turn_is_kept_as_far_as_it_came(client, server):
