@@ -9,6 +9,7 @@ import pytest
 from server_helpers import listening
 
 from receptance.server import codec
+from receptance.server.config import read_config
 
 
 def ask(client, id, text, **fields):
@@ -197,6 +198,31 @@ def test_one_folder_has_one_server(config, served):
 
     with listening(config(), served), pytest.raises(ConfigError, match="another server"), listening(config(), served):
         pass
+
+
+def test_two_servers_share_their_sessions_in_redis(served, redis_url):
+    """A session goes on at another server, and of two turns at the same time one is told of the other."""
+    config = read_config(None, [f"sessions.redis={redis_url}"])
+    with listening(config, served) as a, listening(config, served) as b, a.client as one, b.client as other:
+        id = new(one, title="shared")
+        first = content(ask(one, id, "The fox met a bear."))
+        second = content(ask(other, id, " Then", temperature=0))
+        whole = [{"role": "user", "content": "The fox met a bear." + first + " Then"}]
+        alone = one.post("/v1/chat/completions", json={"messages": whole, "max_tokens": 6, "temperature": 0})
+        assert second == content(alone)
+        assert len(one.get(f"/v1/sessions/{id}").json()["turns"]) == 2
+        answers = []
+        threads = [
+            threading.Thread(target=lambda c=c: answers.append(ask(c, id, " So", max_tokens=40))) for c in (one, other)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        kept = sum(answer.status_code == 200 for answer in answers)
+        assert {answer.status_code for answer in answers} <= {200, 409}
+        assert kept >= 1
+        assert len(other.get(f"/v1/sessions/{id}").json()["turns"]) == 2 + kept
 
 
 # Hostile files --------------------------------------------------------------------------------------------------------

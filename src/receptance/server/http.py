@@ -1,6 +1,7 @@
 """Answers: JSON, streams of events that notice when the client leaves, and the client's identity."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -14,8 +15,16 @@ T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
 
 
+def dump(body: Any) -> bytes:
+    """JSON. What a client sent is told back in places, and may hold what orjson refuses."""
+    try:
+        return orjson.dumps(body)
+    except TypeError:
+        return json.dumps(body).encode()
+
+
 def answer(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(orjson.dumps(body), status, headers, "application/json")
+    return Response(dump(body), status, headers, "application/json")
 
 
 def failure(error: ApiError) -> Response:
@@ -23,11 +32,11 @@ def failure(error: ApiError) -> Response:
 
 
 def event(body: Any) -> bytes:
-    return b"data: " + orjson.dumps(body) + b"\n\n"
+    return b"data: " + dump(body) + b"\n\n"
 
 
 def line(body: Any) -> bytes:
-    return orjson.dumps(body) + b"\n"
+    return dump(body) + b"\n"
 
 
 def owner(request: Request) -> str:
