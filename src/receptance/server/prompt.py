@@ -218,7 +218,7 @@ def _call_text(function: Any) -> str:
 
 
 def tool_prompt(tools: Sequence[Tool]) -> str:
-    """As Hermes and Qwen models were taught; released RWKV chat models saw such data too."""
+    """As Hermes and Qwen models were taught. That released RWKV chat models know this form is not checked."""
     listing = "\n".join(
         json.dumps({"type": "function", "function": tool.function.model_dump(exclude_none=True)}, ensure_ascii=False)
         for tool in tools
