@@ -208,7 +208,9 @@ def test_a_model_of_blocks_is_the_model_of_their_numbers(repack, version, format
     plain = {name: torch.from_numpy(x.to_float()) for name, x in weights.items() if isinstance(x, Blocks)}
     model.load_state_dict(plain, strict=False)
     shapes = {name: tuple(x.shape) for name, x in weights.items()}
-    fast = NativeModel(weights, read_config(version_of(model), shapes), "", engine_name=engine, threads=2, repack=repack)
+    fast = NativeModel(
+        weights, read_config(version_of(model), shapes), "", engine_name=engine, threads=2, repack=repack
+    )
     ids = tokens(20, 300)
     state, by_token = None, []
     for token in ids:

@@ -30,7 +30,13 @@ from receptance.native.library import INPUTS, TYPES, ChannelMix, Core, Layer, Ma
 
 BLOCK, GROUP = 32, 16  # as in csrc/core.h
 PACKED_BYTES = {"int8": GROUP * (2 + BLOCK), "int4": GROUP * (2 + BLOCK // 2)}
-PACKED_BLOCKS = {"Q8_0": 544, "Q4_0": 288, "Q4_K": 2368, "Q5_K": 2880, "Q6_K": 3360}  # bytes of a block of 16 rows, packed
+PACKED_BLOCKS = {
+    "Q8_0": 544,
+    "Q4_0": 288,
+    "Q4_K": 2368,
+    "Q5_K": 2880,
+    "Q6_K": 3360,
+}  # bytes of a block of 16 rows, packed
 LINE_BLOCK_BYTES = {"int8": 2 + BLOCK, "int4": 2 + BLOCK // 2, "float32": 4 * BLOCK}  # the others: 2 * BLOCK
 LARGE = 1 << 30  # bytes
 TYPE_NAMES = {number: name for name, number in TYPES.items()}
@@ -66,7 +72,14 @@ class Binding:
     """
 
     def __init__(
-        self, core: Core, team: int, weights: Weights, config: NativeConfig, dtype: str | None, *, repack: bool | None = None
+        self,
+        core: Core,
+        team: int,
+        weights: Weights,
+        config: NativeConfig,
+        dtype: str | None,
+        *,
+        repack: bool | None = None,
     ):
         self.core = core
         self.team = team
