@@ -67,8 +67,8 @@ class Binding:
 
     dtype: what the large matrices are stored as; None = as in the file. With int4 the head and the matrices of RWKV's
     smallest and most delicate part, the low-rank maps, keep more: int8 and the file's type.
-    repack: of matrices in blocks, whether to make copies that hold the same numbers 16 rows side by side. None: all but Q8_0
-    matrices of large models, which are read nearly as fast in place, while copying would double the time until the first token.
+    repack: of matrices in blocks, whether to make copies that hold the same numbers 16 rows side by side. None: of all
+    but Q8_0 matrices of large models, which are read nearly as fast in place and would take seconds to copy.
     """
 
     def __init__(
@@ -283,7 +283,7 @@ class Binding:
 
 
 def let_go(x: NDArray[np.uint8]) -> None:
-    """Take pages of a mapped file that have been read out of this process's memory; they come back when they are read."""
+    """Pages of a mapped file that have been read leave this process's memory; they come back when they are read."""
     base: object = x
     while isinstance(base, np.ndarray):
         base = base.base
