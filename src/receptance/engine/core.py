@@ -129,7 +129,7 @@ class Core:
                 self.model.check_state(request.state)
             except ValueError as error:
                 raise GenerationError(str(error)) from None
-        matcher = None if request.grammar is None else self._constraint().matcher(request.grammar)
+        matcher = None if request.grammar is None else self.constraint().matcher(request.grammar)
         seed = secrets.randbits(63) if request.params.seed is None else request.params.seed
         made = []
         for i in range(request.n):
@@ -191,7 +191,7 @@ class Core:
     def has_work(self) -> bool:
         return bool(self.scheduler.running or self.scheduler.waiting)
 
-    def _constraint(self) -> Constraints:
+    def constraint(self) -> Constraints:
         if self._constraints is None:
             self._constraints = Constraints(self.tokenizer, self.runner.vocab)
         return self._constraints
@@ -245,7 +245,8 @@ class Core:
         """The longest known prefix of what it must read."""
         if not sequence.shares:
             return None
-        kept = self.cache.find(sequence.root, sequence.tokens[: sequence.prompt_length])
+        align = self.scheduler.limits.align
+        kept = self.cache.find(sequence.root, sequence.tokens[: sequence.prompt_length], align)
         left: Entry | None = sequence.known
         return left if kept is None or (left is not None and left.length >= kept.length) else kept
 
