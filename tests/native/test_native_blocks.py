@@ -126,11 +126,11 @@ def test_packed_blocks_give_the_same_products(format, rows, cols, engine):
     x[1] = np.abs(x[1])  # sums of inputs that are far from zero
     rounded = rounded_input(x, 127 * 256 if is_wide(format, engine) else 127)
     expected = rounded @ blocks.to_float().astype(np.float64).T
-    for tokens in (1, 2, 3, 7, 12, 135):
-        found = multiply(engine, blocks, x[:tokens], 3 if tokens > 2 else 1, packed=True)
-        error = np.abs(found - expected[:tokens]).max(1)
+    for count in (1, 2, 3, 7, 12, 135):
+        found = multiply(engine, blocks, x[:count], 3 if count > 2 else 1, packed=True)
+        error = np.abs(found - expected[:count]).max(1)
         # of 135 x 768 inputs one may lie at the edge between two steps, where float32 rounds to the other side
-        assert np.count_nonzero(error > 2e-5 * np.abs(expected).max()) <= (tokens == 135)
+        assert np.count_nonzero(error > 2e-5 * np.abs(expected).max()) <= (count == 135)
 
 
 @needs_core
@@ -208,7 +208,9 @@ def test_a_model_of_blocks_is_the_model_of_their_numbers(repack, version, format
     plain = {name: torch.from_numpy(x.to_float()) for name, x in weights.items() if isinstance(x, Blocks)}
     model.load_state_dict(plain, strict=False)
     shapes = {name: tuple(x.shape) for name, x in weights.items()}
-    fast = NativeModel(weights, read_config(version_of(model), shapes), "", engine_name=engine, threads=2, repack=repack)
+    fast = NativeModel(
+        weights, read_config(version_of(model), shapes), "", engine_name=engine, threads=2, repack=repack
+    )
     ids = tokens(20, 300)
     state, by_token = None, []
     for token in ids:

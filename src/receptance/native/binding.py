@@ -30,7 +30,13 @@ from receptance.native.library import INPUTS, TYPES, ChannelMix, Core, Layer, Ma
 
 BLOCK, GROUP = 32, 16  # as in csrc/core.h
 PACKED_BYTES = {"int8": GROUP * (2 + BLOCK), "int4": GROUP * (2 + BLOCK // 2)}
-PACKED_BLOCKS = {"Q8_0": 544, "Q4_0": 288, "Q4_K": 2368, "Q5_K": 2880, "Q6_K": 3360}  # bytes of a block of 16 rows, packed
+PACKED_BLOCKS = {
+    "Q8_0": 544,
+    "Q4_0": 288,
+    "Q4_K": 2368,
+    "Q5_K": 2880,
+    "Q6_K": 3360,
+}  # bytes of a block of 16 rows, packed
 LINE_BLOCK_BYTES = {"int8": 2 + BLOCK, "int4": 2 + BLOCK // 2, "float32": 4 * BLOCK}  # the others: 2 * BLOCK
 LARGE = 1 << 30  # bytes
 TYPE_NAMES = {number: name for name, number in TYPES.items()}
@@ -61,12 +67,19 @@ class Binding:
 
     dtype: what the large matrices are stored as; None = as in the file. With int4 the head and the matrices of RWKV's
     smallest and most delicate part, the low-rank maps, keep more: int8 and the file's type.
-    repack: of matrices in blocks, whether to make copies that hold the same numbers 16 rows side by side. None: all but Q8_0
-    matrices of large models, which are read nearly as fast in place, while copying would double the time until the first token.
+    repack: of matrices in blocks, whether to make copies that hold the same numbers 16 rows side by side. None: of all
+    but Q8_0 matrices of large models, which are read nearly as fast in place and would take seconds to copy.
     """
 
     def __init__(
-        self, core: Core, team: int, weights: Weights, config: NativeConfig, dtype: str | None, *, repack: bool | None = None
+        self,
+        core: Core,
+        team: int,
+        weights: Weights,
+        config: NativeConfig,
+        dtype: str | None,
+        *,
+        repack: bool | None = None,
     ):
         self.core = core
         self.team = team
@@ -270,7 +283,7 @@ class Binding:
 
 
 def let_go(x: NDArray[np.uint8]) -> None:
-    """Take pages of a mapped file that have been read out of this process's memory; they come back when they are read."""
+    """Pages of a mapped file that have been read leave this process's memory; they come back when they are read."""
     base: object = x
     while isinstance(base, np.ndarray):
         base = base.base

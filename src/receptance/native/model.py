@@ -34,9 +34,9 @@ class NativeModel:
     exactly), float16 and bfloat16 round wider ones, int8 and int4 quantise blocks of 32 numbers. Vectors and low-rank
     maps stay as in the file; arithmetic and state are float32.
     threads: None = one for each core that this process may use.
-    repack: with dtype None, whether to copy matrices in GGUF's block formats into the order in which they are read fastest
-    (the same numbers), at a second or so per GB, or to read them where they lie in the file. None: copy, except Q8_0 matrices
-    of models with more than 1 GiB of blocks.
+    repack: with dtype None, whether to copy matrices in GGUF's block formats (the same numbers) into the order in which
+    they are read fastest, at a second or so per GB, or to read them where they lie in the file. None: copy, except Q8_0
+    matrices of models with more than 1 GiB of blocks.
     engine_name: None = the best compiled engine for this machine, or "numpy" where there is none.
     Raises ConfigError for an unknown dtype, or int8 and int4 without the compiled core.
     """
@@ -267,7 +267,7 @@ class NativeModel:
         self.active_fraction = request.active / request.hidden if request.hidden else None
 
     def _memory(self, shape: tuple[int, ...]) -> Array:
-        """An array of any content; a large one is an earlier result that nobody has any more, whose pages are there already."""
+        """An array of any content. A large one may be an earlier result that nobody has now: its pages are there."""
         if math.prod(shape) < RECYCLED:
             return np.empty(shape, np.float32)
         with self._lock:

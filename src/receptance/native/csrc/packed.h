@@ -155,20 +155,18 @@ inline __attribute__((always_inline)) void sixteen_rows(const uint8_t* p, const 
 #undef SCALED
     } else {
       __m256i whole0 = zero, whole1 = zero, whole2 = zero, whole3 = zero;
+#pragma GCC unroll 2
       for (int half = 0; half < 2; half++) {  // there are no registers for all
         __m256i c0 = zero, c1 = zero, c2 = zero, c3 = zero;
 #define INTO(m) c##m = _mm256_add_epi32(c##m, _mm256_madd_epi16(a##m, scale)), a##m = zero;
-#define PART(HIGH, FIRST, COUNT)                                                                                        \
+#define PART(HIGH, FIRST)                                                                                               \
   {                                                                                                                     \
-    for (int j = FIRST; j < FIRST + COUNT; j++) half_step<T, HIGH, M>(p + half * 32, j, ALL_INPUTS, a0, a1, a2, a3);    \
+    half_step<T, HIGH, M>(p + half * 32, FIRST, ALL_INPUTS, a0, a1, a2, a3);                                            \
+    half_step<T, HIGH, M>(p + half * 32, FIRST + 1, ALL_INPUTS, a0, a1, a2, a3);                                        \
     const __m256i scale = HIGH && T == Q6_K ? second[half] : first[half];                                               \
     FOR_M(INTO)                                                                                                         \
   }
-        if constexpr (T == Q5_K) {  // 4 steps of 31 x 127 x 2 do not overflow
-          PART(false, 0, 4) PART(true, 0, 4)
-        } else {  // nor do 2 of 63
-          PART(false, 0, 2) PART(false, 2, 2) PART(true, 0, 2) PART(true, 2, 2)
-        }
+        PART(false, 0) PART(false, 2) PART(true, 0) PART(true, 2)  // 2 steps of 63 x 127 x 2 do not overflow
 #undef PART
 #undef INTO
         // the numbers of Q6_K are stored with 32 added

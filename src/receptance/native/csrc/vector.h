@@ -172,7 +172,7 @@ inline float exp_(float x) {  // within 2 units in the last place; no branches
   p = p * f + 1.6666665459e-1f;
   p = p * f + 5.0000001201e-1f;
   p = p * f * f + f + 1.0f;
-  return p * bits<float>(((int32_t)n + 127) << 23);
+  return p * bits<float>((uint32_t)((int32_t)n + 127) << 23);
 }
 
 inline float sigmoid(float x) { return 1.0f / (1.0f + exp_(-x)); }
