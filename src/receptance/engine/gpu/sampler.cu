@@ -5,7 +5,7 @@
 // Sums that decide something are integers (probabilities in units of 2^-40), so that their order does not matter.
 #include "gpu.cuh"
 
-constexpr int THREADS = 1024, BINS = 2048;
+constexpr int THREADS = 1024, BINS = 2 * THREADS;
 constexpr float UNIT = 1099511627776.f;  // 2^40
 
 /// A row's parameters; top_k = V and top_p > 1 cut nothing.
@@ -21,7 +21,7 @@ struct Shared {
     u64 total;
     float tops[THREADS / 32];
     int ids[THREADS / 32];
-    u32 prefix, counted;
+    u32 bin, counted;
     u64 massed;
 };
 
@@ -53,19 +53,20 @@ DEVICE u64 sum_before(u64 x, Shared& m) {
 /// the k-th or at which the sum of probabilities reaches top_p; tokens as probable as that one are kept too.
 template <class Distance>
 DEVICE u32 largest_kept(Shared& m, int vocab, u32 k, u64 wanted, Distance distance) {
-    // distances are positive floats, ordered as their 31 bits are: 11, 10 and 10 of them at a time
-    u32 prefix = 0, counted = 0;
+    // distances are positive floats and ordered as their bits are. First 2048 bins of equal width, which spread the tokens,
+    // then the one that matters in 2048 ranges of bits, until a range is one number
+    u32 low = 0, high = 0x7f800001, counted = 0;
     u64 massed = 0;
+    int shift = -1;
 #pragma unroll 1
-    for (int shift = 20; shift >= 0; shift -= 10) {
-        const int bins = shift == 20 ? 2048 : 1024;
-        for (int i = threadIdx.x; i < bins; i += THREADS) m.mass[i] = 0, m.count[i] = 0;
+    while (high - low > 1) {
+        for (int i = threadIdx.x; i < BINS; i += THREADS) m.mass[i] = 0, m.count[i] = 0;
         __syncthreads();
         for (int i = threadIdx.x; i < vocab; i += THREADS) {
             const float d = distance(i);
             const u32 bits = __float_as_uint(d);
-            if (shift < 20 && bits >> shift >> 10 != prefix) continue;
-            const u32 bin = bits >> shift & (bins - 1);
+            if (bits < low || bits >= high) continue;
+            const u32 bin = shift < 0 ? (d < BINS / 64 ? (u32)(d * 64.f) : BINS - 1) : (bits - low) >> shift;
             atomicAdd(&m.count[bin], 1u);
             const u64 mass = units(d);
             if (mass) atomicAdd(&m.mass[bin], mass);
@@ -73,21 +74,30 @@ DEVICE u32 largest_kept(Shared& m, int vocab, u32 k, u64 wanted, Distance distan
         __syncthreads();
         // each thread two bins: the one in which the sums reach their goals
         const int bin = threadIdx.x * 2;
-        const bool has = bin < bins;
-        const u64 c0 = has ? m.count[bin] : 0, c1 = has ? m.count[bin + 1] : 0, m0 = has ? m.mass[bin] : 0, m1 = has ? m.mass[bin + 1] : 0;
+        const u64 c0 = m.count[bin], c1 = m.count[bin + 1], m0 = m.mass[bin], m1 = m.mass[bin + 1];
         const u64 counts = counted + sum_before(c0 + c1, m), masses = massed + sum_before(m0 + m1, m);
         const auto reached = [&](u64 count, u64 mass) { return count >= k || mass >= wanted; };
-        const bool is_last = bin == bins - 2;  // rounding may keep the sum below its goal
-        if (has && !reached(counts, masses) && (reached(counts + c0 + c1, masses + m0 + m1) || is_last)) {
+        const bool is_last = bin == BINS - 2;  // rounding may keep the sum below its goal
+        if (!reached(counts, masses) && (reached(counts + c0 + c1, masses + m0 + m1) || is_last)) {
             const bool in_first = reached(counts + c0, masses + m0);
-            m.prefix = prefix << (shift == 20 ? 11 : 10) | (bin + !in_first);
+            m.bin = bin + !in_first;
             m.counted = (u32)(counts + (in_first ? 0 : c0)), m.massed = masses + (in_first ? 0 : m0);
         }
         __syncthreads();
-        prefix = m.prefix, counted = m.counted, massed = m.massed;
+        const u32 found = m.bin;
+        counted = m.counted, massed = m.massed;
         __syncthreads();
+        if (shift < 0) {
+            low = __float_as_uint(found / 64.f);
+            if (found < BINS - 1) high = __float_as_uint((found + 1) / 64.f);
+        } else {
+            low += found << shift;
+            high = high - low < 1u << shift ? high : low + (1u << shift);
+        }
+        shift = 32 - __clz(high - low - 1) - 11;
+        if (shift < 0) shift = 0;
     }
-    return prefix;
+    return low;
 }
 
 /// logits [rows, V], float32 or, where `half` is not null, of type E; adjusted [rows, V] is room for the rows that have a

@@ -14,7 +14,6 @@ from receptance.ops import cuda
 THREADS, BINS = 1024, 2048
 SHARED_BYTES = BINS * 12 + THREADS // 32 * 16 + 32
 MOST_BIASES = 4096  # of all rows of a batch
-_INTS = slice(7, 12)  # columns of a row of parameters that are integers
 
 
 class GpuSampler:
@@ -43,7 +42,7 @@ class GpuSampler:
         self.set([SamplingParams()] * rows)
 
     def set(self, params: Sequence[SamplingParams]) -> None:
-        """The parameters of rows 0, 1, … from now on. Raises ConfigError for a logit bias on an id beyond the vocabulary."""
+        """The parameters of rows 0, 1, … from now on. Raises ConfigError for a bias on an id beyond the vocabulary."""
         floats, ints, ids, values = [], [], [], []
         for p in params:
             pairs = [*p.bias_pairs, *([(self.eos_id, -torch.inf)] if p.ignore_eos else [])]
@@ -79,7 +78,7 @@ class GpuSampler:
         self, logits: Tensor, slots: Tensor, uniforms: Tensor, *, allowed: Tensor | None = None,
         again: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """The next token of each row of logits [B, ≥ V], -1 where they are not numbers; int64 [B], overwritten by the next.
+        """Each row's next token for logits [B, ≥ V], -1 where they are not numbers: int64 [B], until the next call.
 
         Can be captured. slots int32 [B]; uniforms float64 [B]; allowed int32 [B, ceil(V / 32)]: a bit for each token
         that may come; again int64 [B]: gets the tokens too (0 for -1), the next step's inputs.
