@@ -160,7 +160,7 @@ def main() -> None:
             with torch.inference_mode():
                 model = random_model(*SHAPES[name])
                 fast = GpuModel(model, slots=max(batches), most_rows=max(batches), state_dtype=torch.float16)
-                rows["logit_error_half_state"] = round(logit_error(model, fast, 3, 256), 6)
+                rows["logit_error_half_state"] = round(logit_error(model, fast, 3, 64), 6)
             del model
             for batch in [x for x in batches if x >= 64]:
                 rows["decode"][f"{batch}, half state"] = decoding(fast, batch, speed, False)

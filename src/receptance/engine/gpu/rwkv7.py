@@ -24,7 +24,7 @@ WRITE, ADD, LOGITS = range(3)
 R, K, V, W, A, G = range(6)  # order of the mixes; the last four feed the low-rank maps
 ACTIVATIONS = NONE, TANH, NONE, SIGMOID  # of the low-rank maps' inner vectors: v, w, a, g
 SHARED_BYTES = 227 * 1024  # of a multiprocessor
-NORM_THREADS, WARPS = 256, 8
+NORM_THREADS, WARPS, DEPTH = 256, 16, 4
 TOKENS = 8  # of a block around the operator on prompts
 FEW_ROWS = 16  # for which the time mix applies the low-rank maps itself
 GEMV_ROWS = 32  # up to which products are made by `gemv`
@@ -186,16 +186,15 @@ class GpuModel:
         self._wkv = cuda.load(
             HERE / "wkv7.cu", HEAD=self.n, **dict(zip(names, (*self.ranks, max(self.ranks)))), **macros, **half
         )
-        self._gemv = {(rows, tiles): self._load_gemv(rows, tiles, macros) for rows in (1, 2) for tiles in (1, 2, 4, 8)}
+        self._gemv = {x: self._load_gemv(*x, macros) for x in ((1, 1), (1, 2), (1, 4), (1, 8), (2, 2), (2, 4))}
         on_gpu = self.device.type == "cuda"
         self._processors = torch.cuda.get_device_properties(self.device).multi_processor_count if on_gpu else 1
 
     def _load_gemv(self, row_tiles: int, batch_tiles: int, macros: dict[str, int]) -> tuple[cuda.Kernel, int]:
         """The kernel and the bytes of shared memory that it needs."""
-        depth = 8 if row_tiles == 1 else 4
-        ring, sums = WARPS * depth * row_tiles * 1024, WARPS * row_tiles * 16 * (8 * batch_tiles + 1) * 4
+        ring, sums = WARPS * DEPTH * row_tiles * 1024, WARPS * row_tiles * 16 * (8 * batch_tiles + 1) * 4
         program = cuda.load(
-            HERE / "gemv.cu", WARPS=WARPS, ROW_TILES=row_tiles, BATCH_TILES=batch_tiles, DEPTH=depth,
+            HERE / "gemv.cu", WARPS=WARPS, ROW_TILES=row_tiles, BATCH_TILES=batch_tiles, DEPTH=DEPTH,
             SHARED_BYTES=ring + sums, **macros,
         )  # fmt: skip
         return program.gemv, ring + sums
@@ -247,7 +246,7 @@ class GpuModel:
         """gemv: out [B, rows] of weight [rows, columns] and x [B, columns]; or what the tasks say, for B = len(x)."""
         batch, rows = len(x), weight.shape[0]
         batch_tiles = next((n for n in (1, 2, 4) if batch <= 8 * n), 8)
-        row_tiles = 2 if batch_tiles > 1 and rows % 32 == 0 and rows // 32 >= 2 * self._processors else 1
+        row_tiles = 2 if batch_tiles in (2, 4) and rows % 32 == 0 and rows // 32 >= 2 * self._processors else 1
         kernel, shared = self._gemv[row_tiles, batch_tiles]
         tasks = self._tasks[16 * row_tiles] if with_tasks else None
         tiles = rows // (16 * row_tiles) if tasks is None else len(tasks)

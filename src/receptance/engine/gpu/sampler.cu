@@ -49,33 +49,61 @@ DEVICE u64 sum_before(u64 x, Shared& m) {
     return before + sum - x;
 }
 
+/// Four logits at i, a multiple of four; rows lie apart by one.
+struct Four { float f[4]; };
+DEVICE Four four_of(const float* wide, const u16* half, int i) {
+    if (half) {
+        const Pack<E, 2>* packs = (const Pack<E, 2>*)(half + i);
+        const Pack<E, 2> x = packs[0], y = packs[1];
+        return {x[0], x[1], y[0], y[1]};
+    }
+    const uint4 x = load_fresh((const void*)(wide + i));
+    return {__uint_as_float(x.x), __uint_as_float(x.y), __uint_as_float(x.z), __uint_as_float(x.w)};
+}
+/// body(i, logit) for all ids, several loads on their way at a time.
+template <class Load, class Body> DEVICE void for_all(int vocab, Load load, Body body) {
+    constexpr int AHEAD = 4;
+    for (int start = 4 * threadIdx.x; start < vocab; start += 4 * THREADS * AHEAD) {
+        Four x[AHEAD];
+#pragma unroll
+        for (int a = 0; a < AHEAD; ++a)
+            if (start + 4 * THREADS * a < vocab) x[a] = load(start + 4 * THREADS * a);
+#pragma unroll
+        for (int a = 0; a < AHEAD; ++a)
+#pragma unroll
+            for (int j = 0; j < 4; ++j)
+                if (start + 4 * THREADS * a + j < vocab) body(start + 4 * THREADS * a + j, x[a].f[j]);
+    }
+}
+
 /// The largest distance kept by top_k and top_p, as its bits: the first position, from the most probable token on, that is
 /// the k-th or at which the sum of probabilities reaches top_p; tokens as probable as that one are kept too.
-template <class Distance>
-DEVICE u32 largest_kept(Shared& m, int vocab, u32 k, u64 wanted, Distance distance) {
+template <class Load>
+DEVICE u32 largest_kept(Shared& m, int vocab, u32 k, float top_p, float top, Load load) {
     // distances are positive floats and ordered as their bits are. First 2048 bins of equal width, which spread the tokens,
     // then the one that matters in 2048 ranges of bits, until a range is one number
     u32 low = 0, high = 0x7f800001, counted = 0;
-    u64 massed = 0;
+    u64 massed = 0, wanted = ~0ull;
     int shift = -1;
 #pragma unroll 1
     while (high - low > 1) {
         for (int i = threadIdx.x; i < BINS; i += THREADS) m.mass[i] = 0, m.count[i] = 0;
         __syncthreads();
-        for (int i = threadIdx.x; i < vocab; i += THREADS) {
-            const float d = distance(i);
+        for_all(vocab, load, [&](int, float x) {
+            const float d = top - x;
             const u32 bits = __float_as_uint(d);
-            if (bits < low || bits >= high) continue;
+            if (bits < low || bits >= high) return;
             const u32 bin = shift < 0 ? (d < BINS / 64 ? (u32)(d * 64.f) : BINS - 1) : (bits - low) >> shift;
             atomicAdd(&m.count[bin], 1u);
             const u64 mass = units(d);
             if (mass) atomicAdd(&m.mass[bin], mass);
-        }
+        });
         __syncthreads();
         // each thread two bins: the one in which the sums reach their goals
         const int bin = threadIdx.x * 2;
         const u64 c0 = m.count[bin], c1 = m.count[bin + 1], m0 = m.mass[bin], m1 = m.mass[bin + 1];
         const u64 counts = counted + sum_before(c0 + c1, m), masses = massed + sum_before(m0 + m1, m);
+        if (shift < 0 && top_p < 1.f) wanted = (u64)((double)top_p * (double)m.total + 0.5);
         const auto reached = [&](u64 count, u64 mass) { return count >= k || mass >= wanted; };
         const bool is_last = bin == BINS - 2;  // rounding may keep the sum below its goal
         if (!reached(counts, masses) && (reached(counts + c0 + c1, masses + m0 + m1) || is_last)) {
@@ -139,16 +167,21 @@ extern "C" __global__ void __launch_bounds__(1024) sample(
             }
         __syncthreads();
     }
-    const auto logit = [&](int i) { return is_adjusted ? load_fresh(own + i) : raw(i); };
+    const auto logit = [&](int i) {
+        Four x = is_adjusted ? four_of(own, nullptr, i) : four_of(wide, half ? narrow_row : nullptr, i);
+        if (!is_adjusted && bits)
+            for (int j = 0; j < 4; ++j)
+                if (i + j >= vocab || !(bits[(i + j) / 32] >> (i + j) % 32 & 1)) x.f[j] = -__uint_as_float(0x7f800000);
+        return x;
+    };
 
     float top = -__uint_as_float(0x7f800000);
     int best = 0x7fffffff;
     bool is_number = true;
-    for (int i = threadIdx.x; i < vocab; i += THREADS) {
-        const float x = logit(i);
+    for_all(vocab, logit, [&](int i, float x) {
         is_number &= x == x;
         if (x > top || (x == top && i < best)) top = x, best = i;
-    }
+    });
 #pragma unroll
     for (int mask = 16; mask; mask /= 2) {
         const float x = __shfl_xor_sync(~0u, top, mask);
@@ -169,35 +202,32 @@ extern "C" __global__ void __launch_bounds__(1024) sample(
 
     int token = is_number ? best : -1;
     if (is_number && p.temperature > 0.f) {
-        const auto distance = [&](int i) { return top - logit(i); };
         u32 kept = 0x7f7fffff;  // the bits of the largest finite distance
-        const bool cuts_mass = p.top_p < 1.f;
-        if (cuts_mass || p.top_k < vocab) {
-            u64 mass = 0;
-            for (int i = threadIdx.x; i < vocab; i += THREADS) mass += units(distance(i));
-            sum_before(mass, m);
-            const u64 wanted = cuts_mass ? (u64)((double)p.top_p * (double)m.total + 0.5) : ~0ull;
-            kept = largest_kept(m, vocab, p.top_k, wanted, distance);
-        }
+        if (p.top_p < 1.f || p.top_k < vocab) kept = largest_kept(m, vocab, p.top_k, p.top_p, top, logit);
         if (p.min_p > 0.f) {  // e^-distance >= min_p
             const float most = -LN_2 * lg2(p.min_p) * 1.000001f;
             if (!(most >= __uint_as_float(kept))) kept = most > 0.f ? __float_as_uint(most) : 0u;
         }
         // each thread's own run of ids, so that sums follow their order
-        const int each = (vocab + THREADS - 1) / THREADS, first = threadIdx.x * each, end = first + each < vocab ? first + each : vocab;
+        const int each = (vocab + 4 * THREADS - 1) / (4 * THREADS) * 4, first = threadIdx.x * each;
+        const int end = first + each < vocab ? first + each : vocab;
         const float scale = 1.f / (p.temperature > 1e-6f ? p.temperature : 1e-6f);
-        const auto share = [&](int i) {
-            const float d = distance(i);
-            return __float_as_uint(d) <= kept ? units(d * scale) : 0ull;
+        const auto share = [&](int i, float x) {
+            const float d = top - x;
+            return i < end && __float_as_uint(d) <= kept ? units(d * scale) : 0ull;
         };
         u64 mine = 0;
-        for (int i = first; i < end; ++i) mine += share(i);
+#pragma unroll 4
+        for (int i = first; i < end; i += 4) {
+            const Four x = logit(i);
+            for (int j = 0; j < 4; ++j) mine += share(i + j, x.f[j]);
+        }
         u64 before = sum_before(mine, m);
         u64 point = (u64)(uniforms[row] * (double)m.total);
         if (point >= m.total) point = m.total - 1;
         if (before <= point && point < before + mine)
             for (int i = first; i < end; ++i) {
-                before += share(i);
+                before += share(i, logit(i / 4 * 4).f[i % 4]);
                 if (point < before) {
                     m.ids[0] = i;
                     break;

@@ -84,6 +84,10 @@ class GpuSampler:
         that may come; again int64 [B]: gets the tokens too (0 for -1), the next step's inputs.
         """
         rows, stride = len(logits), logits.stride(0)
+        if stride % 4 or stride < self.vocab:
+            raise ValueError(
+                f"rows of logits lie {stride} apart; the sampler needs a multiple of 4, at least {self.vocab}"
+            )
         if self._adjusted.numel() < rows * stride:
             self._adjusted = torch.empty(max(self.rows, rows) * stride, device=self.device)
         is_wide = logits.dtype == torch.float32
