@@ -102,7 +102,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) gemv(
                     }
                 }
                 fetch(slot);
-                slot = (slot + 1) % DEPTH;
+                slot = slot + 1 < DEPTH ? slot + 1 : 0;
             }
         }
 #pragma unroll
