@@ -24,9 +24,7 @@ WRITE, ADD, LOGITS = range(3)
 R, K, V, W, A, G = range(6)  # order of the mixes; the last four feed the low-rank maps
 ACTIVATIONS = NONE, TANH, NONE, SIGMOID  # of the low-rank maps' inner vectors: v, w, a, g
 SHARED_BYTES = 227 * 1024  # of a multiprocessor
-NORM_THREADS, WARPS = 256, 16
-DEPTH = {1: 6, 2: 4}  # of gemv's ring, by its row tiles
-BLOCKS = 1  # of gemv on a multiprocessor, so that there is room for the next one's
+NORM_THREADS, WARPS, DEPTH = 256, 16, 4
 TOKENS = 8  # of a block around the operator on prompts
 FEW_ROWS = 16  # for which the time mix applies the low-rank maps itself
 GEMV_ROWS = 32  # up to which products are made by `gemv`
@@ -194,9 +192,9 @@ class GpuModel:
 
     def _load_gemv(self, row_tiles: int, batch_tiles: int, macros: dict[str, int]) -> tuple[cuda.Kernel, int]:
         """The kernel and the bytes of shared memory that it needs."""
-        ring, sums = WARPS * DEPTH[row_tiles] * row_tiles * 1024, WARPS * row_tiles * 16 * (8 * batch_tiles + 1) * 4
+        ring, sums = WARPS * DEPTH * row_tiles * 1024, WARPS * row_tiles * 16 * (8 * batch_tiles + 1) * 4
         program = cuda.load(
-            HERE / "gemv.cu", WARPS=WARPS, ROW_TILES=row_tiles, BATCH_TILES=batch_tiles, DEPTH=DEPTH[row_tiles],
+            HERE / "gemv.cu", WARPS=WARPS, ROW_TILES=row_tiles, BATCH_TILES=batch_tiles, DEPTH=DEPTH,
             SHARED_BYTES=ring + sums, **macros,
         )  # fmt: skip
         return program.gemv, ring + sums
@@ -252,7 +250,7 @@ class GpuModel:
         kernel, shared = self._gemv[row_tiles, batch_tiles]
         tasks = self._tasks[16 * row_tiles] if with_tasks else None
         tiles = rows // (16 * row_tiles) if tasks is None else len(tasks)
-        blocks = min(tiles, self._processors * min(BLOCKS, SHARED_BYTES // (shared + 1024)))
+        blocks = min(tiles, self._processors * (SHARED_BYTES // (shared + 1024)))
         kernel(
             (blocks, -(-batch // (8 * batch_tiles))), 32 * WARPS, weight, tasks, weight.shape[-1], activation, x,
             x.stride(0), out, out.stride(0), batch, mode, tiles, shared=shared, chained=True,
