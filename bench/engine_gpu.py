@@ -3,7 +3,8 @@
     python bench/engine_gpu.py [--models 1.5B …] [--batches 1 8 …] [--no-prefill] [--out FILE]
 
 Refuses to report when logits differ from the model's in float32. The roof of decoding is the time that the weights and
-the states take at this card's measured copy speed; a step is one CUDA graph. Ends in one JSON line.
+the states take at this card's measured copy speed; a step is one CUDA graph,
+drawing with top_p included. Ends in one JSON line.
 """
 
 import argparse
@@ -14,6 +15,9 @@ from pathlib import Path
 import torch
 
 from receptance.engine.gpu.rwkv7 import GpuModel
+from receptance.engine.gpu.sampler import GpuSampler
+from receptance.engine.gpu.stepper import Stepper
+from receptance.engine.params import SamplingParams
 from receptance.models.v7 import RWKV7, RWKV7Config
 
 SHAPES = {"0.1B": (12, 768), "0.4B": (24, 1024), "1.5B": (24, 2048), "2.9B": (32, 2560), "7.2B": (32, 4096)}
@@ -82,19 +86,6 @@ def logit_error(model: RWKV7, fast: GpuModel, batch: int = 5, steps: int = 4) ->
     return worst
 
 
-def captured(fast: GpuModel, batch: int):
-    tokens = torch.randint(VOCAB, (batch,), device="cuda")
-    slots = torch.arange(batch, dtype=torch.int32, device="cuda")
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        fast.decode(tokens, slots)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        fast.decode(tokens, slots)
-    return graph, (tokens, slots)
-
-
 def step_bytes(fast: GpuModel, batch: int) -> int:
     """Weights once, states in and out."""
     matrices = [x for y in fast.layers for x in (y.inputs, y.low_rank, y.output, y.key, y.value)]
@@ -116,10 +107,14 @@ def profile(function, rows: int) -> None:
 
 
 def decoding(fast: GpuModel, batch: int, speed: float, details: bool) -> dict[str, float]:
-    graph, keep = captured(fast, batch)
-    seconds = time_of(graph.replay, 20)
+    sampler = GpuSampler(fast.most_rows, fast.slots, VOCAB, torch.ones(VOCAB, device="cuda"))
+    sampler.set([SamplingParams(top_p=0.8)] * batch)
+    stepper = Stepper(fast, sampler)
+    stepper.assign(list(range(batch)), list(range(batch)))
+    uniforms = torch.rand(batch, dtype=torch.float64, device="cuda")
+    seconds = time_of(lambda: stepper.step(uniforms), 20)
     if details:
-        profile(lambda: fast.decode(*keep), 10)
+        profile(lambda: stepper._run(batch), 12)
     floor = step_bytes(fast, batch) / speed
     return {"ms": round(seconds * 1e3, 4), "tok_s": round(batch / seconds), "fraction": round(floor / seconds, 3)}
 
@@ -160,6 +155,16 @@ def main() -> None:
         for batch in batches:
             rows["decode"][batch] = decoding(fast, batch, speed, args.profile)
             print(name, batch, rows["decode"][batch], flush=True)
+        if max(batches) >= 256:
+            fast = None
+            with torch.inference_mode():
+                model = random_model(*SHAPES[name])
+                fast = GpuModel(model, slots=max(batches), most_rows=max(batches), state_dtype=torch.float16)
+                rows["logit_error_half_state"] = round(logit_error(model, fast, 3, 64), 6)
+            del model
+            for batch in [x for x in batches if x >= 64]:
+                rows["decode"][f"{batch}, half state"] = decoding(fast, batch, speed, False)
+                print(name, batch, "half state", rows["decode"][f"{batch}, half state"], flush=True)
         for n, t in [] if args.no_prefill else [(1, 1024), (1, 4096), (8, 1024)]:
             rows["prefill"][f"{n}x{t}"] = prefilling(fast, n, t, args.profile)
             print(name, f"{n}x{t}", rows["prefill"][f"{n}x{t}"], flush=True)

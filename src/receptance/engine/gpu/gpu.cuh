@@ -43,6 +43,7 @@ DEVICE u16 load_fresh(const u16* p) {
     asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(x) : "l"(p) : "memory");
     return x;
 }
+template <int N> DEVICE void await_all_but() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }  // groups of copies
 DEVICE void bring_to_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 #else
 inline void wait_for_previous() {}
@@ -51,6 +52,7 @@ inline uint4 load_weights(const void* p) { return *(const uint4*)p; }
 inline uint4 load_fresh(const void* p) { return *(const uint4*)p; }
 inline float load_fresh(const float* p) { return *p; }
 inline u16 load_fresh(const u16* p) { return *p; }
+template <int N> void await_all_but() {}
 inline void bring_to_l2(const void*) {}
 #endif
 

@@ -102,13 +102,15 @@ extern "C" __global__ void __launch_bounds__(256) norm_mix(
     }
 }
 
-/// x = activation(x), elements of type E, eight a thread.
-extern "C" __global__ void activate(u16* x, int groups, int activation) {
+/// x = activation(x) for x [4, part groups of eight]: the first to the last part's activation in the bits of `kinds`, four
+/// each.
+extern "C" __global__ void activate(u16* x, int part, int kinds) {
     let_next_start();
     wait_for_previous();
-    const i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= groups) return;
-    Eight eight(load_fresh((const void*)(x + 8 * i)));
+    const int i = blockIdx.x * blockDim.x + threadIdx.x, activation = kinds >> 4 * blockIdx.y & 15;
+    if (i >= part || activation == NONE) return;
+    u16* at = x + 8 * ((i64)blockIdx.y * part + i);
+    Eight eight(load_fresh((const void*)at));
     for (int j = 0; j < 8; ++j) eight.f[j] = activated(eight.f[j], activation);
-    *(uint4*)(x + 8 * i) = packed(eight.f);
+    *(uint4*)at = packed(eight.f);
 }

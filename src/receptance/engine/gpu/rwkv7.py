@@ -21,11 +21,13 @@ from receptance.ops import cuda, wkv7
 HERE = Path(__file__).parent
 NONE, TANH, SIGMOID, RELU_SQUARE = range(4)
 WRITE, ADD, LOGITS = range(3)
-R, K, V, W, A, G = range(6)  # order of the mixes
-NORM_THREADS, WARPS = 256, 8
+R, K, V, W, A, G = range(6)  # order of the mixes; the last four feed the low-rank maps
+ACTIVATIONS = NONE, TANH, NONE, SIGMOID  # of the low-rank maps' inner vectors: v, w, a, g
+SHARED_BYTES = 227 * 1024  # of a multiprocessor
+NORM_THREADS, WARPS, DEPTH = 256, 16, 4
+TOKENS = 8  # of a block around the operator on prompts
 FEW_ROWS = 16  # for which the time mix applies the low-rank maps itself
 GEMV_ROWS = 32  # up to which products are made by `gemv`
-LOW_RANK_ROWS = 64  # the same for the low-rank maps
 MOST_TOKENS = 16384  # of one prefill call; offsets within a buffer are 32-bit
 
 
@@ -55,23 +57,37 @@ class Layer:
     ln2: tuple[Tensor, Tensor]
     mixes: Tensor  # [6, C]: r, k, v, w, a, g
     ffn_mix: Tensor  # [1, C]
-    inputs: Tensor  # [3C + ranks, C]: receptance, key, value and the low-rank maps' first halves w, a, v, g
-    low_rank: Tensor  # [ranks, C]: their second halves
-    low_rank_rows: Tensor  # the same, each transposed [C, rank] and flattened
+    inputs: Tensor  # [3C + 4P, C]: receptance, key, value and the low-rank maps' first halves v, w, a, g, zeros up to P
+    low_rank: Tensor  # [4, P, C]: their second halves
     vectors: tuple[Tensor, ...]  # w0, a0, v0, k_k, k_a, r_k, ln_x weight and bias
     output: Tensor  # [C, C]
     key: Tensor  # [F, C]
     value: Tensor  # [C, F]
+
+    @property
+    def rkv(self) -> Tensor:
+        """[3, C, C], in × out."""
+        c = self.output.shape[0]
+        return self.inputs[: 3 * c].view(3, c, c).transpose(1, 2)
+
+    @property
+    def first_halves(self) -> Tensor:
+        """[4, C, P], in × out."""
+        c = self.output.shape[0]
+        return self.inputs[3 * c :].view(4, -1, c).transpose(1, 2)
 
     @staticmethod
     def of(block: Block, cast: "_Cast", value_rank: int) -> "Layer":
         att, ffn = block.att, block.ffn
         c = att.output.weight.shape[0]
         if hasattr(att, "v0"):
-            v0, v1, v2 = att.v0, att.v1, att.v2
+            v0, v1, v2 = att.v0.data, att.v1.data, att.v2.data
         else:  # the first layer's are never used
-            v0, v1, v2 = (att.w0.new_zeros(shape) for shape in ((1, 1, c), (c, value_rank), (value_rank, c)))
-        firsts, seconds = (att.w1, att.a1, v1, att.g1), (att.w2, att.a2, v2, att.g2)
+            zero = att.w0.new_zeros
+            v0, v1, v2 = zero(1, 1, c), zero(c, value_rank), zero(value_rank, c)
+        firsts, seconds = (v1, att.w1, att.a1, att.g1), (v2, att.w2, att.a2, att.g2)
+        padded = max(x.shape[0] for x in seconds)
+        pad = torch.nn.functional.pad
         rkv = att.receptance.weight, att.key.weight, att.value.weight
         mixes = att.x_r, att.x_k, att.x_v, att.x_w, att.x_a, att.x_g
         vectors = att.w0, att.a0, v0, att.k_k, att.k_a, att.r_k, att.ln_x.weight, att.ln_x.bias
@@ -80,9 +96,8 @@ class Layer:
             ln2=(cast(block.ln2.weight), cast(block.ln2.bias)),
             mixes=cast(torch.cat([x.reshape(1, c) for x in mixes])),
             ffn_mix=cast(ffn.x_k.reshape(1, c)),
-            inputs=cast(torch.cat([*rkv, *(x.T for x in firsts)])),
-            low_rank=cast(torch.cat(seconds)),
-            low_rank_rows=cast(torch.cat([x.T.reshape(-1) for x in seconds])),
+            inputs=cast(torch.cat([*rkv, *(pad(x.T, (0, 0, 0, padded - x.shape[1])) for x in firsts)])),
+            low_rank=cast(torch.stack([pad(x, (0, 0, 0, padded - x.shape[0])) for x in seconds])),
             vectors=tuple(cast(x.flatten()) for x in vectors),
             output=cast(att.output.weight),
             key=cast(ffn.key.weight),
@@ -101,16 +116,17 @@ class _Cast:
 class Buffers:
     """Activations of up to `rows` tokens."""
 
-    def __init__(self, rows: int, c: int, f: int, ranks: int, dtype: torch.dtype, device: torch.device):
+    def __init__(self, rows: int, c: int, f: int, ranks: tuple[int, ...], dtype: torch.dtype, device: torch.device):
         def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
         self.rows = rows
         self.x, self.sum = empty(rows, c, dtype=torch.float32), empty(rows, c, dtype=torch.float32)
         self.normed, self.mixed = empty(rows, c), empty(6, rows, c)
-        self.projected = empty(3 * rows * c + rows * ranks)  # one allocation: a launch writes both
+        self.projected = empty(3 * rows * c + rows * sum(ranks))  # one allocation: a launch writes both
         self.rkv = self.projected[: 3 * rows * c].view(3, rows, c)
-        self.hidden = self.projected[3 * rows * c :].view(rows, ranks)
+        self.hidden = self.projected[3 * rows * c :].view(rows, sum(ranks))
+        self.inner = empty(4, rows, max(ranks))  # the same, padded
         self.low = empty(4, rows, c)
         self.v_first, self.att, self.delta = empty(rows, c), empty(rows, c), empty(rows, c)
         self.key = empty(rows, f)
@@ -147,7 +163,7 @@ class GpuModel:
         )  # fmt: skip
         cast = _Cast(dtype)
         self.c, self.n, self.h = config.n_embd, config.head_size, config.n_embd // config.head_size
-        self.ranks = (config.decay_rank, config.rate_rank, config.value_rank, config.gate_rank)
+        self.ranks = (config.value_rank, config.decay_rank, config.rate_rank, config.gate_rank)
         first: Any = model.blocks[0]
         with torch.no_grad():
             self.layers = [Layer.of(block, cast, config.value_rank) for block in model.blocks]  # type: ignore[arg-type]
@@ -165,13 +181,23 @@ class GpuModel:
 
         macros = {"BFLOAT16": 1} if dtype == torch.bfloat16 else {}
         self._norm = cuda.load(HERE / "norm.cu", WIDTH=self.c, **macros)
-        names = "RANK_W", "RANK_A", "RANK_V", "RANK_G"
+        names = "RANK_V", "RANK_W", "RANK_A", "RANK_G", "RANK_ROWS"
         half = {} if state_dtype == torch.float32 else {"HALF_STATE": 1}
-        self._wkv = cuda.load(HERE / "wkv7.cu", HEAD=self.n, **dict(zip(names, self.ranks)), **macros, **half)
-        self._gemv = {
-            tiles: cuda.load(HERE / "gemv.cu", WARPS=WARPS, ROW_TILES=1, BATCH_TILES=tiles, DEPTH=8, **macros).gemv
-            for tiles in (1, 2, 4, 8)
-        }
+        self._wkv = cuda.load(
+            HERE / "wkv7.cu", HEAD=self.n, **dict(zip(names, (*self.ranks, max(self.ranks)))), **macros, **half
+        )
+        self._gemv = {x: self._load_gemv(*x, macros) for x in ((1, 1), (1, 2), (1, 4), (1, 8), (2, 2), (2, 4))}
+        on_gpu = self.device.type == "cuda"
+        self._processors = torch.cuda.get_device_properties(self.device).multi_processor_count if on_gpu else 1
+
+    def _load_gemv(self, row_tiles: int, batch_tiles: int, macros: dict[str, int]) -> tuple[cuda.Kernel, int]:
+        """The kernel and the bytes of shared memory that it needs."""
+        ring, sums = WARPS * DEPTH * row_tiles * 1024, WARPS * row_tiles * 16 * (8 * batch_tiles + 1) * 4
+        program = cuda.load(
+            HERE / "gemv.cu", WARPS=WARPS, ROW_TILES=row_tiles, BATCH_TILES=batch_tiles, DEPTH=DEPTH,
+            SHARED_BYTES=ring + sums, **macros,
+        )  # fmt: skip
+        return program.gemv, ring + sums
 
     def _state_dtype(self, name: str, wkv: torch.dtype) -> torch.dtype:
         return wkv if name == "wkv" else self.dtype
@@ -184,26 +210,29 @@ class GpuModel:
 
     @cached_property
     def _rows(self) -> Buffers:
-        return Buffers(self.most_rows, self.c, self.config.dim_ffn, sum(self.ranks), self.dtype, self.device)
+        return Buffers(self.most_rows, self.c, self.config.dim_ffn, self.ranks, self.dtype, self.device)
 
     @cached_property
-    def _tasks(self) -> tuple[Tensor, Tensor]:
-        """What each 16 rows of `Layer.inputs` do, and of `Layer.low_rank_rows`: see Task in gemv.cu."""
+    def _tasks(self) -> dict[int, Tensor]:
+        """For tiles of 16 and 32 rows: what each tile of `Layer.inputs` does, see Task in gemv.cu."""
         c, rows, ranks = self.c, self.most_rows, sum(self.ranks)
-        inputs: list[list[int]] = []
-        outputs: list[list[int]] = []
-        for part, mix in enumerate((R, K, V)):
-            inputs += [[(part * c + i) * c, mix * rows * c, part * rows * c + i, c, NONE, c] for i in range(0, c, 16)]
-        first = offset = 0
-        kinds = zip(self.ranks, (W, A, V, G), (TANH, NONE, NONE, SIGMOID), range(4))
-        for rank, mix, activation, part in kinds:
-            inputs += [
-                [(3 * c + i) * c, mix * rows * c, 3 * rows * c + i, c, activation, ranks]
-                for i in range(first, first + rank, 16)
-            ]
-            outputs += [[offset + i * rank, first, part * rows * c + i, rank, NONE, c] for i in range(0, c, 16)]
-            first, offset = first + rank, offset + rank * c
-        return self._task_tensor(inputs), self._task_tensor(outputs)
+        tables = {}
+        for tile in (16, 32):
+            tasks: list[list[int]] = []
+            for part, mix in enumerate((R, K, V)):
+                tasks += [
+                    [(part * c + i) * c, mix * rows * c, part * rows * c + i, c, NONE, c] for i in range(0, c, tile)
+                ]
+            first = 0
+            for part, (rank, mix) in enumerate(zip(self.ranks, (V, W, A, G))):
+                from_row = 3 * c + part * max(self.ranks)
+                tasks += [
+                    [(from_row + i) * c, mix * rows * c, 3 * rows * c + first + i, c, ACTIVATIONS[part], ranks]
+                    for i in range(0, rank, tile)
+                ]
+                first += rank
+            tables[tile] = self._task_tensor(tasks)
+        return tables
 
     def _task_tensor(self, tasks: list[list[int]]) -> Tensor:
         """[tasks, 5] of 64 bits: three offsets, two pairs of 32-bit numbers."""
@@ -212,15 +241,19 @@ class GpuModel:
         return packed.to(self.device)
 
     def _project(
-        self, weight: Tensor, x: Tensor, out: Tensor, mode: int, *, activation: int = NONE, tasks: Tensor | None = None
+        self, weight: Tensor, x: Tensor, out: Tensor, mode: int, *, activation: int = NONE, with_tasks: bool = False
     ) -> None:
-        """gemv: out [B, rows] of weight [rows, columns] and x [B, columns], or what the tasks say for B = len(x)."""
-        batch = len(x)
-        tiles = next((n for n in (1, 2, 4) if batch <= 8 * n), 8)
-        blocks = weight.shape[0] // 16 if tasks is None else len(tasks)
-        self._gemv[tiles](
-            (blocks, -(-batch // (8 * tiles))), 32 * WARPS, weight, tasks, weight.shape[-1], activation, x, x.stride(0),
-            out, out.stride(0), batch, mode, chained=True,
+        """gemv: out [B, rows] of weight [rows, columns] and x [B, columns]; or what the tasks say, for B = len(x)."""
+        batch, rows = len(x), weight.shape[0]
+        batch_tiles = next((n for n in (1, 2, 4) if batch <= 8 * n), 8)
+        row_tiles = 2 if batch_tiles in (2, 4) and rows % 32 == 0 and rows // 32 >= 2 * self._processors else 1
+        kernel, shared = self._gemv[row_tiles, batch_tiles]
+        tasks = self._tasks[16 * row_tiles] if with_tasks else None
+        tiles = rows // (16 * row_tiles) if tasks is None else len(tasks)
+        blocks = min(tiles, self._processors * (SHARED_BYTES // (shared + 1024)))
+        kernel(
+            (blocks, -(-batch // (8 * batch_tiles))), 32 * WARPS, weight, tasks, weight.shape[-1], activation, x,
+            x.stride(0), out, out.stride(0), batch, mode, tiles, shared=shared, chained=True,
         )  # fmt: skip
 
     def _normalise(
@@ -250,20 +283,25 @@ class GpuModel:
         own = self.invariant or batch <= GEMV_ROWS  # our products; else cuBLAS
         x, att, delta, key = b.x[:batch], b.att[:batch], b.delta[:batch], b.key[:batch]
         att_shift, wkv, ffn_shift = (self.state[name] for name in ("att_shift", "wkv", "ffn_shift"))
+        inner = b.inner.flatten()[: 4 * batch * b.inner.shape[2]].view(4, batch, -1)
         pending: Tensor | None = None  # what the next norm adds to x
         for i, layer in enumerate(self.layers):
             self._normalise(
                 x, x, layer.ln1, b.mixed, delta=pending, tokens=tokens if i == 0 else None, mixes=layer.mixes,
                 last=att_shift[i], after=att_shift[i], begins=slots, ends=slots,
             )  # fmt: skip
-            self._inputs(layer, batch, own)
             is_few = self.invariant or batch <= FEW_ROWS
-            if not is_few:
-                self._low_rank(layer, batch)
-            self._wkv.wkv7_step(
-                (self.h, batch), 4 * self.n, b.projected, b.rows * c, b.hidden if is_few else None, layer.low_rank,
-                b.low, b.v_first, int(i == 0), wkv[i], slots, *layer.vectors, self.heads_eps, att, chained=True,
-            )  # fmt: skip
+            if is_few:
+                self._project(layer.inputs, b.mixed[0, :batch], b.projected, WRITE, with_tasks=True)
+            else:
+                torch.bmm(b.mixed[: V + 1, :batch], layer.rkv, out=b.rkv[:, :batch])
+            rest: tuple[cuda.Argument, ...] = b.v_first, int(i == 0), wkv[i], slots, *layer.vectors, self.heads_eps, att
+            grid, threads = (self.h, batch), 4 * self.n
+            if is_few:
+                self._wkv.wkv7_step(grid, threads, b.rkv, b.rows * c, b.hidden, layer.low_rank, *rest, chained=True)
+            else:
+                self._low_rank(layer, b.mixed[V:, :batch], inner, b.low[:, :batch])
+                self._wkv.wkv7_step_many(grid, threads, b.rkv, b.rows * c, b.low, b.rows * c, *rest, chained=True)
             if own:
                 self._project(layer.output, att, x, ADD)
             else:
@@ -278,7 +316,7 @@ class GpuModel:
                 self._project(layer.value, key, x, ADD)
             else:
                 torch.mm(mixed, layer.key.T, out=key)
-                self._activate(key, RELU_SQUARE)
+                self._activate(key[None], [RELU_SQUARE])
                 torch.mm(key, layer.value.T, out=delta)
                 pending = delta
         normed = b.normed[:batch]
@@ -294,40 +332,17 @@ class GpuModel:
         torch.mm(normed, self.head.T, out=half)
         return half
 
-    def _inputs(self, layer: Layer, batch: int, own: bool) -> None:
-        """r, k, v and the low-rank maps' first halves."""
-        b, c = self._rows, self.c
-        tasks = self._tasks[0]
-        if not own:
-            weights = layer.inputs[: 3 * c].view(3, c, c)
-            torch.bmm(b.mixed[:3, :batch], weights.transpose(1, 2), out=b.rkv[:, :batch])
-            if batch > LOW_RANK_ROWS:
-                return
-            tasks = tasks[3 * c // 16 :]
-        self._project(layer.inputs, b.mixed[0, :batch], b.projected, WRITE, tasks=tasks)
+    def _low_rank(self, layer: Layer, mixed: Tensor, inner: Tensor, low: Tensor) -> None:
+        """low [4, B, C]: the low-rank maps of mixed [4, B, C]."""
+        torch.bmm(mixed, layer.first_halves, out=inner)
+        self._activate(inner, ACTIVATIONS)
+        torch.bmm(inner, layer.low_rank, out=low)
 
-    def _low_rank(self, layer: Layer, batch: int) -> None:
-        """The low-rank maps' second halves; of many rows the first ones too."""
-        b = self._rows
-        if batch > LOW_RANK_ROWS:
-            return self._low_rank_products(layer, b.mixed[:, :batch], b.low[:, :batch])
-        self._project(layer.low_rank_rows, b.hidden[:batch], b.low, WRITE, tasks=self._tasks[1])
-
-    def _low_rank_products(self, layer: Layer, mixed: Tensor, low: Tensor) -> None:
-        """low [4, B, C] of mixed [6, B, C] by cuBLAS."""
-        first = 0
-        kinds = zip(self.ranks, (W, A, V, G), (TANH, NONE, NONE, SIGMOID), range(4))
-        for rank, mix, activation, part in kinds:
-            rows = slice(first, first + rank)
-            hidden = torch.mm(mixed[mix], layer.inputs[3 * self.c :][rows].T)
-            if activation != NONE:
-                self._activate(hidden, activation)
-            torch.mm(hidden, layer.low_rank[rows], out=low[part])
-            first += rank
-
-    def _activate(self, x: Tensor, activation: int) -> None:
-        groups = x.numel() // 8
-        self._norm.activate((-(-groups // 256),), 256, x, groups, activation, chained=True)
+    def _activate(self, x: Tensor, activations: Sequence[int]) -> None:
+        """In place, one for each x[i]; they lie one behind the other, or x.stride(0) apart."""
+        part = (x.stride(0) if len(x) > 1 else x.numel()) // 8
+        kinds = sum(kind << 4 * i for i, kind in enumerate(activations))
+        self._norm.activate((-(-part // 256), len(x)), 256, x, part, kinds, chained=True)
 
     @torch.inference_mode()
     def prefill(self, tokens: Tensor, starts: Sequence[int], slots: Sequence[int]) -> Tensor:
@@ -363,7 +378,7 @@ class Prompts:
         self.slots = torch.tensor(slots, device=model.device)
         self.last_rows = torch.tensor(lengths).cumsum(0).sub(1).to(model.device)
         c, f = model.c, model.config.dim_ffn
-        self.b = Buffers(total, c, f, sum(model.ranks), model.dtype, model.device)
+        self.b = Buffers(total, c, f, model.ranks, model.dtype, model.device)
         self.carried = torch.empty(len(lengths), c, dtype=model.dtype, device=model.device)
 
     def run(self) -> Tensor:
@@ -371,31 +386,32 @@ class Prompts:
         x, spare = b.x, b.sum
         pending: Tensor | None = None
         n, t, h = len(self.lengths), self.t, model.h
-        shape = n, t, h, model.n
+        shape, grid = (n, t, h, model.n), (h, -(-b.rows // TOKENS))
         # padding is zeros, which leave the state alone: e^0, and nothing written
         inputs = torch.zeros(6, *shape, dtype=model.dtype, device=model.device)
         bonuses = torch.empty(b.rows, h, device=model.device)
         for i, layer in enumerate(model.layers):
             self._normalise(x, spare, layer.ln1, i, "att_shift", layer.mixes, pending, first=i == 0)
             x, spare = spare, x
-            self._projections(layer)
+            torch.bmm(b.mixed[: V + 1], layer.rkv, out=b.rkv)
+            model._low_rank(layer, b.mixed[V:], b.inner, b.low)
             model._wkv.wkv7_prepare(
-                (h, b.rows), model.n, b.rkv, b.rows * model.c, b.low, b.v_first, int(i == 0), *layer.vectors[:6],
-                self.place, inputs, n * t * model.c, bonuses, chained=True,
+                grid, 32 * TOKENS, b.rkv, b.rows * model.c, b.low, b.v_first, int(i == 0), *layer.vectors[:6],
+                self.place, inputs, n * t * model.c, bonuses, b.rows, chained=True,
             )  # fmt: skip
             pool = model.state["wkv"][i]
             r, w, k, v, erase, write = inputs.unbind(0)
             y, end = wkv7(r, w, k, v, erase, write, pool[self.slots].float())
             pool.index_copy_(0, self.slots, end.to(pool.dtype))
             model._wkv.wkv7_finish(
-                (h, b.rows), model.n, y, v, b.low[3], bonuses, self.place, *layer.vectors[6:],
-                model.heads_eps, b.att, chained=True,
+                grid, 32 * TOKENS, y, v, b.low[3], bonuses, self.place, *layer.vectors[6:],
+                model.heads_eps, b.att, b.rows, chained=True,
             )  # fmt: skip
             torch.mm(b.att, layer.output.T, out=b.delta)
             self._normalise(x, spare, layer.ln2, i, "ffn_shift", layer.ffn_mix, b.delta)
             x, spare = spare, x
             torch.mm(b.mixed[0], layer.key.T, out=b.key)
-            model._activate(b.key, RELU_SQUARE)
+            model._activate(b.key[None], [RELU_SQUARE])
             torch.mm(b.key, layer.value.T, out=b.delta)
             pending = b.delta
         last = x[self.last_rows]
@@ -414,8 +430,3 @@ class Prompts:
             last=pool, after=self.carried, begins=self.begins, ends=self.ends, each=8 if len(x) > 2048 else 2,
         )  # fmt: skip
         pool.index_copy_(0, self.slots, self.carried)
-
-    def _projections(self, layer: Layer) -> None:
-        model, b, c = self.model, self.b, self.model.c
-        torch.bmm(b.mixed[:3], layer.inputs[: 3 * c].view(3, c, c).transpose(1, 2), out=b.rkv)
-        model._low_rank_products(layer, b.mixed, b.low)

@@ -1,8 +1,9 @@
 // RWKV-7's time mix between the projections: what one token does to the state of one head, and what comes of it.
-// -DHEAD (N), -DRANK_W, RANK_A, RANK_V, RANK_G: multiples of 32.
+// -DHEAD (N); -DRANK_V, RANK_W, RANK_A, RANK_G: multiples of 32; -DRANK_ROWS: rows between two maps' weights.
 #include "gpu.cuh"
 
-constexpr int N = HEAD, THREADS = 4 * N, WARPS = THREADS / 32, RANKS = RANK_W + RANK_A + RANK_V + RANK_G;
+constexpr int N = HEAD, THREADS = 4 * N, WARPS = THREADS / 32, RANKS = RANK_V + RANK_W + RANK_A + RANK_G;
+enum { LOW_V, LOW_W, LOW_A, LOW_G };  // order of the low-rank maps
 constexpr float MIN_LOG2_DECAY = -0.6065306597126334f * LOG2_E;
 
 /// Per-layer vectors of C elements.
@@ -24,14 +25,16 @@ DEVICE float2 sum_of_head(float x, float y, float2* shared) {
     return sum;
 }
 
-/// The outputs of the four low-rank maps for this head, low [4][N]: hidden [RANKS] times weight [RANKS, C].
+/// The outputs of the four low-rank maps for this head, low [4][N]: hidden [RANKS] times weight [4, RANK_ROWS, C].
 struct LowRank {
     static constexpr int EACH = RANKS / 32, GROUPS = N / 8;
     uint4 w[EACH];
+    static DEVICE constexpr int first_of(int map) { return (map > 0) * RANK_V + (map > 1) * RANK_W + (map > 2) * RANK_A; }
+    static DEVICE constexpr int map_of(int i) { return (i * 32 >= first_of(1)) + (i * 32 >= first_of(2)) + (i * 32 >= first_of(3)); }
     DEVICE LowRank(const u16* weight, int c, int head) {
         const u16* from = weight + (i64)(threadIdx.x / GROUPS) * c + head * N + threadIdx.x % GROUPS * 8;
 #pragma unroll
-        for (int i = 0; i < EACH; ++i) w[i] = load_weights(from + (i64)i * 32 * c);
+        for (int i = 0; i < EACH; ++i) w[i] = load_weights(from + (i64)(map_of(i) * RANK_ROWS + i * 32 - first_of(map_of(i))) * c);
     }
     DEVICE void apply(const u16* hidden, float (&low)[4][N], float (&shared)[WARPS][4][N]) const {
         float sums[4][8] = {};
@@ -39,7 +42,7 @@ struct LowRank {
         for (int i = 0; i < EACH; ++i) {
             const float h = E::wide(load_fresh(hidden + i * 32 + threadIdx.x / GROUPS));
             const Eight x(w[i]);
-            const int map = (i * 32 >= RANK_W) + (i * 32 >= RANK_W + RANK_A) + (i * 32 >= RANK_W + RANK_A + RANK_V);
+            const int map = map_of(i);
 #pragma unroll
             for (int j = 0; j < 8; ++j) sums[map][j] += h * x.f[j];
         }
@@ -63,7 +66,7 @@ struct LowRank {
     }
 };
 
-/// rkv [3][rkv_stride] of [rows, C]; low: the low-rank maps' outputs w, a, v, g for this channel; the first layer's
+/// rkv [3][rkv_stride] of [rows, C]; low: the low-rank maps' outputs for this channel; the first layer's
 /// values are kept in v_first [rows, C], and mixed into those of others. Returns when `to` is complete.
 DEVICE void prepare(Channels& to, const u16* rkv, int rkv_stride, const float (&low)[4], u16* v_first, bool is_first, i64 at,
                     int channel, const Vectors& vectors, float2* shared) {
@@ -73,18 +76,18 @@ DEVICE void prepare(Channels& to, const u16* rkv, int rkv_stride, const float (&
     if (mine) {
         r = E::wide(load_fresh(rkv + at)), k = E::wide(load_fresh(rkv + rkv_stride + at));
         v = E::wide(load_fresh(rkv + 2ll * rkv_stride + at));
-        rate = sigmoid(wide_at(vectors.a0 + channel) + low[1]);
+        rate = sigmoid(wide_at(vectors.a0 + channel) + low[LOW_A]);
         key = k * wide_at(vectors.k_k + channel);
         k *= 1.f + (rate - 1.f) * wide_at(vectors.k_a + channel);
         if (is_first) v_first[at] = narrow(v);
-        else v += (E::wide(load_fresh(v_first + at)) - v) * sigmoid(wide_at(vectors.v0 + channel) + low[2]);
+        else v += (E::wide(load_fresh(v_first + at)) - v) * sigmoid(wide_at(vectors.v0 + channel) + low[LOW_V]);
     }
     const float2 sums = sum_of_head(key * key, mine ? r * k * wide_at(vectors.r_k + channel) : 0.f, shared);
     if (mine) {
         const float norm = sqrtf(sums.x);
         key /= norm > 1e-12f ? norm : 1e-12f;
-        to.r[n] = r, to.k[n] = k, to.v[n] = v, to.erase[n] = -key, to.write[n] = key * rate, to.gate[n] = low[3];
-        to.decay[n] = ex2(MIN_LOG2_DECAY * sigmoid(wide_at(vectors.w0 + channel) + low[0]));
+        to.r[n] = r, to.k[n] = k, to.v[n] = v, to.erase[n] = -key, to.write[n] = key * rate, to.gate[n] = low[LOW_G];
+        to.decay[n] = ex2(MIN_LOG2_DECAY * sigmoid(wide_at(vectors.w0 + channel) + low[LOW_W]));
         if (n == 0) to.bonus = sums.y;
     }
     __syncthreads();
@@ -114,45 +117,30 @@ typedef float Kept;
 #endif
 constexpr int PARTS = N / (4 * GROUP) > 0 ? N / (4 * GROUP) : 1;
 
-/// One token for each of `rows` sequences, in place on state [slots, H, N, N] (value x key). Block (head, row).
-/// hidden [rows, RANKS] and low_rank [RANKS, C], or low [4][rkv_stride] of [rows, C] when those maps are already applied.
-extern "C" __global__ void __launch_bounds__(THREADS) wkv7_step(
-    const u16* rkv, int rkv_stride, const u16* hidden, const u16* low_rank, const u16* low, u16* v_first, int is_first,
-    Kept* state, const int* slots, const u16* w0, const u16* a0, const u16* v0, const u16* k_k, const u16* k_a, const u16* r_k,
-    const u16* norm_weight, const u16* norm_bias, float eps, u16* out) {
-    __shared__ Channels m;
-    __shared__ float lows[4][N], parts[WARPS][4][N], y[N];
-    __shared__ float2 shared[N / 32];
+struct Step {
+    Channels channels;
+    float2 sums[N / 32];
+    float y[N];
+};
+/// One token for one row and head, in place on state [slots, H, N, N] (value x key). low(): the low-rank maps' outputs for
+/// the channel of each of the first N threads, called when the previous kernel's results are there.
+template <class Low>
+DEVICE void step(Step& memory, const u16* rkv, int rkv_stride, u16* v_first, int is_first, Kept* state, const int* slots,
+                 const Vectors& vectors, float eps, u16* out, Low low) {
+    Channels& m = memory.channels;
+    float(&y)[N] = memory.y;
     const int head = blockIdx.x, row = blockIdx.y, H = gridDim.x, C = H * N;
-    const Vectors vectors = {w0, a0, v0, k_k, k_a, r_k, norm_weight, norm_bias};
     const int value = threadIdx.x / 4, quarter = threadIdx.x % 4;
     Kept* mine = state + (((i64)slots[row] * H + head) * N + value) * N + quarter * GROUP;
-#pragma unroll
-    for (int i = 0; i < PARTS; ++i)
-        if (quarter % 2 == 0) bring_to_l2(mine + 4 * GROUP * i);
-    float low_mine[4] = {};
     const i64 at = (i64)row * C + head * N + threadIdx.x;  // of the first N threads
+    let_next_start();
+    wait_for_previous();
     uint4 kept[PARTS];
-    const auto load_state = [&] {
 #pragma unroll
-        for (int i = 0; i < PARTS; ++i) kept[i] = load_fresh((const void*)(mine + 4 * GROUP * i));
-    };
-    if (hidden) {
-        const LowRank maps(low_rank, C, head);
-        let_next_start();
-        wait_for_previous();
-        load_state();
-        maps.apply(hidden + (i64)row * RANKS, lows, parts);
-        if (threadIdx.x < N)
-            for (int i = 0; i < 4; ++i) low_mine[i] = lows[i][threadIdx.x];
-    } else {
-        let_next_start();
-        wait_for_previous();
-        load_state();
-        if (threadIdx.x < N)
-            for (int i = 0; i < 4; ++i) low_mine[i] = i == 2 && is_first ? 0.f : E::wide(load_fresh(low + (i64)i * rkv_stride + at));
-    }
-    prepare(m, rkv, rkv_stride, low_mine, v_first, is_first, at, head * N + threadIdx.x, vectors, shared);
+    for (int i = 0; i < PARTS; ++i) kept[i] = load_fresh((const void*)(mine + 4 * GROUP * i));
+    float low_mine[4] = {};
+    low(low_mine, at);
+    prepare(m, rkv, rkv_stride, low_mine, v_first, is_first, at, head * N + threadIdx.x, vectors, memory.sums);
 
     float s[PARTS][GROUP], erased = 0.f, sum = 0.f;
 #pragma unroll
@@ -192,42 +180,107 @@ extern "C" __global__ void __launch_bounds__(THREADS) wkv7_step(
         out[at] = narrow(finished(y, threadIdx.x, head * N + threadIdx.x, eps, vectors, m.bonus, m.v[threadIdx.x], m.gate[threadIdx.x]));
 }
 
-/// The same for the tokens of a prompt, in two halves around the operator on whole rows. Block (head, token) of N
-/// threads; place[token]: its place in the operator's tensors [batch, T, H, N]: six of them, r, log decay, k, v, a, b.
-extern "C" __global__ void __launch_bounds__(N) wkv7_prepare(
-    const u16* rkv, int rkv_stride, const u16* low, u16* v_first, int is_first, const u16* w0, const u16* a0, const u16* v0,
-    const u16* k_k, const u16* k_a, const u16* r_k, const int* place, u16* inputs, int inputs_stride, float* bonuses) {
-    __shared__ float2 shared[N / 32];
-    const int head = blockIdx.x, row = blockIdx.y, H = gridDim.x, C = H * N, n = threadIdx.x, channel = head * N + n;
+
+#define STEP_PARAMETERS                                                                                                     \
+    u16 *v_first, int is_first, Kept *state, const int *slots, const u16 *w0, const u16 *a0, const u16 *v0, const u16 *k_k, \
+        const u16 *k_a, const u16 *r_k, const u16 *norm_weight, const u16 *norm_bias, float eps, u16 *out
+
+/// Blocks (head, row). hidden [rows, RANKS]; low_rank [4, RANK_ROWS, C]; rkv [3][rkv_stride] of [rows, C].
+extern "C" __global__ void __launch_bounds__(THREADS) wkv7_step(
+    const u16* rkv, int rkv_stride, const u16* hidden, const u16* low_rank, STEP_PARAMETERS) {
+    __shared__ Step memory;
+    __shared__ float lows[4][N], parts[WARPS][4][N];
+    const LowRank maps(low_rank, gridDim.x * N, blockIdx.x);
+    const Vectors vectors = {w0, a0, v0, k_k, k_a, r_k, norm_weight, norm_bias};
+    step(memory, rkv, rkv_stride, v_first, is_first, state, slots, vectors, eps, out, [&](float(&low)[4], i64) {
+        maps.apply(hidden + (i64)blockIdx.y * RANKS, lows, parts);
+        if (threadIdx.x < N)
+            for (int i = 0; i < 4; ++i) low[i] = lows[i][threadIdx.x];
+    });
+}
+/// The same where the maps are applied already: given [4][low_stride] of [rows, C].
+extern "C" __global__ void __launch_bounds__(THREADS, 1280 / THREADS) wkv7_step_many(
+    const u16* rkv, int rkv_stride, const u16* given, int low_stride, STEP_PARAMETERS) {
+    __shared__ Step memory;
+    const Vectors vectors = {w0, a0, v0, k_k, k_a, r_k, norm_weight, norm_bias};
+    step(memory, rkv, rkv_stride, v_first, is_first, state, slots, vectors, eps, out, [&](float(&low)[4], i64 at) {
+        if (threadIdx.x < N)
+            for (int i = is_first; i < 4; ++i) low[i] = E::wide(load_fresh(given + (i64)i * low_stride + at));
+    });
+}
+
+// The same for the tokens of a prompt, in two halves around the operator on whole rows: a warp for each (head, token),
+// the lane's channels side by side.
+constexpr int EACH = N / 32, TOKENS = 8;  // warps of a block
+struct Few { float f[EACH]; };
+DEVICE Few read(const u16* p) {
+    const Pack<E, EACH <= 2 ? EACH : 1>* packs = (const Pack<E, EACH <= 2 ? EACH : 1>*)p;
+    Few x;
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) x.f[i] = EACH <= 2 ? packs[0][i] : packs[i][0];
+    return x;
+}
+DEVICE void write(u16* p, const Few& x) {
+    if (EACH == 2) *(u32*)p = E::two(x.f[0], x.f[EACH - 1]);
+    else for (int i = 0; i < EACH; ++i) p[i] = narrow(x.f[i]);
+}
+
+/// place[token]: its place in the operator's tensors [batch, T, H, N]: six of them, r, log decay, k, v, a, b.
+extern "C" __global__ void __launch_bounds__(256) wkv7_prepare(
+    const u16* rkv, int stride, const u16* low, u16* v_first, int is_first, const u16* w0, const u16* a0, const u16* v0,
+    const u16* k_k, const u16* k_a, const u16* r_k, const int* place, u16* inputs, int inputs_stride, float* bonuses, int rows) {
     let_next_start();
     wait_for_previous();
+    const int head = blockIdx.x, row = blockIdx.y * TOKENS + threadIdx.x / 32, H = gridDim.x, C = H * N;
+    if (row >= rows) return;
+    const int channel = head * N + threadIdx.x % 32 * EACH;
     const i64 at = (i64)row * C + channel;
-    const float r = E::wide(rkv[at]), raw = E::wide(rkv[rkv_stride + at]);
-    float v = E::wide(rkv[2ll * rkv_stride + at]);
-    const float rate = sigmoid(wide_at(a0 + channel) + E::wide(low[rkv_stride + at]));
-    const float k = raw * (1.f + (rate - 1.f) * wide_at(k_a + channel));
-    float key = raw * wide_at(k_k + channel);
-    if (is_first) v_first[at] = narrow(v);
-    else v += (E::wide(v_first[at]) - v) * sigmoid(wide_at(v0 + channel) + E::wide(low[2ll * rkv_stride + at]));
-    const float2 sums = sum_of_head(key * key, r * k * wide_at(r_k + channel), shared);
-    const float norm = sqrtf(sums.x);
-    key /= norm > 1e-12f ? norm : 1e-12f;
-    const float values[6] = {r, -0.6065306597126334f * sigmoid(wide_at(w0 + channel) + E::wide(low[at])), k, v, -key, key * rate};
+    const auto given = [&](const u16* x, int part) { return read(x + (i64)part * stride + at); };
+    const Few r = given(rkv, 0), raw = given(rkv, 1), low_w = given(low, LOW_W), low_a = given(low, LOW_A);
+    const Few w_0 = read(w0 + channel), a_0 = read(a0 + channel), kk = read(k_k + channel), ka = read(k_a + channel);
+    const Few rk = read(r_k + channel);
+    Few v = given(rkv, 2), k, key, rate, decay, erase, add;
+    if (is_first) write(v_first + at, v);
+    else {
+        const Few first = read(v_first + at), v_0 = read(v0 + channel), low_v = given(low, LOW_V);
+        for (int i = 0; i < EACH; ++i) v.f[i] += (first.f[i] - v.f[i]) * sigmoid(v_0.f[i] + low_v.f[i]);
+    }
+    float squares = 0.f, bonus = 0.f;
+    for (int i = 0; i < EACH; ++i) {
+        rate.f[i] = sigmoid(a_0.f[i] + low_a.f[i]);
+        key.f[i] = raw.f[i] * kk.f[i];
+        k.f[i] = raw.f[i] * (1.f + (rate.f[i] - 1.f) * ka.f[i]);
+        decay.f[i] = -0.6065306597126334f * sigmoid(w_0.f[i] + low_w.f[i]);
+        squares += key.f[i] * key.f[i], bonus += r.f[i] * k.f[i] * rk.f[i];
+    }
+    const float norm = sqrtf(sum_of_warp(squares));
+    bonus = sum_of_warp(bonus);
+    for (int i = 0; i < EACH; ++i) {
+        key.f[i] /= norm > 1e-12f ? norm : 1e-12f;
+        erase.f[i] = -key.f[i], add.f[i] = key.f[i] * rate.f[i];
+    }
     u16* to = inputs + (i64)place[row] * C + channel;
-    for (int i = 0; i < 6; ++i) to[(i64)i * inputs_stride] = narrow(values[i]);
-    if (n == 0) bonuses[row * H + head] = sums.y;
+    write(to, r), write(to + (i64)inputs_stride, decay), write(to + 2ll * inputs_stride, k);
+    write(to + 3ll * inputs_stride, v), write(to + 4ll * inputs_stride, erase), write(to + 5ll * inputs_stride, add);
+    if (threadIdx.x % 32 == 0) bonuses[row * H + head] = bonus;
 }
 /// out = (GroupNorm(y) + bonus v) gate; y and v of the operator's shape.
-extern "C" __global__ void __launch_bounds__(N) wkv7_finish(
+extern "C" __global__ void __launch_bounds__(256) wkv7_finish(
     const u16* y, const u16* v, const u16* gate, const float* bonuses, const int* place, const u16* norm_weight,
-    const u16* norm_bias, float eps, u16* out) {
-    __shared__ float shared[N];
-    const int head = blockIdx.x, row = blockIdx.y, H = gridDim.x, C = H * N, n = threadIdx.x, channel = head * N + n;
+    const u16* norm_bias, float eps, u16* out, int rows) {
     let_next_start();
     wait_for_previous();
+    const int head = blockIdx.x, row = blockIdx.y * TOKENS + threadIdx.x / 32, H = gridDim.x, C = H * N;
+    if (row >= rows) return;
+    const int channel = head * N + threadIdx.x % 32 * EACH;
     const i64 from = (i64)place[row] * C + channel, at = (i64)row * C + channel;
-    shared[n] = E::wide(y[from]);
-    __syncthreads();
-    const Vectors vectors = {nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, norm_weight, norm_bias};
-    out[at] = narrow(finished(shared, n, channel, eps, vectors, bonuses[row * H + head], E::wide(v[from]), E::wide(gate[at])));
+    const Few value = read(v + from), g = read(gate + at), weight = read(norm_weight + channel), bias = read(norm_bias + channel);
+    Few x = read(y + from);
+    float sum = 0.f, squares = 0.f;
+    for (int i = 0; i < EACH; ++i) sum += x.f[i];
+    const float mean = sum_of_warp(sum) / N;
+    for (int i = 0; i < EACH; ++i) x.f[i] -= mean, squares += x.f[i] * x.f[i];
+    const float scale = 1.f / sqrtf(sum_of_warp(squares) / N + eps), bonus = bonuses[row * H + head];
+    for (int i = 0; i < EACH; ++i) x.f[i] = (x.f[i] * scale * weight.f[i] + bias.f[i] + bonus * value.f[i]) * g.f[i];
+    write(out + at, x);
 }

@@ -1,0 +1,250 @@
+// From logits to the next token, a block for each row: bias and penalties, truncation by top_p, top_k and min_p of the
+// untempered distribution, temperature, and the inverse of the cumulative distribution. Nothing is sorted: the least
+// probability kept is found digit by digit, in histograms of the distance to the largest logit.
+//
+// Sums that decide something are integers (probabilities in units of 2^-40), so that their order does not matter.
+#include "gpu.cuh"
+
+constexpr int THREADS = 1024, BINS = 2 * THREADS;
+constexpr float UNIT = 1099511627776.f;  // 2^40
+
+/// A row's parameters; top_k = V and top_p > 1 cut nothing.
+struct Row {
+    float temperature, top_p, min_p, presence, frequency, repetition, decay;
+    int top_k, has_penalties, first_bias, end_bias, count_digits;
+};
+
+struct Shared {
+    u64 mass[BINS];
+    u32 count[BINS];
+    u64 sums[THREADS / 32];
+    u64 total;
+    float tops[THREADS / 32];
+    int ids[THREADS / 32];
+    u32 bin, counted;
+    u64 massed;
+};
+
+DEVICE u64 units(float distance) { return (u64)(ex2(-LOG2_E * distance) * UNIT + 0.5f); }
+DEVICE u64 shuffle_up(u64 x, int by) {
+    const u32 low = __shfl_up_sync(~0u, (u32)x, by), high = __shfl_up_sync(~0u, (u32)(x >> 32), by);
+    return (u64)high << 32 | low;
+}
+/// The sum of x over all threads before this one; `total` gets that over all.
+DEVICE u64 sum_before(u64 x, Shared& m) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    u64 sum = x;
+#pragma unroll
+    for (int by = 1; by < 32; by *= 2) {
+        const u64 other = shuffle_up(sum, by);
+        if (lane >= by) sum += other;
+    }
+    __syncthreads();
+    if (lane == 31) m.sums[warp] = sum;
+    __syncthreads();
+    u64 before = 0, total = 0;
+    for (int i = 0; i < THREADS / 32; ++i) before += i < warp ? m.sums[i] : 0, total += m.sums[i];
+    if (threadIdx.x == 0) m.total = total;
+    __syncthreads();
+    return before + sum - x;
+}
+
+/// Four logits at i, a multiple of four; rows lie apart by one.
+struct Four { float f[4]; };
+DEVICE Four four_of(const float* wide, const u16* half, int i) {
+    if (half) {
+        const Pack<E, 2>* packs = (const Pack<E, 2>*)(half + i);
+        const Pack<E, 2> x = packs[0], y = packs[1];
+        return {x[0], x[1], y[0], y[1]};
+    }
+    const uint4 x = load_fresh((const void*)(wide + i));
+    return {__uint_as_float(x.x), __uint_as_float(x.y), __uint_as_float(x.z), __uint_as_float(x.w)};
+}
+/// body(i, logit) for all ids, several loads on their way at a time.
+template <class Load, class Body> DEVICE void for_all(int vocab, Load load, Body body) {
+    constexpr int AHEAD = 4;
+    for (int start = 4 * threadIdx.x; start < vocab; start += 4 * THREADS * AHEAD) {
+        Four x[AHEAD];
+#pragma unroll
+        for (int a = 0; a < AHEAD; ++a)
+            if (start + 4 * THREADS * a < vocab) x[a] = load(start + 4 * THREADS * a);
+#pragma unroll
+        for (int a = 0; a < AHEAD; ++a)
+#pragma unroll
+            for (int j = 0; j < 4; ++j)
+                if (start + 4 * THREADS * a + j < vocab) body(start + 4 * THREADS * a + j, x[a].f[j]);
+    }
+}
+
+/// The largest distance kept by top_k and top_p, as its bits: the first position, from the most probable token on, that is
+/// the k-th or at which the sum of probabilities reaches top_p; tokens as probable as that one are kept too.
+template <class Load>
+DEVICE u32 largest_kept(Shared& m, int vocab, u32 k, float top_p, float top, Load load) {
+    // distances are positive floats and ordered as their bits are. First 2048 bins of equal width, which spread the tokens,
+    // then the one that matters in 2048 ranges of bits, until a range is one number
+    u32 low = 0, high = 0x7f800001, counted = 0;
+    u64 massed = 0, wanted = ~0ull;
+    int shift = -1;
+#pragma unroll 1
+    while (high - low > 1) {
+        for (int i = threadIdx.x; i < BINS; i += THREADS) m.mass[i] = 0, m.count[i] = 0;
+        __syncthreads();
+        for_all(vocab, load, [&](int, float x) {
+            const float d = top - x;
+            const u32 bits = __float_as_uint(d);
+            if (bits < low || bits >= high) return;
+            const u32 bin = shift < 0 ? (d < BINS / 64 ? (u32)(d * 64.f) : BINS - 1) : (bits - low) >> shift;
+            atomicAdd(&m.count[bin], 1u);
+            const u64 mass = units(d);
+            if (mass) atomicAdd(&m.mass[bin], mass);
+        });
+        __syncthreads();
+        // each thread two bins: the one in which the sums reach their goals
+        const int bin = threadIdx.x * 2;
+        const u64 c0 = m.count[bin], c1 = m.count[bin + 1], m0 = m.mass[bin], m1 = m.mass[bin + 1];
+        const u64 counts = counted + sum_before(c0 + c1, m), masses = massed + sum_before(m0 + m1, m);
+        if (shift < 0 && top_p < 1.f) wanted = (u64)((double)top_p * (double)m.total + 0.5);
+        const auto reached = [&](u64 count, u64 mass) { return count >= k || mass >= wanted; };
+        const bool is_last = bin == BINS - 2;  // rounding may keep the sum below its goal
+        if (!reached(counts, masses) && (reached(counts + c0 + c1, masses + m0 + m1) || is_last)) {
+            const bool in_first = reached(counts + c0, masses + m0);
+            m.bin = bin + !in_first;
+            m.counted = (u32)(counts + (in_first ? 0 : c0)), m.massed = masses + (in_first ? 0 : m0);
+        }
+        __syncthreads();
+        const u32 found = m.bin;
+        counted = m.counted, massed = m.massed;
+        __syncthreads();
+        if (shift < 0) {
+            low = __float_as_uint(found / 64.f);
+            if (found < BINS - 1) high = __float_as_uint((found + 1) / 64.f);
+        } else {
+            low += found << shift;
+            high = high - low < 1u << shift ? high : low + (1u << shift);
+        }
+        shift = 32 - __clz(high - low - 1) - 11;
+        if (shift < 0) shift = 0;
+    }
+    return low;
+}
+
+/// logits [rows, V], float32 or, where `half` is not null, of type E; adjusted [rows, V] is room for the rows that have a
+/// bias or penalties. counts: occurrence [slots, V] and seen [slots, V] (0 never, 1 in the prompt, 2 generated) of the row
+/// slots[row]; weight [V]: what one occurrence counts where digits are not penalised. allowed [rows, ceil(V / 32)]: a bit
+/// for each token that may come, or null. tokens [rows]: -1 where logits are not numbers; again: the next step's inputs.
+extern "C" __global__ void __launch_bounds__(1024) sample(
+    const float* logits, const u16* half, float* adjusted, int vocab, int stride, const Row* rows, const int* bias_ids,
+    const float* bias_values, const int* slots, float* occurrence, u8* seen, const float* weight, const u32* allowed,
+    const double* uniforms, i64* tokens, i64* again) {
+    Shared& m = *(Shared*)dynamic_shared();
+    const int row = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    let_next_start();
+    wait_for_previous();
+    const Row p = rows[row];
+    const float* wide = logits + (i64)row * stride;
+    const u16* narrow_row = half + (i64)row * stride;
+    float* own = adjusted + (i64)row * stride;
+    const u32* bits = allowed ? allowed + (i64)row * ((vocab + 31) / 32) : nullptr;
+    float* often = occurrence + (i64)slots[row] * vocab;
+    u8* known = seen + (i64)slots[row] * vocab;
+    const auto raw = [&](int i) {
+        const float x = half ? E::wide(load_fresh(narrow_row + i)) : load_fresh(wide + i);
+        return bits && !(bits[i / 32] >> i % 32 & 1) ? -__uint_as_float(0x7f800000) : x;
+    };
+    const bool is_adjusted = p.has_penalties || p.first_bias < p.end_bias;
+    if (is_adjusted) {
+        for (int i = threadIdx.x; i < vocab; i += THREADS) own[i] = raw(i);
+        __syncthreads();
+        for (int i = p.first_bias + threadIdx.x; i < p.end_bias; i += THREADS) atomicAdd(own + bias_ids[i], bias_values[i]);
+        __syncthreads();
+        if (p.has_penalties)
+            for (int i = threadIdx.x; i < vocab; i += THREADS) {
+                const int state = known[i];
+                float x = load_fresh(own + i);
+                if (state) x = x > 0.f ? x / p.repetition : x * p.repetition;
+                if (state == 2) x -= p.presence + often[i] * p.frequency;
+                own[i] = x;
+            }
+        __syncthreads();
+    }
+    const auto logit = [&](int i) {
+        Four x = is_adjusted ? four_of(own, nullptr, i) : four_of(wide, half ? narrow_row : nullptr, i);
+        if (!is_adjusted && bits)
+            for (int j = 0; j < 4; ++j)
+                if (i + j >= vocab || !(bits[(i + j) / 32] >> (i + j) % 32 & 1)) x.f[j] = -__uint_as_float(0x7f800000);
+        return x;
+    };
+
+    float top = -__uint_as_float(0x7f800000);
+    int best = 0x7fffffff;
+    bool is_number = true;
+    for_all(vocab, logit, [&](int i, float x) {
+        is_number &= x == x;
+        if (x > top || (x == top && i < best)) top = x, best = i;
+    });
+#pragma unroll
+    for (int mask = 16; mask; mask /= 2) {
+        const float x = __shfl_xor_sync(~0u, top, mask);
+        const int i = __shfl_xor_sync(~0u, best, mask);
+        if (x > top || (x == top && i < best)) top = x, best = i;
+    }
+    is_number = __ballot_sync(~0u, is_number) == ~0u;
+    if (lane == 0) m.tops[warp] = is_number ? top : __uint_as_float(0x7fc00000), m.ids[warp] = best;
+    __syncthreads();
+    top = m.tops[0], best = m.ids[0];
+    is_number = top == top;
+    for (int i = 1; i < THREADS / 32; ++i) {
+        const float x = m.tops[i];
+        is_number &= x == x;
+        if (x > top || (x == top && m.ids[i] < best)) top = x, best = m.ids[i];
+    }
+    is_number &= top > -__uint_as_float(0x7f800000) && top < __uint_as_float(0x7f800000);
+
+    int token = is_number ? best : -1;
+    if (is_number && p.temperature > 0.f) {
+        u32 kept = 0x7f7fffff;  // the bits of the largest finite distance
+        if (p.top_p < 1.f || p.top_k < vocab) kept = largest_kept(m, vocab, p.top_k, p.top_p, top, logit);
+        if (p.min_p > 0.f) {  // e^-distance >= min_p
+            const float most = -LN_2 * lg2(p.min_p) * 1.000001f;
+            if (!(most >= __uint_as_float(kept))) kept = most > 0.f ? __float_as_uint(most) : 0u;
+        }
+        // each thread's own run of ids, so that sums follow their order
+        const int each = (vocab + 4 * THREADS - 1) / (4 * THREADS) * 4, first = threadIdx.x * each;
+        const int end = first + each < vocab ? first + each : vocab;
+        const float scale = 1.f / (p.temperature > 1e-6f ? p.temperature : 1e-6f);
+        const auto share = [&](int i, float x) {
+            const float d = top - x;
+            return i < end && __float_as_uint(d) <= kept ? units(d * scale) : 0ull;
+        };
+        u64 mine = 0;
+#pragma unroll 4
+        for (int i = first; i < end; i += 4) {
+            const Four x = logit(i);
+            for (int j = 0; j < 4; ++j) mine += share(i + j, x.f[j]);
+        }
+        u64 before = sum_before(mine, m);
+        u64 point = (u64)(uniforms[row] * (double)m.total);
+        if (point >= m.total) point = m.total - 1;
+        if (before <= point && point < before + mine)
+            for (int i = first; i < end; ++i) {
+                before += share(i, logit(i / 4 * 4).f[i % 4]);
+                if (point < before) {
+                    m.ids[0] = i;
+                    break;
+                }
+            }
+        __syncthreads();
+        token = m.ids[0];
+    }
+    if (p.has_penalties && token >= 0) {  // one more counted, everything before it decays first
+        __syncthreads();
+        if (p.decay != 1.f)
+            for (int i = threadIdx.x; i < vocab; i += THREADS) often[i] *= p.decay;
+        __syncthreads();
+        if (threadIdx.x == 0) often[token] += p.count_digits ? 1.f : weight[token], known[token] = 2;
+    }
+    if (threadIdx.x == 0) {
+        tokens[row] = token;
+        if (again) again[row] = token < 0 ? 0 : token;
+    }
+}
