@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "engine": {"errors", "models", "checkpoint", "native", "ops", "tokenizers"},
     "generation": {"errors", "engine", "models", "tokenizers"},
     "training": {"errors", "ops", "models", "baselines", "data", "checkpoint", "tokenizers"},
+    "evaluation": {"errors", "engine", "models", "baselines", "tokenizers", "training", "data", "checkpoint"},
     "cli": None,  # the top of the house
     "__init__": None,
     "__main__": None,
