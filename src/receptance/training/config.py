@@ -15,6 +15,7 @@ T = TypeVar("T")
 
 VERSIONS = ("4", "5.0", "5.1", "5.2", "6", "7")
 BASELINES = ("transformer", "lstm", "gru")
+IDEAS = ("small-embedding", "zero-matrices", "decay-spread", "mix-spread", "lr-groups", "token-shift")
 HEADLESS = ("4", "lstm", "gru")
 
 
@@ -35,7 +36,7 @@ class ModelConfig:
 
     version: of RWKV, or "transformer", "lstm" or "gru" to compare it with. parameters: a budget that the width is
     chosen for, embedding and head not counted (0: n_embd says it). kv_heads, token_shift: of the Transformer.
-    wide_rate: RWKV-7's in-context rate goes up to 1 + decay.
+    wide_rate: RWKV-7's in-context rate goes up to 1 + decay. without: ideas left out of the recipe (`ablation.py`).
     """
 
     version: str = "7"
@@ -47,6 +48,7 @@ class ModelConfig:
     wide_rate: bool = False
     kv_heads: int = 0
     token_shift: bool = False
+    without: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -261,6 +263,7 @@ def check(config: TrainConfig) -> None:
         ("model.wide_rate", config.model.wide_rate, config.model.version == "7" or not config.model.wide_rate),
         ("model.kv_heads", config.model.kv_heads, config.model.kv_heads >= 0
          and (config.model.version == "transformer" or config.model.kv_heads == 0)),
+        ("model.without", config.model.without, set(config.model.without) <= set(IDEAS)),
         ("model.token_shift", config.model.token_shift,
          config.model.version == "transformer" or not config.model.token_shift),
         ("data.repeat", config.data.repeat, all(count >= 1 for count in config.data.repeat)),

@@ -18,9 +18,11 @@ from receptance.checkpoint import load, save
 from receptance.data import BinIdx, documents
 from receptance.errors import CheckpointError, ConfigError
 from receptance.models import RWKV, VERSIONS, apply_recipe
+from receptance.models.base import Recipe
 from receptance.tokenizers import tokenizer as open_tokenizer
 from receptance.tokenizers import train_bpe
 from receptance.tokenizers.base import Tokenizer
+from receptance.training.ablation import freeze, without
 from receptance.training.batch import Batch
 from receptance.training.config import HEADLESS, TrainConfig, fixed_settings, to_json
 from receptance.training.data import TrainingData, is_token_file, open_data, source_path
@@ -240,7 +242,8 @@ def set_up(config: TrainConfig, reporter: Reporter) -> Run:
     model.dropout = config.optim.dropout
     model.activation_checkpointing = config.run.activation_checkpointing
     optim = config.optim
-    recipe = type(model).recipe(model.config, optim.lr)  # type: ignore[attr-defined]
+    freeze(model, config.model.without)
+    recipe = recipe_of(model, config)
     optimizer = build_optimizer(model, recipe, optim)
     size = sum(p.numel() for p in model.parameters())
     version = model.config.version
@@ -365,9 +368,14 @@ def _model(config: TrainConfig, tokenizer: Tokenizer, device: torch.device) -> R
         model.fingerprint = None  # its weights are about to change
         return model.to(device)
     model = new_model(config, tokenizer.vocab_size)
-    recipe = type(model).recipe(model.config, config.optim.lr)  # type: ignore[attr-defined]
+    recipe = recipe_of(model, config)
     apply_recipe(model, recipe, torch.Generator().manual_seed(config.run.seed))
     return model.to(device)
+
+
+def recipe_of(model: RWKV, config: TrainConfig) -> Recipe:
+    recipe: Recipe = type(model).recipe(model.config, config.optim.lr)  # type: ignore[attr-defined]
+    return without(recipe, model, config.model.without) if config.model.without else recipe
 
 
 def new_model(config: TrainConfig, vocab_size: int, device: str = "cpu") -> RWKV:
