@@ -96,7 +96,14 @@ def test_bad_windows_and_empty_texts_are_refused(engine):
 @pytest.mark.parametrize("name", ["byte", "world"])
 def test_a_pair_is_the_text_itself(name):
     tok = tokenizer(name)
-    for context, text in [("The cat", " sat"), ("The cat ", "sat"), ("The c", "at sat"), ("", "x"), ("a\n\n", "b"), ("ab", "")]:
+    for context, text in [
+        ("The cat", " sat"),
+        ("The cat ", "sat"),
+        ("The c", "at sat"),
+        ("", "x"),
+        ("a\n\n", "b"),
+        ("ab", ""),
+    ]:
         if not text:
             continue
         before, after = encode_pair(tok, context, text)
@@ -140,7 +147,8 @@ FORMS = [
     ({"question": "2+2?", "choices": {"text": ["3", "4"], "label": ["1", "2"]}, "answerKey": "2"},
      ("Question: 2+2?\nAnswer:", " 3"), ("Question: 2+2?\nAnswer:", " 4"), 1),
     ({"ctx": "He runs", "endings": ["fast", "blue"], "label": "0"}, ("He runs", " fast"), ("He runs", " blue"), 0),
-    ({"query": "q", "choices": ["x", "y"], "gold": "y"}, ("Question: q\nAnswer:", " x"), ("Question: q\nAnswer:", " y"), 1),
+    ({"query": "q", "choices": ["x", "y"], "gold": "y"}, ("Question: q\nAnswer:", " x"),
+     ("Question: q\nAnswer:", " y"), 1),
 ]  # fmt: skip
 
 

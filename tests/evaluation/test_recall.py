@@ -63,7 +63,8 @@ def test_copying_asks_for_what_came_before_the_mark():
 
 
 @pytest.mark.parametrize(("name", "size", "commutes"), [("Z2", 2, True), ("Z5", 5, True), ("S3", 6, False),
-                                                       ("A4", 12, False), ("A5", 60, False), ("S5", 120, False)])  # fmt: skip
+                                                        ("A4", 12, False), ("A5", 60, False),
+                                                        ("S5", 120, False)])  # fmt: skip
 def test_groups_are_groups(name, size, commutes):
     table = Group(name).table
     assert table.shape == (size, size)

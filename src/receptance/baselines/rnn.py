@@ -1,6 +1,7 @@
 """Stacked LSTM or GRU layers of torch (cuDNN on a GPU), each with a norm before it and a residual around it."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +71,7 @@ def pieces_of(t: int, lengths: Tensor | None, resets: Tensor | None) -> Pieces:
     places = sorted(cuts)
     return [
         (start, end, None if lengths is None else lengths > start, None if resets is None else resets[:, start])
-        for start, end in zip(places, places[1:])
+        for start, end in pairwise(places)
     ]
 
 

@@ -148,7 +148,8 @@ class Transformer(RWKV):
     """`forward` and `loss` are those of `RWKV`; the state is the cache of keys and values, and grows.
 
     State: keys, values [L, B, Hkv, S, N], keys after their rotation; document, position [1, B, S]: the number of
-    the document that each belongs to, PADDING for padding, and its place in the row; att_shift [L, B, C] with token_shift.
+    the document that each belongs to, PADDING for padding, and its place in the row; with token_shift att_shift
+    [L, B, C].
     """
 
     Config = TransformerConfig
@@ -162,9 +163,8 @@ class Transformer(RWKV):
     def state_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
         """Of the empty state."""
         c = self.config
-        shapes: dict[str, tuple[int, ...]] = {
-            name: (c.n_layer, batch, c.n_kv, 0, c.head_size) for name in ("keys", "values")
-        }
+        cache = c.n_layer, batch, c.n_kv, 0, c.head_size
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("keys", "values"), cache)
         shapes["document"] = shapes["position"] = 1, batch, 0
         if c.token_shift:
             shapes["att_shift"] = c.n_layer, batch, c.n_embd

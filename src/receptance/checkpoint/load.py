@@ -88,7 +88,7 @@ def load(
         from receptance.baselines.files import is_baseline
 
         if is_baseline(Path(path)):
-            baseline = load_baseline(path, str(place))
+            baseline = load_baseline(Path(path), str(place))
             return baseline if wanted is None else baseline.to(wanted)
 
     source = open_checkpoint(path)

@@ -10,7 +10,20 @@ from receptance import __version__
 from receptance.cli.errors import guarded
 
 # A verb is a module of this package with a function `command`; its docstring is the help text.
-VERBS = ("run", "chat", "eval", "memory", "compare", "batch", "inspect", "convert", "quantize", "pull", "list", "doctor")
+VERBS = (
+    "run",
+    "chat",
+    "eval",
+    "memory",
+    "compare",
+    "batch",
+    "inspect",
+    "convert",
+    "quantize",
+    "pull",
+    "list",
+    "doctor",
+)
 GROUPS = ("data", "bench")  # a module with `app`
 
 

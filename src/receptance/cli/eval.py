@@ -81,7 +81,9 @@ def command(
             except ImportError as error:
                 raise ConfigError(f"--task needs lm-eval: pip install 'receptance[eval]' ({error})") from None
             found = run_tasks(scorer, tasks, None if include is None else str(include), limit)
-            results |= {name: {k: v for k, v in row.items() if isinstance(v, int | float)} for name, row in found.items()}
+            results |= {
+                name: {k: v for k, v in row.items() if isinstance(v, int | float)} for name, row in found.items()
+            }
     finally:
         if isinstance(scorer, Engine):
             scorer.close()

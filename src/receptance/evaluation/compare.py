@@ -58,7 +58,7 @@ def read_comparison(path: Path, overrides: Sequence[str] = ()) -> Comparison:
     common += [f"data.root={_toml(str(path.resolve().parent / raw.get('data', {}).get('root', '.')))}", *overrides]
     out = Path(read_config(None, common).run.out)
     out = out if out.is_absolute() else path.resolve().parent / out
-    entries = []
+    entries: list[Entry] = []
     for model in models:
         name = str(model.get("name", ""))
         if not name or any(entry.name == name for entry in entries):
@@ -67,7 +67,9 @@ def read_comparison(path: Path, overrides: Sequence[str] = ()) -> Comparison:
         sections = {key: value for key, value in model.items() if isinstance(value, Mapping)}
         if unknown := model.keys() - {"name", *SHAPE, *sections}:
             raise ConfigError(f"{path}: model {name}: unknown {sorted(unknown)}; there are name, {', '.join(SHAPE)}")
-        own += [f"{section}.{key}={_toml(value)}" for section, values in sections.items() for key, value in values.items()]
+        own += [
+            f"{section}.{key}={_toml(value)}" for section, values in sections.items() for key, value in values.items()
+        ]
         folder = out / "".join(c if c.isalnum() or c in "-._" else "-" for c in name)
         entries.append(Entry(name, read_config(None, [*common, *own, f"run.out={_toml(str(folder))}"])))
     return Comparison(out, tuple(entries), generation)
@@ -80,7 +82,7 @@ def _toml(value: object) -> str:
 
 
 def compare(comparison: Comparison, reporter: Reporter) -> Path:
-    """Train each model, or load what is finished; write compare.json, report.md and the pictures. Returns the folder."""
+    """Train each model, or take what is finished; write compare.json, report.md, pictures. Returns the folder."""
     comparison.out.mkdir(parents=True, exist_ok=True)
     rows = []
     for entry in comparison.entries:
@@ -162,7 +164,12 @@ def report(rows: Sequence[Row]) -> str:
     lines = ["# Comparison", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in rows:
         memory = "–" if row["memory_gib"] is None else f"{row['memory_gib']:.2f}"
-        cells = [row["name"], f"{row['parameters']:,}", f"{row['parameters_without_embedding']:,}", f"{row['tokens']:,}"]
+        cells = [
+            row["name"],
+            f"{row['parameters']:,}",
+            f"{row['parameters_without_embedding']:,}",
+            f"{row['tokens']:,}",
+        ]
         cells += [f"{row['validation'][text]:.4f}" for text in texts]
         cells += [f"{row['tokens_per_second']:,.0f}", f"{row['seconds']:.0f}", memory]
         lines.append("| " + " | ".join(cells) + " |")
@@ -183,7 +190,7 @@ def report(rows: Sequence[Row]) -> str:
 
 @dataclass(frozen=True)
 class Positions:
-    """At each of `position`: seconds since the start, and bytes of the state. first, last: seconds a token, at the ends.
+    """At each of `position`: seconds since the start, bytes of the state. first, last: seconds a token, at the ends.
 
     exponent: of cumulative time against position, fitted over the last half: 1 is linear, 2 quadratic.
     """
@@ -204,11 +211,17 @@ def positions(config: TrainConfig, tokens: int, points: int = 32) -> Positions:
     apply_recipe(model, type(model).recipe(model.config, 1e-3), torch.Generator().manual_seed(0))  # type: ignore[attr-defined]
     on_gpu = torch.cuda.is_available() and config.run.device != "cpu"
     model = model.to("cuda" if on_gpu else "cpu").eval()
-    wait = torch.cuda.synchronize if on_gpu else (lambda: None)
+
+    def wait() -> None:
+        if on_gpu:
+            torch.cuda.synchronize()
+
     marks = sorted({max(1, round(tokens * (i + 1) / points)) for i in range(points)})
     for _ in range(3):
         model([1])
-    state, found, sizes = model.zero_state(), [], []
+    state = model.zero_state()
+    found: list[float] = []
+    sizes: list[int] = []
     wait()
     start = time.perf_counter()
     for position in range(1, tokens + 1):

@@ -15,7 +15,7 @@ from receptance.evaluation.score import encode_pair
 MAX_TOKENS = 256  # of a text whose task names no bound
 
 
-class HarnessModel(LM):
+class HarnessModel(LM):  # type: ignore[misc]
     """An `lm_eval.api.model.LM` over an Engine: requests of a task run together, common beginnings are read once.
 
     Contexts are never cut: the state has one size whatever their length.

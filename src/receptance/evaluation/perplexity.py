@@ -60,9 +60,7 @@ def text_loss(
     if not n_bytes:
         raise ConfigError("there is no text to measure: every document is empty")
     scored = scorer.score(pairs)
-    return TextLoss(
-        -math.fsum(x.total for x in scored), sum(len(x.ids) for x in scored), n_bytes, max(words, 1), count
-    )
+    return TextLoss(-math.fsum(x.total for x in scored), sum(len(x.ids) for x in scored), n_bytes, max(words, 1), count)
 
 
 def windows(ids: list[int], window: int, stride: int) -> list[Pair]:

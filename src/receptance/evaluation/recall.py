@@ -94,15 +94,17 @@ def learn(
         done += 1
         if done % CHECK_EVERY == 0:
             score = grade(model, *held)
-            tell(f"{shape.version}, {task.name}: step {done}, loss {float(loss):.4f}, accuracy {score.accuracy:.3f}")
+            tell(f"{shape.version}, {task.name}: step {done}, loss {float(loss.detach()):.4f}, accuracy {score.accuracy:.3f}")
             if min(score.accuracy, score.last) >= GOOD:
                 break
     seconds = time.perf_counter() - start
-    scores = {test.name: grade(model, *make(test, 512, np.random.default_rng(seed + 7), device)) for test in (task, *tests)}
+    scores = {
+        test.name: grade(model, *make(test, 512, np.random.default_rng(seed + 7), device)) for test in (task, *tests)
+    }
     state = model.zero_state().nbytes if shape.version != "transformer" else cache_bytes(model, task.length)
     kind = f"{shape.version} wide" if shape.wide_rate else shape.version
     size = sum(p.numel() for p in model.parameters())
-    return model, Learnt(kind, size, state, done, seconds, float(loss), scores)
+    return model, Learnt(kind, size, state, done, seconds, float(loss.detach()), scores)
 
 
 def make(task: Task, n: int, rng: np.random.Generator, device: str) -> tuple[Tensor, Tensor]:
@@ -112,7 +114,8 @@ def make(task: Task, n: int, rng: np.random.Generator, device: str) -> tuple[Ten
 
 def cache_bytes(model: RWKV, length: int) -> int:
     """Keys and values of so many tokens."""
-    return 8 * model.config.n_layer * model.config.n_kv * model.config.head_size * length
+    config = model.config
+    return int(8 * config.n_layer * config.n_kv * config.head_size * length)
 
 
 @torch.no_grad()

@@ -65,7 +65,9 @@ class Recall:
         places = (self.length - 2 * self.pairs) // 2
         odds = np.arange(1, places + 1) ** (self.power - 1.0)
         at = 2 * self.pairs + 2 * choose(rng, n, places, self.pairs, odds)  # type: ignore[arg-type]
-        tokens = rng.integers(0, self.vocab_size, (n, self.length)) if self.noise else np.zeros((n, self.length), np.int64)
+        tokens = (
+            rng.integers(0, self.vocab_size, (n, self.length)) if self.noise else np.zeros((n, self.length), np.int64)
+        )
         targets = np.full((n, self.length), IGNORE)
         tokens[:, 0 : 2 * self.pairs : 2], tokens[:, 1 : 2 * self.pairs : 2] = keys, values
         np.put_along_axis(tokens, at, keys, 1)

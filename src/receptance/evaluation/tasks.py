@@ -21,7 +21,7 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 @dataclass(frozen=True)
 class Choice:
-    """A context and a continuation for each answer; gold: the right one. group: what it is averaged with (a subject)."""
+    """A context and a continuation for each answer; gold: the right one. group: such as the subject."""
 
     contexts: tuple[str, ...]
     continuations: tuple[str, ...]
@@ -31,7 +31,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Result:
-    """accuracy: of the answer with the highest log-likelihood; normed: of the highest per byte. error: its standard one.
+    """accuracy: of the answer with the highest log-likelihood; normed: of the highest per byte. error: standard error.
 
     groups: accuracy by group, if there are any. perplexity: of the right continuations, each counted as one word.
     """
@@ -107,11 +107,14 @@ def choice_of(row: Row) -> Choice:
         before, after = str(row["sentence"]).split("_", 1)
         contexts = tuple(before + str(row[key]) for key in ("option1", "option2"))  # the same end after each
         return Choice(contexts, (" " + after.strip(),) * 2, int(row["answer"]) - 1, group)
-    question = next((row[key] for key in ("question", "query", "prompt", "context", "ctx", "input") if key in row), None)
+    question = next(
+        (row[key] for key in ("question", "query", "prompt", "context", "ctx", "input") if key in row), None
+    )
     answers = next((row[key] for key in ("choices", "endings", "options") if key in row), None)
     labels: list[str] = []
     if isinstance(question, Mapping):  # ARC as it was first published
-        question, answers = question.get("stem"), question.get("choices")
+        stem: Row = question
+        question, answers = stem.get("stem"), stem.get("choices")
     if isinstance(answers, Mapping):
         labels, answers = [str(x) for x in answers.get("label", [])], answers.get("text")
     elif isinstance(answers, list) and answers and isinstance(answers[0], Mapping):

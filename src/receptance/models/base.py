@@ -353,8 +353,9 @@ def fingerprint(version: str, tensors: dict[str, Tensor]) -> str:
 
 @dataclass(frozen=True)
 class Rule:
-    """One tensor's recipe. `init`: a tensor of values, ("uniform", bound), ("orthogonal", gain), ("normal", std) or ("zero",).
+    """One tensor's recipe.
 
+    init: a tensor of values, ("uniform", bound), ("orthogonal", gain), ("normal", std) or ("zero",).
     lr multiplies the learning rate; lr_stage2 does in the reference's second Pile stage; decay: weight decay applies.
     """
 
