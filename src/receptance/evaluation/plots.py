@@ -10,6 +10,7 @@ matplotlib.use("Agg")  # no display is needed
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22")
 MARKS = "osD^vP*Xhd"
@@ -32,6 +33,8 @@ def tidy(axes: Axes, x: str, y: str, title: str = "") -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.set_title(title, loc="left", fontsize=10)
+    if axes.get_xscale() == "linear" and not axes.get_xticklabels()[0].get_rotation():
+        axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.grid(True, alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -43,7 +46,7 @@ def draw_memory(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     names = list(dict.fromkeys(row["name"] for row in rows))
     tests = list(dict.fromkeys(test for row in rows for test in row["scores"]))
     kinds = list(dict.fromkeys(_kind(test) for test in tests))
-    figure, panels = plt.subplots(1, len(kinds), figsize=(1.5 + 3.6 * len(kinds), 3.8), squeeze=False, sharey=True)
+    figure, panels = plt.subplots(1, len(kinds), figsize=(2.2 + 3.6 * len(kinds), 3.8), squeeze=False, sharey=True)
     for kind, axes in zip(kinds, panels[0]):
         mine = [test for test in tests if _kind(test) == kind]
         for name in names:
@@ -56,7 +59,7 @@ def draw_memory(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         tidy(axes, "", "accuracy" if kind == kinds[0] else "", kind)
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="center right", frameon=False, fontsize=9)
-    figure.tight_layout(rect=(0, 0, 1 - 1.5 / figure.get_figwidth(), 1))
+    figure.tight_layout(rect=(0, 0, 1 - 2.2 / figure.get_figwidth(), 1))
     save(figure, path)
 
 
