@@ -245,7 +245,8 @@ class Core:
         """The longest known prefix of what it must read."""
         if not sequence.shares:
             return None
-        kept = self.cache.find(sequence.root, sequence.tokens[: sequence.prompt_length])
+        align = self.scheduler.limits.align
+        kept = self.cache.find(sequence.root, sequence.tokens[: sequence.prompt_length], align)
         left: Entry | None = sequence.known
         return left if kept is None or (left is not None and left.length >= kept.length) else kept
 

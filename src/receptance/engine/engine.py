@@ -17,7 +17,7 @@ from receptance.engine.params import SamplingFields, SamplingParams
 from receptance.engine.protocols import Model
 from receptance.engine.request import Completion, Prompt, Request, Score, Scored, Token
 from receptance.engine.runner import Runner
-from receptance.engine.scheduler import Limits
+from receptance.engine.scheduler import PIECE, Limits
 from receptance.engine.scheduler import Sequence as Scheduled
 from receptance.engine.speculation import Drafter, DraftModel, PromptLookup
 from receptance.errors import ConfigError, ReceptanceError
@@ -150,6 +150,8 @@ class Engine:
     host_bytes: of states put aside, beyond which they go to files in `folder` (None: a temporary one).
     speculate: "lookup" guesses what was written before; a model (smaller, of the same tokenizer) guesses itself; None.
     limits: how many tokens a step takes; None: by device.
+    invariant: on a GPU, where products of other sizes round otherwise: every text is, token for token, the one that its
+    request gives alone in this mode, at the price of speed. On a CPU it is so but for ties within rounding.
     Use it as a context manager, or close it.
     """
 
@@ -164,6 +166,7 @@ class Engine:
         folder: str | Path | None = None,
         speculate: Literal["lookup"] | Model | None = "lookup",
         limits: Limits | None = None,
+        invariant: bool = False,
     ):
         if isinstance(model, str | Path):
             from receptance.checkpoint import load
@@ -181,6 +184,8 @@ class Engine:
             raise ConfigError("cache_bytes and host_bytes are sizes: 0 or more")
         step, busy = CHUNKS[device]
         limits = replace(limits or Limits(slots, step, busy), slots=slots)
+        if invariant:  # one token is another kernel than several, so drafts would round otherwise
+            limits, speculate = replace(limits, align=PIECE), None
         drafter: Drafter | None = None
         if speculate == "lookup":
             drafter = PromptLookup()
@@ -190,7 +195,7 @@ class Engine:
         self._core = Core(
             model,
             tokenizer,
-            make_runner(model, slots, tokenizer),
+            make_runner(model, slots, tokenizer, invariant),
             limits,
             cache_bytes=cache_bytes,
             host_bytes=host_bytes,
@@ -365,13 +370,22 @@ class Engine:
         self._core.pool.close()
 
 
-def make_runner(model: Any, slots: int, tokenizer: Tokenizer) -> Runner:
-    """The runner of this model, on its device."""
+def make_runner(model: Any, slots: int, tokenizer: Tokenizer, invariant: bool = False) -> Runner:
+    """The runner of this model, on its device. Raises ConfigError where there is no invariant one."""
     vocab = min(tokenizer.vocab_size, model.config.vocab_size)
     if model.engine == "native":
         from receptance.engine.native_runner import NativeRunner
 
         return NativeRunner(model, slots, vocab, tokenizer.token_bytes, tokenizer.eos_id)
+    if model.device.type == "cuda":
+        from receptance.engine.gpu.rwkv7 import misfit
+
+        if misfit(model, model.dtype) is None:
+            from receptance.engine.gpu_runner import GpuRunner
+
+            return GpuRunner(model, slots, vocab, tokenizer.token_bytes, tokenizer.eos_id, invariant=invariant)
+    if invariant:
+        raise ConfigError("invariant=True needs a model with kernels for a GPU: RWKV-7 in float16 or bfloat16 there")
     from receptance.engine.torch_runner import TorchRunner
 
     return TorchRunner(model, slots, vocab, tokenizer.token_bytes, tokenizer.eos_id)

@@ -60,12 +60,15 @@ class StateCache:
     def __len__(self) -> int:
         return len(self._used)
 
-    def find(self, root: str | None, tokens: list[int]) -> Entry | None:
-        """The longest kept prefix of `tokens`; all of them only if the logits after them were kept."""
+    def find(self, root: str | None, tokens: list[int], align: int = 1) -> Entry | None:
+        """The longest kept prefix of `tokens`; all of them only if the logits after them were kept.
+
+        align: the length is a multiple of it, unless it is that of all tokens.
+        """
         best = None
         for node, depth in self._walk(root, tokens):
             entry = node.entry
-            if entry is not None and (depth < len(tokens) or entry.logits is not None):
+            if entry is not None and (entry.logits is not None if depth == len(tokens) else depth % align == 0):
                 best = node
         if best is None:
             self.misses += 1
