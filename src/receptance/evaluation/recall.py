@@ -94,7 +94,8 @@ def learn(
         done += 1
         if done % CHECK_EVERY == 0:
             score = grade(model, *held)
-            tell(f"{shape.version}, {task.name}: step {done}, loss {float(loss.detach()):.4f}, accuracy {score.accuracy:.3f}")
+            news = f"step {done}, loss {float(loss.detach()):.4f}, accuracy {score.accuracy:.3f}"
+            tell(f"{shape.version}, {task.name}: {news}")
             if min(score.accuracy, score.last) >= GOOD:
                 break
     seconds = time.perf_counter() - start
