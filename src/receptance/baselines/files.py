@@ -33,10 +33,11 @@ def save_baseline(tensors: Mapping[str, Tensor], config: Any, folder: Path) -> N
 
 
 def is_baseline(folder: Path) -> bool:
+    from receptance.checkpoint.load import read_json
+
     try:
-        described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return isinstance(described, dict) and described.get("model_type") == TYPE
-    except (OSError, ValueError):
+        return read_json(folder / "config.json").get("model_type") == TYPE
+    except CheckpointError:
         return False
 
 
