@@ -32,7 +32,7 @@ from receptance.ops.norm import add_norm, layer_norm
 from receptance.ops.norm import triton as norm_kernels
 from receptance.ops.prepare import decay_and_keys, value_residual
 from receptance.ops.prepare import triton as prepare_kernels
-from receptance.ops.shift import shift_mix
+from receptance.ops.shift import norm_mix, shift_mix
 from receptance.ops.shift import triton as shift_kernels
 
 BATCH, TOKENS, WIDTH, HEAD, VOCAB = 8, 4096, 1024, 64, 65_536
@@ -60,6 +60,17 @@ def mix(function: Function) -> Function:
     return lambda x, last, *mixes: function(x, last, mixes)
 
 
+def norm_mixes(function: Function, adds: bool) -> Function:
+    """With a residual addition, the last tensor is what is added."""
+
+    def call(x: Tensor, weight: Tensor, bias: Tensor, last: Tensor, *mixes: Tensor) -> list[Tensor]:
+        delta, mixes = (mixes[-1], mixes[:-1]) if adds else (None, mixes)
+        total, end, mixed = function(x, delta, weight, bias, EPS, last, mixes)
+        return [total, end, *mixed] if adds else [end, *mixed]
+
+    return call
+
+
 def plain(function: Function) -> Function:
     """The plain form: it goes with the operators' any-device back ends."""
     return partial(function, backend="chunk")
@@ -69,6 +80,12 @@ def plain(function: Function) -> Function:
 PIECES = {
     "shift_mix 6": Piece(mix(shift_kernels.shift_mix), mix(plain(shift_mix)), "btc bc c c c c c c", 7, 8),
     "shift_mix 1": Piece(mix(shift_kernels.shift_mix), mix(plain(shift_mix)), "btc bc c", 2, 3),
+    "norm_mix 6": Piece(
+        norm_mixes(shift_kernels.norm_mix, False), norm_mixes(plain(norm_mix), False), "btc c c bc c c c c c c", 7, 8
+    ),
+    "add_norm_mix 1": Piece(
+        norm_mixes(shift_kernels.norm_mix, True), norm_mixes(plain(norm_mix), True), "btc c c bc c btc", 4, 4
+    ),
     "decay_and_keys": Piece(prepare_kernels.decay_and_keys, plain(decay_and_keys), "btc bthn btc c c c c", 7, 10),
     "value_residual": Piece(prepare_kernels.value_residual, plain(value_residual), "btc btc btc c", 4, 7),
     "norm_and_gate": Piece(

@@ -31,7 +31,7 @@ from receptance.training.config import OptimConfig
 from receptance.training.optim import build_optimizer, set_learning_rate
 from receptance.training.segments import exact_backward, spacing
 
-TOLERANCE = {"cpu": 1e-4, "cuda": 2e-2}  # of each gradient by its norm; in bfloat16 the two round differently
+TOLERANCE = {"cpu": 1e-4, "cuda": 1e-3}  # of each gradient by its norm, in float32; products on a GPU may be in tf32
 SHAPES = {"cpu": (256, 2, 64), "cuda": (65_536, 24, 1024)}  # vocabulary, layers, width
 ROWS = {"cpu": (4_096, [256, 1_024, 4_096]), "cuda": (131_072, [1_024, 4_096, 16_384, 65_536, 131_072])}
 LENGTHS = {"cpu": (512, [2_048, 4_096, 8_192, 16_384]), "cuda": (16_384, [65_536, 262_144, 1_048_576])}
@@ -65,13 +65,14 @@ class Trainer:
     def __init__(self, version: str, device: str, states: str):
         vocab, layers, width = SHAPES[device]
         self.device, self.states = device, states
+        self.half = device == "cuda"  # bfloat16
         self.model: RWKV = lively_model(version, vocab, layers, width).to(device).train()
         self.model.activation_checkpointing = device == "cuda"
         self.optimizer = build_optimizer(self.model, VERSIONS[version].recipe(self.model.config), OptimConfig())
         set_learning_rate(self.optimizer, 1e-5)
 
     def autocast(self) -> Any:
-        return torch.autocast("cuda", torch.bfloat16) if self.device == "cuda" else nullcontext()
+        return torch.autocast("cuda", torch.bfloat16) if self.half else nullcontext()
 
     def data(self, rows: int, t: int) -> Batch:
         generator = torch.Generator().manual_seed(t)
@@ -120,10 +121,12 @@ def check(trainer: Trainer, length: int) -> float:
     """The largest difference of a gradient of the segments from the plain one, as a share of its norm."""
     batch = trainer.data(1, 2 * length + length // 2)
     found = []
+    half, trainer.half = trainer.half, False  # in bfloat16 the two round differently
     for work in (lambda: trainer.plain(batch), lambda: trainer.segmented(batch, length)):
         work()
         found.append({name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None})
         trainer.optimizer.zero_grad(set_to_none=True)
+    trainer.half = half
     plain, segmented = found
     worst = max(float((segmented[n] - x).norm() / x.norm().clamp(min=1e-9)) for n, x in plain.items())
     if not worst <= TOLERANCE[trainer.device] or plain.keys() != segmented.keys():

@@ -1,10 +1,12 @@
 """The WKV operators on a GPU: accuracy against float64 first, then time and memory against the byte floor.
 
-    python bench/wkv.py [wkv4 wkv6 wkv7] [--backends cuda triton] [--out FILE]
+    python bench/wkv.py [wkv4 wkv6 wkv7] [--backends cuda triton] [--peers] [--out FILE]
 
 Shapes: 65,536 tokens × 32 heads of 64, cut into 64, 16, 4 and 1 sequences (wkv4: 2,048 channels, and 8 × 4,096 tokens).
 Each cell is the median of CUDA-event times over random bfloat16 inputs; the floor counts every input read once and each
-output and gradient written once at the copy bandwidth measured in the same run. A table, then one JSON line.
+output and gradient written once at the copy bandwidth measured in the same run. A table, then one JSON line. --peers:
+flash-linear-attention's chunked forms too (`fla-core` must be installed) and torch's causal attention, 16 heads of 128.
+A form above the limits of accuracy is not measured; a peer is, with its errors beside it.
 """
 
 import argparse
@@ -12,6 +14,8 @@ import json
 import platform
 import time
 from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
 
 import torch
 import triton
@@ -42,17 +46,52 @@ def draw(op: str, batch: int, t: int, heads: int, size: int, seed: int = 0) -> l
     return [r, w, k, v, (-kk).bfloat16(), (kk * torch.sigmoid(rand(*shape))).bfloat16()]
 
 
+@cache
+def tune_less() -> None:
+    """Leave four choices to a tuned kernel of those imported from here on: trying all takes minutes a shape."""
+    tuner = triton.autotune
+
+    def autotune(configs: list[Any], **options: Any) -> Any:
+        return tuner(configs[:: max(1, len(configs) // 4)][:4], **options)
+
+    triton.autotune = autotune
+
+
+def peer(op: str, inputs: list[Tensor]) -> Tensor:
+    """flash-linear-attention's chunked form."""
+    tune_less()
+    if op == "wkv7":
+        from fla.ops.rwkv7 import chunk_rwkv7
+
+        return chunk_rwkv7(*inputs, lower_bound=-0.61)[0]
+    from fla.ops.rwkv6 import chunk_rwkv6
+
+    r, w, k, v, u = inputs
+    return chunk_rwkv6(r, k, v, w.to(r.dtype), u.to(r.dtype), scale=1.0)[0]
+
+
+def run(op: str, backend: str, inputs: list[Tensor]) -> Tensor:
+    return peer(op, inputs) if backend == "fla" else OPS[op](*inputs, backend=backend)[0]
+
+
+def attention(batch: int, t: int, bandwidth: float) -> dict[str, float]:
+    """Causal attention of 16 heads of 128, as torch chooses it."""
+    q, k, v = (torch.randn(batch, 16, t, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in "qkv")
+    attend = partial(torch.nn.functional.scaled_dot_product_attention, q, k, v, is_causal=True)
+    return times(attend, [q, k, v], (4, 7), bandwidth)
+
+
 def accuracy(op: str, backend: str) -> dict[str, float]:
     """Relative L2 errors of y and of each input's gradient against the naive form in float64."""
     inputs = draw(op, 2, 1000, 2, 64)
     gy = torch.randn_like(inputs[-1] if op == "wkv7" else inputs[2]).bfloat16()
 
-    def run(leaves: list[Tensor], name: str) -> list[Tensor]:
+    def results(leaves: list[Tensor], name: str) -> list[Tensor]:
         leaves = [x.detach().requires_grad_() for x in leaves]
-        y, _ = OPS[op](*leaves, backend=name)
+        y = run(op, name, leaves)
         return [y, *torch.autograd.grad(y, leaves, gy.to(y.dtype))]
 
-    got, exact = run(inputs, backend), run([x.double() for x in inputs], "naive")
+    got, exact = results(inputs, backend), results([x.double() for x in inputs], "naive")
     errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, exact)]
     return {"y": errors[0], "gradient": max(errors[1:])}
 
@@ -71,13 +110,18 @@ def measure(function: Callable[[], object]) -> tuple[float, float]:
 
 def cell(op: str, backend: str, batch: int, t: int, bandwidth: float) -> dict[str, float]:
     inputs = [x.requires_grad_() for x in draw(op, batch, t, 32, 64)]
-    call = lambda: OPS[op](*inputs, backend=backend)
+    return times(lambda: run(op, backend, inputs), inputs, TENSORS[op], bandwidth)
+
+
+def times(
+    call: Callable[[], Tensor], inputs: list[Tensor], tensors: tuple[int, int], bandwidth: float
+) -> dict[str, float]:
     with torch.no_grad():
         forward, memory = measure(call)
-    y, _ = call()
+    y = call()
     gy = torch.randn_like(y)
-    both, memory_both = measure(lambda: torch.autograd.grad(call()[0], inputs, gy))
-    reads, writes = TENSORS[op]
+    both, memory_both = measure(lambda: torch.autograd.grad(call(), inputs, gy))
+    reads, writes = tensors
     size = y.numel() * 2
     return {
         "forward_ms": forward, "both_ms": both, "floor_forward_ms": reads * size / bandwidth * 1e3,
@@ -93,37 +137,44 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() * 2 / ms * 1e3
 
 
+def report(batch: int, t: int, row: dict[str, float]) -> dict[str, float]:
+    print(
+        f"  {batch:3d}×{t:<6d} forward {row['forward_ms']:7.3f} ms (floor {row['floor_forward_ms']:.3f})  "
+        f"both {row['both_ms']:7.3f} ms (floor {row['floor_both_ms']:.3f})  "
+        f"extra {row['extra_MiB']:6.0f} / {row['extra_both_MiB']:6.0f} MiB",
+        flush=True,
+    )
+    return row
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("ops", nargs="*", default=list(OPS))
     parser.add_argument("--backends", nargs="*", default=["cuda", "triton"])
+    parser.add_argument("--peers", action="store_true")
     parser.add_argument("--out")
     arguments = parser.parse_args()
     bandwidth = copy_bandwidth()
-    result: dict[str, object] = {
+    result: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"), "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
         "triton": triton.__version__, "python": platform.python_version(), "copy_TB_per_s": bandwidth / 1e12,
     }  # fmt: skip
     for op in arguments.ops:
-        for backend in arguments.backends:
+        for backend in [*arguments.backends, *(["fla"] if arguments.peers and op != "wkv4" else [])]:
             if backend in ("cuda", "triton") and backend not in GPU_BACKENDS[op]:
                 continue
             errors = accuracy(op, backend)
             print(f"{op} {backend}: y {errors['y']:.2e}, worst gradient {errors['gradient']:.2e}", flush=True)
-            if not all(errors[key] <= limit for key, limit in MAX_ERROR.items()):
+            result[f"{op} {backend}"] = entry = {"errors": errors, "cells": {}}
+            if backend != "fla" and not all(errors[key] <= limit for key, limit in MAX_ERROR.items()):
                 print(f"  not measured: above {MAX_ERROR}")
-                result[f"{op} {backend}"] = {"errors": errors}
                 continue
-            cells = {}
             for batch, t in SHAPES + SHORTER.get(op, []):
-                row = cells[f"{batch}x{t}"] = cell(op, backend, batch, t, bandwidth)
-                print(
-                    f"  {batch:3d}×{t:<6d} forward {row['forward_ms']:7.3f} ms (floor {row['floor_forward_ms']:.3f})  "
-                    f"both {row['both_ms']:7.3f} ms (floor {row['floor_both_ms']:.3f})  "
-                    f"extra {row['extra_MiB']:6.0f} / {row['extra_both_MiB']:6.0f} MiB",
-                    flush=True,
-                )
-            result[f"{op} {backend}"] = {"errors": errors, "cells": cells}
+                entry["cells"][f"{batch}x{t}"] = report(batch, t, cell(op, backend, batch, t, bandwidth))
+    if arguments.peers:
+        print("attention, 16 heads of 128:")
+        cells = {f"{batch}x{t}": report(batch, t, attention(batch, t, bandwidth)) for batch, t in SHAPES}
+        result["attention"] = {"cells": cells}
     line = json.dumps(result)
     print(line)
     if arguments.out:

@@ -8,6 +8,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "receptance"
 MAY_IMPORT = {
     "errors": set(),
     "embedded": set(),
+    "settings": {"errors"},
     "ops": {"errors"},
     "tokenizers": {"errors", "embedded", "gguf"},
     "native": {"errors"},
@@ -18,7 +19,8 @@ MAY_IMPORT = {
     "data": {"errors", "tokenizers"},
     "engine": {"errors", "models", "checkpoint", "native", "ops", "tokenizers"},
     "generation": {"errors", "engine", "models", "tokenizers"},
-    "training": {"errors", "ops", "models", "baselines", "data", "checkpoint", "tokenizers"},
+    "training": {"errors", "ops", "models", "baselines", "data", "checkpoint", "tokenizers", "settings"},
+    "server": {"errors", "settings", "engine", "tokenizers", "checkpoint", "models", "native"},
     "evaluation": {"errors", "engine", "models", "baselines", "tokenizers", "training", "data", "checkpoint"},
     "cli": None,  # the top of the house
     "__init__": None,

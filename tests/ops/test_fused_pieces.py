@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -76,6 +77,29 @@ def test_token_shift_stops_at_a_document(own):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sum_norm_shift_and_mixes_in_one(shape, adds, dtype):
+    b, t, c = shape
+    n_mixes, present = (1, True) if adds else (6, False)
+    resets = torch.zeros(b, t, dtype=torch.bool, device=DEVICE)
+    resets[0, [0, t // 2, t - 1]] = t > 1
+    inputs = [rand(*shape), rand(*shape, seed=1), rand(c), rand(c, seed=1), rand(b, c)]
+    inputs += [rand(1, 1, c, seed=j) for j in range(n_mixes)]
+
+    def flat(function, cut):
+        def call(x, delta, weight, bias, last, *mixes):
+            delta, rest = (delta, 0) if adds else (None, delta.sum())
+            total, end, mixed = function(x, delta, weight, bias, 1e-5, last, mixes, resets=cut, present=present)
+            return total + rest, end, *mixed
+
+        return call
+
+    for cut in (None, resets):
+        check(flat(shift_kernels.norm_mix, cut), flat(shift.norm_mix, cut), inputs, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("present", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_mixes_of_each_position_its_own(shape, present, dtype):
@@ -91,12 +115,10 @@ def test_mixes_of_each_position_its_own(shape, present, dtype):
 def test_decay_and_keys(b, t, h, n, dtype):
     c = h * n
     vectors = [rand(1, 1, c, seed=j) for j in range(4)]
-    check(
-        prepare_kernels.decay_and_keys,
-        prepare.decay_and_keys,
-        [rand(b, t, c), rand(b, t, h, n), rand(b, t, c, seed=1), *vectors],
-        dtype,
-    )
+    inputs = [rand(b, t, c), rand(b, t, h, n), rand(b, t, c, seed=1), *vectors]
+    for twice in (False, True):
+        kernel, plain = (partial(x.decay_and_keys, twice=twice) for x in (prepare_kernels, prepare))
+        check(kernel, plain, inputs, dtype)
 
 
 def test_a_removal_key_of_zeros_has_a_finite_gradient():
@@ -111,6 +133,7 @@ def test_a_removal_key_of_zeros_has_a_finite_gradient():
 def test_value_residual(shape, dtype):
     inputs = [*(rand(*shape, seed=j) for j in range(3)), rand(1, 1, shape[2])]
     check(prepare_kernels.value_residual, prepare.value_residual, inputs, dtype)
+    check(prepare_kernels.value_residual_twice, prepare.value_residual_twice, inputs, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -254,4 +277,30 @@ def test_a_kernel_that_cannot_be_built_is_replaced_with_one_warning(monkeypatch)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert not pieces.uses_triton("ffn", OnGpu())
+    pieces._builds.cache_clear()
+
+
+def test_a_kernel_is_tried_apart_from_what_the_caller_does(monkeypatch):
+    """Its first use may be inside of activation checkpointing, or without gradients."""
+
+    def probe():
+        assert torch.is_grad_enabled()
+        x = torch.ones(3, requires_grad=True)
+        (x * x).sum().backward()
+
+    class OnGpu:
+        is_cuda, dtype = True, torch.bfloat16
+
+    def function(x):
+        assert pieces.uses_triton("ffn", OnGpu())
+        return x.exp().square()
+
+    monkeypatch.setattr(ffn_kernels, "probe", probe)
+    pieces._builds.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        checkpoint(function, torch.ones(2, requires_grad=True), use_reentrant=False).sum().backward()
+        pieces._builds.cache_clear()
+        with torch.no_grad():
+            function(torch.ones(2))
     pieces._builds.cache_clear()

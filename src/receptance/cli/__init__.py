@@ -11,19 +11,9 @@ from receptance.cli.errors import guarded
 
 # A verb is a module of this package with a function `command`; its docstring is the help text.
 VERBS = (
-    "run",
-    "chat",
-    "eval",
-    "memory",
-    "compare",
-    "batch",
-    "inspect",
-    "convert",
-    "quantize",
-    "pull",
-    "list",
+    "run", "chat", "serve", "eval", "memory", "compare", "batch", "inspect", "convert", "quantize", "pull", "list",
     "doctor",
-)
+)  # fmt: skip
 GROUPS = ("data", "bench")  # a module with `app`
 
 
@@ -67,6 +57,7 @@ def _receptance(
       receptance run "Once upon a time"            the small model inside the package
       receptance run model.pth "Once upon a time"
       receptance chat model.pth
+      receptance serve model.pth
       receptance pull org/name:file.pth
       receptance data prepare texts.jsonl --out tokens/mine
       receptance VERB --help

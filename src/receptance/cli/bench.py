@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from receptance.cli import bench_engine, options
+from receptance.cli import bench_engine, bench_serve, options
 from receptance.cli.errors import guarded
 from receptance.cli.model_source import find_model, load_runner
 from receptance.cli.terminal import write_json
@@ -81,6 +81,7 @@ def cpu(
 
 
 app.command("engine")(bench_engine.command)
+app.command("serve")(bench_serve.command)
 
 
 def first_token_seconds(model: str, dtype: str | None, threads: int | None) -> float:

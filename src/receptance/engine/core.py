@@ -129,7 +129,7 @@ class Core:
                 self.model.check_state(request.state)
             except ValueError as error:
                 raise GenerationError(str(error)) from None
-        matcher = None if request.grammar is None else self._constraint().matcher(request.grammar)
+        matcher = None if request.grammar is None else self.constraint().matcher(request.grammar)
         seed = secrets.randbits(63) if request.params.seed is None else request.params.seed
         made = []
         for i in range(request.n):
@@ -191,7 +191,7 @@ class Core:
     def has_work(self) -> bool:
         return bool(self.scheduler.running or self.scheduler.waiting)
 
-    def _constraint(self) -> Constraints:
+    def constraint(self) -> Constraints:
         if self._constraints is None:
             self._constraints = Constraints(self.tokenizer, self.runner.vocab)
         return self._constraints

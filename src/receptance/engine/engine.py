@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from receptance.engine.core import Core, Stats
 from receptance.engine.params import SamplingFields, SamplingParams
 from receptance.engine.protocols import Model
-from receptance.engine.request import Completion, Prompt, Request, Score, Scored, Token
+from receptance.engine.request import Completion, Grammar, Prompt, Request, Score, Scored, Token
 from receptance.engine.runner import Runner
 from receptance.engine.scheduler import PIECE, Limits
 from receptance.engine.scheduler import Sequence as Scheduled
@@ -42,6 +42,7 @@ class Handle:
         self.request = request
         self.completions: list[Completion] = []
         self.future: Future[list[Completion]] = Future()
+        self.future.set_running_or_notify_cancel()  # a cancelled waiter must not cancel what the engine's thread sets
         self._engine = engine
         self._news: deque[tuple[int, Token]] = deque()  # that nobody has taken yet
         self._changed = threading.Condition()
@@ -237,6 +238,10 @@ class Engine:
         await asyncio.wrap_future(started)
         return handle
 
+    def check_grammar(self, grammar: Grammar) -> None:
+        """Compile it, in the caller's thread, for requests to come. Raises ConfigError for one that is wrong."""
+        self._core.constraint().matcher(grammar)
+
     def submit_unchecked(self, request: Request) -> Handle:
         """`submit` without waiting for the engine to look at it: what is wrong comes with the result."""
         handle, started = self._start(request, {})
@@ -302,6 +307,7 @@ class Engine:
 
     def _future(self, start: Callable[[Callable[[Any], None]], object]) -> Future[Any]:
         future: Future[Any] = Future()
+        future.set_running_or_notify_cancel()
 
         def done(result: Any) -> None:
             if isinstance(result, Exception):
@@ -323,6 +329,7 @@ class Engine:
     def _do(self, action: Callable[[], object]) -> Future[None]:
         """Have the engine's thread do something between two steps."""
         done: Future[None] = Future()
+        done.set_running_or_notify_cancel()
 
         def run() -> None:
             try:

@@ -18,7 +18,7 @@ from receptance.ops.head_loss import head_loss, module_loss
 from receptance.ops.norm import add_norm, layer_norm
 from receptance.ops.pieces import upcast
 from receptance.ops.recompute import Recompute
-from receptance.ops.shift import shift_mix
+from receptance.ops.shift import norm_mix, shift_mix
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -87,8 +87,26 @@ class Call:
             self.recompute.remember(normed, again, x, norm.weight, norm.bias, norm.eps)
         return x, normed
 
+    def enter(
+        self, x: Tensor, delta: Tensor | None, norm: nn.LayerNorm, last: Tensor, mixes: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """The way into half a block: x + delta, what the next call's token shift needs, the mixes of the sum's norm."""
+        if self.lengths is not None or self.dropout:
+            x, normed = (x, self.norm(x, norm)) if delta is None else self.add(x, delta, norm)
+            return x, carry(normed, last, self), self.shift(normed, last, mixes)
+        again = partial(norm_mix, resets=self.resets, backend=self.form)
+        vectors = norm.weight, norm.bias, norm.eps, last, mixes
+        x, end, mixed = again(x, delta, *vectors)
+        if self.recompute is not None:
+            self.recompute.remember(mixed, _third(again), x, None, *vectors)
+        return x, end, mixed
+
     def drop(self, x: Tensor) -> Tensor:
         return nn.functional.dropout(x, self.dropout) if self.dropout else x
+
+
+def _third(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *inputs: function(*inputs)[2]
 
 
 def carry(x: Tensor, last: Tensor, call: Call) -> Tensor:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -14,7 +15,6 @@ from receptance.models.base import (
     Recipe,
     Rule,
     Shapes,
-    carry,
     depth,
     frame_recipe,
     norm_recipe,
@@ -24,7 +24,7 @@ from receptance.models.base import (
 from receptance.ops import wkv7
 from receptance.ops.ffn import relu_square
 from receptance.ops.heads import norm_and_gate
-from receptance.ops.prepare import decay_and_keys, value_residual
+from receptance.ops.prepare import decay_and_keys, value_residual_twice
 
 
 def rank(x: float) -> int:
@@ -138,35 +138,40 @@ class TimeMix(nn.Module):
         self.output = nn.Linear(c, c, bias=False)
         self.ln_x = nn.GroupNorm(h, c, eps=64e-5)  # for any head size
 
+    @property
+    def mixes(self) -> list[Tensor]:
+        return [self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g]
+
     def forward(
-        self, x: Tensor, v_first: Tensor | None, state: dict[str, Tensor], call: Call
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        b, t, c = x.shape
+        self, mixed: list[Tensor], v_first: Tensor | None, state: Tensor, call: Call
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """mixed: [B, T, C] for each of `mixes` → ([B, T, C], the first layer's values, WKV state)."""
+        xr, xw, xk, xv, xa, xg = mixed
+        b, t, c = xr.shape
         heads = (b, t, self.n_head, c // self.n_head)
-        mixes = [self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g]
-        xr, xw, xk, xv, xa, xg = call.shift(x, state["att_shift"], mixes)  # [B, T, C] each
         r = self.receptance(xr)
         k = self.key(xk)
         v = self.value(xv)
         if v_first is None:
-            v_first = v
+            v_first = v_again = v
         else:
             gate = call.cheap(torch.matmul, xv @ self.v1, self.v2)
-            v = call.fused(value_residual, v, v_first, gate, self.v0)
+            # kept for the backward pass: making it again moves four times as much
+            v, v_again, v_first = value_residual_twice(v, v_first, gate, self.v0, backend=call.form)
         w = call.cheap(torch.matmul, torch.tanh(xw @ self.w1), self.w2)
         a = call.cheap(torch.matmul, xa @ self.a1, self.a2)
         g = call.cheap(torch.matmul, torch.sigmoid(xg @ self.g1), self.g2)
 
-        r, k, v = (z.view(heads) for z in (r, k, v))
-        w, k, erase, write = call.fused(decay_and_keys, w, k, a, self.w0, self.a0, self.k_k, self.k_a)
+        r, k, v, v_again = (z.view(heads) for z in (r, k, v, v_again))
+        keys = partial(decay_and_keys, twice=True)
+        w, k, erase, write, k_again = call.fused(keys, w, k, a, self.w0, self.a0, self.k_k, self.k_a)
         if self.wide_rate:
             write = (write * (1 + self.rate_span * w.exp())).to(write.dtype)
-        y, wkv = wkv7(
-            r, w, k, v, erase, write, state["wkv"], lengths=call.lengths, resets=call.resets, backend=call.backend
-        )
+        y, wkv = wkv7(r, w, k, v, erase, write, state, lengths=call.lengths, resets=call.resets, backend=call.backend)
         norm = self.ln_x
-        out = call.fused(norm_and_gate, y, norm.weight, norm.bias, norm.eps, g, "plain", (r, k, v, self.r_k))
-        return self.output(out), v_first, {"att_shift": carry(x, state["att_shift"], call), "wkv": wkv}
+        bonus = r, k_again, v_again, self.r_k
+        out = norm_and_gate(y, norm.weight, norm.bias, norm.eps, g, "plain", bonus, backend=call.form)  # kept too
+        return self.output(out), v_first, wkv
 
 
 class ChannelMix(nn.Module):
@@ -176,10 +181,10 @@ class ChannelMix(nn.Module):
         self.key = nn.Linear(config.n_embd, config.dim_ffn, bias=False)
         self.value = nn.Linear(config.dim_ffn, config.n_embd, bias=False)
 
-    def forward(self, x: Tensor, shift: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-        (xk,) = call.shift(x, shift, [self.x_k])
+    def forward(self, xk: Tensor, call: Call) -> Tensor:
         k = relu_square(self.key(xk), backend=call.form)  # [B, T, F]
-        return self.value(k), carry(x, shift, call)
+        out: Tensor = self.value(k)
+        return out
 
 
 class Block(nn.Module):
@@ -195,10 +200,11 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, v_first: Tensor | None, state: dict[str, Tensor], call: Call
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        mixed, v_first, after = self.att(call.norm(x, self.ln1), v_first, state, call)
-        x, normed = call.add(x, mixed, self.ln2)
-        mixed, shift = self.ffn(normed, state["ffn_shift"], call)
-        return call.drop(x + mixed), v_first, {**after, "ffn_shift": shift}
+        x, att_shift, mixed = call.enter(x, None, self.ln1, state["att_shift"], self.att.mixes)
+        delta, v_first, wkv = self.att(mixed, v_first, state["wkv"], call)
+        x, ffn_shift, (xk,) = call.enter(x, delta, self.ln2, state["ffn_shift"], [self.ffn.x_k])
+        x = call.drop(x + self.ffn(xk, call))
+        return x, v_first, {"att_shift": att_shift, "wkv": wkv, "ffn_shift": ffn_shift}
 
 
 class RWKV7(RWKV):

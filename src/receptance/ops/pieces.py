@@ -1,6 +1,8 @@
 """Which form of an operator or fused piece runs: plain torch on any device, or CUDA or Triton kernels on a GPU."""
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import cache
 from importlib import import_module
 
@@ -49,9 +51,15 @@ def uses_cuda(op: str, x: Tensor) -> bool:
 @cache
 def _builds(piece: str, module: str, kind: str, instead: str) -> bool:
     """Try the kernels once, forward and backward, on a few numbers; a failure costs speed, not the run."""
-    try:
-        with torch.inference_mode(False), torch.enable_grad():  # whatever the first caller runs in
+    device = torch.cuda.current_device() if torch.cuda.is_available() else None
+
+    def probe() -> None:
+        with nullcontext() if device is None else torch.cuda.device(device):
             import_module(module).probe()
+
+    try:
+        with ThreadPoolExecutor(1) as other:  # whatever modes and hooks the first caller is in
+            other.submit(probe).result()
     except Exception as error:  # whatever a compiler, a driver or a missing package raises
         reason = str(error).strip().splitlines() or [""]
         warnings.warn(

@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE, WARPS = 2048, 8  # elements of a tile: 16 bytes of bfloat16 a thread
+TILE, WARPS = 1024, 4  # elements of a tile: 16 bytes of bfloat16 a thread
+PROGRAMS = 1056  # of the backward pass: each sums its tiles' share of the gradients of vectors before it writes them
 GATES = {"none": 0, "plain": 1, "silu": 2}
 
 
@@ -20,8 +21,8 @@ def _store(ptr, at, x, mask):
 
 
 @triton.jit
-def _tile(rows, H, N, BR: tl.constexpr, BN: tl.constexpr):
-    row = tl.program_id(0) * BR + tl.arange(0, BR)
+def _tile(tile, rows, H, N, BR: tl.constexpr, BN: tl.constexpr):
+    row = tile * BR + tl.arange(0, BR)
     i = tl.arange(0, BN)
     c = tl.program_id(1) * N + i
     return c, row[:, None].to(tl.int64) * (H * N) + c[None, :], i < N, (row < rows)[:, None] & (i < N)[None, :]
@@ -39,7 +40,7 @@ def _normalise(y_ptr, at, mask, N, eps):
 @triton.jit
 def _gate_heads(y_ptr, weight_ptr, bias_ptr, gate_ptr, r_ptr, k_ptr, v_ptr, rk_ptr, out_ptr, rows, H, N, eps,
                 GATE: tl.constexpr, BONUS: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    c, at, inside, mask = _tile(rows, H, N, BR, BN)
+    c, at, inside, mask = _tile(tl.program_id(0), rows, H, N, BR, BN)
     normed, _ = _normalise(y_ptr, at, mask, N, eps)
     out = normed * _load(weight_ptr, c, inside)[None, :] + _load(bias_ptr, c, inside)[None, :]
     if BONUS:
@@ -53,41 +54,48 @@ def _gate_heads(y_ptr, weight_ptr, bias_ptr, gate_ptr, r_ptr, k_ptr, v_ptr, rk_p
 
 @triton.jit
 def _gate_heads_backward(y_ptr, weight_ptr, bias_ptr, gate_ptr, r_ptr, k_ptr, v_ptr, rk_ptr, g_ptr,
-                         gy_ptr, g_gate_ptr, gr_ptr, gk_ptr, gv_ptr, partial_ptr, rows, H, N, eps,
+                         gy_ptr, g_gate_ptr, gr_ptr, gk_ptr, gv_ptr, partial_ptr, rows, H, N, eps, SPAN,
                          GATE: tl.constexpr, BONUS: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    """A tile's share of the gradients of weight, bias and r_k goes to `partial`."""
-    c, at, inside, mask = _tile(rows, H, N, BR, BN)
-    normed, inverse = _normalise(y_ptr, at, mask, N, eps)
-    weight = _load(weight_ptr, c, inside)[None, :]
-    partial_ptr += tl.program_id(0) * 3 * H * N + c
-    g = _load(g_ptr, at, mask)
-    if BONUS:
-        r, k, v = _load(r_ptr, at, mask), _load(k_ptr, at, mask), _load(v_ptr, at, mask)
-        r_k = _load(rk_ptr, c, inside)[None, :]
-        bonus = tl.sum(r * k * r_k, 1)[:, None]
-    if GATE > 0:
-        out = normed * weight + _load(bias_ptr, c, inside)[None, :]
+    """A program's share of the gradients of weight, bias and r_k goes to `partial`."""
+    g_weight, g_bias = tl.zeros((BR, BN), tl.float32), tl.zeros((BR, BN), tl.float32)
+    g_rk = tl.zeros((BR, BN), tl.float32)
+    for i in range(SPAN):
+        c, at, inside, mask = _tile(tl.program_id(0) * SPAN + i, rows, H, N, BR, BN)
+        normed, inverse = _normalise(y_ptr, at, mask, N, eps)
+        weight = _load(weight_ptr, c, inside)[None, :]
+        g = _load(g_ptr, at, mask)
         if BONUS:
-            out += bonus * v
-        gate = _load(gate_ptr, at, mask)
-        if GATE == 2:
-            s = tl.sigmoid(gate)
-            _store(g_gate_ptr, at, g * out * s * (1.0 + gate * (1.0 - s)), mask)
-            g *= gate * s
-        else:
-            _store(g_gate_ptr, at, g * out, mask)
-            g *= gate
-    if BONUS:
-        g_bonus = tl.sum(g * v, 1)[:, None]
-        _store(gv_ptr, at, g * bonus, mask)
-        _store(gr_ptr, at, g_bonus * k * r_k, mask)
-        _store(gk_ptr, at, g_bonus * r * r_k, mask)
-        tl.store(partial_ptr + 2 * H * N, tl.sum(g_bonus * r * k, 0), mask=inside)
-    tl.store(partial_ptr, tl.sum(g * normed, 0), mask=inside)
-    tl.store(partial_ptr + H * N, tl.sum(g, 0), mask=inside)
-    g *= weight
-    along = (tl.sum(g * normed, 1) / N)[:, None]
-    _store(gy_ptr, at, (g - (tl.sum(g, 1) / N)[:, None] - normed * along) * inverse, mask)
+            r, k, v = _load(r_ptr, at, mask), _load(k_ptr, at, mask), _load(v_ptr, at, mask)
+            r_k = _load(rk_ptr, c, inside)[None, :]
+            bonus = tl.sum(r * k * r_k, 1)[:, None]
+        if GATE > 0:
+            out = normed * weight + _load(bias_ptr, c, inside)[None, :]
+            if BONUS:
+                out += bonus * v
+            gate = _load(gate_ptr, at, mask)
+            if GATE == 2:
+                s = tl.sigmoid(gate)
+                _store(g_gate_ptr, at, g * out * s * (1.0 + gate * (1.0 - s)), mask)
+                g *= gate * s
+            else:
+                _store(g_gate_ptr, at, g * out, mask)
+                g *= gate
+        if BONUS:
+            g_bonus = tl.sum(g * v, 1)[:, None]
+            _store(gv_ptr, at, g * bonus, mask)
+            _store(gr_ptr, at, g_bonus * k * r_k, mask)
+            _store(gk_ptr, at, g_bonus * r * r_k, mask)
+            g_rk += g_bonus * r * k
+        g_weight += g * normed
+        g_bias += g
+        g *= weight
+        along = (tl.sum(g * normed, 1) / N)[:, None]
+        _store(gy_ptr, at, (g - (tl.sum(g, 1) / N)[:, None] - normed * along) * inverse, mask)
+    c, _, inside, _ = _tile(0, rows, H, N, BR, BN)
+    partial_ptr += tl.program_id(0) * 3 * H * N + c
+    tl.store(partial_ptr, tl.sum(g_weight, 0), mask=inside)
+    tl.store(partial_ptr + H * N, tl.sum(g_bias, 0), mask=inside)
+    tl.store(partial_ptr + 2 * H * N, tl.sum(g_rk, 0), mask=inside)
 
 
 def _launch(y: Tensor, activation: str, bonus: bool) -> tuple[tuple[int, int], dict[str, int | bool]]:
@@ -130,10 +138,11 @@ def _norm_and_gate_backward(
     """Gradients of y, gate, r, k, v (empty where unused), then [3, C]: of weight, bias and r_k."""
     b, t, h, n = y.shape
     outs = _outputs(y, gate, r, k, v, activation, bonus)
-    grid, meta = _launch(y, activation, bonus)
-    partial = torch.zeros if not bonus else torch.empty
-    shares = partial(grid[0], 3, h * n, dtype=torch.float32, device=y.device)
-    _gate_heads_backward[grid](y, weight, bias, gate, r, k, v, r_k, g, *outs, shares, b * t, h, n, eps, **meta)
+    (tiles, _), meta = _launch(y, activation, bonus)
+    span = triton.cdiv(tiles, max(1, PROGRAMS // h))
+    grid = triton.cdiv(tiles, span), h
+    shares = torch.empty(grid[0], 3, h * n, dtype=torch.float32, device=y.device)
+    _gate_heads_backward[grid](y, weight, bias, gate, r, k, v, r_k, g, *outs, shares, b * t, h, n, eps, span, **meta)
     return [*outs, shares.sum(0)]
 
 

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 TILE = 2048  # elements of a tile, at least one row
-PROGRAMS = 1024  # of the backward pass, each with its share of the gradients of weight and bias
+PROGRAMS = 1056  # of the backward pass, each with its share of the gradients of weight and bias
 
 
 @triton.jit
@@ -34,30 +34,30 @@ def _normalise_rows(x_ptr, delta_ptr, weight_ptr, bias_ptr, sum_ptr, out_ptr, me
 
 @triton.jit
 def _normalise_rows_backward(x_ptr, weight_ptr, mean_ptr, inverse_ptr, g_sum_ptr, g_ptr, gx_ptr, partial_ptr,
-                             rows, C, SPAN, ADD: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):  # fmt: skip
+                             rows, C, SPAN, ADD: tl.constexpr, BC: tl.constexpr):  # fmt: skip
+    """SPAN rows one after the other, each in registers; the gradients of weight and bias are summed there too."""
     c = tl.arange(0, BC)
-    weight = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+    inside = c < C
+    weight = tl.load(weight_ptr + c, mask=inside, other=0.0).to(tl.float32)
     g_weight, g_bias = tl.zeros((BC,), tl.float32), tl.zeros((BC,), tl.float32)
-    for i in range(SPAN):
-        row = (tl.program_id(0) * SPAN + i) * BR + tl.arange(0, BR)
-        at = row[:, None].to(tl.int64) * C + c[None, :]
-        mask = (row < rows)[:, None] & (c < C)[None, :]
-        mean = tl.load(mean_ptr + row, mask=row < rows, other=0.0)[:, None]
-        inverse = tl.load(inverse_ptr + row, mask=row < rows, other=0.0)[:, None]
-        x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        normed = tl.where(mask, (x - mean) * inverse, 0.0)
-        g = tl.load(g_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        g_weight += tl.sum(g * normed, 0)
-        g_bias += tl.sum(g, 0)
+    start = tl.program_id(0) * SPAN
+    for i in range(tl.minimum(SPAN, rows - start)):
+        row = (start + i).to(tl.int64)
+        at = row * C + c
+        mean, inverse = tl.load(mean_ptr + row), tl.load(inverse_ptr + row)
+        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        normed = tl.where(inside, (x - mean) * inverse, 0.0)
+        g = tl.load(g_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        g_weight += g * normed
+        g_bias += g
         g *= weight
-        along = tl.sum(g * normed, 1)[:, None] / C
-        gx = (g - tl.sum(g, 1)[:, None] / C - normed * along) * inverse
+        gx = (g - tl.sum(g, 0) / C - normed * (tl.sum(g * normed, 0) / C)) * inverse
         if ADD:
-            gx += tl.load(g_sum_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        tl.store(gx_ptr + at, gx.to(gx_ptr.dtype.element_ty), mask=mask)
+            gx += tl.load(g_sum_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(gx_ptr + at, gx.to(gx_ptr.dtype.element_ty), mask=inside)
     partial_ptr += tl.program_id(0) * 2 * C + c
-    tl.store(partial_ptr, g_weight, mask=c < C)
-    tl.store(partial_ptr + C, g_bias, mask=c < C)
+    tl.store(partial_ptr, g_weight, mask=inside)
+    tl.store(partial_ptr + C, g_bias, mask=inside)
 
 
 def _sizes(c: int) -> dict[str, int]:
@@ -105,15 +105,15 @@ def _norm_backward(
     g: Tensor, g_sum: Tensor | None, x: Tensor, weight: Tensor, statistics: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradient of x, and [2, C]: of weight and bias. g_sum: what else reached x."""
-    gx, meta, rows = torch.empty_like(x), _sizes(x.shape[-1]), statistics.shape[1]
-    tiles = triton.cdiv(rows, meta["BR"])
-    span = triton.cdiv(tiles, PROGRAMS)
-    programs = triton.cdiv(tiles, span)
-    partial = torch.empty(programs, 2, x.shape[-1], dtype=torch.float32, device=x.device)
-    extra = x if g_sum is None else g_sum
+    gx, c, rows = torch.empty_like(x), x.shape[-1], statistics.shape[1]
+    span = triton.cdiv(rows, PROGRAMS)
+    programs = triton.cdiv(rows, span)
+    partial = torch.empty(programs, 2, c, dtype=torch.float32, device=x.device)
+    width = triton.next_power_of_2(c)
     _normalise_rows_backward[(programs,)](
-        x, weight, *statistics, extra, g, gx, partial, rows, x.shape[-1], span, ADD=g_sum is not None, **meta
-    )
+        x, weight, *statistics, x if g_sum is None else g_sum, g, gx, partial, rows, c, span,
+        ADD=g_sum is not None, BC=width, num_warps=min(16, max(1, width // 256)),
+    )  # fmt: skip
     return gx, partial.sum(0)
 
 

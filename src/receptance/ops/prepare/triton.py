@@ -1,5 +1,7 @@
 """RWKV-7's decay, keys and value residual in Triton: one kernel forward, one backward that makes everything again."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -7,17 +9,18 @@ from torch import Tensor
 
 from receptance.ops.prepare import MIN_LOG_DECAY, MIN_NORM
 
-TILE, WARPS = 2048, 8  # elements of a tile: 16 bytes of bfloat16 a thread
+TILE, WARPS = 1024, 4  # elements of a tile: 16 bytes of bfloat16 a thread
 COLS = 64  # channels of a tile where heads do not matter
+PROGRAMS = 1056  # of a backward pass: each sums its tiles' share of the gradients of vectors before it writes them
 
 
 @triton.jit
-def _tile(rows, C, N, BR: tl.constexpr, BN: tl.constexpr):
-    """Rows × one head (or N channels): (column, offsets, mask of columns, mask)."""
-    row = tl.program_id(0) * BR + tl.arange(0, BR)
-    i = tl.arange(0, BN)
-    c = tl.program_id(1) * N + i
-    inside = (i < N) & (c < C)
+def _tile(i, rows, C, N, BR: tl.constexpr, BN: tl.constexpr):
+    """The i-th BR rows × one head (or N channels): (column, offsets, mask of columns, mask)."""
+    row = i * BR + tl.arange(0, BR)
+    n = tl.arange(0, BN)
+    c = tl.program_id(1) * N + n
+    inside = (n < N) & (c < C)
     return c, row[:, None].to(tl.int64) * C + c[None, :], inside, (row < rows)[:, None] & inside[None, :]
 
 
@@ -47,7 +50,7 @@ def _keys_of(w_ptr, k_ptr, a_ptr, w0_ptr, a0_ptr, kk_ptr, ka_ptr, c, at, inside,
 @triton.jit
 def _keys(w_ptr, k_ptr, a_ptr, w0_ptr, a0_ptr, kk_ptr, ka_ptr, out_w, out_k, out_a, out_b, rows, C, N,
           LOW: tl.constexpr, MIN_NORM: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    c, at, inside, mask = _tile(rows, C, N, BR, BN)
+    c, at, inside, mask = _tile(tl.program_id(0), rows, C, N, BR, BN)
     decay, k, rate, _, k_a, _, _, kk = _keys_of(
         w_ptr, k_ptr, a_ptr, w0_ptr, a0_ptr, kk_ptr, ka_ptr, c, at, inside, mask, MIN_NORM
     )
@@ -58,48 +61,68 @@ def _keys(w_ptr, k_ptr, a_ptr, w0_ptr, a0_ptr, kk_ptr, ka_ptr, out_w, out_k, out
 
 
 @triton.jit
-def _keys_backward(w_ptr, k_ptr, a_ptr, w0_ptr, a0_ptr, kk_ptr, ka_ptr, gw_ptr, gk_ptr, ga_ptr, gb_ptr,
-                   out_w, out_k, out_a, partial_ptr, rows, C, N,
+def _keys_backward(w_ptr, k_ptr, a_ptr, w0_ptr, a0_ptr, kk_ptr, ka_ptr, gw_ptr, gk_ptr, ga_ptr, gb_ptr, more_ptr,
+                   out_w, out_k, out_a, partial_ptr, rows, C, N, SPAN,
                    LOW: tl.constexpr, MIN_NORM: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    c, at, inside, mask = _tile(rows, C, N, BR, BN)
-    decay, k, rate, k_k, k_a, inverse, counts, kk = _keys_of(
-        w_ptr, k_ptr, a_ptr, w0_ptr, a0_ptr, kk_ptr, ka_ptr, c, at, inside, mask, MIN_NORM
-    )
-    g_decay = _load(gw_ptr, at, mask) * LOW * decay * (1.0 - decay)
-    gk, gb = _load(gk_ptr, at, mask), _load(gb_ptr, at, mask)
-    g_kk = gb * rate - _load(ga_ptr, at, mask)
-    g_rate = (gb * kk + gk * k * k_a) * rate * (1.0 - rate)
-    along = tl.where(counts, tl.sum(kk * g_kk, 1)[:, None], 0.0)
-    g_key = (g_kk - kk * along) * inverse
-    _store(out_w, at, g_decay, mask)
-    _store(out_k, at, gk * (1.0 + (rate - 1.0) * k_a) + g_key * k_k, mask)
-    _store(out_a, at, g_rate, mask)
+    sum_w, sum_a = tl.zeros((BR, BN), tl.float32), tl.zeros((BR, BN), tl.float32)
+    sum_kk, sum_ka = tl.zeros((BR, BN), tl.float32), tl.zeros((BR, BN), tl.float32)
+    for i in range(SPAN):
+        c, at, inside, mask = _tile(tl.program_id(0) * SPAN + i, rows, C, N, BR, BN)
+        decay, k, rate, k_k, k_a, inverse, counts, kk = _keys_of(
+            w_ptr, k_ptr, a_ptr, w0_ptr, a0_ptr, kk_ptr, ka_ptr, c, at, inside, mask, MIN_NORM
+        )
+        g_decay = _load(gw_ptr, at, mask) * LOW * decay * (1.0 - decay)
+        gk, gb = _load(gk_ptr, at, mask), _load(gb_ptr, at, mask)
+        if more_ptr is not None:
+            gk += _load(more_ptr, at, mask)
+        g_kk = gb * rate - _load(ga_ptr, at, mask)
+        g_rate = (gb * kk + gk * k * k_a) * rate * (1.0 - rate)
+        along = tl.where(counts, tl.sum(kk * g_kk, 1)[:, None], 0.0)
+        g_key = (g_kk - kk * along) * inverse
+        _store(out_w, at, g_decay, mask)
+        _store(out_k, at, gk * (1.0 + (rate - 1.0) * k_a) + g_key * k_k, mask)
+        _store(out_a, at, g_rate, mask)
+        sum_w += g_decay
+        sum_a += g_rate
+        sum_kk += g_key * k
+        sum_ka += gk * k * (rate - 1.0)
+    c, _, inside, _ = _tile(0, rows, C, N, BR, BN)
     partial_ptr += tl.program_id(0) * 4 * C + c
-    tl.store(partial_ptr, tl.sum(g_decay, 0), mask=inside)
-    tl.store(partial_ptr + C, tl.sum(g_rate, 0), mask=inside)
-    tl.store(partial_ptr + 2 * C, tl.sum(g_key * k, 0), mask=inside)
-    tl.store(partial_ptr + 3 * C, tl.sum(gk * k * (rate - 1.0), 0), mask=inside)
+    tl.store(partial_ptr, tl.sum(sum_w, 0), mask=inside)
+    tl.store(partial_ptr + C, tl.sum(sum_a, 0), mask=inside)
+    tl.store(partial_ptr + 2 * C, tl.sum(sum_kk, 0), mask=inside)
+    tl.store(partial_ptr + 3 * C, tl.sum(sum_ka, 0), mask=inside)
 
 
 @triton.jit
 def _residual(v_ptr, first_ptr, gate_ptr, v0_ptr, out, rows, C, N, BR: tl.constexpr, BN: tl.constexpr):
-    c, at, inside, mask = _tile(rows, C, N, BR, BN)
+    c, at, inside, mask = _tile(tl.program_id(0), rows, C, N, BR, BN)
     v, first = _load(v_ptr, at, mask), _load(first_ptr, at, mask)
     share = tl.sigmoid(_load(gate_ptr, at, mask) + _load(v0_ptr, c, inside)[None, :])
     _store(out, at, v + (first - v) * share, mask)
 
 
 @triton.jit
-def _residual_backward(v_ptr, first_ptr, gate_ptr, v0_ptr, g_ptr, out_v, out_first, out_gate, partial_ptr, rows, C, N,
+def _residual_backward(v_ptr, first_ptr, gate_ptr, v0_ptr, g_ptr, more_ptr, g_first_ptr,
+                       out_v, out_first, out_gate, partial_ptr, rows, C, N, SPAN,
                        BR: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    c, at, inside, mask = _tile(rows, C, N, BR, BN)
-    v, first, g = _load(v_ptr, at, mask), _load(first_ptr, at, mask), _load(g_ptr, at, mask)
-    share = tl.sigmoid(_load(gate_ptr, at, mask) + _load(v0_ptr, c, inside)[None, :])
-    g_gate = g * (first - v) * share * (1.0 - share)
-    _store(out_v, at, g * (1.0 - share), mask)
-    _store(out_first, at, g * share, mask)
-    _store(out_gate, at, g_gate, mask)
-    tl.store(partial_ptr + tl.program_id(0) * C + c, tl.sum(g_gate, 0), mask=inside)
+    total = tl.zeros((BR, BN), tl.float32)
+    for i in range(SPAN):
+        c, at, inside, mask = _tile(tl.program_id(0) * SPAN + i, rows, C, N, BR, BN)
+        v, first, g = _load(v_ptr, at, mask), _load(first_ptr, at, mask), _load(g_ptr, at, mask)
+        share = tl.sigmoid(_load(gate_ptr, at, mask) + _load(v0_ptr, c, inside)[None, :])
+        if more_ptr is not None:
+            g += _load(more_ptr, at, mask)
+        g_gate = g * (first - v) * share * (1.0 - share)
+        g_first = g * share
+        if g_first_ptr is not None:
+            g_first += _load(g_first_ptr, at, mask)
+        _store(out_v, at, g * (1.0 - share), mask)
+        _store(out_first, at, g_first, mask)
+        _store(out_gate, at, g_gate, mask)
+        total += g_gate
+    c, _, inside, _ = _tile(0, rows, C, N, BR, BN)
+    tl.store(partial_ptr + tl.program_id(0) * C + c, tl.sum(total, 0), mask=inside)
 
 
 def _launch(rows: int, c: int, n: int) -> tuple[tuple[int, int], dict[str, int]]:
@@ -109,11 +132,17 @@ def _launch(rows: int, c: int, n: int) -> tuple[tuple[int, int], dict[str, int]]
     return (triton.cdiv(rows, height), triton.cdiv(c, n)), {"BR": height, "BN": width, "num_warps": WARPS}
 
 
+def _launch_backward(rows: int, c: int, n: int) -> tuple[tuple[int, int], dict[str, int]]:
+    """The same with several tiles to a program."""
+    (tiles, across), meta = _launch(rows, c, n)
+    span = triton.cdiv(tiles, max(1, PROGRAMS // across))
+    return (triton.cdiv(tiles, span), across), {"SPAN": span, **meta}
+
+
 _LIMITS = {"LOW": MIN_LOG_DECAY, "MIN_NORM": MIN_NORM}
 
 
-@torch.library.custom_op("receptance::decay_and_keys", mutates_args=())
-def _decay_and_keys(
+def _make_keys(
     w: Tensor, k: Tensor, a: Tensor, w0: Tensor, a0: Tensor, k_k: Tensor, k_a: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     b, t, h, n = k.shape
@@ -123,26 +152,34 @@ def _decay_and_keys(
     return outs[0], outs[1], outs[2], outs[3]
 
 
+def _key_gradients(
+    gw: Tensor, gk: Tensor, ga: Tensor, gb: Tensor,
+    w: Tensor, k: Tensor, a: Tensor, w0: Tensor, a0: Tensor, k_k: Tensor, k_a: Tensor, more: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of w, k, a, and [4, C]: of the vectors. more: what else reached the new k."""
+    b, t, h, n = k.shape
+    outs = [torch.empty_like(x) for x in (w, k, a)]
+    grid, meta = _launch_backward(b * t, h * n, n)
+    partial = torch.empty(grid[0], 4, h * n, dtype=torch.float32, device=k.device)
+    _keys_backward[grid](
+        w, k, a, w0, a0, k_k, k_a, gw, gk, ga, gb, more, *outs, partial, b * t, h * n, n, **_LIMITS, **meta
+    )
+    return outs[0], outs[1], outs[2], partial.sum(0)
+
+
+_decay_and_keys = torch.library.custom_op("receptance::decay_and_keys", _make_keys, mutates_args=())
+_decay_and_keys_backward = torch.library.custom_op(
+    "receptance::decay_and_keys_backward", _key_gradients, mutates_args=()
+)
+
+
 @_decay_and_keys.register_fake
 def _(w, k, a, w0, a0, k_k, k_a):
     return tuple(torch.empty_like(k) for _ in range(4))
 
 
-@torch.library.custom_op("receptance::decay_and_keys_backward", mutates_args=())
-def _decay_and_keys_backward(
-    gw: Tensor, gk: Tensor, ga: Tensor, gb: Tensor,
-    w: Tensor, k: Tensor, a: Tensor, w0: Tensor, a0: Tensor, k_k: Tensor, k_a: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    b, t, h, n = k.shape
-    outs = [torch.empty_like(x) for x in (w, k, a)]
-    grid, meta = _launch(b * t, h * n, n)
-    partial = torch.empty(grid[0], 4, h * n, dtype=torch.float32, device=k.device)
-    _keys_backward[grid](w, k, a, w0, a0, k_k, k_a, gw, gk, ga, gb, *outs, partial, b * t, h * n, n, **_LIMITS, **meta)
-    return outs[0], outs[1], outs[2], partial.sum(0)
-
-
 @_decay_and_keys_backward.register_fake
-def _(gw, gk, ga, gb, w, k, a, w0, a0, k_k, k_a):
+def _(gw, gk, ga, gb, w, k, a, w0, a0, k_k, k_a, more=None):
     partial = torch.empty(4, k.shape[2] * k.shape[3], dtype=torch.float32, device=k.device)
     return torch.empty_like(w), torch.empty_like(k), torch.empty_like(a), partial
 
@@ -151,18 +188,36 @@ def _keep(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
-def _key_gradients(ctx, *grads):
+def _differentiate_keys(ctx, *grads):
     saved = ctx.saved_tensors  # may be asked for once: activation checkpointing makes them then
     *tensors, vectors = _decay_and_keys_backward(*(g.contiguous() for g in grads), *saved)
-    parameters = saved[3:]
-    return *tensors, *(g.view_as(p).to(p.dtype) for g, p in zip(vectors.unbind(), parameters))
+    return *tensors, *(g.view_as(p).to(p.dtype) for g, p in zip(vectors.unbind(), saved[3:]))
 
 
-_decay_and_keys.register_autograd(_key_gradients, setup_context=_keep)
+_decay_and_keys.register_autograd(_differentiate_keys, setup_context=_keep)
 
 
-@torch.library.custom_op("receptance::value_residual", mutates_args=())
-def _value_residual(v: Tensor, first: Tensor, gate: Tensor, v0: Tensor) -> Tensor:
+class _KeysTwice(torch.autograd.Function):
+    """Not an operator of torch.library: the new k comes twice, so that the kernel adds its two gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*inputs)
+        with torch.cuda.device_of(inputs[0]):
+            outs = _make_keys(*inputs)
+        return *outs, outs[1].data
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors
+        *four, more = (g.contiguous() for g in grads)
+        arguments = *four, *saved, more
+        with torch.cuda.device_of(saved[0]):
+            *tensors, vectors = _key_gradients(*arguments)
+        return *tensors, *(g.view_as(p).to(p.dtype) for g, p in zip(vectors.unbind(), saved[3:]))
+
+
+def _make_value(v: Tensor, first: Tensor, gate: Tensor, v0: Tensor) -> Tensor:
     out = torch.empty_like(v)
     rows, c = v.shape[0] * v.shape[1], v.shape[2]
     grid, meta = _launch(rows, c, COLS)
@@ -170,45 +225,80 @@ def _value_residual(v: Tensor, first: Tensor, gate: Tensor, v0: Tensor) -> Tenso
     return out
 
 
+def _value_gradients(
+    g: Tensor, v: Tensor, first: Tensor, gate: Tensor, v0: Tensor, more: Tensor | None = None,
+    g_first: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of v, first, gate, v0. more, g_first: what else reached the result and `first`."""
+    outs = [torch.empty_like(x) for x in (v, first, gate)]
+    rows, c = v.shape[0] * v.shape[1], v.shape[2]
+    grid, meta = _launch_backward(rows, c, COLS)
+    partial = torch.empty(grid[0], c, dtype=torch.float32, device=v.device)
+    _residual_backward[grid](v, first, gate, v0, g, more, g_first, *outs, partial, rows, c, COLS, **meta)
+    return outs[0], outs[1], outs[2], partial.sum(0).view_as(v0).to(v0.dtype)
+
+
+_value_residual = torch.library.custom_op("receptance::value_residual", _make_value, mutates_args=())
+_value_residual_backward = torch.library.custom_op(
+    "receptance::value_residual_backward", _value_gradients, mutates_args=()
+)
+
+
 @_value_residual.register_fake
 def _(v, first, gate, v0):
     return torch.empty_like(v)
 
 
-@torch.library.custom_op("receptance::value_residual_backward", mutates_args=())
-def _value_residual_backward(
-    g: Tensor, v: Tensor, first: Tensor, gate: Tensor, v0: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    outs = [torch.empty_like(x) for x in (v, first, gate)]
-    rows, c = v.shape[0] * v.shape[1], v.shape[2]
-    grid, meta = _launch(rows, c, COLS)
-    partial = torch.empty(grid[0], c, dtype=torch.float32, device=v.device)
-    _residual_backward[grid](v, first, gate, v0, g, *outs, partial, rows, c, COLS, **meta)
-    return outs[0], outs[1], outs[2], partial.sum(0).view_as(v0).to(v0.dtype)
-
-
 @_value_residual_backward.register_fake
-def _(g, v, first, gate, v0):
+def _(g, v, first, gate, v0, more=None, g_first=None):
     return torch.empty_like(v), torch.empty_like(first), torch.empty_like(gate), torch.empty_like(v0)
 
 
-def _residual_gradients(ctx, g):
+def _differentiate_value(ctx, g):
     return _value_residual_backward(g.contiguous(), *ctx.saved_tensors)
 
 
-_value_residual.register_autograd(_residual_gradients, setup_context=_keep)
+_value_residual.register_autograd(_differentiate_value, setup_context=_keep)
+
+
+class _ValueTwice(torch.autograd.Function):
+    """The result twice, and `first` passed on to the next layer: the kernel adds all their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, first: Tensor, gate: Tensor, v0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(v, first, gate, v0)
+        ctx.set_materialize_grads(False)
+        with torch.cuda.device_of(v):
+            out = _make_value(v, first, gate, v0)
+        return out, out.data, first
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors
+        g, more, g_first = (None if x is None else x.contiguous() for x in grads)
+        if g is None:
+            g, more = torch.zeros_like(saved[0]) if more is None else more, None
+        arguments = g, *saved, more, g_first
+        with torch.cuda.device_of(g):
+            return _value_gradients(*arguments)
 
 
 def decay_and_keys(
-    w: Tensor, k: Tensor, a: Tensor, w0: Tensor, a0: Tensor, k_k: Tensor, k_a: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Same contract as the plain form; all four come back in k's dtype."""
-    return _decay_and_keys(w.contiguous(), k.contiguous(), a.contiguous(), w0, a0, k_k, k_a)
+    w: Tensor, k: Tensor, a: Tensor, w0: Tensor, a0: Tensor, k_k: Tensor, k_a: Tensor, twice: bool = False
+) -> tuple[Tensor, ...]:
+    """Same contract as the plain form; all come back in k's dtype."""
+    function = _KeysTwice.apply if twice else _decay_and_keys
+    return function(w.contiguous(), k.contiguous(), a.contiguous(), w0, a0, k_k, k_a)
 
 
 def value_residual(v: Tensor, first: Tensor, gate: Tensor, v0: Tensor) -> Tensor:
     """Same contract as the plain form."""
     return _value_residual(v.contiguous(), first.contiguous(), gate.contiguous(), v0)
+
+
+def value_residual_twice(v: Tensor, first: Tensor, gate: Tensor, v0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Same contract as the plain form."""
+    return _ValueTwice.apply(v.contiguous(), first.contiguous(), gate.contiguous(), v0)
 
 
 def probe() -> None:
@@ -217,4 +307,5 @@ def probe() -> None:
     w, k, v = draw(1, 2, 64), draw(1, 2, 1, 64), draw(64)
     sum(y.sum() for y in decay_and_keys(w, k, w, v, v, v, v)).backward()
     value_residual(w, w, w, v).sum().backward()
+    value_residual_twice(w, w, w, v)[0].sum().backward()
     torch.cuda.synchronize()

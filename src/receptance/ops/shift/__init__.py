@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from receptance.ops.norm import add_norm, layer_norm
 from receptance.ops.pieces import compute_dtype, uses_triton
 
 
@@ -44,3 +45,32 @@ def shift_mix(
         mixes = [mu + more for mu, more in zip(mixes, own)]
     d = x - previous if present else previous - x
     return [(previous if present else x) + d * mu for mu in mixes]
+
+
+def norm_mix(
+    x: Tensor,
+    delta: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    last: Tensor,
+    mixes: Sequence[Tensor],
+    *,
+    resets: Tensor | None = None,
+    present: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """x + delta (None: x), the last position of its LayerNorm [B, C], and `shift_mix` of that norm.
+
+    The kernels write nothing in between; the gradients of all mixes, the norm's and the sum's own meet in one pass.
+    Under torch.compile, which cannot take a result that is an argument, they are three operators.
+    """
+    if uses_triton("shift", x, backend) and not torch.compiler.is_compiling():
+        from receptance.ops.shift.triton import norm_mix as kernel
+
+        return kernel(x, delta, weight, bias, eps, last, mixes, resets, present, compute_dtype(x))
+    if delta is None:
+        normed = layer_norm(x, weight, bias, eps, backend=backend)
+    else:
+        x, normed = add_norm(x, delta, weight, bias, eps, backend=backend)
+    return x, normed[:, -1], shift_mix(normed, last, mixes, resets=resets, present=present, backend=backend)
