@@ -83,6 +83,14 @@ def load(
     place = torch_device(device)
     wanted = torch_dtype(dtype)
 
+    if (Path(path) / "config.json").is_file():
+        from receptance.baselines import load_baseline
+        from receptance.baselines.files import is_baseline
+
+        if is_baseline(Path(path)):
+            baseline = load_baseline(Path(path), str(place))
+            return baseline if wanted is None else baseline.to(wanted)
+
     source = open_checkpoint(path)
     try:
         tensors = official_tensors(source)

@@ -49,6 +49,8 @@ def save(
             raise CheckpointError(f"tensor {name} is {tensor.dtype}, expected one of {', '.join(FLOATS)}")
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     version, config = detect(shapes)
+    if format in ("gguf", "hf") and getattr(config, "wide_rate", False):
+        raise CheckpointError(f"{path}: format {format!r} has no place for rate_span (model.wide_rate); use a folder")
     if format == "gguf":
         from receptance.native import read_config
 

@@ -371,8 +371,9 @@ def fingerprint(version: str, tensors: dict[str, Tensor]) -> str:
 
 @dataclass(frozen=True)
 class Rule:
-    """One tensor's recipe. `init`: a tensor of values, ("uniform", bound), ("orthogonal", gain) or ("zero",).
+    """One tensor's recipe.
 
+    init: a tensor of values, ("uniform", bound), ("orthogonal", gain), ("normal", std) or ("zero",).
     lr multiplies the learning rate; lr_stage2 does in the reference's second Pile stage; decay: weight decay applies.
     """
 
@@ -436,6 +437,8 @@ def apply_recipe(module: nn.Module, recipe: Recipe, generator: torch.Generator |
             value = init.reshape(parameter.shape)
         elif init[0] == "zero":
             value = torch.zeros(parameter.shape)
+        elif init[0] == "normal":
+            value = torch.empty(parameter.shape).normal_(0, init[1], generator=generator)
         elif init[0] == "uniform":
             value = torch.empty(parameter.shape).uniform_(-init[1], init[1], generator=generator)
         else:

@@ -50,7 +50,7 @@ class State(Mapping[str, Tensor]):
     @property
     def batch(self) -> int:
         """Number of rows."""
-        return self["att_shift"].shape[1]
+        return next(iter(self.values())).shape[1]
 
     @property
     def nbytes(self) -> int:
@@ -74,7 +74,7 @@ class State(Mapping[str, Tensor]):
 
     def select(self, rows: int | list[int] | Tensor) -> "State":
         """Some rows of the batch, in the given order; one may be taken several times (a fork)."""
-        index = torch.as_tensor([rows] if isinstance(rows, int) else rows, device=self["att_shift"].device)
+        index = torch.as_tensor([rows] if isinstance(rows, int) else rows, device=next(iter(self.values())).device)
         return self._map(lambda x: x[:, index])
 
     def put(self, rows: int | list[int] | Tensor, other: "State") -> "State":

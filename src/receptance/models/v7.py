@@ -42,6 +42,7 @@ class RWKV7Config:
 
     first_value: the first layer carries v0, v1, v2 too. It never uses them; released files have them, others do not.
     time_state: a tuned initial state is present.
+    wide_rate: the in-context rate of a channel goes up to 1 + its decay, so up to 2, instead of 1 (see TimeMix).
     """
 
     vocab_size: int
@@ -55,14 +56,17 @@ class RWKV7Config:
     head_size: int = 64
     first_value: bool = True
     time_state: bool = False
+    wide_rate: bool = False
     version: ClassVar[str] = "7"
 
     @classmethod
-    def make(cls, vocab_size: int, n_layer: int, n_embd: int, head_size: int = 64) -> "RWKV7Config":
+    def make(
+        cls, vocab_size: int, n_layer: int, n_embd: int, head_size: int = 64, wide_rate: bool = False
+    ) -> "RWKV7Config":
         """The usual shape for a width: dim_ffn = 4C and the reference trainer's current ranks."""
         root = math.sqrt(n_embd)
         ranks = rank(2.5 * root), rank(2.5 * root), rank(1.7 * root), rank(5 * root)
-        return cls(vocab_size, n_layer, n_embd, 4 * n_embd, *ranks, head_size)
+        return cls(vocab_size, n_layer, n_embd, 4 * n_embd, *ranks, head_size, wide_rate=wide_rate)
 
     @classmethod
     def from_shapes(cls, shapes: Shapes) -> "RWKV7Config":
@@ -83,10 +87,20 @@ class RWKV7Config:
             head_size=shapes["blocks.0.att.r_k"][1],
             first_value=first_value,
             time_state="blocks.0.att.time_state" in shapes,
+            wide_rate="blocks.0.att.rate_span" in shapes,
         )
 
 
 class TimeMix(nn.Module):
+    """With `wide_rate` the state's transition is diag(w) - kk ((1 + w)·a·kk)ᵀ instead of diag(w) - kk (a·kk)ᵀ.
+
+    Its eigenvalues then lie in (-1, 1) instead of (0, 1), which parity and permutations need: it is similar to the
+    symmetric W - u uᵀ with u = sqrt((1 + w)·a)·kk, and uᵀ(I + W)⁻¹u = Σ a·kk² < 1. A plain factor of 2 would leave that
+    range where w < 1. rate_span is a tensor so that files tell the two apart; what does not know it refuses the file.
+    """
+
+    rate_span: Tensor
+
     def __init__(self, config: RWKV7Config, layer: int):
         super().__init__()
         c, n = config.n_embd, config.head_size
@@ -113,6 +127,9 @@ class TimeMix(nn.Module):
         self.k_k = nn.Parameter(torch.empty(1, 1, c))
         self.k_a = nn.Parameter(torch.empty(1, 1, c))
         self.r_k = nn.Parameter(torch.empty(h, n))
+        self.wide_rate = config.wide_rate
+        if config.wide_rate:
+            self.register_buffer("rate_span", torch.ones(()))
         if config.time_state:
             self.time_state = nn.Parameter(torch.empty(h, n, n))  # value × key
         self.receptance = nn.Linear(c, c, bias=False)
@@ -148,6 +165,8 @@ class TimeMix(nn.Module):
         r, k, v, v_again = (z.view(heads) for z in (r, k, v, v_again))
         keys = partial(decay_and_keys, twice=True)
         w, k, erase, write, k_again = call.fused(keys, w, k, a, self.w0, self.a0, self.k_k, self.k_a)
+        if self.wide_rate:
+            write = (write * (1 + self.rate_span * w.exp())).to(write.dtype)
         y, wkv = wkv7(r, w, k, v, erase, write, state, lengths=call.lengths, resets=call.resets, backend=call.backend)
         norm = self.ln_x
         bonus = r, k_again, v_again, self.r_k

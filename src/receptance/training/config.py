@@ -13,6 +13,11 @@ from receptance.settings import build
 
 T = TypeVar("T")
 
+VERSIONS = ("4", "5.0", "5.1", "5.2", "6", "7")
+BASELINES = ("transformer", "lstm", "gru")
+IDEAS = ("small-embedding", "zero-matrices", "decay-spread", "mix-spread", "lr-groups", "token-shift")
+HEADLESS = ("4", "lstm", "gru")
+
 
 def free(default: T) -> T:
     """The default of a setting that may change between two attempts at one run."""
@@ -27,13 +32,23 @@ def fixed_settings() -> Iterator[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which model to train. init: a checkpoint to start from; its shape then replaces the numbers here."""
+    """Which model to train. init: a checkpoint to start from; its shape then replaces the numbers here.
+
+    version: of RWKV, or "transformer", "lstm" or "gru" to compare it with. parameters: a budget that the width is
+    chosen for, embedding and head not counted (0: n_embd says it). kv_heads, token_shift: of the Transformer.
+    wide_rate: RWKV-7's in-context rate goes up to 1 + decay. without: ideas left out of the recipe (`ablation.py`).
+    """
 
     version: str = "7"
     n_layer: int = 6
     n_embd: int = 256
     head_size: int = 64
     init: str | None = None
+    parameters: int = 0
+    wide_rate: bool = False
+    kv_heads: int = 0
+    token_shift: bool = False
+    without: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -208,11 +223,18 @@ def _override(config: TrainConfig, text: str) -> TrainConfig:
 def check(config: TrainConfig) -> None:
     """Raise ConfigError for a value out of range."""
     rules = [
-        ("model.version", config.model.version, config.model.version in ("4", "5.0", "5.1", "5.2", "6", "7")),
+        ("model.version", config.model.version, config.model.version in (*VERSIONS, *BASELINES)),
         ("model.n_layer", config.model.n_layer, config.model.n_layer >= 1),
         ("model.n_embd", config.model.n_embd, config.model.n_embd >= 2),
-        ("model.head_size", config.model.head_size, config.model.version == "4"
-         or (config.model.head_size >= 1 and config.model.n_embd % config.model.head_size == 0)),
+        ("model.head_size", config.model.head_size, config.model.version in HEADLESS or (config.model.head_size >= 1
+         and (config.model.n_embd % config.model.head_size == 0 or config.model.parameters > 0))),
+        ("model.parameters", config.model.parameters, config.model.parameters >= 0),
+        ("model.wide_rate", config.model.wide_rate, config.model.version == "7" or not config.model.wide_rate),
+        ("model.kv_heads", config.model.kv_heads, config.model.kv_heads >= 0
+         and (config.model.version == "transformer" or config.model.kv_heads == 0)),
+        ("model.without", config.model.without, set(config.model.without) <= set(IDEAS)),
+        ("model.token_shift", config.model.token_shift,
+         config.model.version == "transformer" or not config.model.token_shift),
         ("data.repeat", config.data.repeat, all(count >= 1 for count in config.data.repeat)),
         ("data.weights", config.data.weights, all(weight > 0 for weight in config.data.weights)
          and len(config.data.weights) in (0, len(config.data.train))),

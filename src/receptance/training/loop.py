@@ -4,23 +4,27 @@ import json
 import shutil
 import time
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from receptance.baselines import BASELINES, RNN, fit_budget, save_baseline
 from receptance.checkpoint import load, save
 from receptance.data import BinIdx, documents
 from receptance.errors import CheckpointError, ConfigError
 from receptance.models import RWKV, VERSIONS, apply_recipe
+from receptance.models.base import Recipe
 from receptance.tokenizers import tokenizer as open_tokenizer
 from receptance.tokenizers import train_bpe
 from receptance.tokenizers.base import Tokenizer
+from receptance.training.ablation import freeze, without
 from receptance.training.batch import Batch
-from receptance.training.config import TrainConfig, fixed_settings, to_json
+from receptance.training.config import HEADLESS, TrainConfig, fixed_settings, to_json
 from receptance.training.data import TrainingData, is_token_file, open_data, source_path
 from receptance.training.distributed import Parallel
 from receptance.training.evaluate import Loss
@@ -221,6 +225,8 @@ def set_up(config: TrainConfig, reporter: Reporter) -> Run:
     out = Path(config.run.out)
     parallel = Parallel(config, _device(config.run.device))
     device = parallel.device
+    if config.model.version in BASELINES and (parallel.is_sharded or config.parallel.context > 1):
+        raise ConfigError(f"model.version = {config.model.version!r} trains with parallel.kind = 'ddp', rows whole")
     if not parallel.is_first:
         reporter = Silent()
     with parallel.first_alone():
@@ -236,11 +242,14 @@ def set_up(config: TrainConfig, reporter: Reporter) -> Run:
     model.dropout = config.optim.dropout
     model.activation_checkpointing = config.run.activation_checkpointing
     optim = config.optim
-    recipe = type(model).recipe(model.config, optim.lr)  # type: ignore[attr-defined]
+    freeze(model, config.model.without)
+    recipe = recipe_of(model, config)
     optimizer = build_optimizer(model, recipe, optim)
     size = sum(p.numel() for p in model.parameters())
+    version = model.config.version
+    kind = version if version in BASELINES else f"RWKV-{version}"
     reporter.message(
-        f"RWKV-{model.config.version} with {size:,} parameters on {device}; {data.n_tokens:,} training "
+        f"{kind} with {size:,} parameters on {device}; {data.n_tokens:,} training "
         f"tokens, {config.steps:,} steps of {config.run.batch_size} × {config.run.ctx_len}"
     )
     for line in data.report(config.steps * config.run.batch_size):
@@ -271,7 +280,11 @@ def release(run: Run, folder: Path, steps: int, suffix: str, log: Log, reporter:
     tensors = run.parallel.whole(run.model)
     if not run.parallel.is_first:
         return
-    save({name: x.to(dtype) for name, x in tensors.items()}, folder, format="folder")
+    tensors = {name: x.to(dtype) for name, x in tensors.items()}
+    if run.model.config.version in BASELINES:
+        save_baseline(tensors, run.model.config, folder)
+    else:
+        save(tensors, folder, format="folder")
     run.tokenizer.save(folder)
     report = {
         "parameters": sum(p.numel() for p in run.model.parameters()),
@@ -354,16 +367,38 @@ def _model(config: TrainConfig, tokenizer: Tokenizer, device: torch.device) -> R
             )
         model.fingerprint = None  # its weights are about to change
         return model.to(device)
-    cls, shape = VERSIONS[config.model.version], config.model
-    arguments: dict[str, object] = {
-        "vocab_size": tokenizer.vocab_size,
-        "n_layer": shape.n_layer,
-        "n_embd": shape.n_embd,
-    }
-    if shape.version != "4":
-        arguments["head_size"] = shape.head_size
-    if shape.version.startswith("5"):
-        arguments["version"] = shape.version
-    model = cls(cls.Config.make(**arguments))  # type: ignore[arg-type]
-    apply_recipe(model, cls.recipe(model.config, config.optim.lr), torch.Generator().manual_seed(config.run.seed))  # type: ignore[arg-type]
+    model = new_model(config, tokenizer.vocab_size)
+    recipe = recipe_of(model, config)
+    apply_recipe(model, recipe, torch.Generator().manual_seed(config.run.seed))
     return model.to(device)
+
+
+def recipe_of(model: RWKV, config: TrainConfig) -> Recipe:
+    recipe: Recipe = type(model).recipe(model.config, config.optim.lr)  # type: ignore[attr-defined]
+    return without(recipe, model, config.model.without) if config.model.without else recipe
+
+
+def new_model(config: TrainConfig, vocab_size: int, device: str = "cpu") -> RWKV:
+    """The model that the configuration describes, before its initial values."""
+    shape, version = config.model, config.model.version
+    classes: dict[str, Any] = {**VERSIONS, **BASELINES}
+    cls = classes[version]
+    extra: dict[str, object] = {} if version in HEADLESS else {"head_size": shape.head_size}
+    if version.startswith("5") or cls is RNN:
+        extra["version"] = version
+    elif version == "7":
+        extra["wide_rate"] = shape.wide_rate
+    elif version == "transformer":  # it sees as far as its rows are long, also where a text is longer
+        extra |= {"kv_heads": shape.kv_heads, "window": config.run.ctx_len}
+
+    def make(n_embd: int) -> Any:
+        made = cls.Config.make(vocab_size=vocab_size, n_layer=shape.n_layer, n_embd=n_embd, **extra)
+        return replace(made, token_shift=True) if shape.token_shift else made
+
+    if shape.parameters:
+        multiple = 8 if version in HEADLESS else shape.head_size * max(1, shape.kv_heads)
+        found = fit_budget(make, lambda c: cls(c, device="meta"), shape.parameters, multiple)
+    else:
+        found = make(shape.n_embd)
+    model: RWKV = cls(found, device=device)
+    return model

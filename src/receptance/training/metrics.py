@@ -22,7 +22,11 @@ def flops_per_token(model: RWKV) -> float:
     """
     blocks = sum(p.numel() for p in model.blocks.parameters() if p.dim() > 1 and min(p.shape) > 1)
     config = model.config
-    if config.version == "4":
+    if config.version == "transformer":
+        state = 2 * config.n_embd * config.window  # scores and sum over half of the window on average, 2 FLOPs each
+    elif config.version in ("lstm", "gru"):
+        state = 0  # its matrices are all
+    elif config.version == "4":
         state = 10 * config.dim_att  # num and den: decay, add, read
     else:
         products = 5 if config.version == "7" else 3  # decay, writing k vᵀ, reading; RWKV-7 also erasing, by a and by b

@@ -36,6 +36,8 @@ def misfit(model: object, dtype: torch.dtype = torch.float16) -> str | None:
     if not isinstance(model, RWKV7):
         return f"only RWKV-7 has GPU kernels for decoding, not {type(model).__name__}"
     c = model.config
+    if c.wide_rate:
+        return "the kernels have no wide_rate"
     ranks = c.decay_rank, c.rate_rank, c.value_rank, c.gate_rank
     if c.head_size not in (32, 64, 128):
         return f"heads of {c.head_size}; the kernels take 32, 64 or 128"
