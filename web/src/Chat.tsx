@@ -94,7 +94,7 @@ function Messages(): VNode {
   return (
     <div class="scroll" ref={box} onScroll={scrolled}>
       <div class="thread" role="log" aria-label="Conversation" aria-live="off" aria-busy={store.busy.value}>
-        {store.opening.value ? <p class="empty">Opening…</p> : empty ? <Welcome /> : null}
+        {store.opening.value !== null ? <p class="empty">Opening…</p> : empty ? <Welcome /> : null}
         {session?.system && <SystemPrompt text={session.system} />}
         {session?.parent && (
           <p class="origin">
@@ -105,7 +105,7 @@ function Messages(): VNode {
             </button>
           </p>
         )}
-        {!store.opening.value && turns.map((each, i) => <Stored key={`${session!.id}/${each.index}/${each.created}`} turn={each} last={i === turns.length - 1 && !live} />)}
+        {store.opening.value === null && turns.map((each, i) => <Stored key={`${session!.id}/${each.index}/${each.created}`} turn={each} last={i === turns.length - 1 && !live} />)}
         {live && <Unstored live={live} />}
       </div>
       <div class="sr" role="status">
@@ -392,7 +392,7 @@ function Composer(): VNode {
               <Icon name="stop" />
             </button>
           ) : (
-            <button type="submit" class="round" aria-label="Send" title="Send (Enter)" disabled={!text.trim() || !store.ready.value}>
+            <button type="submit" class="round" aria-label="Send" title="Send (Enter)" disabled={!text.trim() || !store.ready.value || store.opening.value !== null}>
               <Icon name="send" />
             </button>
           )}

@@ -1,6 +1,7 @@
 import type { VNode } from "preact";
 import { useState } from "preact/hooks";
 import { apiKey } from "./api";
+import { Icon } from "./icons";
 import { choose, CONTROLS, PRESETS, sampling, set, type Control, type Sampling } from "./settings";
 import * as store from "./store";
 
@@ -79,6 +80,9 @@ function Slider({ control }: { control: Control }): VNode {
       <label for={id} title={hint}>
         {label}
       </label>
+      <button type="button" class="icon-button" disabled={value === null} aria-label={`${label}: back to the model’s own`} title="Back to the model’s own" onClick={() => set({ [key]: null })}>
+        <Icon name="close" />
+      </button>
       <input
         type="number"
         aria-label={`${label}, as a number`}
@@ -89,9 +93,6 @@ function Slider({ control }: { control: Control }): VNode {
         value={value ?? ""}
         onChange={(event) => set({ [key]: event.currentTarget.value === "" ? null : clamp(event.currentTarget.valueAsNumber) })}
       />
-      <button type="button" class="link" disabled={value === null} aria-label={`${label}: back to the model’s own`} onClick={() => set({ [key]: null })}>
-        auto
-      </button>
       <input id={id} type="range" min={min} max={max} step={step} value={value ?? start} title={hint} onInput={(event) => set({ [key]: event.currentTarget.valueAsNumber })} />
     </div>
   );

@@ -61,8 +61,8 @@ function Compare({ state, cache }: { state: number; cache: number }): VNode {
   const row = (label: string, value: number, tone: string, y: number): VNode => (
     <g>
       <text x="0" y={y + 9}>{label}</text>
-      <rect class="track" x="84" y={y} width="256" height="11" rx="3" />
-      <rect class={tone} x="84" y={y} width={Math.max(3, (256 * value) / most)} height="11" rx="3" />
+      <rect class="track" x="100" y={y} width="240" height="11" rx="3" />
+      <rect class={tone} x="100" y={y} width={Math.max(3, (240 * value) / most)} height="11" rx="3" />
     </g>
   );
   return (
@@ -91,11 +91,11 @@ function Report({ report }: { report: StateReport }): VNode {
           <div class="facts">
             <p>
               <b>{significant(report.changed.norm)}</b>
-              <span>moved (norm of the difference)</span>
+              <span>moved: norm of the difference</span>
             </p>
             <p>
-              <b>{significant(report.changed.cosine)}</b>
-              <span>cosine with the state before</span>
+              <b>{degrees(report.changed.cosine)}°</b>
+              <span>turned: cosine {report.changed.cosine.toFixed(3)}</span>
             </p>
             <Dial cosine={report.changed.cosine} />
           </div>
@@ -136,17 +136,19 @@ function Report({ report }: { report: StateReport }): VNode {
 
 const tokens = (n: number): string => (n >= 1e6 ? "over a million tokens" : `${significant(n)} token${n === 1 ? "" : "s"}`);
 
-/** The angle between the state before and after. */
+const angle = (cosine: number): number => Math.acos(Math.min(1, Math.max(-1, cosine)));
+const degrees = (cosine: number): number => Math.round((angle(cosine) * 180) / Math.PI);
+
+/** The angle between the state before and after, on a half circle. */
 function Dial({ cosine }: { cosine: number }): VNode {
-  const angle = Math.acos(Math.min(1, Math.max(-1, cosine)));
-  const [x, y] = [8 + 44 * Math.cos(angle), 50 - 44 * Math.sin(angle)];
-  const degrees = Math.round((angle * 180) / Math.PI);
+  const [x, y] = [40 + 34 * Math.cos(angle(cosine)), 40 - 34 * Math.sin(angle(cosine))];
   return (
-    <svg class="dial" viewBox="0 0 60 56" role="img" aria-label={`Turned by ${degrees} degrees`}>
-      <path class="stroke-line" d="M8 50h46" />
-      <path class="wedge" d={`M8 50L52 50A44 44 0 0 0 ${x} ${y}Z`} />
-      <path class="stroke-amber" d={`M8 50L${x} ${y}`} />
-      <text x="57" y="46" text-anchor="end">{degrees}°</text>
+    <svg class="dial" viewBox="0 0 80 46" role="img" aria-label={`Turned by ${degrees(cosine)} degrees`}>
+      <path class="stroke-line" d="M6 40A34 34 0 0 1 74 40" />
+      <path class="wedge" d={`M40 40L74 40A34 34 0 0 0 ${x} ${y}Z`} />
+      <path class="stroke-faint" d="M40 40H74" />
+      <path class="stroke-amber" d={`M40 40L${x} ${y}`} />
+      <circle class="fill-amber" cx="40" cy="40" r="3" />
     </svg>
   );
 }

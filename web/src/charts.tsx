@@ -29,7 +29,7 @@ function Frame({ n, height, picking, children }: { n: number; height: number; pi
       class="chart pickable"
       viewBox={`0 0 ${WIDTH} ${height}`}
       role="slider"
-      tabIndex={0}
+      tabindex={0}
       aria-label={label}
       aria-valuemin={0}
       aria-valuemax={n - 1}
@@ -62,10 +62,10 @@ function Names({ names, y }: { names: string[]; y: number }): VNode {
   );
 }
 
-/** The next of 1, 2, 5 × 10ⁿ. */
+/** The next number that halves well. */
 function roundUp(x: number): number {
   const power = 10 ** Math.floor(Math.log10(x));
-  return ([1, 2, 5, 10].find((step) => step * power >= x * 0.999) ?? 10) * power;
+  return ([1, 1.6, 2, 3, 4, 5, 6, 8, 10].find((step) => step * power >= x * 0.999) ?? 10) * power;
 }
 
 export function Bars({ values, front, names, ...picking }: { values: number[]; front: (number | null)[]; names: string[] } & Picking): VNode {

@@ -15,7 +15,7 @@ const PATHS = {
   state: "M3.5 4c.8 6.5 4 10.5 13 11.5M8 4.5c.8 3.2 3.2 5.2 8.5 6",
   sliders: "M4 6h7M15 6h1M4 14h1M9 14h7M13 4.2v3.6M7 12.2v3.6",
   tree: "M5 4v9a3 3 0 0 0 3 3h2M5 8h5M10 6h6v4h-6zM10 14h6v4h-6z",
-  more: "M5 10h.01M10 10h.01M15 10h.01",
+  more: "M4.8 10h.4M9.8 10h.4M14.8 10h.4",
   trash: "M4.5 6h11M8 6V4h4v2M6 6l.7 10h6.6L14 6",
   download: "M10 3.5v9M6 9l4 4 4-4M4 16.5h12",
   upload: "M10 13V4M6 7.5l4-4 4 4M4 16.5h12",

@@ -27,7 +27,8 @@ export type Panel = "state" | "tree" | "settings";
 export const models = signal<string[]>([]);
 export const sessions = signal<api.Summary[]>([]);
 export const current = signal<api.Session | null>(null);
-export const opening = signal(false);
+/** The chat that the address names, until it is here. */
+export const opening = signal<string | null>(named());
 export const ready = signal(false);
 export const online = signal(true);
 export const needsKey = signal<"" | "missing" | "wrong">("");
@@ -50,7 +51,7 @@ export const speeds = kept<Record<string, Record<number, Speed>>>("speeds", {});
 export const theme = kept<"" | "light" | "dark">("theme", "");
 
 export const NEW = "new"; // stands for the id of a chat that has none yet
-export const draftKey = computed(() => current.value?.id ?? NEW);
+export const draftKey = computed(() => opening.value ?? current.value?.id ?? NEW);
 export const currentLive = computed(() => live.value[draftKey.value] ?? null);
 export const busy = computed(() => ["reading", "writing", "waiting"].includes(currentLive.value?.status ?? ""));
 
@@ -130,18 +131,22 @@ async function refreshList(): Promise<void> {
 
 /** Shows what the address names. */
 export async function follow(): Promise<void> {
-  const id = /^#\/s\/(.+)$/.exec(location.hash)?.[1];
+  const id = named();
   if (!id) return close();
-  const wanted = decodeURIComponent(id);
-  if (current.value?.id !== wanted) await open(wanted);
+  if (current.value?.id !== id || opening.value) await open(id);
+}
+
+function named(): string | null {
+  const id = /^#\/s\/(.+)$/.exec(location.hash)?.[1];
+  return id ? decodeURIComponent(id) : null;
 }
 
 export async function open(id: string, turn?: number): Promise<void> {
-  opening.value = current.value?.id !== id;
+  opening.value = current.value?.id === id ? null : id;
   const session = await attempt(() => api.getSession(id));
-  opening.value = false;
+  if (opening.value !== null && opening.value !== id) return; // another one was chosen meanwhile
   if (!session) {
-    if (current.value?.id !== id && online.value && !needsKey.value) close();
+    if (online.value && !needsKey.value) close();
     return;
   }
   adopt(session);
@@ -152,6 +157,7 @@ export async function open(id: string, turn?: number): Promise<void> {
 
 export function close(): void {
   batch(() => {
+    opening.value = null;
     current.value = null;
     editing.value = null;
     sidebar.value = false;
@@ -163,6 +169,7 @@ export function close(): void {
 function adopt(session: api.Session): void {
   batch(() => {
     if (current.value?.id !== session.id) editing.value = null;
+    opening.value = null;
     current.value = session;
     shownTurn.value = session.turns.length;
     note(session);
@@ -227,7 +234,7 @@ export const dropLive = (id: string): void => {
 
 /** Sends a message in the shown chat, which is made first if there is none. */
 export async function send(text: string): Promise<boolean> {
-  if (busy.value || !text.trim()) return false;
+  if (busy.value || opening.value || !text.trim()) return false;
   let session = current.value;
   if (!session) {
     setLive(NEW, fresh(text, 0));
@@ -274,16 +281,15 @@ async function run(id: string, name: string): Promise<void> {
   };
   setLive(id, { ...turn });
   const started = performance.now();
-  let firstAt = 0;
-  let pieces = 0;
+  let [firstAt, lastAt, pieces] = [0, 0, 0];
   try {
     const request = { ...body(), model: name, session_id: id, messages: [{ role: "user", content: turn.user }] };
     for await (const { delta, usage } of api.chat(request, abort.signal)) {
-      const now = performance.now();
       const text = delta.content ?? "";
       const thought = delta.reasoning_content ?? delta.reasoning ?? "";
       if (text || thought) {
-        firstAt ||= now;
+        lastAt = performance.now();
+        firstAt ||= lastAt;
         pieces++;
         turn.status = "writing";
         turn.answer += text;
@@ -293,8 +299,7 @@ async function run(id: string, name: string): Promise<void> {
       if (firstAt)
         turn.speed = {
           ttft: firstAt - started,
-          // the first token's time belongs to reading the prompt; a usage chunk comes after the last token
-          rate: usage && turn.speed ? (turn.speed.rate * Math.max(tokens - 1, 0)) / Math.max(pieces - 1, 1) : ((pieces - 1) * 1000) / Math.max(now - firstAt, 1),
+          rate: ((tokens - 1) * 1000) / Math.max(lastAt - firstAt, 1), // the first token's time is the prompt's
           tokens,
           read: usage?.prompt_tokens ?? 0,
           cached: usage?.prompt_tokens_details?.cached_tokens ?? 0,
@@ -332,6 +337,7 @@ function finish(session: api.Session, turn: Live): void {
     if (current.value?.id === session.id) adopt(session);
     else note(session);
   });
+  void loadReport(session, session.turns.length);
 }
 
 /** The server keeps a stopped turn or forgets it; ask which, giving it a moment to notice. */
