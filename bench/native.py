@@ -3,11 +3,16 @@
 First the float32 logits of both engines are compared; no speed is reported when they differ. Timings alternate
 between the engines, and the best of all rounds counts. With one thread they are processor time, which other users of
 the machine disturb less; with more they are wall time. `--text` measures the embedded model on held-out text.
+
+`--gguf FILE... --llama FOLDER` runs the tools of llama.cpp in that folder (llama-bench, llama-batched-bench) and this
+engine in turns on each file, in wall time: best and median of all rounds, and the ratios of both.
 """
 
 import argparse
 import json
 import lzma
+import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +24,7 @@ from measure import lively_model, load, machine, rounded
 import receptance as rc
 from receptance.models import RWKV
 from receptance.native import NativeModel, read_config
+from receptance.native.measure import limits
 
 SHAPES = {"0.1b": (12, 768), "0.4b": (24, 1024), "1.5b": (24, 2048), "small": (4, 512)}
 VOCAB = 65536
@@ -65,6 +71,66 @@ def speeds(model: RWKV, threads: int, rounds: int) -> tuple[float, dict[str, dic
                     call()
                     best[name][work] = max(best[name].get(work, 0), tokens / (clock() - start))
     return difference, best
+
+
+def theirs(folder: Path, file: Path, threads: int, prompt: int, decode: int) -> dict[str, float]:
+    """Tokens/s of llama.cpp, one run of each kind."""
+    common = ["-m", str(file), "-t", str(threads)]
+    bench = [str(folder / "llama-bench"), *common, "-p", str(prompt), "-n", str(decode), "-r", "1", "-o", "json"]
+    found = json.loads(subprocess.run(bench, capture_output=True, check=True, text=True).stdout)
+    row = {"prefill" if run["n_prompt"] else "decode": float(run["avg_ts"]) for run in found}
+    together = [str(folder / "llama-batched-bench"), *common, "-npp", "1", "-ntg", "4", "-npl", str(BATCH)]
+    together += ["-c", "1024", "--output-format", "jsonl"]
+    lines = subprocess.run(together, capture_output=True, check=True, text=True).stdout.splitlines()
+    row["batch"] = next(float(json.loads(line)["speed_tg"]) for line in lines if line.startswith("{"))
+    return row
+
+
+def ours(model: NativeModel, prompt: int, decode: int) -> dict[str, float]:
+    """The same of this engine."""
+    ids, rows = np.arange(prompt) + 5, np.arange(BATCH)[:, None] + 7
+    state, many = model.forward(ids[:2])[1], model.forward(rows)[1]
+
+    def rate(tokens: int, call: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        call()
+        return tokens / (time.perf_counter() - start)
+
+    def write() -> None:
+        after = state
+        for i in range(decode):
+            after = model.forward(ids[i : i + 1], after, last_only=True)[1]
+
+    def write_many() -> None:
+        after = many
+        for _ in range(4):
+            after = model.forward(rows, after, last_only=True)[1]
+
+    return {
+        "decode": rate(decode, write),
+        "prefill": rate(prompt, lambda: model.forward(ids, last_only=True)),
+        "batch": rate(4 * BATCH, write_many),
+    }
+
+
+def beside(folder: Path, file: Path, threads: int, rounds: int, sizes: tuple[int, int]) -> dict[str, dict[str, float]]:
+    """Of each kind of work: best and median of both, and our share of the read bandwidth in decode."""
+    model = rc.load(file, engine="native", threads=threads)
+    assert isinstance(model, NativeModel)
+    samples = [(ours(model, *sizes), theirs(folder, file, threads, *sizes)) for _ in range(rounds)]
+    found: dict[str, dict[str, float]] = {}
+    for work in samples[0][0]:
+        row = found[work] = {}
+        for name, many in (("ours", [x[work] for x, _ in samples]), ("llama.cpp", [x[work] for _, x in samples])):
+            row[f"{name} best"], row[f"{name} median"] = max(many), statistics.median(many)
+        for kind in ("best", "median"):
+            row[f"ratio {kind}"] = row[f"ours {kind}"] / row[f"llama.cpp {kind}"]
+    active = 1.0 if model.active_fraction is None else model.active_fraction
+    read = limits(threads, 0.5).read
+    reached = found["decode"]["ours best"] * model.bytes_per_token(active) / read
+    found["decode"] |= {"bytes per token": model.bytes_per_token(active), "read": read, "reached": reached}
+    found["batch"]["to one"] = found["batch"]["ours best"] / found["decode"]["ours best"]
+    return found
 
 
 def log_softmax(x: np.ndarray) -> np.ndarray:
@@ -115,6 +181,9 @@ def main() -> None:
     parser.add_argument("--text", type=Path, nargs="*", default=[])
     parser.add_argument("--tokens", type=int, default=10_000, help="of each text")
     parser.add_argument("--out", type=Path, help="write the JSON to this file too")
+    parser.add_argument("--gguf", type=Path, nargs="*", default=[], help="files to read beside llama.cpp")
+    parser.add_argument("--llama", type=Path, help="the folder of llama-bench and llama-batched-bench")
+    parser.add_argument("--sizes", type=int, nargs=2, default=(PREFILL, 32), metavar=("PROMPT", "DECODE"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     result: dict[str, object] = {"bench": "native", "machine": {**machine(), "load_before": load()}}
@@ -135,6 +204,11 @@ def main() -> None:
         result.setdefault("quality", {})[path.name] = rows  # type: ignore[attr-defined]
         for dtype, row in rows.items():
             print(f"{path.name:36}{dtype:10}" + "  ".join(f"{key} {value:.5f}" for key, value in row.items()))
+    for path in options.gguf:
+        table = beside(options.llama, path, options.threads, options.rounds, tuple(options.sizes))
+        result.setdefault("gguf", {})[path.name] = table  # type: ignore[attr-defined]
+        for work, row in table.items():
+            print(f"{path.name:20}{work:9}" + "  ".join(f"{key} {value:.4g}" for key, value in row.items()), flush=True)
     text = json.dumps(rounded({**result, "load_after": load()}))
     if options.out:
         options.out.write_text(text + "\n")

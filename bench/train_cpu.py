@@ -3,7 +3,10 @@
 `python bench/train_cpu.py [--versions 4 5.2 6 7] [--out FILE]`: forward, loss, backward, clipping and AdamW in float32,
 six layers of 256 channels, 5,120 tokens of vocabulary. "naive" is the loop over time with all logits and their cross
 entropy, "chunk" has the chunked operator in its place, "trainer" the loss in blocks as well: the step that `receptance
-train` takes. Loss and gradients must agree first, or there is no report. It ends in one line of JSON.
+train` takes.
+Where flash-linear-attention is installed (`pip install fla-core einops`), "fla" has its plain torch form in the
+operator's place: its loop for RWKV-6, for RWKV-7 its chunks, which are faster than its loop. Loss and gradients must
+agree first, or there is no report. It ends in one line of JSON.
 """
 
 import argparse
@@ -37,6 +40,55 @@ from receptance.training.optim import build_optimizer, set_learning_rate
 
 VOCAB, LAYERS, WIDTH = 5_120, 6, 256
 FORMS = ("trainer", "chunk", "naive")
+
+
+class Fla:
+    """The operators of flash-linear-attention in plain torch, whose states are key × value. See `receptance.ops`."""
+
+    form = "chunk"
+    versions = ("6", "7")
+
+    def __init__(self) -> None:
+        from fla.ops.generalized_delta_rule.dplr.naive import dplr_chunkwise
+        from fla.ops.rwkv6.recurrent_naive import naive_recurrent_rwkv6
+
+        self._dplr, self._rwkv6 = dplr_chunkwise, naive_recurrent_rwkv6
+
+    def wkv6(
+        self, r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor, *, resets: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        heads = [x.transpose(1, 2) for x in (r, k, v, w)]
+        y, after = self._rwkv6(*heads, u, 1.0, state.transpose(-1, -2), True)
+        return y.transpose(1, 2), after.transpose(-1, -2)
+
+    def wkv7(
+        self,
+        r: Tensor,
+        w: Tensor,
+        k: Tensor,
+        v: Tensor,
+        a: Tensor,
+        b: Tensor,
+        state: Tensor,
+        *,
+        resets: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        heads = [x.transpose(1, 2) for x in (r * r.shape[-1] ** 0.5, k, v, a, b, w)]
+        y, after = self._dplr(*heads, state.transpose(-1, -2), True)
+        return y.transpose(1, 2), after.transpose(-1, -2)
+
+
+def fla() -> Fla | None:
+    try:
+        return Fla()
+    except ModuleNotFoundError:
+        return None
+
+
+def forms_of(version: str) -> tuple[str, ...]:
+    return (*FORMS, "fla") if version in Fla.versions and fla() else FORMS
+
+
 TOLERANCE = 1e-4  # of the loss, and of each gradient by its norm
 
 
@@ -56,7 +108,7 @@ class Trainer:
         if form == "trainer":
             loss, _ = self.model.loss(self.inputs, self.targets, logit_penalty=1e-4)
         else:
-            logits, _ = self.model.forward(self.inputs, backend=form)
+            logits, _ = self.model.forward(self.inputs, backend=fla() if form == "fla" else form)  # type: ignore[arg-type]
             loss = language_model_loss(logits, self.targets, 1e-4)
         loss.backward()
         return loss.item(), {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
@@ -67,14 +119,15 @@ class Trainer:
         self.optimizer.step()
 
 
-def check(trainer: Trainer) -> Row:
+def check(trainer: Trainer, forms: tuple[str, ...]) -> Row:
     """How far loss and gradients of the forms differ; no report when too far."""
-    loss, gradients = trainer.loss_and_gradients("trainer")
     expected_loss, expected = trainer.loss_and_gradients("naive")
-    row = {
-        "loss": abs(loss - expected_loss) / expected_loss,
-        "gradients": max(float((gradients[n] - g).norm() / g.norm().clamp(min=1e-12)) for n, g in expected.items()),
-    }
+    row = {"loss": 0.0, "gradients": 0.0}
+    for form in forms:
+        loss, gradients = trainer.loss_and_gradients(form)
+        row["loss"] = max(row["loss"], abs(loss - expected_loss) / expected_loss)
+        worst = max(float((gradients[n] - g).norm() / g.norm().clamp(min=1e-12)) for n, g in expected.items())
+        row["gradients"] = max(row["gradients"], worst)
     for name, difference in row.items():
         if not difference <= TOLERANCE or gradients.keys() != expected.keys():
             sys.exit(f"{name} of the two forms differ by {difference:.1e} of themselves; no report")
@@ -83,12 +136,13 @@ def check(trainer: Trainer) -> Row:
 
 def measure(version: str, options: argparse.Namespace, peaks: Peaks) -> dict[str, Any]:
     trainer = Trainer(version, options.batch, options.tokens)
-    result: dict[str, Any] = {"difference": check(trainer)}
-    samples: dict[str, list[Sample]] = {form: [] for form in FORMS}
+    forms = forms_of(version)
+    result: dict[str, Any] = {"difference": check(trainer, forms)}
+    samples: dict[str, list[Sample]] = {form: [] for form in forms}
     deadline = 0.0
     for i in range(1000):
         peaks.look()
-        for form in FORMS:  # taking turns, so that all meet the same machine
+        for form in forms:  # taking turns, so that all meet the same machine
             sample = timed(lambda f=form: trainer.step(f))  # type: ignore[misc]
             samples[form] += [sample] if i else []  # the first round warms up
         enough = min(map(n_calm, samples.values())) >= options.rounds
@@ -96,7 +150,7 @@ def measure(version: str, options: argparse.Namespace, peaks: Peaks) -> dict[str
             break
         deadline = deadline or time.monotonic() + options.seconds
     n = options.batch * options.tokens
-    for form in FORMS:
+    for form in forms:
         steps = undisturbed(samples[form])
         result[form] = {"median": n / statistics.median(steps), "best": n / min(steps)}
         result[form] |= {"taken": len(samples[form]), "undisturbed": n_calm(samples[form])}
@@ -114,6 +168,9 @@ def table(results: dict[str, dict[str, Any]]) -> None:
                 f"RWKV-{version:4}{of:7}{ours:9.0f}{ours / naive:6.1f}x{chunk:9.0f}{chunk / naive:6.1f}x{naive:8.0f}"
                 f"{limit:9.0f}{ours / limit:9.0%}"
             )
+        if "fla" in result:
+            ours, theirs = result["trainer"]["median"], result["fla"]["median"]
+            print(f"RWKV-{version:4}fla in plain torch {theirs:.0f}; the trainer {ours / theirs:.1f}x")
         loss, gradients = result["difference"].values()
         counts = ", ".join(f"{form} {result[form]['undisturbed']} of {result[form]['taken']}" for form in FORMS)
         print(f"RWKV-{version:4}steps undisturbed by other processes: {counts}")

@@ -15,6 +15,8 @@ import typer
 
 import receptance
 from receptance.cli import build
+from receptance.server.config import ServerConfig
+from receptance.server.config import read_config as read_server_config
 from receptance.training.config import TrainConfig, read_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,23 +57,29 @@ def plain(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
-def defaults() -> dict[str, object]:
-    config, found = TrainConfig(), {}
+def defaults(config: Any = None, without: tuple[str, ...] = ()) -> dict[str, object]:
+    config, found = config or TrainConfig(), {}
     for section in fields(config):
+        if section.name in without:
+            continue
         for entry in fields(getattr(config, section.name)):
             value = entry.default_factory() if entry.default_factory is not MISSING else entry.default
             found[f"{section.name}.{entry.name}"] = plain(value)
     return found
 
 
-def documented() -> dict[str, object]:
-    rows = re.findall(r"^\| `(\w+\.\w+)` \| (\S+) \| \S", (ROOT / "docs/training.md").read_text(encoding="utf-8"), re.M)
+def documented(page: str = "docs/training.md") -> dict[str, object]:
+    rows = re.findall(r"^\| `(\w+\.\w+)` \| (\S+) \| \S", (ROOT / page).read_text(encoding="utf-8"), re.M)
     assert len(rows) == len(dict(rows)), "a setting is documented twice"
     return {name: None if cell == "none" else tomllib.loads(f"x = {cell.strip('`')}")["x"] for name, cell in rows}
 
 
 def test_every_setting_is_documented_with_its_default():
     assert documented() == defaults()
+
+
+def test_every_setting_of_the_server_is_documented_with_its_default():
+    assert documented("docs/server.md") == defaults(ServerConfig(), without=("models",))
 
 
 @every_page
@@ -103,6 +111,8 @@ def test_command_lines_are_accepted(page, cli):
             assert verb in command.commands, f"{page.name}: there is no {verb!r}"
             command = command.commands[verb]
         context = command.make_context(verb, list(arguments))  # raises, naming the option, for one that does not exist
+        if "words" in context.params:
+            read_server_config(None, [word for word in context.params["words"] or [] if "=" in word])
         if verb == "train":
             overrides = [word for word in context.params["overrides"] or [] if "=" in word]
             read_config(None, [*overrides, 'data.train=["x.txt"]'])

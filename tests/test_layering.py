@@ -8,6 +8,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "receptance"
 MAY_IMPORT = {
     "errors": set(),
     "embedded": set(),
+    "settings": {"errors"},
     "ops": {"errors"},
     "tokenizers": {"errors", "embedded", "gguf"},
     "native": {"errors"},
@@ -17,7 +18,8 @@ MAY_IMPORT = {
     "data": {"errors", "tokenizers"},
     "engine": {"errors", "models", "checkpoint", "native", "ops", "tokenizers"},
     "generation": {"errors", "engine", "models", "tokenizers"},
-    "training": {"errors", "ops", "models", "data", "checkpoint", "tokenizers"},
+    "training": {"errors", "ops", "models", "data", "checkpoint", "tokenizers", "settings"},
+    "server": {"errors", "settings", "engine", "tokenizers", "checkpoint", "models", "native"},
     "cli": None,  # the top of the house
     "__init__": None,
     "__main__": None,

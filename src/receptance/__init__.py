@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .checkpoint import load, save
     from .engine.engine import Engine
-    from .engine.request import Request
+    from .engine.request import Grammar, Request
     from .generation import SamplingParams, generate
     from .models import State
     from .tokenizers import tokenizer
@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Engine": "engine.engine",
+    "Grammar": "engine.request",
     "Request": "engine.request",
     "load": "checkpoint",
     "save": "checkpoint",
@@ -28,7 +29,18 @@ _HOME = {
     "State": "models",
 }
 
-__all__ = ["Engine", "Request", "SamplingParams", "State", "__version__", "generate", "load", "save", "tokenizer"]
+__all__ = [
+    "Engine",
+    "Grammar",
+    "Request",
+    "SamplingParams",
+    "State",
+    "__version__",
+    "generate",
+    "load",
+    "save",
+    "tokenizer",
+]
 
 
 def __getattr__(name: str) -> object:

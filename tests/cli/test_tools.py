@@ -177,3 +177,14 @@ def test_train_plan_tells_the_memory_and_takes_no_step(cli: Cli, tmp_path: Path)
     result = cli("train", "--text", str(tmp_path / "text.txt"), "--out", str(tmp_path / "run"), "--plan", *settings)
     assert "memory: about" in result.output
     assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+def test_bench_engine_measures_and_says_what_is_wrong(cli: Cli) -> None:
+    done = cli("bench", "engine", "--batch", "1,4", "--prompt", "16", "--seconds", "0.05", "--json")
+    report = json.loads(done.stdout)
+    assert [point["batch"] for point in report["decode"]] == [1, 4]
+    assert all(0 < point["reached"] < 1.5 and 0 <= point["own"] < 1 for point in report["decode"])
+    assert report["mixed"]["requests"] > 0
+    wrong = cli("bench", "engine", "--batch", "x")
+    assert wrong.exit_code == 1
+    assert "expected numbers like 1,4,16" in wrong.stderr

@@ -335,3 +335,29 @@ def test_a_state_of_another_shape_is_refused():
         model.forward([1], other.zero_state())
     with pytest.raises(ConfigError, match="dtype 'int3'"):
         native(random_model("7"), dtype="int3")
+
+
+@pytest.mark.parametrize("engine", engines())
+@pytest.mark.parametrize("version", VERSIONS)
+def test_rows_of_a_pool_are_stepped_in_place(version, engine):
+    """Any rows in any order, of any lengths; one row forked into another; the rest of the pool is not touched."""
+    model = native(random_model(version, **ODD[version]), engine_name=engine)
+    ids = np.array(tokens(12, 51), np.int32)
+    counts, rows, targets = np.array([5, 1, 6], np.int32), np.array([4, 0, 2], np.int32), np.array([4, 3, 2], np.int32)
+    _, before = model.forward(np.arange(14).reshape(7, 2))
+    pool = before.clone()
+    for name, x in pool.items():
+        x[:, 1] = np.nan  # a row that nobody uses
+        before[name][:, 1] = np.nan
+    logits = model.forward_rows(ids, counts, pool, rows, targets)
+    every = before.clone()
+    all_logits = model.forward_rows(ids, counts, every, rows, targets, last_only=False)
+    for i, (end, count) in enumerate(zip(np.cumsum(counts), counts)):
+        expected, after = model.forward(ids[end - count : end], before.select(int(rows[i])))
+        assert_close(logits[i], expected[-1])
+        assert_close(all_logits[end - count : end], expected)
+        for name, x in after.items():
+            assert_close(pool[name][:, targets[i] : targets[i] + 1], x)
+    for name, x in before.items():
+        for row in {0, 1, 5, 6}:
+            np.testing.assert_array_equal(pool[name][:, row], x[:, row])

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from receptance.ops import cuda
 from receptance.ops.cuda import layout
 
 HERE = Path(__file__).parent
@@ -29,14 +30,15 @@ def _build(source: Path, macros: tuple[str, ...]) -> ctypes.CDLL:
     )
     folder = Path(tempfile.gettempdir()) / "receptance-emulation"
     folder.mkdir(exist_ok=True)
-    headers = [*source.parent.glob("*.cuh"), *source.parent.parent.glob("*.cuh"), HERE / "emulation.h"]
+    ops = Path(cuda.__file__).parent
+    headers = [*source.parent.glob("*.cuh"), *ops.glob("*.cuh"), HERE / "emulation.h"]
     text = repr([launchers, macros, source.read_text(), [x.read_text() for x in headers]])
     library = folder / f"{source.stem}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.so"
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=folder) as work:
             main = Path(work, "main.cpp")
             main.write_text(f'#include <tuple>\n#include "{HERE}/emulation.h"\n#include "{source}"\n{launchers}\n')
-            flags = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-ffp-contract=off", f"-I{source.parent.parent}"]
+            flags = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-ffp-contract=off", f"-I{ops}"]
             done = subprocess.run(
                 [COMPILER, *flags, *macros, "-o", f"{work}/x.so", main], capture_output=True, text=True
             )
@@ -49,7 +51,7 @@ class Kernel:
     def __init__(self, launch):
         self._launch = launch
 
-    def __call__(self, grid, threads, *args, shared=0):
+    def __call__(self, grid, threads, *args, shared=0, chained=False):
         assert shared <= 227 * 1024
         assert all(x.stride(-1) == 1 for x in args if isinstance(x, torch.Tensor) and x.numel() > 1)
         values = [x.data_ptr() if isinstance(x, torch.Tensor) else x or 0 for x in args]

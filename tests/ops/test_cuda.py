@@ -40,7 +40,8 @@ def test_a_program_is_compiled_once(source):
     file, runs = source
     assert cuda.cubin(file, OPTIONS) == cuda.cubin(file, OPTIONS) == b"program 1"
     assert len(runs) == 1
-    assert runs[0][1] == {"common.cuh": b"// a header\n"}
+    assert runs[0][1]["common.cuh"] == b"// a header\n"
+    assert "device.cuh" in runs[0][1]  # what all kernels share
     assert [x.suffix for x in cuda.cache_folder().iterdir()] == [".cubin"]  # no temporary file stays
 
 

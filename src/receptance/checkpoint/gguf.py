@@ -44,6 +44,9 @@ class GGUFSource(TensorSource):
 
     fields: dict[str, Scalar | StoredList | None] = field(default_factory=dict)
 
+    def official(self) -> dict[str, Stored]:
+        return read_official(self)
+
     @property
     def architecture(self) -> object:
         return self.fields.get("general.architecture")

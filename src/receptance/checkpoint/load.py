@@ -14,7 +14,6 @@ from receptance.errors import CheckpointError, ConfigError
 
 from . import hf
 from .detect import check_sizes, compare, outline, shapes_make_sense, version_of, without_prefix
-from .gguf import GGUFSource, open_gguf, read_official
 from .safetensors import OURS, open_safetensors
 from .source import FLOATS, TensorSource, map_file, open_regular, show, to_torch
 
@@ -156,6 +155,8 @@ def open_file(path: Path) -> TensorSource:
     if start[8:9] == b"{":
         return open_safetensors(file)
     if start.startswith(b"GGUF"):
+        from .gguf import open_gguf
+
         return open_gguf(file)
     if start[:1] == b"\x80" or start[257:262] == b"ustar":
         raise file.error(
@@ -224,9 +225,10 @@ def read_json(path: Path) -> dict[str, object]:
 
 def official_tensors(source: TensorSource) -> "dict[str, torch.Tensor]":
     """Torch tensors under official names and shapes, on the mapped file where they lie in order; blocks as float32."""
-    if isinstance(source, GGUFSource):
-        return {name: to_torch(x) for name, x in read_official(source).items()}
-    return renamed(source, source.read)
+    found = source.official()
+    if found is None:
+        return renamed(source, source.read)
+    return {name: to_torch(x) for name, x in found.items()}
 
 
 def verified_weights(source: TensorSource) -> "tuple[dict[str, Stored], NativeConfig]":
@@ -246,8 +248,7 @@ def official_weights(source: TensorSource) -> "tuple[dict[str, Stored], NativeCo
     """
     from receptance.native import read_config, tensor_shapes
 
-    weights: dict[str, Stored]
-    weights = read_official(source) if isinstance(source, GGUFSource) else {**renamed(source, source.array)}
+    weights: dict[str, Stored] = source.official() or {**renamed(source, source.array)}
     shapes = {name: tuple(x.shape) for name, x in weights.items()}
     version = version_of(shapes)
     check_sizes(shapes)

@@ -12,7 +12,6 @@ from receptance.errors import CheckpointError, ConfigError
 from . import hf
 from .atomic import replacing
 from .detect import detect, without_prefix
-from .gguf import save_gguf
 from .load import OUR_TYPE, fingerprint
 from .safetensors import OURS, write_safetensors
 from .source import FLOATS
@@ -52,6 +51,8 @@ def save(
     version, config = detect(shapes)
     if format == "gguf":
         from receptance.native import read_config
+
+        from .gguf import save_gguf
 
         arrays = {name: to_numpy(tensor) for name, tensor in tensors.items()}
         save_gguf(path, arrays, read_config(version, shapes), None, {"tokenizer.ggml.model": "none"})

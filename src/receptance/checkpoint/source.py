@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
+    from receptance.native.arrays import Weight
     from receptance.native.blocks import Blocks
 
 # torch's names; weights must be one of FLOATS, the others are known only so that the message can say what was found
@@ -209,6 +210,10 @@ class TensorSource:
 
     def array(self, name: str) -> "NDArray[np.generic]":
         return self.tensors[name].array()
+
+    def official(self) -> "dict[str, Weight] | None":
+        """All tensors under official names and shapes, where the container has its own; None: renaming is enough."""
+        return None
 
     def release(self) -> None:
         """Give back the memory of what has been read; it is read from the file again where it is still used."""

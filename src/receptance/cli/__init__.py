@@ -10,7 +10,7 @@ from receptance import __version__
 from receptance.cli.errors import guarded
 
 # A verb is a module of this package with a function `command`; its docstring is the help text.
-VERBS = ("run", "chat", "inspect", "convert", "quantize", "pull", "list", "doctor")
+VERBS = ("run", "chat", "serve", "batch", "inspect", "convert", "quantize", "pull", "list", "doctor")
 GROUPS = ("data", "bench")  # a module with `app`
 
 
@@ -54,6 +54,7 @@ def _receptance(
       receptance run "Once upon a time"            the small model inside the package
       receptance run model.pth "Once upon a time"
       receptance chat model.pth
+      receptance serve model.pth
       receptance pull org/name:file.pth
       receptance data prepare texts.jsonl --out tokens/mine
       receptance VERB --help

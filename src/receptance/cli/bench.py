@@ -1,4 +1,4 @@
-"""`receptance bench cpu`: how fast a model is on this machine, and how near to what the machine can do."""
+"""`receptance bench`: how fast a model is on this machine, and how near to what the machine can do."""
 
 import platform
 import subprocess
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from receptance.cli import options
+from receptance.cli import bench_engine, bench_serve, options
 from receptance.cli.errors import guarded
 from receptance.cli.model_source import find_model, load_runner
 from receptance.cli.terminal import write_json
@@ -78,6 +78,10 @@ def cpu(
         write_json(report.as_json())
     else:
         typer.echo(report.as_table())
+
+
+app.command("engine")(bench_engine.command)
+app.command("serve")(bench_serve.command)
 
 
 def first_token_seconds(model: str, dtype: str | None, threads: int | None) -> float:

@@ -49,6 +49,12 @@ def command(
     device: options.Device = None,
     engine: options.Engine = None,
     threads: options.Threads = None,
+    url: Annotated[
+        str | None, typer.Option("--url", help="Chat with a server instead; MODEL is its name there.")
+    ] = None,
+    key_file: Annotated[
+        Path | None, typer.Option("--key-file", metavar="FILE", help="With --url: a file with the API key.")
+    ] = None,
 ) -> None:
     """Chat with a model. /help lists the commands: save, load, fork, undo, regenerate, reset, set, show.
 
@@ -60,7 +66,21 @@ def command(
       receptance chat model.pth
       receptance chat org/name:file.pth --system "You are a helpful fox." -t 0.7
       receptance chat model.pth --state yesterday.state
+      receptance chat --url http://127.0.0.1:8000
     """
+    if url is not None:
+        from receptance.cli.chat_url import RemoteChat, Server
+        from receptance.cli.chat_url import converse as converse_with_server
+
+        given = {
+            "max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p,
+            "presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty, "seed": seed, "stop": stop,
+            "thinking": thinking,
+        }  # fmt: skip
+        fields: dict[str, object] = {name: value for name, value in given.items() if value is not None}
+        key = None if key_file is None else key_file.read_text(encoding="utf-8").strip()
+        converse_with_server(RemoteChat(Server(url, key), model, system, fields))
+        return
     source = find_model(model)
     preset = find_preset(source)
     flags = {

@@ -7,7 +7,7 @@ request's seed and the number of tokens drawn, and a row that is given to a sequ
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from receptance.engine.constraint import Constraints, Matcher
@@ -53,7 +53,7 @@ class TextJob:
     watch: Watcher | None
     matcher: Matcher | None = None
     drafts: Drafts | None = None
-    record: Record = field(default_factory=Record)
+    evidence: int = 0  # for the draft under way
     reason: FinishReason | None = None  # while it closes
     # With keep_state, where the text can still end: the characters of it at the reader's last mark, and the state there
     # unless the sequence's row holds it.
@@ -110,7 +110,7 @@ class Core:
         self.pool = StatePool(runner, host_bytes=host_bytes, folder=folder)
         self.cache = StateCache(cache_bytes)
         self.stats = Stats()
-        self.drafter, self.worth = drafter, Worth()
+        self.drafter, self.worth, self.record = drafter, Worth(), Record()
         self._constraints: Constraints | None = None
         self._free_rows: list[int] = []
         self._rows = 0
@@ -129,7 +129,7 @@ class Core:
                 self.model.check_state(request.state)
             except ValueError as error:
                 raise GenerationError(str(error)) from None
-        matcher = None if request.grammar is None else self._constraint().matcher(request.grammar)
+        matcher = None if request.grammar is None else self.constraint().matcher(request.grammar)
         seed = secrets.randbits(63) if request.params.seed is None else request.params.seed
         made = []
         for i in range(request.n):
@@ -191,7 +191,7 @@ class Core:
     def has_work(self) -> bool:
         return bool(self.scheduler.running or self.scheduler.waiting)
 
-    def _constraint(self) -> Constraints:
+    def constraint(self) -> Constraints:
         if self._constraints is None:
             self._constraints = Constraints(self.tokenizer, self.runner.vocab)
         return self._constraints
@@ -245,7 +245,8 @@ class Core:
         """The longest known prefix of what it must read."""
         if not sequence.shares:
             return None
-        kept = self.cache.find(sequence.root, sequence.tokens[: sequence.prompt_length])
+        align = self.scheduler.limits.align
+        kept = self.cache.find(sequence.root, sequence.tokens[: sequence.prompt_length], align)
         left: Entry | None = sequence.known
         return left if kept is None or (left is not None and left.length >= kept.length) else kept
 
@@ -294,7 +295,8 @@ class Core:
             assert sequence.slot is not None
             self._before_feeding(sequence)
             works.append(Work(sequence.slot, sequence.tokens[sequence.fed : sequence.fed + count]))
-        logits = self._forward(works)
+        writes = all(sequence.phase is Phase.WRITING for sequence, _ in plan)
+        logits = self._timed(works) if self.drafter and writes else self._forward(works)
         drawing = []
         for i, (sequence, count) in enumerate(plan):
             sequence.fed += count
@@ -334,7 +336,7 @@ class Core:
         if isinstance(job, EmbedJob):
             vector = self.runner.embedding(sequence.slot)
             self._leave(sequence)
-            job.watch(vector)
+            job.watch(vector / max(float((vector * vector).sum()) ** 0.5, 1e-12))
         elif isinstance(job, ScoreJob):
             if job.scored.ids:
                 self._add_scores(job.scored, logits, row, job.scored.ids[:1])
@@ -395,9 +397,10 @@ class Core:
         drafts = []
         for sequence, _ in plan:
             job: TextJob = sequence.job
-            length = job.record.wanted(self.worth, len(plan)) if job.drafts else 0
+            job.evidence = job.drafts.evidence() if job.drafts else 0
             left = job.params.max_tokens - len(job.completion.tokens) - 1
-            drafts.append(job.drafts.propose(min(length, left)) if job.drafts and min(length, left) > 0 else [])
+            length = min(self.record.wanted(self.worth, job.evidence, len(plan)), left)
+            drafts.append(job.drafts.propose(length) if job.drafts and length > 0 else [])
         return drafts if any(drafts) else None
 
     def _verify(self, sequences: list[Sequence], drafts: list[list[int]]) -> None:
@@ -411,7 +414,7 @@ class Core:
             works.append(Work(sequence.slot, unread + draft, spares[-1]))
             first.append(rows + len(unread) - 1)
             rows += len(unread) + len(draft)
-        logits = self._timed(rows, works)
+        logits = self._timed(works, all_logits=True)
         right = [0] * len(sequences)
         going = list(range(len(sequences)))
         ended = {id(sequence): len(sequence.tokens) for sequence in sequences}
@@ -428,7 +431,7 @@ class Core:
         for sequence, draft, spare, count in zip(sequences, drafts, spares, right):
             job: TextJob = sequence.job
             if draft:
-                job.record.checked(len(draft), count)
+                self.record.checked(job.evidence, len(draft), count)
                 self.stats.drafted += len(draft)
                 self.stats.accepted += count
             if sequence.phase is Phase.WRITING and count == len(
@@ -441,10 +444,10 @@ class Core:
                 sequence.slot, spare = spare, sequence.slot
             self.pool.release(spare)
 
-    def _timed(self, rows: int, works: list[Work]) -> Logits:
+    def _timed(self, works: list[Work], *, all_logits: bool = False) -> Logits:
         clock = time.perf_counter()
-        logits = self._forward(works, all_logits=True)
-        self.worth.measured(rows, time.perf_counter() - clock)
+        logits = self._forward(works, all_logits=all_logits)
+        self.worth.measured(sum(len(work.tokens) for work in works), time.perf_counter() - clock)
         return logits
 
     # Drawing ----------------------------------------------------------------------------------------------------------

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from receptance.engine.core import Core, Stats
 from receptance.engine.params import SamplingFields, SamplingParams
 from receptance.engine.protocols import Model
-from receptance.engine.request import Completion, Prompt, Request, Score, Scored, Token
+from receptance.engine.request import Completion, Grammar, Prompt, Request, Score, Scored, Token
 from receptance.engine.runner import Runner
-from receptance.engine.scheduler import Limits
+from receptance.engine.scheduler import PIECE, Limits
 from receptance.engine.scheduler import Sequence as Scheduled
 from receptance.engine.speculation import Drafter, DraftModel, PromptLookup
 from receptance.errors import ConfigError, ReceptanceError
@@ -35,30 +35,28 @@ class Handle:
     """A request that was submitted: its texts as they grow. Iterate over it, or over it in an event loop.
 
     completions: one for each of the request's n texts, each with its tokens, its finish reason and its state.
+    future: gives them when all are finished, or raises what made one fail.
     """
 
     def __init__(self, engine: "Engine", request: Request):
         self.request = request
         self.completions: list[Completion] = []
+        self.future: Future[list[Completion]] = Future()
+        self.future.set_running_or_notify_cancel()  # a cancelled waiter must not cancel what the engine's thread sets
         self._engine = engine
         self._news: deque[tuple[int, Token]] = deque()  # that nobody has taken yet
         self._changed = threading.Condition()
         self._wakers: list[Callable[[], None]] = []
         self._open = request.n
         self._scheduled: list[Scheduled] = []
-        self._error: Exception | None = None
 
     @property
     def is_done(self) -> bool:
-        return self._open == 0 or self._error is not None
+        return self.future.done()
 
     def result(self, timeout: float | None = None) -> list[Completion]:
         """Wait for all texts. Raises what made one fail, and TimeoutError."""
-        with self._changed:
-            if not self._changed.wait_for(lambda: self.is_done, timeout):
-                raise TimeoutError(f"{self.request.id} is not finished after {timeout:g} s")
-        self._raise()
-        return self.completions
+        return self.future.result(timeout)
 
     def cancel(self) -> None:
         """End all its texts with the finish reason "cancelled"; their places are free before the next step."""
@@ -78,7 +76,7 @@ class Handle:
                     break
                 event = self._news.popleft()
             yield event
-        self._raise()
+        self.result()
 
     def __iter__(self) -> Iterator[str]:
         """The pieces of the text, none of them empty; of a request with n = 1."""
@@ -106,7 +104,7 @@ class Handle:
                 self._wakers.remove(wake)
             if not self.is_done:
                 self.cancel()
-        self._raise()
+        self.result()
 
     async def __aiter__(self) -> AsyncIterator[str]:
         async for _, token in self.aevents():
@@ -118,27 +116,25 @@ class Handle:
             pass
         return self.completions
 
-    def _raise(self) -> None:
-        errors = [self._error, *(completion.error for completion in self.completions)]
-        for error in errors:
-            if error is not None:
-                raise error
-
     def _tell(self, event: tuple[int, Token] | None) -> None:
         """From the engine's thread: a token, or the end of a text."""
-        with self._changed:
-            if event is None:
-                self._open -= 1
-            else:
-                self._news.append(event)
-            self._changed.notify_all()
-            wakers = list(self._wakers)
-        for wake in wakers:
-            wake()
+        if event is not None:
+            self._news.append(event)
+        else:
+            self._open -= 1
+            if self._open == 0:
+                error = next((c.error for c in self.completions if c.error is not None), None)
+                self._finish(error)
+        self._wake()
 
-    def _fail(self, error: Exception) -> None:
+    def _finish(self, error: Exception | None) -> None:
+        if error is None:
+            self.future.set_result(self.completions)
+        else:
+            self.future.set_exception(error)
+
+    def _wake(self) -> None:
         with self._changed:
-            self._error = error
             self._changed.notify_all()
             wakers = list(self._wakers)
         for wake in wakers:
@@ -155,6 +151,8 @@ class Engine:
     host_bytes: of states put aside, beyond which they go to files in `folder` (None: a temporary one).
     speculate: "lookup" guesses what was written before; a model (smaller, of the same tokenizer) guesses itself; None.
     limits: how many tokens a step takes; None: by device.
+    invariant: on a GPU, where products of other sizes round otherwise: every text is, token for token, the one that its
+    request gives alone in this mode, at the price of speed. On a CPU it is so but for ties within rounding.
     Use it as a context manager, or close it.
     """
 
@@ -169,6 +167,7 @@ class Engine:
         folder: str | Path | None = None,
         speculate: Literal["lookup"] | Model | None = "lookup",
         limits: Limits | None = None,
+        invariant: bool = False,
     ):
         if isinstance(model, str | Path):
             from receptance.checkpoint import load
@@ -186,6 +185,8 @@ class Engine:
             raise ConfigError("cache_bytes and host_bytes are sizes: 0 or more")
         step, busy = CHUNKS[device]
         limits = replace(limits or Limits(slots, step, busy), slots=slots)
+        if invariant:  # one token is another kernel than several, so drafts would round otherwise
+            limits, speculate = replace(limits, align=PIECE), None
         drafter: Drafter | None = None
         if speculate == "lookup":
             drafter = PromptLookup()
@@ -195,7 +196,7 @@ class Engine:
         self._core = Core(
             model,
             tokenizer,
-            make_runner(model, slots, tokenizer),
+            make_runner(model, slots, tokenizer, invariant),
             limits,
             cache_bytes=cache_bytes,
             host_bytes=host_bytes,
@@ -226,22 +227,42 @@ class Engine:
     # One request ------------------------------------------------------------------------------------------------------
 
     def submit(self, request: Request | Prompt, **fields: Unpack[SamplingFields]) -> Handle:
-        """Put a request in line and return at once. Raises ConfigError and GenerationError for what cannot be run."""
+        """Put a request in line. Raises ConfigError and GenerationError for what cannot be run."""
+        handle, started = self._start(request, fields)
+        started.result()
+        return handle
+
+    async def asubmit(self, request: Request | Prompt, **fields: Unpack[SamplingFields]) -> Handle:
+        """`submit` without blocking the event loop."""
+        handle, started = self._start(request, fields)
+        await asyncio.wrap_future(started)
+        return handle
+
+    def check_grammar(self, grammar: Grammar) -> None:
+        """Compile it, in the caller's thread, for requests to come. Raises ConfigError for one that is wrong."""
+        self._core.constraint().matcher(grammar)
+
+    def submit_unchecked(self, request: Request) -> Handle:
+        """`submit` without waiting for the engine to look at it: what is wrong comes with the result."""
+        handle, started = self._start(request, {})
+        started.add_done_callback(lambda done: handle._finish(error) if (error := done.exception()) else None)  # type: ignore[arg-type]
+        return handle
+
+    def _start(self, request: Request | Prompt, fields: SamplingFields) -> tuple[Handle, Future[None]]:
         if not isinstance(request, Request):
             request = Request(request, SamplingParams(**fields))
         elif fields:
             request = replace(request, params=replace(request.params, **fields))
         handle = Handle(self, request)
 
-        def start() -> None:
-            def watch(completion: Completion) -> Callable[[Token | None], None]:
-                handle.completions.append(completion)
-                return lambda token: handle._tell(None if token is None else (completion.index, token))
+        def watch(completion: Completion) -> Callable[[Token | None], None]:
+            handle.completions.append(completion)
+            return lambda token: handle._tell(None if token is None else (completion.index, token))
 
+        def start() -> None:
             handle._scheduled = self._core.submit(request, watch)
 
-        self._do(start, wait=True)
-        return handle
+        return handle, self._do(start)
 
     def generate(
         self,
@@ -264,54 +285,66 @@ class Engine:
 
     async def agenerate(self, request: Request | Prompt, **fields: Unpack[SamplingFields]) -> list[Completion]:
         """`generate` for one request, without blocking the event loop; a cancelled task cancels the request."""
-        return await (await asyncio.to_thread(self.submit, request, **fields)).aresult()
+        return await (await self.asubmit(request, **fields)).aresult()
 
     # Whole texts ------------------------------------------------------------------------------------------------------
 
     def score(self, scores: Iterable[Score | tuple[Prompt, Prompt]]) -> list[Scored]:
         """Log-likelihoods of continuations; contexts that begin alike are read once."""
-        asked = [score if isinstance(score, Score) else Score(*score) for score in scores]
-        return self._all([partial(self._core.submit_score, score) for score in asked])
+        futures = [self.submit_score(score if isinstance(score, Score) else Score(*score)) for score in scores]
+        return [future.result() for future in futures]
 
-    def embed(self, prompts: Sequence[Prompt]) -> list[NDArray[Any]]:
+    def submit_score(self, score: Score) -> Future[Scored]:
+        return self._future(partial(self._core.submit_score, score))
+
+    def embed(self, prompts: Iterable[Prompt]) -> list[NDArray[Any]]:
         """A vector [C] for each text, of length 1: what the last layer's channel mix reads at its last token."""
-        vectors = self._all([partial(self._core.submit_embedding, prompt) for prompt in prompts])
-        return [x / max(float((x * x).sum()) ** 0.5, 1e-12) for x in vectors]
+        futures = [self.submit_embedding(prompt) for prompt in prompts]
+        return [future.result() for future in futures]
 
-    def _all(self, starts: list[Callable[[Callable[[Any], None]], object]]) -> list[Any]:
-        futures: list[Future[Any]] = [Future() for _ in starts]
+    def submit_embedding(self, prompt: Prompt) -> Future[NDArray[Any]]:
+        return self._future(partial(self._core.submit_embedding, prompt))
+
+    def _future(self, start: Callable[[Callable[[Any], None]], object]) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_running_or_notify_cancel()
+
+        def done(result: Any) -> None:
+            if isinstance(result, Exception):
+                future.set_exception(result)
+            else:
+                future.set_result(result)
 
         def begin() -> None:
-            for start, future in zip(starts, futures):
-                start(future.set_result)
+            try:
+                start(done)
+            except Exception as error:
+                future.set_exception(error)
 
-        self._do(begin, wait=True)
-        results = [future.result() for future in futures]
-        for result in results:
-            if isinstance(result, Exception):
-                raise result
-        return results
+        self._do(begin)
+        return future
 
     # The thread -------------------------------------------------------------------------------------------------------
 
-    def _do(self, action: Callable[[], object], *, wait: bool = False) -> None:
-        """Have the engine's thread do something between two steps; with `wait`, raise what it raises."""
+    def _do(self, action: Callable[[], object]) -> Future[None]:
+        """Have the engine's thread do something between two steps."""
         done: Future[None] = Future()
+        done.set_running_or_notify_cancel()
 
         def run() -> None:
             try:
                 action()
-                done.set_result(None)
             except Exception as error:
                 done.set_exception(error)
+            else:
+                done.set_result(None)
 
         with self._lock:
             if self._closed:
                 raise EngineError("the engine is closed")
             self._asked.append(run)
             self._lock.notify()
-        if wait:
-            done.result()
+        return done
 
     def _serve(self) -> None:
         while True:
@@ -344,13 +377,22 @@ class Engine:
         self._core.pool.close()
 
 
-def make_runner(model: Any, slots: int, tokenizer: Tokenizer) -> Runner:
-    """The runner of this model, on its device."""
+def make_runner(model: Any, slots: int, tokenizer: Tokenizer, invariant: bool = False) -> Runner:
+    """The runner of this model, on its device. Raises ConfigError where there is no invariant one."""
     vocab = min(tokenizer.vocab_size, model.config.vocab_size)
     if model.engine == "native":
         from receptance.engine.native_runner import NativeRunner
 
         return NativeRunner(model, slots, vocab, tokenizer.token_bytes, tokenizer.eos_id)
+    if model.device.type == "cuda":
+        from receptance.engine.gpu.rwkv7 import misfit
+
+        if misfit(model, model.dtype) is None:
+            from receptance.engine.gpu_runner import GpuRunner
+
+            return GpuRunner(model, slots, vocab, tokenizer.token_bytes, tokenizer.eos_id, invariant=invariant)
+    if invariant:
+        raise ConfigError("invariant=True needs a model with kernels for a GPU: RWKV-7 in float16 or bfloat16 there")
     from receptance.engine.torch_runner import TorchRunner
 
     return TorchRunner(model, slots, vocab, tokenizer.token_bytes, tokenizer.eos_id)

@@ -11,6 +11,8 @@ from typing import Any
 
 from receptance.engine.state_cache import common_prefix
 
+PIECE = 64  # tokens of a prompt in one call, where results must not depend on what else is read
+
 
 class Phase(Enum):
     WAITING = "waiting"
@@ -63,7 +65,8 @@ class Limits:
     """slots: sequences with a row. step_tokens: fed in one step; where sequences are writing, busy_step_tokens.
 
     boundary: prompts are cut at its multiples, where states are kept for others; least_shared: a prefix that is being
-    read by another sequence is waited for if it is at least this much longer than what is kept.
+    read by another sequence is waited for if it is at least this much longer than what is kept. align: prompts are cut
+    at its multiples alone, so that a prompt is cut alike whatever else is read.
     """
 
     slots: int
@@ -71,6 +74,7 @@ class Limits:
     busy_step_tokens: int = 128
     boundary: int = 256
     least_shared: int = 32
+    align: int = 1
 
 
 class Scheduler:
@@ -115,6 +119,8 @@ class Scheduler:
             if other.phase is not Phase.READING or not other.shares or other.root != sequence.root:
                 continue
             shared = common_prefix(other.tokens[: other.prompt_length], sequence.tokens[: sequence.prompt_length])
+            if shared < sequence.prompt_length or shared < other.prompt_length:
+                shared -= shared % self.limits.align
             least = max(known + min(self.limits.least_shared, sequence.prompt_length - known), other.fed + 1)
             if shared >= least and (best is None or shared > best[1]):
                 best = other, shared
@@ -160,7 +166,10 @@ class Scheduler:
         readers.sort(key=lambda s: (s.priority, s.turn))
         share = max(left // len(readers), min(left, 16))
         for sequence in readers:
-            count = min(sequence.pending, share, left, self._to_cut(sequence))
+            most = self._to_cut(sequence)
+            count = min(most, share, left)
+            if count < most:
+                count = min(most, max(count // limits.align, 1) * limits.align)
             works.append((sequence, count))
             sequence.turn = next(self._numbers)
             left -= count

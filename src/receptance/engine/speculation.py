@@ -12,7 +12,11 @@ from receptance.engine.runner import Runner, Work
 LENGTHS = (3, 7, 15)  # of drafts: with the token before them, 4, 8 and 16 rows in one call
 NGRAM = 3
 MOST_TEXTS = 8  # that draft at once: the rows of more fill a batch as well, and surely
-PROBE_EVERY = 128  # tokens without a draft, after which one is tried although it would not pay
+PROBE_EVERY = 256  # tokens without a draft, after which one is tried although it would not pay
+STEPS = (3, 4, 6, 9, 13, 16)  # lengths of a match that are told apart
+LONGEST = STEPS[-1]
+MODEL = 100  # the evidence of a model's guesses
+HOPEFUL = 0.8
 GAIN = 1.1  # a draft must promise this much
 
 
@@ -22,8 +26,11 @@ class Drafts(Protocol):
     def add(self, token: int) -> None:
         """One more token of the text."""
 
+    def evidence(self) -> int:
+        """How much speaks for the next guesses: 0, nothing, there are none; guesses of the same evidence fare alike."""
+
     def propose(self, limit: int) -> list[int]:
-        """At most `limit` tokens that may come next, possibly none."""
+        """At most `limit` tokens that may come next."""
 
     def close(self) -> None: ...
 
@@ -55,9 +62,17 @@ class Repeats:
             self._match = self._ends.get(key)
             self._ends[key] = len(self._tokens)
 
-    def propose(self, limit: int) -> list[int]:
+    def evidence(self) -> int:
+        """The number of last tokens that were the same before, up to LONGEST, in steps of a half more."""
         if self._match is None:
-            return []
+            return 0
+        tokens, end, length = self._tokens, self._match, NGRAM
+        while length < min(LONGEST, end) and tokens[end - length - 1] == tokens[-length - 1]:
+            length += 1
+        return max(step for step in STEPS if step <= length)
+
+    def propose(self, limit: int) -> list[int]:
+        assert self._match is not None
         found: list[int] = []
         for at in range(self._match, self._match + limit):  # beyond the text's end it repeats the draft itself
             found.append(self._tokens[at] if at < len(self._tokens) else found[at - len(self._tokens)])
@@ -89,6 +104,9 @@ class ModelDrafts:
 
     def add(self, token: int) -> None:
         self._unread.append(token)
+
+    def evidence(self) -> int:
+        return MODEL
 
     def propose(self, limit: int) -> list[int]:
         runner = self._model.runner
@@ -124,8 +142,8 @@ class Worth:
         best, best_rate = 0, GAIN / plain
         for length in LENGTHS:
             seconds = self._seconds.get(batch * (length + 1))
-            if seconds is None:  # try it once
-                return length
+            if seconds is None:  # try it once, when that may pay
+                return length if held > HOPEFUL else best
             tokens = (1 - held ** (length + 1)) / (1 - held) if held < 1 else length + 1
             if tokens / seconds > best_rate:
                 best, best_rate = length, tokens / seconds
@@ -133,18 +151,26 @@ class Worth:
 
 
 class Record:
-    """How the drafts of one text have fared."""
+    """How guesses have fared, by the evidence for them."""
 
     def __init__(self) -> None:
-        self.held = 0.75  # how probable it seems that the next guess is right
-        self.idle = 0  # tokens since the last draft
+        self._held: dict[int, float] = {}
+        self._idle = 0  # tokens since the last draft
 
-    def wanted(self, worth: Worth, batch: int) -> int:
-        self.idle += 1
-        length = worth.length(self.held, batch)
-        return LENGTHS[0] if length == 0 and self.idle >= PROBE_EVERY else length
+    def held(self, evidence: int) -> float:
+        """How probable it seems that the next guess is right."""
+        return self._held.get(evidence, 0.5 if evidence < LONGEST else 0.9)
 
-    def checked(self, length: int, right: int) -> None:
-        self.idle = 0
+    def wanted(self, worth: Worth, evidence: int, batch: int) -> int:
+        """The length of the next draft; 0: it would not pay. Now and then one is tried all the same."""
+        self._idle += 1
+        if evidence == 0:
+            return 0
+        length = worth.length(self.held(evidence), batch)
+        return LENGTHS[0] if length == 0 and self._idle >= PROBE_EVERY else length
+
+    def checked(self, evidence: int, length: int, right: int) -> None:
+        self._idle = 0
         trials = min(right + 1, length)  # guesses after the first wrong one were not tried
-        self.held += (right / trials - self.held) * min(0.5, 0.1 * trials)
+        before = self.held(evidence)
+        self._held[evidence] = before + (right / trials - before) * min(0.5, 0.1 * trials)

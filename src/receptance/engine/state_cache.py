@@ -60,12 +60,15 @@ class StateCache:
     def __len__(self) -> int:
         return len(self._used)
 
-    def find(self, root: str | None, tokens: list[int]) -> Entry | None:
-        """The longest kept prefix of `tokens`; all of them only if the logits after them were kept."""
+    def find(self, root: str | None, tokens: list[int], align: int = 1) -> Entry | None:
+        """The longest kept prefix of `tokens`; all of them only if the logits after them were kept.
+
+        align: the length is a multiple of it, unless it is that of all tokens.
+        """
         best = None
         for node, depth in self._walk(root, tokens):
             entry = node.entry
-            if entry is not None and (depth < len(tokens) or entry.logits is not None):
+            if entry is not None and (entry.logits is not None if depth == len(tokens) else depth % align == 0):
                 best = node
         if best is None:
             self.misses += 1
@@ -80,14 +83,13 @@ class StateCache:
         return bool(end) and end[0].entry is not None and end[0].entry.logits is not None
 
     def add(self, root: str | None, tokens: list[int], entry: Entry) -> None:
-        """Keep the state after all of `tokens`, unless it alone is too large."""
+        """Keep the state after all of `tokens`, unless it alone is too large. Logits that were kept are not lost."""
         if entry.nbytes > self.max_bytes:
             return
         node = self._node_of(root, tokens)
-        if node.entry is not None:
-            self.nbytes -= node.entry.nbytes
-        node.entry = entry
-        self.nbytes += entry.nbytes
+        if node.entry is None or entry.logits is not None:
+            self.nbytes += entry.nbytes - (node.entry.nbytes if node.entry else 0)
+            node.entry = entry
         self._used[node] = root
         self._used.move_to_end(node)
         while self.nbytes > self.max_bytes:

@@ -42,6 +42,6 @@ def fingerprint(version: str, weights: Weights) -> str:
     for name in sorted(weights.keys() - {"blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2"}):
         x = weights[name]
         digest.update(f"\n{name} {list(x.shape)} ".encode())
-        start = x.rows(0, 256) if isinstance(x, Blocks) else x.reshape(-1)[:256]
+        start = x.rows(0, -(-256 // x.shape[1])) if isinstance(x, Blocks) else x.reshape(-1)[:256]
         digest.update(to_float(start).reshape(-1)[:256].astype("<f4").tobytes())
     return digest.hexdigest()[:32]

@@ -17,9 +17,11 @@ holds as [out, in] as the view `stored.T`, and no copy is made.
 """
 
 import ctypes
+import mmap
 from collections.abc import Iterator, Mapping
 
 import numpy as np
+from numpy.typing import NDArray
 
 from receptance.native.arrays import Array, Weight, Weights, aligned, to_float
 from receptance.native.blocks import FORMATS, Blocks
@@ -28,7 +30,9 @@ from receptance.native.library import INPUTS, TYPES, ChannelMix, Core, Layer, Ma
 
 BLOCK, GROUP = 32, 16  # as in csrc/core.h
 PACKED_BYTES = {"int8": GROUP * (2 + BLOCK), "int4": GROUP * (2 + BLOCK // 2)}
+PACKED_BLOCKS = {"Q8_0": 544, "Q4_0": 288, "Q4_K": 2368, "Q5_K": 2880, "Q6_K": 3360}  # bytes of a block of 16 rows, packed
 LINE_BLOCK_BYTES = {"int8": 2 + BLOCK, "int4": 2 + BLOCK // 2, "float32": 4 * BLOCK}  # the others: 2 * BLOCK
+LARGE = 1 << 30  # bytes
 TYPE_NAMES = {number: name for name, number in TYPES.items()}
 MATRICES = ("receptance", "key", "value", "gate", "output", "w1", "w2", "a1", "a2", "v1", "v2", "g1", "g2", "maa1")
 NUMPY_TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
@@ -43,6 +47,9 @@ def type_name(x: Weight) -> str:
 def matrix_bytes(matrix: Matrix) -> int:
     """Of a matrix in any type; 0 when it is absent."""
     name = TYPE_NAMES[matrix.type]
+    if name.startswith("packed "):
+        name = name.removeprefix("packed ")
+        return int(matrix.rows * matrix.cols // FORMATS[name][0] * PACKED_BLOCKS[name] // GROUP)
     if name in FORMATS:
         numbers, size = FORMATS[name]
         return int(matrix.rows * matrix.cols // numbers * size)
@@ -54,14 +61,21 @@ class Binding:
 
     dtype: what the large matrices are stored as; None = as in the file. With int4 the head and the matrices of RWKV's
     smallest and most delicate part, the low-rank maps, keep more: int8 and the file's type.
+    repack: of matrices in blocks, whether to make copies that hold the same numbers 16 rows side by side. None: all but Q8_0
+    matrices of large models, which are read nearly as fast in place, while copying would double the time until the first token.
     """
 
-    def __init__(self, core: Core, team: int, weights: Weights, config: NativeConfig, dtype: str | None):
+    def __init__(
+        self, core: Core, team: int, weights: Weights, config: NativeConfig, dtype: str | None, *, repack: bool | None = None
+    ):
         self.core = core
         self.team = team
         self.weights = weights
         self.config = config
         self.dtype = dtype
+        blocks = sum(x.nbytes for x in weights.values() if isinstance(x, Blocks))
+        in_place = () if blocks <= LARGE else ("Q8_0",)
+        self.in_place = in_place if repack is None else () if repack else tuple(FORMATS)
         self.kept: list[object] = []
         self.layers = (Layer * config.n_layer)()
         self.model = self.frame()
@@ -203,7 +217,7 @@ class Binding:
         x = self.weights[name]
         rows, cols = x.shape
         if isinstance(x, Blocks) and dtype not in PACKED_BYTES:
-            return self.stored(x)
+            return self.stored(x) if x.format in self.in_place or rows % GROUP else self.packed_blocks(x)
         if dtype is None or dtype == type_name(x) or dtype == "float32" or (dtype in PACKED_BYTES and cols % BLOCK):
             return self.stored(x)  # to float32 every narrower type widens exactly, in the product
         if dtype not in PACKED_BYTES:
@@ -217,11 +231,21 @@ class Binding:
         self.kept.append(memory)
         return Matrix(rows, cols, memory.ctypes.data, TYPES[dtype])
 
+    def packed_blocks(self, x: Blocks) -> Matrix:
+        """The same numbers and scales, 16 rows side by side; of the mapped file nothing is kept in memory."""
+        rows, cols = x.shape
+        memory = aligned(rows // GROUP * (cols // FORMATS[x.format][0]) * PACKED_BLOCKS[x.format])
+        source, kind = Matrix(rows, cols, x.data.ctypes.data, TYPES[x.format]), TYPES["packed " + x.format]
+        self.core.library.receptance_pack(self.core.engine, self.team, ctypes.byref(source), memory.ctypes.data, kind)
+        self.kept.append(memory)
+        let_go(x.data)
+        return Matrix(rows, cols, memory.ctypes.data, kind)
+
     def lines(self, name: str, dtype: str | None) -> Matrix:
         """The value matrix of a channel mix, [C, F], transposed."""
         x = self.weights[name]
         if isinstance(x, Blocks) and dtype not in PACKED_BYTES:
-            return self.stored(x)  # not transposed
+            return self.matrix(name, dtype)  # not transposed
         own = type_name(x)
         if dtype is None or (dtype == "float32" and own != "float32") or (dtype in PACKED_BYTES and x.shape[0] % BLOCK):
             dtype = own
@@ -243,6 +267,20 @@ class Binding:
         matrix = Matrix(x.shape[0], x.shape[1], x.ctypes.data, TYPES[type_name(x)])
         matrix.source = x  # type: ignore[attr-defined]  # lives as long as the call
         return matrix
+
+
+def let_go(x: NDArray[np.uint8]) -> None:
+    """Take pages of a mapped file that have been read out of this process's memory; they come back when they are read."""
+    base: object = x
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if not isinstance(base, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    start = x.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
+    first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (start + x.size) // mmap.PAGESIZE * mmap.PAGESIZE - first
+    if length > 0:
+        base.madvise(mmap.MADV_DONTNEED, first, length)
 
 
 def addresses(arrays: Mapping[str, Array], fields: list[str]) -> list[int | None]:

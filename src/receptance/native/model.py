@@ -1,7 +1,9 @@
 """`NativeModel`: what `receptance.load(path, engine="native")` gives."""
 
 import ctypes
+import math
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Iterable
@@ -19,6 +21,7 @@ from receptance.native.plain import PlainEngine
 from receptance.native.state import State
 
 DTYPES = ("float32", "bfloat16", "float16", "int8", "int4")
+RECYCLED, RECYCLED_RESULTS = 1 << 18, 4  # numbers of a result whose memory is used again, and how many of them are kept
 CHUNK_ROWS = 128  # tokens at once in the core: bounds its working memory
 EMPTY = -1e38  # RWKV-4's exponent before any token, as in receptance.ops
 STATE_FIELDS = ["att_shift", "ffn_shift", "wkv", "num", "den", "exp"]
@@ -31,6 +34,9 @@ class NativeModel:
     exactly), float16 and bfloat16 round wider ones, int8 and int4 quantise blocks of 32 numbers. Vectors and low-rank
     maps stay as in the file; arithmetic and state are float32.
     threads: None = one for each core that this process may use.
+    repack: with dtype None, whether to copy matrices in GGUF's block formats into the order in which they are read fastest
+    (the same numbers), at a second or so per GB, or to read them where they lie in the file. None: copy, except Q8_0 matrices
+    of models with more than 1 GiB of blocks.
     engine_name: None = the best compiled engine for this machine, or "numpy" where there is none.
     Raises ConfigError for an unknown dtype, or int8 and int4 without the compiled core.
     """
@@ -46,6 +52,7 @@ class NativeModel:
         dtype: str | None = None,
         threads: int | None = None,
         engine_name: str | None = None,
+        repack: bool | None = None,
     ):
         if dtype is not None and dtype not in DTYPES:
             raise ConfigError(f"dtype {dtype!r} is unknown to the native engine; use one of {', '.join(DTYPES)}")
@@ -61,6 +68,7 @@ class NativeModel:
         self._core: Core | None = None
         self._lock = threading.Lock()
         self._scratch: tuple[int, NDArray[np.uint8]] = (0, aligned(0))
+        self._results: list[Array] = []
         try:
             self._core = None if engine_name == "numpy" else load_core(engine_name or "")
         except NoCoreError as error:
@@ -76,7 +84,7 @@ class NativeModel:
             return
         self.engine_name = self._core.name
         self._team, self._team_process = self._core.library.receptance_team_new(self.threads), os.getpid()
-        self._binding = Binding(self._core, self._team, weights, config, dtype)
+        self._binding = Binding(self._core, self._team, weights, config, dtype, repack=repack)
 
     def __del__(self) -> None:
         if getattr(self, "_team", None) and self._core and self._team_process == os.getpid():
@@ -197,7 +205,7 @@ class NativeModel:
         times), but a row that is written is no other sequence's. Logits of each sequence's last token, [B, V], or of
         all tokens. Nothing is checked: the batched engine's step.
         """
-        logits = np.empty((len(counts) if last_only else len(tokens), self.config.vocab_size), np.float32)
+        logits = self._memory((len(counts) if last_only else len(tokens), self.config.vocab_size))
         rows = np.ascontiguousarray(from_rows, np.int32), np.ascontiguousarray(to_rows, np.int32)
         if self._plain is None:
             self._call(tokens, counts, pool, pool, logits, last_only, rows)
@@ -213,8 +221,12 @@ class NativeModel:
     ) -> tuple[Array, State]:
         given = State({name: np.ascontiguousarray(x) for name, x in before.items()})
         has_empty = not counts.all()  # rows that no token touches keep their state
-        made = State({name: x.copy() if has_empty else np.empty_like(x) for name, x in given.items()})
-        logits = np.zeros(shape, np.float32) if has_empty else np.empty(shape, np.float32)
+        made = State({name: self._memory(x.shape) for name, x in given.items()})
+        logits = self._memory(shape)
+        if has_empty:
+            logits[:] = 0
+            for name, x in given.items():
+                made[name][:] = x
         self._call(rows, counts, given, made, logits, last_only)
         return logits, made
 
@@ -253,6 +265,19 @@ class NativeModel:
                 request.from_rows, request.to_rows, request.pool = rows[0].ctypes.data, rows[1].ctypes.data, given.batch
             core.library.receptance_forward(core.engine, ctypes.byref(request))
         self.active_fraction = request.active / request.hidden if request.hidden else None
+
+    def _memory(self, shape: tuple[int, ...]) -> Array:
+        """An array of any content; a large one is an earlier result that nobody has any more, whose pages are there already."""
+        if math.prod(shape) < RECYCLED:
+            return np.empty(shape, np.float32)
+        with self._lock:
+            for i in range(len(self._results)):
+                x = self._results[i]
+                if x.shape == shape and sys.getrefcount(x) == 3:  # the list, `x`, the argument
+                    return x
+            made = np.empty(shape, np.float32)
+            self._results = [*self._results[1 - RECYCLED_RESULTS :], made]
+        return made
 
     def _run_plain(
         self, rows: NDArray[np.int32], counts: NDArray[np.int32], before: State, shape: tuple[int, int], last_only: bool

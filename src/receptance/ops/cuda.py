@@ -102,11 +102,13 @@ def cache_folder() -> Path:
 
 
 def cubin(source: Path, options: tuple[str, ...]) -> bytes:
-    """The compiled program, from the disk if it is there; the headers (*.cuh) beside it and one folder up belong to it.
+    """The compiled program, from the disk if it is there; the headers (*.cuh) beside it, one folder up
+    and in this folder belong to it.
 
     A file holds the SHA-256 of the program and the program: one that was damaged is compiled again.
     """
-    files = sorted([*source.parent.glob("*.cuh"), *source.parent.parent.glob("*.cuh")])
+    folders = {source.parent, source.parent.parent, Path(__file__).parent}
+    files = sorted(x for folder in folders for x in folder.glob("*.cuh"))
     headers = {x.name: x.read_bytes() for x in files}
     version = (ctypes.c_int * 2)()
     _nvrtc().nvrtcVersion(ctypes.byref(version, 0), ctypes.byref(version, 4))
@@ -141,6 +143,26 @@ class _Parameters(threading.local):
         self.extra = (ctypes.c_void_p * 5)(*fields)
 
 
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute, of which only an int is used."""
+
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60)]
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig: grid, threads, bytes of shared memory, stream, attributes."""
+
+    _fields_ = [
+        ("sizes", ctypes.c_uint * 7),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    ]
+
+
+_CHAINED = _Attribute(6, 0, 1)  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+
 class Kernel:
     """One kernel on one device. Parameters: pointers (tensors or None), int, float, each of one kind in all calls."""
 
@@ -150,11 +172,15 @@ class Kernel:
         self._layout: struct.Struct | None = None
         _call("cuModuleGetFunction", ctypes.byref(self._function), module, name.encode())
         self._launch = _driver().cuLaunchKernel
+        self._can_chain = torch.cuda.get_device_capability(device)[0] >= 9
 
-    def __call__(self, grid: tuple[int, ...], threads: int, *args: Argument, shared: int = 0) -> None:
+    def __call__(
+        self, grid: tuple[int, ...], threads: int, *args: Argument, shared: int = 0, chained: bool = False
+    ) -> None:
         """Launch on the current stream of the kernel's device, which must be the current one.
 
-        grid: up to three numbers of blocks; shared: bytes of dynamic shared memory per block.
+        grid: up to three numbers of blocks; shared: bytes of dynamic shared memory per block; chained: the kernel waits
+        for the one before it by itself (griddepcontrol.wait), so that it may start earlier.
         """
         if shared > self._shared:
             _call("cuFuncSetAttribute", self._function, _SHARED_BYTES, shared)
@@ -167,11 +193,19 @@ class Kernel:
         self._layout.pack_into(parameters.buffer, 0, *[x.data_ptr() if isinstance(x, Tensor) else x or 0 for x in args])
         x, y, z = (*grid, 1, 1)[:3]
         stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self._device))  # the public way takes 3 µs more
-        launch = self._function, x, y, z, threads, 1, 1, shared, stream, None, parameters.extra
-        code = self._launch(*launch)
+        launch: tuple[object, ...] = self._function, x, y, z, threads, 1, 1, shared, stream, None, parameters.extra
+        function = self._launch
+        if chained and self._can_chain:
+            sizes = (ctypes.c_uint * 7)(x, y, z, threads, 1, 1, shared)
+            config = _Config(sizes, stream, ctypes.pointer(_CHAINED), 1)
+            function, launch = (
+                _driver().cuLaunchKernelEx,
+                (ctypes.byref(config), self._function, None, parameters.extra),
+            )
+        code = function(*launch)
         if code == _INVALID_CONTEXT:  # a thread that has not used the device yet
             _call("cuCtxSetCurrent", self._context)
-            code = self._launch(*launch)
+            code = function(*launch)
         _check(code, "cuLaunchKernel")
 
 

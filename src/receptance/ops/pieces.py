@@ -50,7 +50,8 @@ def uses_cuda(op: str, x: Tensor) -> bool:
 def _builds(piece: str, module: str, kind: str, instead: str) -> bool:
     """Try the kernels once, forward and backward, on a few numbers; a failure costs speed, not the run."""
     try:
-        import_module(module).probe()
+        with torch.inference_mode(False), torch.enable_grad():  # whatever the first caller runs in
+            import_module(module).probe()
     except Exception as error:  # whatever a compiler, a driver or a missing package raises
         reason = str(error).strip().splitlines() or [""]
         warnings.warn(

@@ -1,6 +1,5 @@
 """Text to token ids and back: World, Pile (20B), bytes, trainable BPE; chat templates and stop strings."""
 
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from receptance.embedded import resolve
@@ -10,7 +9,6 @@ from .base import StreamDecoder, Tokenizer
 from .bpe import BPETokenizer, parse_bpe, read_bpe, train_bpe
 from .byte import BYTE_TOKENS, ByteTokenizer
 from .chat import ChatTemplate, Thinking, chat_template
-from .gguf import read_gguf_tokens
 from .stop import StopMatcher
 from .world import VOCABULARY_FILE, WorldTokenizer, read_vocabulary
 
@@ -65,6 +63,8 @@ def _read(path: Path) -> Tokenizer:
     tokens: dict[int, bytes]
     vocab_size: int | None
     if path.suffix == ".gguf":
+        from .gguf import read_gguf_tokens
+
         found = read_gguf_tokens(path)
         if isinstance(found, str):
             return parse_bpe(found, path)
@@ -92,6 +92,8 @@ def _in_folder(folder: Path) -> Path:
 
 def _installed(file_name: str, packages: tuple[str, ...], advice: str) -> Path:
     """A data file that an installed package ships; the package itself is not imported."""
+    from importlib.metadata import PackageNotFoundError, distribution  # a tenth of the time that a first token takes
+
     for package in packages:
         try:
             files = distribution(package).files or []

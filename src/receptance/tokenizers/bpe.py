@@ -1,5 +1,6 @@
 """Byte-level BPE through the `tokenizers` library: the Pile's 20B vocabulary of RWKV-4, and home-made ones."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,18 +38,21 @@ class BPETokenizer(Tokenizer):
         vocabulary = inner.get_vocab(with_added_tokens=True)
         added = inner.get_added_tokens_decoder()
         special = {token: entry.content for token, entry in added.items() if entry.special}
-        byte_of = _byte_alphabet()
+        letters, foreign = _byte_alphabet(), re.compile("[^\0-\xff]")
         table = [b""] * (max(vocabulary.values()) + 1)
         for text, token in vocabulary.items():
             if token in special:
                 continue
-            try:
-                table[token] = text.encode("utf-8") if token in added else bytes(byte_of[letter] for letter in text)
-            except KeyError:
+            if token in added:
+                table[token] = text.encode("utf-8")
+                continue
+            plain = text.translate(letters)
+            if foreign.search(plain):
                 raise TokenizerError(
                     f"token {token} is {text!r}, expected letters that stand for bytes; "
                     "only byte-level BPE vocabularies (GPT-2 style) can be used"
-                ) from None
+                )
+            table[token] = plain.encode("latin-1")
         super().__init__("pile" if len(table) == PILE_SIZE else "bpe", table, eos_id, special)
         inner.encode_special_tokens = True
         self._inner = inner
@@ -135,8 +139,11 @@ def _to_str(text: str | bytes) -> str:
         ) from None
 
 
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's letter for each byte, reversed: printable Latin-1 stands for itself, the rest follows from U+0100 on."""
+def _byte_alphabet() -> dict[int, int]:
+    """GPT-2's letter for each byte, reversed: printable Latin-1 stands for itself, the rest follows from U+0100 on.
+
+    For `str.translate`; the letters of other bytes than these stand for none, and go where no byte is.
+    """
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in plain]
-    return {chr(byte): byte for byte in plain} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+    return dict.fromkeys(others, 4096) | {0x100 + i: byte for i, byte in enumerate(others)}

@@ -3,13 +3,13 @@
 import json
 import math
 import tomllib
-import types
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TypeVar, get_type_hints
 
 from receptance.errors import ConfigError
+from receptance.settings import build
 
 T = TypeVar("T")
 
@@ -181,7 +181,7 @@ def read_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Train
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: not valid TOML: {error}") from None
         folder = Path(path).resolve().parent
-    config = _build(TrainConfig, raw, "")
+    config = build(TrainConfig, raw, "")
     config = replace(config, data=replace(config.data, root=str(folder / config.data.root)))
     for override in overrides:
         config = _override(config, override)
@@ -201,39 +201,8 @@ def _override(config: TrainConfig, text: str) -> TrainConfig:
     if not hasattr(config, section):
         raise ConfigError(f"override {text!r}: no section {section!r}; there are {[f.name for f in fields(config)]}")
     old = getattr(config, section)
-    new = _build(type(old), {**asdict(old), key: parsed}, section + ".")
+    new = build(type(old), {**asdict(old), key: parsed}, section + ".")
     return replace(config, **{section: new})
-
-
-def _build(cls: type[T], raw: Mapping[str, object], where: str) -> T:
-    hints = get_type_hints(cls)
-    values = {}
-    for key, value in raw.items():
-        if key not in hints:
-            raise ConfigError(f"unknown setting {where}{key}; there are {', '.join(sorted(hints))}")
-        values[key] = _convert(hints[key], value, where + key)
-    return cls(**values)
-
-
-def _convert(kind: object, value: object, where: str) -> object:
-    if is_dataclass(kind) and isinstance(kind, type):
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{where}: expected a table [{where}], found {value!r}")
-        return _build(kind, value, where + ".")
-    origin = get_origin(kind)
-    if origin in (Union, types.UnionType):
-        return None if value is None else _convert(get_args(kind)[0], value, where)
-    if origin is tuple and isinstance(value, (list, tuple)):
-        return tuple(_convert(get_args(kind)[0], item, where) for item in value)
-    if origin is dict and isinstance(value, Mapping):
-        return {str(k): _convert(str, v, f"{where}.{k}") for k, v in value.items()}
-    if kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return str(value)  # version = 7
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(kind, type) and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
-        return value
-    raise ConfigError(f"{where}: expected {getattr(kind, '__name__', kind)}, found {value!r}")
 
 
 def check(config: TrainConfig) -> None:

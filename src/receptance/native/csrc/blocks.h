@@ -100,14 +100,20 @@ inline u8x32 part(const uint8_t* p) {
   return v | (load32(p + 128 + I / 4 * 32) >> I % 4 * 2 & 3) << 4;
 }
 
-// The 8 scales and the 8 minima of a block of Q4_K or Q5_K
-inline void scales_and_minima(const uint8_t* p, f32x8& scales, f32x8& minima) {
+// The 8 scales and the 8 minima of a block of Q4_K or Q5_K, of 6 bits each: a byte for each
+struct SmallScales { uint64_t scales, minima; };
+
+inline SmallScales small_scales(const uint8_t* p) {
   const uint32_t low = read<uint32_t>(p + 4), middle = read<uint32_t>(p + 8), high = read<uint32_t>(p + 12);
   const uint32_t first = 0x3f3f3f3f, fours = 0x0f0f0f0f, twos = 0x30303030;
-  const uint64_t s = (low & first) | (uint64_t)((high & fours) | (low >> 2 & twos)) << 32;
-  const uint64_t m = (middle & first) | (uint64_t)((high >> 4 & fours) | (middle >> 2 & twos)) << 32;
-  scales = to_floats(__builtin_convertvector(bits<u8x8>(s), i32x8)) * half_to_float(read<uint16_t>(p));
-  minima = to_floats(__builtin_convertvector(bits<u8x8>(m), i32x8)) * half_to_float(read<uint16_t>(p + 2));
+  return {(low & first) | (uint64_t)((high & fours) | (low >> 2 & twos)) << 32,
+          (middle & first) | (uint64_t)((high >> 4 & fours) | (middle >> 2 & twos)) << 32};
+}
+
+inline void scales_and_minima(const uint8_t* p, f32x8& scales, f32x8& minima) {
+  const SmallScales small = small_scales(p);
+  scales = to_floats(__builtin_convertvector(bits<u8x8>(small.scales), i32x8)) * half_to_float(read<uint16_t>(p));
+  minima = to_floats(__builtin_convertvector(bits<u8x8>(small.minima), i32x8)) * half_to_float(read<uint16_t>(p + 2));
 }
 
 inline f32x8 two(float low, float high) { return f32x8{low, low, low, low, high, high, high, high}; }
@@ -140,7 +146,6 @@ inline void block_dots(const uint8_t* w, int64_t stride, const XGroup* x, int64_
       const float x_scale = group.scale[b % 8] * (T == Q8_0 && WIDE ? WIDE_UNIT : 1);
       for (int r = 0; r < R; r++) {
         const uint8_t* p = w + r * stride;
-        if (b % 2 == 0) __builtin_prefetch(p + AHEAD);
         i32x8 sums = T == Q8_0 && WIDE ? dot_wide(p + 2, group.wide + b % 8 * BLOCK) : dot<T == Q8_0>(part<T, 0>(p), xs);
         if (T == Q4_0) sums -= taken;  // its numbers are stored with 8 added
         acc[r] += to_floats(sums) * (eight_of(p) * x_scale);
@@ -150,12 +155,9 @@ inline void block_dots(const uint8_t* w, int64_t stride, const XGroup* x, int64_
     for (int64_t b = 0; b < cols / 256; b++, w += Block<T>::size) {
       const XGroup& group = x[b];
       const f32x8 x_scales = load8(group.scale);
-      f32x8 x_sums;
-      for (int i = 0; i < 8; i++) x_sums[i] = (float)sum_of(group, i) * group.scale[i];
       float scales[R][16];
       for (int r = 0; r < R; r++) {
         const uint8_t* p = w + r * stride;
-        for (int64_t i = 0; i < Block<T>::size; i += 64) __builtin_prefetch(p + AHEAD + i);
         if (T == Q6_K) {
           const float d = half_to_float(read<uint16_t>(p + 208));
           const f32x8 low = to_floats(__builtin_convertvector(read<s8x8>(p + 192), i32x8)) * d;
@@ -167,7 +169,7 @@ inline void block_dots(const uint8_t* w, int64_t stride, const XGroup* x, int64_
         } else {
           f32x8 s, m;
           scales_and_minima(p, s, m);
-          acc[r] -= m * x_sums;
+          acc[r] -= m * load8(group.taken);
           *(f32x8_any*)scales[r] = s * x_scales;
         }
       }
@@ -185,20 +187,12 @@ inline void block_dots(const uint8_t* w, int64_t stride, const XGroup* x, int64_
 }
 
 template <int T>
-void block_rows(const Product& p, int64_t first, int64_t last, int64_t rows) {
-  constexpr int R = 4;
-  const int64_t cols = p.w->cols, stride = line_bytes(T, cols), ldq = groups_of(cols);
-  for (int64_t n = first; n < last;) {
-    const int64_t count = last - n >= R ? R : 1;
-    const uint8_t* w = (const uint8_t*)p.w->data + n * stride;
-    for (int64_t m = 0; m < rows; m++) {
-      float y[R];
-      if (count == R) block_dots<T, R>(w, stride, p.q + m * ldq, cols, y);
-      else block_dots<T, 1>(w, stride, p.q + m * ldq, cols, y);
-      put(p, m, n, count, y);
-    }
-    n += count;
-  }
+void block_rows(const Product& p, int64_t first, int64_t last) {
+  const int64_t cols = p.w->cols, size = line_bytes(T, cols);
+  const uint8_t* w = (const uint8_t*)p.w->data;
+  in_streams<4>(
+      p, first, last, [&](int64_t n, int64_t each, float* y) { block_dots<T, 4>(w + n * size, each * size, p.q, cols, y); },
+      [&](int64_t n, float* y) { block_dots<T, 1>(w + n * size, size, p.q, cols, y); });
 }
 
 // A row as float32 --------------------------------------------------------------------------------------------------------

@@ -9,8 +9,11 @@ namespace receptance {
 
 // How a matrix is stored. The first three are row by row, as in checkpoints. Q8 and Q4 hold blocks of 32 numbers with one
 // half-precision scale each: "packed" interleaves 16 rows for dot products, "lines" keeps rows whole for sums of rows. The
-// last five are row by row in the block formats of GGUF files (blocks.h), read where they lie.
-enum Type : int32_t { F32 = 0, F16, BF16, Q8, Q4, Q8_0, Q4_0, Q4_K, Q5_K, Q6_K };
+// next five are row by row in the block formats of GGUF files (blocks.h), read where they lie, and the last five the same
+// numbers and scales packed.
+enum Type : int32_t {
+  F32 = 0, F16, BF16, Q8, Q4, Q8_0, Q4_0, Q4_K, Q5_K, Q6_K, PACKED_Q8_0, PACKED_Q4_0, PACKED_Q4_K, PACKED_Q5_K, PACKED_Q6_K
+};
 
 constexpr int BLOCK = 32;  // numbers that share a scale
 constexpr int GROUP = 16;  // rows interleaved in a packed matrix
@@ -20,6 +23,15 @@ constexpr int GROUP = 16;  // rows interleaved in a packed matrix
 // high halves 16-31.
 constexpr int Q8_BYTES = GROUP * 2 + GROUP * BLOCK;
 constexpr int Q4_BYTES = GROUP * 2 + GROUP * BLOCK / 2;
+
+// The K formats packed: for each group of 16 rows and 256 columns, 16 scales (f16), 16 scales of the minima (f16, not Q6_K), the
+// small scales as bytes, of two neighbouring parts of each row side by side, the minima as bytes (not Q6_K), and for each 32
+// columns the low halves as in Q4, then the higher bits: Q5_K 64 bytes, bit i for columns 4 i to 4 i + 3; Q6_K twice 64 bytes,
+// bits 2 i and 2 i + 1 for columns 8 i to 8 i + 3 in the first and 8 i + 4 to 8 i + 7 in the second.
+constexpr int packed_numbers(int32_t type) { return type == Q8 || type == Q4 ? BLOCK : 8 * BLOCK; }
+constexpr int packed_bytes(int32_t type) {  // of 16 rows and so many columns
+  return type == Q8 ? Q8_BYTES : type == Q4 ? Q4_BYTES : type == Q4_K ? 320 + 8 * 256 : type == Q5_K ? 320 + 8 * 320 : 288 + 8 * 384;
+}
 
 struct Matrix {
   int64_t rows, cols;
@@ -116,7 +128,8 @@ struct Engine {
   bool (*supported)();
   int64_t (*scratch_bytes)(const Model&, int64_t rows, int threads);
   void (*forward)(Request&);
-  // Numbers [rows, cols] of a plain type into a quantised one; rows first..last of the result.
+  // Numbers [rows, cols] of a plain type into a quantised one, or of a block format into the same packed (of whole groups of
+  // rows); groups first..last of the result.
   void (*pack)(const Matrix& from, void* to, int32_t type, int64_t first_group, int64_t last_group);
   void (*pack_lines)(const Matrix& from, bool transpose, void* to, int32_t type, int64_t first, int64_t last);
   // Rows first..last of a matrix in a plain or block type, as float32
@@ -133,7 +146,8 @@ const Engine* engine_avx2();
 const Engine* engine_avx512();
 const Engine* engine_neon();
 
-constexpr bool is_blocks(int32_t type) { return type >= Q8_0; }
+constexpr bool is_blocks(int32_t type) { return type >= Q8_0 && type <= Q6_K; }
+constexpr bool has_rows_of_outputs(int32_t type) { return type >= Q8_0; }  // a value matrix that is not transposed
 
 constexpr int64_t line_bytes(int32_t type, int64_t cols) {  // of one row of a matrix in lines, or in a type that has rows
   switch (type) {
@@ -143,6 +157,11 @@ constexpr int64_t line_bytes(int32_t type, int64_t cols) {  // of one row of a m
     case Q4_K: return cols / 256 * 144;
     case Q5_K: return cols / 256 * 176;
     case Q6_K: return cols / 256 * 210;
+    case PACKED_Q8_0: return cols / BLOCK * Q8_BYTES / GROUP;  // on average
+    case PACKED_Q4_0: return cols / BLOCK * Q4_BYTES / GROUP;
+    case PACKED_Q4_K: return cols / 256 * packed_bytes(Q4_K) / GROUP;
+    case PACKED_Q5_K: return cols / 256 * packed_bytes(Q5_K) / GROUP;
+    case PACKED_Q6_K: return cols / 256 * packed_bytes(Q6_K) / GROUP;
     default: return cols * 2;
   }
 }

@@ -1,17 +1,34 @@
 // Products of every type. Included by each isa_*.cpp after panels.h, inside its own namespace.
 
+template <int T>
+void packed_product(const Product& p, int64_t first, int64_t last, int64_t rows, float* panel) {
+  rows == 1 ? packed_row<T>(p, first, last) : many_packed_rows<T>(p, first, last, rows, panel);
+}
+
+template <int T>
+void plain_product(const Product& p, int64_t first, int64_t last, int64_t rows, float* panel) {
+  if (rows == 1) one_row<T>(p, first, last);
+  else if (rows <= FEW) few_rows<T>(p, first, last, rows, panel);
+  else many_rows<T>(p, first, last, rows, panel);
+}
+
 void product_part(const Product& p, int64_t first, int64_t last, int64_t rows, float* panel) {
   switch (p.w->type) {
-    case F32: rows == 1 ? one_row<F32>(p, first, last) : many_rows<F32>(p, first, last, rows, panel); break;
-    case F16: rows == 1 ? one_row<F16>(p, first, last) : many_rows<F16>(p, first, last, rows, panel); break;
-    case BF16: rows == 1 ? one_row<BF16>(p, first, last) : many_rows<BF16>(p, first, last, rows, panel); break;
-    case Q8: rows == 1 ? packed_row<Q8>(p, first, last) : many_packed_rows<Q8>(p, first, last, rows, panel); break;
-    case Q4: rows == 1 ? packed_row<Q4>(p, first, last) : many_packed_rows<Q4>(p, first, last, rows, panel); break;
-    case Q8_0: rows == 1 ? block_rows<Q8_0>(p, first, last, 1) : many_block_rows<Q8_0>(p, first, last, rows, panel); break;
-    case Q4_0: rows == 1 ? block_rows<Q4_0>(p, first, last, 1) : many_block_rows<Q4_0>(p, first, last, rows, panel); break;
-    case Q4_K: rows == 1 ? block_rows<Q4_K>(p, first, last, 1) : many_block_rows<Q4_K>(p, first, last, rows, panel); break;
-    case Q5_K: rows == 1 ? block_rows<Q5_K>(p, first, last, 1) : many_block_rows<Q5_K>(p, first, last, rows, panel); break;
-    case Q6_K: rows == 1 ? block_rows<Q6_K>(p, first, last, 1) : many_block_rows<Q6_K>(p, first, last, rows, panel); break;
+    case F32: plain_product<F32>(p, first, last, rows, panel); break;
+    case F16: plain_product<F16>(p, first, last, rows, panel); break;
+    case BF16: plain_product<BF16>(p, first, last, rows, panel); break;
+    case Q8: packed_product<Q8>(p, first, last, rows, panel); break;
+    case PACKED_Q8_0: packed_product<Q8>(p, first, last, rows, panel); break;
+    case Q4: packed_product<Q4>(p, first, last, rows, panel); break;
+    case PACKED_Q4_0: packed_product<Q4>(p, first, last, rows, panel); break;
+    case PACKED_Q4_K: packed_product<Q4_K>(p, first, last, rows, panel); break;
+    case PACKED_Q5_K: packed_product<Q5_K>(p, first, last, rows, panel); break;
+    case PACKED_Q6_K: packed_product<Q6_K>(p, first, last, rows, panel); break;
+    case Q8_0: rows == 1 ? block_rows<Q8_0>(p, first, last) : many_block_rows<Q8_0>(p, first, last, rows, panel); break;
+    case Q4_0: rows == 1 ? block_rows<Q4_0>(p, first, last) : many_block_rows<Q4_0>(p, first, last, rows, panel); break;
+    case Q4_K: rows == 1 ? block_rows<Q4_K>(p, first, last) : many_block_rows<Q4_K>(p, first, last, rows, panel); break;
+    case Q5_K: rows == 1 ? block_rows<Q5_K>(p, first, last) : many_block_rows<Q5_K>(p, first, last, rows, panel); break;
+    case Q6_K: rows == 1 ? block_rows<Q6_K>(p, first, last) : many_block_rows<Q6_K>(p, first, last, rows, panel); break;
   }
 }
 

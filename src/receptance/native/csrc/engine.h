@@ -7,7 +7,7 @@
 constexpr int INPUTS = MIXES;
 constexpr int RKV[] = {IN_R, IN_K, IN_V}, RKVG[] = {IN_R, IN_K, IN_V, IN_G};
 constexpr float MIN_LOG_DECAY = -0.60653065971f;  // -e^-1/2, version 7
-constexpr int64_t TICKET_BYTES = 32 << 10;        // of weights in one ticket of a product with one row
+constexpr int64_t TICKET_BYTES = 32 << 10;        // of weights in one ticket of a product with one row, at least
 
 struct Run {
   Request* request;
@@ -55,8 +55,9 @@ void products(Run& run, int thread, const Product* list, int count, int64_t rows
   for (int i = 0; i < count; i++) {
     const Matrix& w = *list[i].w;
     int64_t row_bytes = line_bytes(w.type, w.cols);
-    step[i] = rows > 1 ? MOST_ROWS : (TICKET_BYTES / row_bytes + 31) / 32 * 32;  // whole blocks of y
-    if (step[i] < 32) step[i] = 32;
+    // 64 rows are four groups of a packed matrix, or streams of eight rows: so many are read fastest
+    step[i] = rows > 1 || TICKET_BYTES <= 64 * row_bytes ? MOST_ROWS : (TICKET_BYTES / row_bytes + 63) / 64 * 64;
+    if (w.rows < 64 * 2 * run.threads) step[i] = 32;  // whole blocks of y
     starts[i] = total;
     total += (w.rows + step[i] - 1) / step[i];
   }
@@ -173,10 +174,10 @@ void channel_mix(Run& run, int thread, const ChannelMix& ffn, const float* weigh
   keep_shift(run, thread, run.last_ffn, shift_out);
   Product list[2] = {make(ffn.key, run.mixed[IN_K], run.quantised[IN_K], run.hidden, RELU2)};
   if (gated) list[1] = make(ffn.receptance, run.mixed[IN_R], run.quantised[IN_R], run.gate, SIGMOID);
-  if (is_blocks(ffn.value.type)) list[0].y_quantised = run.hidden_quantised;
+  if (has_rows_of_outputs(ffn.value.type)) list[0].y_quantised = run.hidden_quantised;
   products(run, thread, list, gated ? 2 : 1, rows);
 
-  if (is_blocks(ffn.value.type)) {  // its rows are channels: all hidden units are read
+  if (has_rows_of_outputs(ffn.value.type)) {  // its rows are channels: all hidden units are read
     list[0] = make(ffn.value, run.hidden, run.hidden_quantised, run.x, gated ? GATED_ADD : ADD);
     list[0].gate = run.gate;
     products(run, thread, list, 1, rows);
@@ -426,16 +427,15 @@ void time_mix7(Run& run, int thread, int64_t index) {
   if (!first_layer) list[6] = make(layer.v1, run.mixed[IN_V], nullptr, run.low[3]);
   products(run, thread, list, first_layer ? 6 : 7, run.rows);
 
+  // the outer halves of the low-rank maps: a head takes its own, but several sequences share what they read
+  const int outers = first_layer ? 3 : 4;
+  const Product outer[4] = {make(layer.w2, run.low[0], nullptr, run.decay), make(layer.a2, run.low[1], nullptr, run.rate),
+                            make(layer.g2, run.low[2], nullptr, run.g), make(layer.v2, run.low[3], nullptr, run.value_gate)};
+  if (run.batch > 1) products(run, thread, outer, outers, run.rows);
   heads(run, n, [&](int64_t s, int64_t row, int64_t t, int64_t channel) {
     const int64_t o = row * c + channel, from = ((at + run.from[s]) * c + channel) * n;
     const int64_t place = ((at + run.to[s]) * c + channel) * n;
-    const Matrix* outer[4] = {&layer.w2, &layer.a2, &layer.g2, &layer.v2};
-    float* to[4] = {run.decay, run.rate, run.g, run.value_gate};
-    for (int i = 0; i < (first_layer ? 3 : 4); i++) {
-      const int64_t rank = outer[i]->cols;
-      Product p = {outer[i], run.low[i] + row * rank, rank, nullptr, to[i] + row * c, c, STORE, nullptr, nullptr};
-      product(p, channel, channel + n, t, panel_of(run, thread));
-    }
+    for (int i = 0; run.batch == 1 && i < outers; i++) product(outer[i], channel, channel + n, t, panel_of(run, thread));
     for (int64_t m = row; m < row + t; m++) prepare7(run, layer, first_layer, m * c + channel, channel, n);
     wkv7(n, t, c, run.r + o, run.decay + o, run.k + o, run.v + o, run.mixed[IN_R] + o, run.mixed[IN_W] + o, run.y + o,
          run.in->wkv + from, run.request->out->wkv + place);

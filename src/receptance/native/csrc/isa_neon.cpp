@@ -18,6 +18,7 @@ namespace {
 #include "vector.h"
 #include "products.h"
 #include "blocks.h"
+#include "packed.h"
 #include "panels.h"
 #include "dispatch.h"
 #include "lines.h"

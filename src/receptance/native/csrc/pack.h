@@ -27,6 +27,13 @@ uint16_t encode(const float* x, int32_t type, int32_t* q) {
 }
 
 void pack(const Matrix& from, void* to, int32_t type, int64_t first_group, int64_t last_group) {
+  switch (from.type) {
+    case Q8_0: return repack_groups<Q8_0>(from, (uint8_t*)to, first_group, last_group);
+    case Q4_0: return repack_groups<Q4_0>(from, (uint8_t*)to, first_group, last_group);
+    case Q4_K: return repack_groups<Q4_K>(from, (uint8_t*)to, first_group, last_group);
+    case Q5_K: return repack_groups<Q5_K>(from, (uint8_t*)to, first_group, last_group);
+    case Q6_K: return repack_groups<Q6_K>(from, (uint8_t*)to, first_group, last_group);
+  }
   const int64_t blocks = from.cols / BLOCK, bytes = type == Q8 ? Q8_BYTES : Q4_BYTES;
   float x[BLOCK];
   int32_t q[BLOCK];

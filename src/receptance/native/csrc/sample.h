@@ -36,6 +36,8 @@ inline float truncation(const float* p, int64_t n, double top_p, int64_t top_k, 
   return last;
 }
 
+inline float weight_of(float x) { return x < -87 ? 0 : exp_(x); }  // exp_ has no zero
+
 inline double sum_of(const float* x, int64_t n) {
   double parts[4] = {};
   int64_t i = 0;
@@ -104,7 +106,7 @@ void sample_row(SampleRow& row, int64_t vocab, float* scratch) {
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < vocab; i++) {
-      p[i] = exp_(x[i] - most);
+      p[i] = weight_of(x[i] - most);
       sum += p[i];
     }
     const float scale = 1 / sum;
@@ -119,11 +121,11 @@ void sample_row(SampleRow& row, int64_t vocab, float* scratch) {
       }
       const float rate = 1 / (row.temperature > 1e-6f ? row.temperature : 1e-6f);
 #pragma omp simd
-      for (int64_t i = 0; i < vocab; i++) p[i] = p[i] >= floor ? exp_((x[i] - most) * rate) : 0;
+      for (int64_t i = 0; i < vocab; i++) p[i] = p[i] >= floor ? weight_of((x[i] - most) * rate) : 0;
     } else if (row.temperature != 1) {
       const float rate = 1 / (row.temperature > 1e-6f ? row.temperature : 1e-6f);
 #pragma omp simd
-      for (int64_t i = 0; i < vocab; i++) p[i] = exp_((x[i] - most) * rate);
+      for (int64_t i = 0; i < vocab; i++) p[i] = weight_of((x[i] - most) * rate);
     }
     row.token = draw_from(p, vocab, row.uniform);
   }

@@ -1,0 +1,175 @@
+"""Decoding and prefill of `GpuModel` on random weights of the official shapes: tokens/s, and the fraction of the roof.
+
+    python bench/engine_gpu.py [--models 1.5B …] [--batches 1 8 …] [--no-prefill] [--out FILE]
+
+Refuses to report when logits differ from the model's in float32. The roof of decoding is the time that the weights and
+the states take at this card's measured copy speed; a step is one CUDA graph. Ends in one JSON line.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+import torch
+
+from receptance.engine.gpu.rwkv7 import GpuModel
+from receptance.models.v7 import RWKV7, RWKV7Config
+
+SHAPES = {"0.1B": (12, 768), "0.4B": (24, 1024), "1.5B": (24, 2048), "2.9B": (32, 2560), "7.2B": (32, 4096)}
+VOCAB = 65536
+WORST = 2.5e-3  # relative error of logits
+
+
+def random_model(n_layer: int, c: int) -> RWKV7:
+    """float32 on the GPU, every matrix of norm about 1."""
+    config = RWKV7Config.make(VOCAB, n_layer, c)
+    with torch.device("meta"):
+        model = RWKV7(config, device="meta")
+    model = model.to_empty(device="cuda").requires_grad_(False)
+    g = torch.Generator("cuda").manual_seed(0)
+    for name, p in model.named_parameters():
+        if name.endswith("weight") and p.dim() == 1:
+            p.fill_(1.0)
+        elif name.endswith("bias"):
+            p.zero_()
+        elif p.dim() == 2 and "r_k" not in name:
+            p.normal_(0, (p.shape[0] if name[-2:] in ("1", "2") else p.shape[1]) ** -0.5, generator=g)
+        else:
+            p.uniform_(0, 1, generator=g) if ".x_" in name else p.normal_(0, 0.3, generator=g)
+        p.copy_(p.half())  # the rounding of weights is not what is measured
+    return model
+
+
+def copy_speed() -> float:
+    """Bytes read and written per second by a copy of 4 GB."""
+    x = torch.empty(1 << 32, dtype=torch.uint8, device="cuda")
+    y = torch.empty_like(x)
+    seconds = time_of(lambda: y.copy_(x), 5)
+    return 2 * x.numel() / seconds
+
+
+def time_of(function, repeats: int) -> float:
+    """Median seconds of a call."""
+    function()
+    times = []
+    for _ in range(repeats):
+        a, b = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        a.record()
+        function()
+        b.record()
+        b.synchronize()
+        times.append(a.elapsed_time(b) / 1e3)
+    return statistics.median(times)
+
+
+def logit_error(model: RWKV7, fast: GpuModel, batch: int = 5, steps: int = 4) -> float:
+    g = torch.Generator("cuda").manual_seed(1)
+    tokens = torch.randint(VOCAB, (batch, 16 + steps), device="cuda", generator=g)
+    worst = 0.0
+    state = None
+    for i in range(batch):
+        fast.reset(i)
+    slots = torch.arange(batch, dtype=torch.int32, device="cuda")
+    for i in range(-1, steps):
+        part = tokens[:, :16] if i < 0 else tokens[:, 16 + i : 17 + i]
+        expected, state = model.forward(part, state, last_only=True, backend="naive")
+        if i < 0:
+            got = fast.prefill(part.reshape(-1), list(range(0, 16 * batch + 1, 16)), list(range(batch)))
+        else:
+            got = fast.decode(part[:, 0].contiguous(), slots)
+        worst = max(worst, float((got.float() - expected).norm() / expected.norm()))
+    return worst
+
+
+def captured(fast: GpuModel, batch: int):
+    tokens = torch.randint(VOCAB, (batch,), device="cuda")
+    slots = torch.arange(batch, dtype=torch.int32, device="cuda")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        fast.decode(tokens, slots)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        fast.decode(tokens, slots)
+    return graph, (tokens, slots)
+
+
+def step_bytes(fast: GpuModel, batch: int) -> int:
+    """Weights once, states in and out."""
+    matrices = [x for y in fast.layers for x in (y.inputs, y.low_rank, y.output, y.key, y.value)]
+    weights = sum(x.nbytes for x in [*matrices, fast.head])
+    return weights + 2 * batch * sum(x[:, 0].nbytes for x in fast.state.values())
+
+
+def profile(function, rows: int) -> None:
+    with torch.profiler.profile() as p:
+        function()
+        torch.cuda.synchronize()
+    total = {}
+    for event in p.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            n, us = total.get(event.name, (0, 0.0))
+            total[event.name] = n + 1, us + event.device_time_total
+    for name, (n, us) in sorted(total.items(), key=lambda x: -x[1][1])[:rows]:
+        print(f"    {us:9.1f} us {n:4d} x {us / n:8.2f}  {name[:70]}", flush=True)
+
+
+def decoding(fast: GpuModel, batch: int, speed: float, details: bool) -> dict[str, float]:
+    graph, keep = captured(fast, batch)
+    seconds = time_of(graph.replay, 20)
+    if details:
+        profile(lambda: fast.decode(*keep), 10)
+    floor = step_bytes(fast, batch) / speed
+    return {"ms": round(seconds * 1e3, 4), "tok_s": round(batch / seconds), "fraction": round(floor / seconds, 3)}
+
+
+def prefilling(fast: GpuModel, n: int, t: int, details: bool) -> dict[str, float]:
+    tokens = torch.randint(VOCAB, (n * t,), device="cuda")
+    starts, slots = list(range(0, n * t + 1, t)), list(range(n))
+    for i in slots:
+        fast.reset(i)
+    seconds = time_of(lambda: fast.prefill(tokens, starts, slots), 5)
+    if details:
+        profile(lambda: fast.prefill(tokens, starts, slots), 14)
+    return {"ms": round(seconds * 1e3, 3), "tok_s": round(n * t / seconds)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--models", nargs="+", default=list(SHAPES))
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64, 256, 1024])
+    parser.add_argument("--no-prefill", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="the longest kernels of each case")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    speed = copy_speed()
+    report: dict = {"device": torch.cuda.get_device_name(), "copy_tb_s": round(speed / 1e12, 2), "models": {}}
+    for name in args.models:
+        batches = [x for x in args.batches if x <= (256 if name == "7.2B" else 1024)]
+        with torch.inference_mode():
+            model = random_model(*SHAPES[name])
+            fast = GpuModel(model, slots=max(16, *batches), most_rows=max(16, *batches))
+            error = logit_error(model, fast)
+        if not error < WORST:
+            raise SystemExit(f"{name}: logits differ by {error:.1e} from float32; no figures")
+        del model
+        torch.cuda.empty_cache()
+        rows = report["models"][name] = {"logit_error": round(error, 6), "decode": {}, "prefill": {}}
+        print(name, f"logit error {error:.2e}", flush=True)
+        for batch in batches:
+            rows["decode"][batch] = decoding(fast, batch, speed, args.profile)
+            print(name, batch, rows["decode"][batch], flush=True)
+        for n, t in [] if args.no_prefill else [(1, 1024), (1, 4096), (8, 1024)]:
+            rows["prefill"][f"{n}x{t}"] = prefilling(fast, n, t, args.profile)
+            print(name, f"{n}x{t}", rows["prefill"][f"{n}x{t}"], flush=True)
+        del fast
+        torch.cuda.empty_cache()
+    line = json.dumps(report)
+    if args.out:
+        args.out.write_text(line + "\n")
+    print(line)
+
+
+if __name__ == "__main__":
+    main()

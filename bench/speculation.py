@@ -1,0 +1,85 @@
+"""Drafts against none, at one text: on text that repeats itself (records, code), and on ordinary text.
+
+    python bench/speculation.py [--model rwkv7-stories] [--tokens 256]
+
+The same texts are written with and without drafts, in turns; both must have the same tokens, or nothing is reported.
+"""
+
+import argparse
+import json
+import statistics
+import time
+
+import receptance as rc
+from receptance.engine.core import Core
+from receptance.engine.engine import make_runner
+from receptance.engine.params import SamplingParams
+from receptance.engine.request import Request
+from receptance.engine.scheduler import Limits
+from receptance.engine.speculation import PromptLookup
+from receptance.tokenizers import tokenizer
+
+RECORD = '{"name": "Lily", "age": 7, "likes": ["cats", "dogs"], "city": "York"},\n'
+CODE = "for i in range(10):\n    total = total + values[i]\n    print(total)\n"
+TEXTS = {
+    "records": (RECORD * 12, 0.0),
+    "code": (CODE * 12, 0.0),
+    "a refrain": ("And the old king said: no, no, no, it is not so, not so. " * 10, 0.0),
+    "a story": ("Once upon a time there was a little girl who lived by the sea.", 1.0),
+    "another story": ("The old man looked at the sky and thought about the war.", 0.8),
+}
+ROUNDS = 5
+
+
+def write(core: Core, prompt: str, temperature: float, tokens: int) -> tuple[list[int], float]:
+    """The text's ids, and the seconds after the prompt was read."""
+    params = SamplingParams(max_tokens=tokens, temperature=temperature, seed=1, ignore_eos=True)
+    completion = core.submit(Request(prompt, params))[0].job.completion
+    while not completion.tokens:
+        core.step()
+    start = time.perf_counter()
+    while core.has_work:
+        core.step()
+    return completion.ids, time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", default="rwkv7-stories")
+    parser.add_argument("--tokens", type=int, default=256)
+    arguments = parser.parse_args()
+    model, words = rc.load(arguments.model, engine="native"), tokenizer(arguments.model)
+    report = {}
+    for name, (prompt, temperature) in TEXTS.items():
+        seconds: dict[bool, list[float]] = {False: [], True: []}
+        accepted = drafted = 0
+        cores = {
+            drafts: Core(
+                model,
+                words,
+                make_runner(model, 4, words),
+                Limits(4),
+                cache_bytes=0,
+                host_bytes=1 << 30,
+                drafter=PromptLookup() if drafts else None,
+            )
+            for drafts in (False, True)
+        }
+        for _ in range(ROUNDS):
+            ids = {}
+            for drafts, core in cores.items():
+                ids[drafts], taken = write(core, prompt, temperature, arguments.tokens)
+                seconds[drafts].append(taken)
+            if ids[False] != ids[True]:
+                raise SystemExit(f"{name}: other tokens with drafts; no speed is reported")
+        stats = cores[True].stats
+        drafted, accepted = stats.drafted, stats.accepted
+        ratio = statistics.median(a / b for a, b in zip(seconds[False], seconds[True]))
+        speed = arguments.tokens / min(seconds[False])
+        report[name] = {"ratio": ratio, "tokens_per_s": speed, "drafted": drafted, "accepted": accepted}
+        print(f"{name:16}{speed:10,.0f} tok/s without{ratio:8.2f}x with; {accepted} of {drafted} guesses held")
+    print(json.dumps({"bench": "speculation", "model": arguments.model, "results": report}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""`receptance serve`: models over HTTP."""
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from receptance.cli import options
+from receptance.cli.chat import DEFAULTS
+from receptance.cli.errors import USER_ERROR
+from receptance.cli.model_source import ModelSource, find_model, guess_template, load_runner, load_tokenizer
+from receptance.cli.preset import find_preset
+from receptance.engine.params import SamplingParams
+from receptance.errors import ConfigError, ReceptanceError
+
+if TYPE_CHECKING:
+    from receptance.server.config import ServedConfig, ServerConfig
+    from receptance.server.served import ServedModel
+    from receptance.tokenizers import Thinking
+
+
+def command(
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="[MODEL]... [SECTION.KEY=VALUE]...", show_default=False)
+    ] = None,
+    config: Annotated[Path | None, typer.Option("--config", "-c", metavar="FILE", help="TOML configuration.")] = None,
+    host: Annotated[str | None, typer.Option("--host", help="Address; default: 127.0.0.1.")] = None,
+    port: Annotated[int | None, typer.Option("--port", "-p", help="Default: 8000.")] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Let others reach it without a key.")] = False,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    engine: options.Engine = None,
+    threads: options.Threads = None,
+    slots: Annotated[
+        int | None, typer.Option("--slots", metavar="N", help="Texts at once; default: 64, GPU 256.")
+    ] = None,
+    new_key: Annotated[
+        str | None, typer.Option("--new-key", metavar="NAME", help="Make an API key, write it to NAME.key, stop.")
+    ] = None,
+    show: Annotated[bool, typer.Option("--show", help="Print the whole configuration and stop.")] = False,
+) -> None:
+    """Serve models over HTTP: OpenAI's API, Ollama's, sessions that are kept as states, and a page to chat on.
+
+    Several MODELs are served at once; the first is the default. Without one, the model inside the package is served.
+    It listens on this machine alone unless told otherwise, and then needs a key (--new-key). docs/server.md lists all
+    settings.
+
+    \b
+    Examples:
+      receptance serve
+      receptance serve model.pth --port 9000
+      receptance serve small.gguf large.pth limits.texts=256 --device cuda
+      receptance serve --new-key laptop
+      receptance serve --config server.toml --host 0.0.0.0
+    """
+    from receptance.server.config import DEFAULT_CONFIG_FOLDER, ServedConfig, check, read_config
+
+    words = words or []
+    overrides = [word for word in words if "=" in word and not Path(word).exists()]
+    names = [word for word in words if word not in overrides]
+    listen: dict[str, object] = {"host": host, "port": port, "insecure": insecure or None}
+    overrides += [f"listen.{name}={_toml(value)}" for name, value in listen.items() if value is not None]
+    keys_file = DEFAULT_CONFIG_FOLDER / "keys"
+    if new_key is not None:
+        from receptance.server.keys import new_key as make
+
+        chosen = read_config(config, [*overrides, "listen.insecure=true"])
+        keys_file = Path(chosen.auth.keys) if chosen.auth.keys else keys_file
+        secret = Path(f"{Path(new_key).name}.key")
+        make(keys_file, new_key, secret)
+        typer.echo(f"the key is in {secret}, readable by you alone; its hash is in {keys_file}")
+        return
+    if keys_file.exists() and not insecure:
+        overrides.insert(0, f"auth.keys={_toml(str(keys_file))}")
+    chosen = read_config(config, overrides)
+    models = dict(chosen.models)
+    for name in names or ([] if models else [None]):  # type: ignore[list-item]
+        source = find_model(name)
+        models[_free(models, _word(source))] = ServedConfig(model=name or "")
+    for flag, value in (
+        ("dtype", dtype),
+        ("device", device),
+        ("engine", engine),
+        ("threads", threads),
+        ("slots", slots),
+    ):
+        if value is not None:
+            models = {name: replace(model, **cast("Any", {flag: value})) for name, model in models.items()}
+    chosen = replace(chosen, models=models)
+    check(chosen)
+    run(chosen, show)
+
+
+def run(config: "ServerConfig", show: bool) -> None:
+    from receptance.server.config import as_toml
+
+    if show:
+        typer.echo(as_toml(config), nl=False)
+        return
+    try:
+        from receptance.server.run import serve
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("receptance"):
+            raise
+        raise ConfigError(f"the server needs {error.name}: pip install 'receptance[serve]'") from None
+    sources = {name: find_model(model.model or None) for name, model in config.models.items()}
+    loaders: list[Callable[[], ServedModel]] = [
+        partial(load, name, sources[name], model) for name, model in config.models.items()
+    ]
+    if serve(config, loaders):
+        raise typer.Exit(USER_ERROR)
+
+
+def load(name: str, source: ModelSource, wanted: "ServedConfig") -> "ServedModel":
+    """A model with all that its files and the configuration say of it."""
+    from receptance.engine.engine import Engine
+    from receptance.server.served import ServedModel
+    from receptance.tokenizers import chat_template
+
+    preset = find_preset(source)
+    template = chat_template(wanted.template or preset.template or guess_template(source))
+    thinking = cast("Thinking", wanted.thinking or preset.thinking or "off")
+    template.reply_prefix(thinking)
+    rwkv = load_runner(source, wanted.dtype, wanted.device, wanted.engine, wanted.threads)
+    tok = load_tokenizer(source, rwkv.config.vocab_size, wanted.tokenizer)
+    states = {state: rwkv.load_state(file) for state, file in wanted.states.items()}
+    if preset.state:
+        states.setdefault("", rwkv.load_state(preset.state))
+    return ServedModel(
+        name=name,
+        engine=Engine(rwkv, tok, slots=wanted.slots, cache_bytes=wanted.cache_bytes),
+        template=template,
+        thinking=thinking,
+        system=wanted.system or preset.system,
+        new_document=preset.new_document,
+        sampling=options.sampling_params(DEFAULTS, preset.sampling, {}, None, None),
+        completion_sampling=SamplingParams(max_tokens=16),
+        states=states,
+        decays=partial(log_decays, source, str(rwkv.config.version), rwkv.config.n_layer),
+    )
+
+
+def log_decays(source: ModelSource, version: str, n_layer: int) -> Any:
+    """The log-decay of each layer's channels where the input adds nothing; None for files with other names."""
+    import numpy as np
+
+    from receptance.checkpoint import open_checkpoint
+    from receptance.native.arrays import to_float
+
+    key = "w0" if version == "7" else "time_decay"
+    rows = []
+    try:
+        stored = open_checkpoint(source.path)
+        for layer in range(n_layer):
+            x = to_float(stored.array(f"blocks.{layer}.att.{key}")).ravel()
+            rows.append(-np.exp(-0.5) / (1 + np.exp(-x)) if version == "7" else -np.exp(x))
+    except (ReceptanceError, KeyError, TypeError, ValueError):
+        return None
+    return rows
+
+
+def _word(source: ModelSource) -> str:
+    """A name that fits into a URL, from the file's or the folder's."""
+    path = source.path
+    name = path.name if path.is_dir() or source.kind == "embedded" else path.stem
+    return re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-.")[:128] or "model"
+
+
+def _free(taken: dict[str, Any], name: str) -> str:
+    return next(word for i in range(1, 1000) if (word := name if i == 1 else f"{name[:120]}-{i}") not in taken)
+
+
+def _toml(value: object) -> str:
+    import json
+
+    return json.dumps(value)

@@ -1,0 +1,82 @@
+// What the inference kernels share. Weights, activations and token shifts are of 16-bit type E; sums are float32.
+//
+// Kernels are chained: each may start while the one before it still runs, fetches weights, and only then waits. Whatever
+// another kernel writes is read after `wait_for_previous`, past the first-level cache.
+#pragma once
+#include "device.cuh"
+#define DEVICE __device__ __forceinline__
+
+#ifdef BFLOAT16
+typedef Bf16 E;
+#else
+typedef Half E;
+#endif
+
+#ifndef EMULATED
+DEVICE void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+DEVICE void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+DEVICE uint4 load_weights(const void* p) {  // 16 bytes that no kernel writes, read once
+    uint4 x;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(p));
+    return x;
+}
+DEVICE uint4 load_fresh(const void* p) {
+    uint4 x;
+    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(p) : "memory");
+    return x;
+}
+DEVICE float load_fresh(const float* p) {
+    float x;
+    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(x) : "l"(p) : "memory");
+    return x;
+}
+DEVICE u16 load_fresh(const u16* p) {
+    u16 x;
+    asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(x) : "l"(p) : "memory");
+    return x;
+}
+DEVICE void bring_to_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+#else
+inline void wait_for_previous() {}
+inline void let_next_start() {}
+inline uint4 load_weights(const void* p) { return *(const uint4*)p; }
+inline uint4 load_fresh(const void* p) { return *(const uint4*)p; }
+inline float load_fresh(const float* p) { return *p; }
+inline u16 load_fresh(const u16* p) { return *p; }
+inline void bring_to_l2(const void*) {}
+#endif
+
+DEVICE float sigmoid(float x) { return rcp(1.f + ex2(-LOG2_E * x)); }
+
+/// Eight neighbours of type E as float32.
+struct Eight {
+    float f[8];
+    DEVICE explicit Eight(uint4 x) {
+        const u32 words[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) f[2 * i] = E::wide((u16)words[i]), f[2 * i + 1] = E::wide((u16)(words[i] >> 16));
+    }
+};
+DEVICE uint4 packed(const float (&f)[8]) { return make_uint4(E::two(f[0], f[1]), E::two(f[2], f[3]), E::two(f[4], f[5]), E::two(f[6], f[7])); }
+DEVICE u16 narrow(float x) { return (u16)E::two(x, 0.f); }
+DEVICE float sum_of_warp(float x) {
+#pragma unroll
+    for (int mask = 16; mask; mask /= 2) x += __shfl_xor_sync(~0u, x, mask);
+    return x;
+}
+
+enum Activation { NONE, TANH, SIGMOID, RELU_SQUARE };
+DEVICE float activated(float x, int activation) {
+    if (activation == TANH) return 2.f * sigmoid(2.f * x) - 1.f;
+    if (activation == SIGMOID) return sigmoid(x);
+    if (activation == RELU_SQUARE) return x > 0.f ? x * x : 0.f;
+    return x;
+}

@@ -1,0 +1,74 @@
+"""Figures for Prometheus. The names are vLLM's, with our prefix, so that its dashboards serve here too."""
+
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+
+from receptance.server.served import Models
+
+SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 30.0, 60.0)
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class Metrics:
+    def __init__(self, models: Models):
+        self.registry = CollectorRegistry()
+        labels = ["model_name"]
+
+        def counter(name: str, text: str, more: Iterable[str] = ()) -> Counter:
+            return Counter(f"receptance:{name}", text, [*labels, *more], registry=self.registry)
+
+        def histogram(name: str, text: str) -> Histogram:
+            return Histogram(f"receptance:{name}", text, labels, buckets=SECONDS, registry=self.registry)
+
+        self._prompt = counter("prompt_tokens_total", "Tokens of prompts.")
+        self._written = counter("generation_tokens_total", "Tokens that were written.")
+        self._queries = counter("prefix_cache_queries_total", "Tokens of prompts that were looked up in the cache.")
+        self._hits = counter("prefix_cache_hits_total", "Tokens of prompts that were not read again.")
+        self._success = counter("request_success_total", "Texts that ended.", ["finished_reason"])
+        self._first = histogram("time_to_first_token_seconds", "From the request to its first token.")
+        self._between = histogram("inter_token_latency_seconds", "Between two tokens of a text.")
+        self._whole = histogram("e2e_request_latency_seconds", "From the request to its end.")
+        self.http = Counter("receptance:http_requests_total", "Answers.", ["method", "status"], registry=self.registry)
+        self.connections = Gauge("receptance:http_requests_active", "Requests under way.", registry=self.registry)
+        self.registry.register(_Load(models))
+
+    def first_token(self, model: str, seconds: float) -> None:
+        self._first.labels(model).observe(seconds)
+
+    def between_tokens(self, model: str, seconds: float) -> None:
+        self._between.labels(model).observe(seconds)
+
+    def finished(self, model: str, reasons: list[str], prompt: int, cached: int, written: int, seconds: float) -> None:
+        self._prompt.labels(model).inc(prompt)
+        self._queries.labels(model).inc(prompt)
+        self._hits.labels(model).inc(cached)
+        self._written.labels(model).inc(written)
+        self._whole.labels(model).observe(seconds)
+        for reason in reasons:
+            self._success.labels(model, reason).inc()
+
+    def render(self) -> bytes:
+        return generate_latest(self.registry)
+
+
+class _Load:
+    """Read when somebody asks."""
+
+    def __init__(self, models: Models):
+        self._models = models
+
+    def describe(self) -> Iterable[Metric]:
+        return []
+
+    def collect(self) -> Iterable[Metric]:
+        running = GaugeMetricFamily(
+            "receptance:num_requests_running", "Texts being read or written.", labels=["model_name"]
+        )
+        waiting = GaugeMetricFamily("receptance:num_requests_waiting", "Texts that wait.", labels=["model_name"])
+        for model in self._models:
+            now, later = model.engine.load
+            running.add_metric([model.name], now)
+            waiting.add_metric([model.name], later)
+        return [running, waiting]

@@ -1,0 +1,42 @@
+"""Configuration: frozen dataclasses from TOML tables, with errors that name the key, what was found and expected."""
+
+import types
+from collections.abc import Mapping
+from dataclasses import is_dataclass
+from typing import TypeVar, Union, get_args, get_origin, get_type_hints
+
+from receptance.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def build(cls: type[T], raw: Mapping[str, object], where: str) -> T:
+    """An instance of a dataclass from a TOML table; `where` is what its keys are called by, as in "model."."""
+    hints = get_type_hints(cls)
+    values = {}
+    for key, value in raw.items():
+        if key not in hints:
+            raise ConfigError(f"unknown setting {where}{key}; there are {', '.join(sorted(hints))}")
+        values[key] = _convert(hints[key], value, where + key)
+    return cls(**values)
+
+
+def _convert(kind: object, value: object, where: str) -> object:
+    if is_dataclass(kind) and isinstance(kind, type):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where}: expected a table [{where}], found {value!r}")
+        return build(kind, value, where + ".")
+    origin = get_origin(kind)
+    if origin in (Union, types.UnionType):
+        return None if value is None else _convert(get_args(kind)[0], value, where)
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(_convert(get_args(kind)[0], item, where) for item in value)
+    if origin is dict and isinstance(value, Mapping):
+        return {str(k): _convert(get_args(kind)[1], v, f"{where}.{k}") for k, v in value.items()}
+    if kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)  # version = 7
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(kind, type) and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        return value
+    raise ConfigError(f"{where}: expected {getattr(kind, '__name__', kind)}, found {value!r}")

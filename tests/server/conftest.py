@@ -1,0 +1,72 @@
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from server_helpers import Running, listening
+
+from receptance.cli.model_source import find_model
+from receptance.cli.serve import load
+from receptance.server.config import ServedConfig, ServerConfig, read_config
+from receptance.server.served import ServedModel
+
+NAME = "rwkv7-stories"
+
+
+@pytest.fixture(scope="session")
+def served() -> Iterator[ServedModel]:
+    """The embedded model, on one thread; shared by all servers of these tests."""
+    model = load(NAME, find_model(None), ServedConfig(threads=1, slots=16))
+    yield model
+    model.engine.close()
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Callable[..., ServerConfig]:
+    def make(*overrides: str) -> ServerConfig:
+        return read_config(None, [f"sessions.folder={tmp_path / 'sessions'}", *overrides])
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def server(served: ServedModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """One server for all tests of a module."""
+    folder = tmp_path_factory.mktemp("server")
+    with listening(read_config(None, [f"sessions.folder={folder}", "limits.prompt_bytes=20000"]), served) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server: Running) -> Iterator[httpx.Client]:
+    with server.client as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real Redis or Valkey, for these tests alone."""
+    program = shutil.which("redis-server") or shutil.which("valkey-server")
+    if program is None:
+        pytest.skip("neither redis-server nor valkey-server is installed")
+    pytest.importorskip("redis")
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    folder = tmp_path_factory.mktemp("redis")
+    process = subprocess.Popen(
+        [program, "--port", str(port), "--save", "", "--dir", str(folder)], stdout=subprocess.DEVNULL
+    )
+    for _ in range(200):
+        try:
+            socket.create_connection(("127.0.0.1", port)).close()
+            break
+        except OSError:
+            time.sleep(0.05)
+    yield f"redis://127.0.0.1:{port}/0"
+    process.terminate()
+    process.wait(10)
