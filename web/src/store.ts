@@ -54,6 +54,7 @@ export const NEW = "new"; // stands for the id of a chat that has none yet
 export const draftKey = computed(() => opening.value ?? current.value?.id ?? NEW);
 export const currentLive = computed(() => live.value[draftKey.value] ?? null);
 export const busy = computed(() => ["reading", "writing", "waiting"].includes(currentLive.value?.status ?? ""));
+const answering = (turn: Live): boolean => turn.status === "reading" || turn.status === "writing";
 
 const aborts = new Map<string, AbortController>();
 const timers = new Map<string, number>();
@@ -372,11 +373,18 @@ export function stop(): void {
   aborts.get(session.id)?.abort();
 }
 
-export function retry(): void {
+export async function retry(): Promise<void> {
   const session = current.value;
-  if (!session || !currentLive.value) return;
+  const turn = currentLive.value;
+  if (!session || !turn || answering(turn)) return;
   clearTimeout(timers.get(session.id));
-  void run(session.id, session.model);
+  setLive(session.id, fresh(turn.user, turn.after));
+  // the server keeps a turn whose client was lost, as far as it came: it is replaced, not said twice
+  const kept = await attempt(() => api.getSession(session.id));
+  const extra = kept && kept.turns.length > turn.after;
+  if (!kept || (extra && !(await attempt(() => api.rewindSession(session.id, turn.after)))))
+    return setLive(session.id, { ...turn, status: "failed" });
+  await run(session.id, session.model);
 }
 
 /** Takes an unanswered message back into the composer. */

@@ -36,12 +36,14 @@ def fake() -> Iterator[FakeServer]:
 
 @pytest.fixture
 def open_page(browser: Any) -> Iterator[Any]:
-    """open_page(url, **context options) → a page; at the end of the test it must have complained of nothing and called nobody else."""
+    """open_page(url, **context options) → a page. By the end it must have complained of nothing, and called nobody else."""  # noqa: E501
     troubles: list[str] = []
     contexts = []
 
     def open_it(url: str, **options: Any) -> Any:
-        context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, "accept_downloads": True, **options})
+        context = browser.new_context(
+            **{"viewport": {"width": 1280, "height": 800}, "accept_downloads": True, **options}
+        )
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(10_000)

@@ -122,7 +122,9 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         pass
 
-    def send(self, status: int, body: Any, headers: dict[str, str] | None = None, kind: str = "application/json") -> None:
+    def send(
+        self, status: int, body: Any, headers: dict[str, str] | None = None, kind: str = "application/json"
+    ) -> None:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
         for key, value in {"Content-Type": kind, "Content-Length": str(len(data)), **(headers or {})}.items():
@@ -238,7 +240,9 @@ class Handler(BaseHTTPRequestHandler):
         usage = {
             "prompt_tokens": session["tokens"] - last["completion_tokens"],
             "completion_tokens": last["completion_tokens"],
-            "prompt_tokens_details": {"cached_tokens": session["tokens"] - last["completion_tokens"] - last["prompt_tokens"]},
+            "prompt_tokens_details": {
+                "cached_tokens": session["tokens"] - last["completion_tokens"] - last["prompt_tokens"]
+            },
         }
         self.data({"choices": [], "usage": usage})
         self.wfile.write(b"data: [DONE]\n\n")

@@ -77,7 +77,9 @@ def test_text_appears_while_it_streams_and_stop_keeps_the_message(fake: FakeServ
     expect(page.get_by_label("Message", exact=True)).to_have_value("A long one")
 
 
-def test_answering_again_rewinds_the_last_turn_and_says_it_again(fake: FakeServer, open_page: Any, told: dict[str, Any]) -> None:
+def test_answering_again_rewinds_the_last_turn_and_says_it_again(
+    fake: FakeServer, open_page: Any, told: dict[str, Any]
+) -> None:
     page = open_page(f"{fake.url}/#/s/{told['id']}")
     settled(page, 3)
     fake.answers["question 2"] = "quite another answer"
@@ -99,7 +101,9 @@ def test_an_edited_message_replaces_everything_after_it(fake: FakeServer, open_p
     assert [turn["user"] for turn in told["turns"]] == ["question 0", "a better question"]
 
 
-def test_an_edit_sent_in_a_fork_leaves_the_chat_as_it_was(fake: FakeServer, open_page: Any, told: dict[str, Any]) -> None:
+def test_an_edit_sent_in_a_fork_leaves_the_chat_as_it_was(
+    fake: FakeServer, open_page: Any, told: dict[str, Any]
+) -> None:
     page = open_page(f"{fake.url}/#/s/{told['id']}")
     page.locator("#turn-1 .user").hover()
     page.locator("#turn-1").get_by_role("button", name="Edit").click()
@@ -129,7 +133,9 @@ def test_branches_are_drawn_and_lead_to_their_turns(fake: FakeServer, open_page:
     expect(page.locator("#turn-2")).to_be_in_viewport()
 
 
-def test_a_branch_whose_parent_was_rewound_keeps_its_own_turns(fake: FakeServer, open_page: Any, told: dict[str, Any]) -> None:
+def test_a_branch_whose_parent_was_rewound_keeps_its_own_turns(
+    fake: FakeServer, open_page: Any, told: dict[str, Any]
+) -> None:
     fork = fake.session(title="Fork", parent={"id": told["id"], "turn": 3}, turns=json.loads(json.dumps(told["turns"])))
     del told["turns"][1:]
     fake.turn(told, "quite different", "yes")
@@ -185,7 +191,9 @@ def test_a_deleted_chat_can_be_brought_back_for_a_while(fake: FakeServer, open_p
     assert told["id"] not in fake.sessions
 
 
-def test_a_chat_is_saved_as_a_file_and_read_back(fake: FakeServer, open_page: Any, told: dict[str, Any], tmp_path: Any) -> None:
+def test_a_chat_is_saved_as_a_file_and_read_back(
+    fake: FakeServer, open_page: Any, told: dict[str, Any], tmp_path: Any
+) -> None:
     page = open_page(fake.url)
     page.locator(".session").hover()
     page.get_by_role("button", name="More about").click()
@@ -318,7 +326,16 @@ def test_markdown_becomes_elements(fake: FakeServer, open_page: Any) -> None:
 
 def test_long_and_wicked_answers_are_drawn_quickly(fake: FakeServer, open_page: Any) -> None:
     session = fake.session(title="Wicked")
-    for text in ("[" * 20_000, "**a " * 8_000, "`" * 20_000, "> " * 5_000, "- " * 5_000, "|" * 20_000, "_a" * 10_000, "word " * 40_000):
+    for text in (
+        "[" * 20_000,
+        "**a " * 8_000,
+        "`" * 20_000,
+        "> " * 5_000,
+        "- " * 5_000,
+        "|" * 20_000,
+        "_a" * 10_000,
+        "word " * 40_000,
+    ):
         fake.turn(session, "go", text)
     page = open_page(f"{fake.url}/#/s/{session['id']}")
     settled(page, 8)
@@ -326,7 +343,9 @@ def test_long_and_wicked_answers_are_drawn_quickly(fake: FakeServer, open_page: 
     assert before < 8000  # milliseconds since the page began to load
 
 
-def test_a_server_with_a_key_asks_for_it_and_the_tab_keeps_it(fake: FakeServer, open_page: Any, told: dict[str, Any]) -> None:
+def test_a_server_with_a_key_asks_for_it_and_the_tab_keeps_it(
+    fake: FakeServer, open_page: Any, told: dict[str, Any]
+) -> None:
     fake.key = "right"
     page = open_page(fake.url)
     dialog = page.get_by_role("dialog", name="API key")
@@ -425,7 +444,9 @@ def test_two_chats_answer_at_once_and_do_not_mix(fake: FakeServer, open_page: An
     expect(page.get_by_role("log")).not_to_contain_text("pear")
 
 
-def test_the_state_view_shows_what_is_stored_and_how_it_moved(fake: FakeServer, open_page: Any, told: dict[str, Any]) -> None:
+def test_the_state_view_shows_what_is_stored_and_how_it_moved(
+    fake: FakeServer, open_page: Any, told: dict[str, Any]
+) -> None:
     page = open_page(f"{fake.url}/#/s/{told['id']}")
     page.get_by_role("button", name=re.compile("^State: 1.35 MB")).click()
     panel = page.get_by_role("tabpanel", name="State")
@@ -442,7 +463,9 @@ def test_the_state_view_shows_what_is_stored_and_how_it_moved(fake: FakeServer, 
     panel.get_by_label(re.compile("After turn 3 of 3")).fill("1")
     expect(panel).to_contain_text("After turn 1 of 3")
     expect(panel).to_contain_text("53°")  # cosine 1 - 0.4
-    assert [path for path in calls(fake, "GET") if "state" in path] == [f"/v1/sessions/s-0001/state?turn={turn}" for turn in (3, 1)]
+    assert [path for path in calls(fake, "GET") if "state" in path] == [
+        f"/v1/sessions/s-0001/state?turn={turn}" for turn in (3, 1)
+    ]
 
 
 def test_a_phone_shows_everything_without_scrolling_sideways(fake: FakeServer, open_page: Any) -> None:
@@ -453,7 +476,7 @@ def test_a_phone_shows_everything_without_scrolling_sideways(fake: FakeServer, o
 
     def fits() -> None:
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
-        wide = "all => all.filter(e => e.clientWidth < e.scrollWidth - 1 && /auto|scroll/.test(getComputedStyle(e).overflowX)).map(e => e.className)"
+        wide = "all => all.filter(e => e.clientWidth < e.scrollWidth - 1 && /auto|scroll/.test(getComputedStyle(e).overflowX)).map(e => e.className)"  # noqa: E501
         assert set(page.locator(".scroll, .panel-body, .sessions, .dialog").evaluate_all(wide)) == set()
 
     settled(page, 2)
@@ -510,7 +533,7 @@ def test_every_control_has_a_name(fake: FakeServer, open_page: Any, told: dict[s
     page = open_page(f"{fake.url}/#/s/{told['id']}")
     settled(page, 3)
     nameless = """all => all.filter(e => e.checkVisibility() && !(e.getAttribute('aria-label') || e.textContent.trim() || e.labels?.length))
-        .map(e => e.outerHTML)"""
+        .map(e => e.outerHTML)"""  # noqa: E501
     for key in ("s", "b", ",", "?"):
         page.evaluate("document.activeElement.blur()")
         page.keyboard.press(key)
@@ -531,10 +554,16 @@ def test_text_has_contrast_in_both_themes(fake: FakeServer, open_page: Any) -> N
         return 0.2126 * r + 0.7152 * g + 0.0722 * b;
       };
       return pairs.map(([a, b]) => { const [x, y] = [light(a), light(b)].sort((p, q) => q - p); return (x + 0.05) / (y + 0.05); });
-    }"""
+    }"""  # noqa: E501
     text = [(ink, ground) for ink in ("ink", "soft", "accent") for ground in ("bg", "surface", "sunken", "raised")]
     text += [("accent-ink", "accent"), ("ink", "accent-soft"), ("accent", "accent-soft"), ("danger", "danger-soft")]
-    text += [("amber-ink", "amber-soft"), ("amber-ink", "surface"), ("violet", "surface"), ("rose", "surface"), ("blue", "surface")]
+    text += [
+        ("amber-ink", "amber-soft"),
+        ("amber-ink", "surface"),
+        ("violet", "surface"),
+        ("rose", "surface"),
+        ("blue", "surface"),
+    ]
     for scheme in ("light", "dark"):
         page = open_page(fake.url, color_scheme=scheme)
         found = dict(zip(text, page.evaluate(ratio, text), strict=True))
