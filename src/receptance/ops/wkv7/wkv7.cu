@@ -315,6 +315,7 @@ DEVICE void forward(byte* memory, const half_bits* r, const half_bits* w, const 
       make_pairs(to.pairs[0], m.square, to.tiles[0], two_to(f.a + f.b - 127), documents, my);
       barrier();
     }
+    barrier();  // stays until the others have read what it wrote
     return;
   }
 
@@ -391,7 +392,7 @@ DEVICE void forward(byte* memory, const half_bits* r, const half_bits* w, const 
     accumulate(state, solved, from.tiles[2]);
     if (!is_map) accumulate(state, values, from.tiles[3]);
     note_top(tops[(chunk + 1) & 1], state);
-    if (chunk + 1 < last) barrier();
+    barrier();
   }
   scale_columns(state, m.chunks[(last - 1) & 1].tail, two_to(unit), my);
   write_state(state, end + square, my);
