@@ -142,10 +142,13 @@ function named(): string | null {
   return id ? decodeURIComponent(id) : null;
 }
 
+let asked = 0; // how often something was chosen to be shown: what comes later than another choice is not shown
+
 export async function open(id: string, turn?: number): Promise<void> {
+  const mine = ++asked;
   opening.value = current.value?.id === id ? null : id;
   const session = await attempt(() => api.getSession(id));
-  if (opening.value !== null && opening.value !== id) return; // another one was chosen meanwhile
+  if (mine !== asked) return;
   if (!session) {
     if (online.value && !needsKey.value) close();
     return;
@@ -157,6 +160,7 @@ export async function open(id: string, turn?: number): Promise<void> {
 }
 
 export function close(): void {
+  asked++;
   batch(() => {
     opening.value = null;
     current.value = null;

@@ -91,8 +91,13 @@ class Call:
         self, x: Tensor, delta: Tensor | None, norm: nn.LayerNorm, last: Tensor, mixes: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """The way into half a block: x + delta, what the next call's token shift needs, the mixes of the sum's norm."""
-        if self.lengths is not None or self.dropout:
+        hand_over = getattr(self.backend, "shift", None)  # of rows that are cut over ranks: the vector before the piece
+        if hand_over is not None or self.lengths is not None or self.dropout:
             x, normed = (x, self.norm(x, norm)) if delta is None else self.add(x, delta, norm)
+            if hand_over is not None:
+                if self.lengths is not None:
+                    raise ValueError("rows of different lengths cannot be cut over ranks")
+                last = hand_over(normed[:, -1], last)
             return x, carry(normed, last, self), self.shift(normed, last, mixes)
         again = partial(norm_mix, resets=self.resets, backend=self.form)
         vectors = norm.weight, norm.bias, norm.eps, last, mixes

@@ -10,8 +10,8 @@ its predecessor's. A WKV state needs everything before, but each operator's fina
 so every rank finds its P and Q without knowing S₀, all exchange them, and each merges those before its own. The work is
 that of the piece alone plus one small exchange per layer, whatever the length. docs/distributed.md has the costs.
 
-The model stays as it is: `ContextParallel` is given as the back end of a forward call, and hooks that `cut_rows` puts
-on the mixes hand the shifts over when they see it.
+`ContextParallel` is given as the back end of a forward call. RWKV-7 asks it for the shifts (`Call.enter`); on the mixes
+of other versions `cut_rows` puts hooks that hand them over.
 """
 
 from typing import Any
@@ -21,11 +21,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from receptance import ops
-from receptance.models import RWKV, State
+from receptance.models import RWKV, RWKV7, State
 
 
 def cut_rows(model: RWKV) -> None:
     """Let `model` take a ContextParallel as the back end of a call. Calls with another back end stay as they are."""
+    if isinstance(model, RWKV7):  # `Call.enter`, its way into each half of a block, asks the back end itself
+        return
     for block in model.blocks:
         for name in ("att", "ffn", "ffnPre"):
             if hasattr(block, name):
