@@ -1,5 +1,6 @@
 """The runner of torch models on any device: rows are gathered from a pool of states, run, and put back in place."""
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -140,6 +141,7 @@ class _CpuSampler:
 
         core, threads = load_core(), torch.get_num_threads()
         team = core.library.receptance_team_new(threads)
+        weakref.finalize(self, core.library.receptance_team_free, team)
         self._inner = CoreSampler(core, lambda: team, threads, vocab, eos_id, lambda: weight().numpy())
         self.admit, self.free = self._inner.admit, self._inner.free
 
