@@ -1,6 +1,6 @@
 import { defineConfig } from "vite";
 
-// Fixed file names: the server sends an ETag, and a rebuild shows as a change of three files, not as new ones.
+// Fixed file names: the server has browsers ask again, and a rebuild shows as a change of three files, not as new ones.
 export default defineConfig({
   base: "./",
   build: {

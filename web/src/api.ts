@@ -96,7 +96,16 @@ const at = (id: string): string => `v1/sessions/${encodeURIComponent(id)}`;
 
 export const models = async (): Promise<string[]> =>
   (await json<{ data: { id: string }[] }>("v1/models")).data.map((model) => model.id);
-export const listSessions = async (): Promise<Summary[]> => (await json<{ data: Summary[] }>("v1/sessions")).data;
+/** All of them, whatever the number that one answer holds. */
+export const listSessions = async (): Promise<Summary[]> => {
+  const found: Summary[] = [];
+  for (let after = ""; ; ) {
+    const page = await json<{ data: Summary[]; has_more?: boolean }>(`v1/sessions${after && `?after=${encodeURIComponent(after)}`}`);
+    found.push(...page.data);
+    if (!page.has_more || !page.data.length) return found;
+    after = page.data[page.data.length - 1]!.id;
+  }
+};
 export const createSession = (fields: { model: string; title: string; system?: string }): Promise<Session> =>
   json("v1/sessions", "POST", fields);
 export const getSession = (id: string): Promise<Session> => json(at(id));
