@@ -11,10 +11,18 @@ from fake_server import FakeServer
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A browser on a busy machine may be late by more than any patience: three failures in a row are one."""
+    for item in items:
+        if "page" in item.path.parts:
+            item.add_marker(pytest.mark.flaky(reruns=2))
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     # ends with the module: while Playwright runs, no other test of this process could start an event loop
     playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
+    playwright.expect.set_options(timeout=15_000)  # the machine may be busy
     with playwright.sync_playwright() as driver:
         path = next(filter(None, map(shutil.which, NAMES)), None)
         try:

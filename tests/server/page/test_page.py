@@ -498,6 +498,7 @@ def test_a_phone_shows_everything_without_scrolling_sideways(fake: FakeServer, o
 
 def test_the_keyboard_reaches_everything(fake: FakeServer, open_page: Any, told: dict[str, Any]) -> None:
     page = open_page(f"{fake.url}/#/s/{told['id']}")
+    settled(page, 3)
     composer = page.get_by_label("Message", exact=True)
     expect(composer).to_be_focused()
     page.keyboard.type("a? b")  # no shortcut while typing
