@@ -21,6 +21,20 @@ def shared() -> Path:
     return SHARED
 
 
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA kernels run: on the GPU, or emulated on the CPU where there is a C++ compiler."""
+    if torch.cuda.is_available():
+        return
+    from tests.ops import emulation
+
+    from receptance.ops import cuda
+
+    if emulation.COMPILER is None:
+        pytest.skip("needs a GPU, or a C++ compiler for the emulation")
+    monkeypatch.setattr(cuda, "load", emulation.load)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:

@@ -4,26 +4,17 @@ from functools import partial
 
 import pytest
 import torch
-from tests.ops import emulation
 
-from receptance.ops import cuda
 from receptance.ops.wkv4 import cuda as module
 from receptance.ops.wkv4.cuda import wkv4
 from receptance.ops.wkv4.naive import EMPTY
 from receptance.ops.wkv4.naive import wkv4 as naive
 
+pytestmark = pytest.mark.usefixtures("kernels")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ["y", "num", "den", "gw", "gk", "gv", "gu", "gnum", "gden"]
 FLOAT32 = 1e-5  # relative RMS
 HALF = 4e-3
-
-
-@pytest.fixture(autouse=True)
-def device(monkeypatch) -> None:
-    if DEVICE == "cpu":
-        if emulation.COMPILER is None:
-            pytest.skip("needs a GPU, or a C++ compiler for the emulation")
-        monkeypatch.setattr(cuda, "load", emulation.load)
 
 
 def draw(batch: int, t: int, c: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[torch.Tensor]:

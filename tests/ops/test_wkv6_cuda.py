@@ -2,24 +2,15 @@
 
 import pytest
 import torch
-from tests.ops import emulation
 
-from receptance.ops import cuda
 from receptance.ops.wkv6 import cuda as module
 from receptance.ops.wkv6.cuda import wkv6
 from receptance.ops.wkv6.naive import wkv6 as naive
 
+pytestmark = pytest.mark.usefixtures("kernels")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ["y", "end", "gr", "gw", "gk", "gv", "gu", "gstate"]
 HALF = 4e-3  # relative RMS: y and the gradients of half-precision inputs are rounded by 1.7e-3
-
-
-@pytest.fixture(autouse=True)
-def device(monkeypatch) -> None:
-    if DEVICE == "cpu":
-        if emulation.COMPILER is None:
-            pytest.skip("needs a GPU, or a C++ compiler for the emulation")
-        monkeypatch.setattr(cuda, "load", emulation.load)
 
 
 def draw(

@@ -2,24 +2,15 @@
 
 import pytest
 import torch
-from tests.ops import emulation
 
-from receptance.ops import cuda
 from receptance.ops.wkv7 import cuda as module
 from receptance.ops.wkv7.cuda import wkv7
 from receptance.ops.wkv7.naive import wkv7 as naive
 
+pytestmark = pytest.mark.usefixtures("kernels")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ["y", "end", "gr", "gw", "gk", "gv", "ga", "gb", "gstate"]
 ROUNDED = {torch.bfloat16: 2.1e-3, torch.float16: 1e-3}  # writing bfloat16 alone costs 1.7e-3
-
-
-@pytest.fixture(autouse=True)
-def device(monkeypatch) -> None:
-    if DEVICE == "cpu":
-        if emulation.COMPILER is None:
-            pytest.skip("needs a GPU, or a C++ compiler for the emulation")
-        monkeypatch.setattr(cuda, "load", emulation.load)
 
 
 def draw(

@@ -108,17 +108,8 @@ class RNN(RWKV):
         backend: str | Operators,
     ) -> tuple[Tensor, State, bool, Tensor | None]:
         """As of RWKV. backend: means nothing here."""
-        tokens = torch.as_tensor(tokens, dtype=torch.long, device=self.device)
-        if tokens.dim() not in (1, 2) or tokens.numel() == 0:
-            raise ValueError(f"tokens must be [T] or [B, T] with at least one token, got shape {tuple(tokens.shape)}")
-        single = tokens.dim() == 1
-        if single:
-            tokens = tokens[None]
+        tokens, single, lengths, resets = self._checked(tokens, lengths, resets)
         batch, t = tokens.shape
-        lengths = None if lengths is None else torch.as_tensor(lengths, device=self.device)
-        self._check_values(tokens, lengths)
-        if resets is not None:
-            resets = self._checked_resets(resets, batch, t)
         state = state or self.zero_state(batch)
         if state.batch != batch:
             raise ValueError(f"a state of {state.batch} rows for {batch} rows of tokens")

@@ -187,16 +187,7 @@ class Transformer(RWKV):
         backend: str | Operators,
     ) -> tuple[Tensor, State, bool, Tensor | None]:
         """As of RWKV. backend: means nothing here."""
-        tokens = torch.as_tensor(tokens, dtype=torch.long, device=self.device)
-        if tokens.dim() not in (1, 2) or tokens.numel() == 0:
-            raise ValueError(f"tokens must be [T] or [B, T] with at least one token, got shape {tuple(tokens.shape)}")
-        single = tokens.dim() == 1
-        if single:
-            tokens = tokens[None]
-        lengths = None if lengths is None else torch.as_tensor(lengths, device=self.device)
-        self._check_values(tokens, lengths)
-        if resets is not None:
-            resets = self._checked_resets(resets, *tokens.shape)
+        tokens, single, lengths, resets = self._checked(tokens, lengths, resets)
         if lengths is not None and self.config.token_shift and bool((lengths < tokens.shape[1]).any()):
             raise ValueError("the Transformer with token shift takes rows of one length only")
         is_plain = state is None and lengths is None and resets is None

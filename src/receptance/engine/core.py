@@ -234,7 +234,10 @@ class Core:
                     return
                 self._preempt(victim)
             if sequence.parked is None:
-                self._begin(sequence, self._entry(sequence))
+                entry = self._entry(sequence)
+                if sequence.shares:
+                    self.cache.count(entry is not None)
+                self._begin(sequence, entry)
                 continue
             slot = self.pool.take()
             self.runner.load(slot, self.pool.get(sequence.parked))
@@ -361,6 +364,7 @@ class Core:
         for other in self.scheduler.followers(sequence):
             other.leader, other.known = None, entry
             if self.pool.free_slots:
+                self.cache.count(True)
                 self._begin(other, entry)
 
     def _score(self, plan: list[tuple[Sequence, int]]) -> None:

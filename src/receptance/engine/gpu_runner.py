@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from receptance.engine.gpu.rwkv7 import MOST_TOKENS, GpuModel
+from receptance.engine.gpu.stepper import bucket
 from receptance.engine.runner import Work
 from receptance.engine.scheduler import PIECE
 from receptance.engine.torch_runner import TorchRunner
@@ -59,7 +60,7 @@ class GpuRunner(TorchRunner):
         if len(works) > rows:
             return torch.cat([self._decode(works[i : i + rows]).clone() for i in range(0, len(works), rows)])
         count = len(works)
-        size = min(1 << (count - 1).bit_length(), rows)
+        size = bucket(count, rows)
         if size not in self._graphs:
             self._graphs[size] = self._capture(size)
         tokens = [work.tokens[0] for work in works] + [0] * (size - count)

@@ -53,7 +53,7 @@ class StateCache:
 
     def __init__(self, max_bytes: int):
         self.max_bytes = max_bytes
-        self.nbytes = self.hits = self.misses = self.evicted = 0
+        self.nbytes = self.hits = self.misses = 0
         self._roots: dict[str | None, Node] = {}
         self._used: OrderedDict[Node, str | None] = OrderedDict()  # nodes with an entry, the least recent first
 
@@ -71,11 +71,13 @@ class StateCache:
             if entry is not None and (entry.logits is not None if depth == len(tokens) else depth % align == 0):
                 best = node
         if best is None:
-            self.misses += 1
             return None
-        self.hits += 1
         self._used.move_to_end(best)
         return best.entry
+
+    def count(self, is_hit: bool) -> None:
+        """A sequence began, from an entry or from nothing."""
+        self.hits, self.misses = self.hits + is_hit, self.misses + (not is_hit)
 
     def holds(self, root: str | None, tokens: list[int]) -> bool:
         """Whether the state after exactly these tokens is kept, with logits."""
@@ -96,7 +98,6 @@ class StateCache:
             oldest, of_root = self._used.popitem(last=False)
             assert oldest.entry is not None
             self.nbytes -= oldest.entry.nbytes
-            self.evicted += 1
             oldest.entry = None
             self._prune(oldest, of_root)
 
@@ -107,11 +108,6 @@ class StateCache:
             del self._used[node]
             assert node.entry is not None
             self.nbytes -= node.entry.nbytes
-
-    def clear(self) -> None:
-        self._roots.clear()
-        self._used.clear()
-        self.nbytes = 0
 
     def _walk(self, root: str | None, tokens: list[int]) -> Iterator[tuple[Node, int]]:
         """The nodes whose whole path is a prefix of `tokens`, with the lengths of the paths."""

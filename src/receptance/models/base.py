@@ -283,19 +283,8 @@ class RWKV(nn.Module):
         backend: str | Operators,
     ) -> tuple[Tensor, State, bool, Tensor | None]:
         """Everything below the head: ([B, T, C] after ln_out, state, whether tokens had no batch axis, lengths)."""
-        tokens = torch.as_tensor(tokens, dtype=torch.long, device=self.device)
-        if tokens.dim() not in (1, 2) or tokens.numel() == 0:
-            raise ValueError(f"tokens must be [T] or [B, T] with at least one token, got shape {tuple(tokens.shape)}")
-        single = tokens.dim() == 1
-        if single:
-            tokens = tokens[None]
-        batch, t = tokens.shape
-        if lengths is not None:
-            lengths = torch.as_tensor(lengths, device=self.device)
-        if not torch.compiler.is_compiling():  # whose graphs cannot depend on values
-            self._check_values(tokens, lengths)
-        if resets is not None:
-            resets = self._checked_resets(resets, batch, t)
+        tokens, single, lengths, resets = self._checked(tokens, lengths, resets)
+        batch = len(tokens)
         if state is None:
             state = self.zero_state(batch)
         elif not isinstance(state, State):
@@ -332,6 +321,24 @@ class RWKV(nn.Module):
         wanted = on_gpu if self.recompute is None else self.recompute
         decided = self.activation_checkpointing or torch.compiler.is_compiling()
         return Recompute() if wanted and torch.is_grad_enabled() and not decided else None
+
+    def _checked(
+        self, tokens: list[int] | Tensor, lengths: Tensor | None, resets: Tensor | None
+    ) -> tuple[Tensor, bool, Tensor | None, Tensor | None]:
+        """What `forward` was given, on the device: tokens [B, T], whether they had no batch axis, lengths, resets."""
+        tokens = torch.as_tensor(tokens, dtype=torch.long, device=self.device)
+        if tokens.dim() not in (1, 2) or tokens.numel() == 0:
+            raise ValueError(f"tokens must be [T] or [B, T] with at least one token, got shape {tuple(tokens.shape)}")
+        single = tokens.dim() == 1
+        if single:
+            tokens = tokens[None]
+        if lengths is not None:
+            lengths = torch.as_tensor(lengths, device=self.device)
+        if not torch.compiler.is_compiling():  # whose graphs cannot depend on values
+            self._check_values(tokens, lengths)
+        if resets is not None:
+            resets = self._checked_resets(resets, *tokens.shape)
+        return tokens, single, lengths, resets
 
     def _check_values(self, tokens: Tensor, lengths: Tensor | None) -> None:
         batch, t = tokens.shape

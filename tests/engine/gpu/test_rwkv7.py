@@ -4,23 +4,14 @@ from itertools import pairwise
 
 import pytest
 import torch
-from tests.ops import emulation
 
 from receptance.engine.gpu import rwkv7
 from receptance.engine.gpu.rwkv7 import GpuModel
 from receptance.models.v7 import RWKV7, RWKV7Config
-from receptance.ops import cuda
 
+pytestmark = pytest.mark.usefixtures("kernels")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BOUND = 6e-3  # of logits: the roundings to float16 between kernels, a few per layer, on vectors of few elements
-
-
-@pytest.fixture(autouse=True)
-def device(monkeypatch) -> None:
-    if DEVICE == "cpu":
-        if emulation.COMPILER is None:
-            pytest.skip("needs a GPU, or a C++ compiler for the emulation")
-        monkeypatch.setattr(cuda, "load", emulation.load)
 
 
 def make(head: int = 64, heads: int = 2, layers: int = 2, first_value: bool = True, ranks=(32, 64, 32, 96)) -> RWKV7:

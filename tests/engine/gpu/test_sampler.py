@@ -2,23 +2,14 @@
 
 import pytest
 import torch
-from tests.ops import emulation
 
 from receptance.engine.gpu.sampler import GpuSampler
 from receptance.engine.params import SamplingParams
 from receptance.engine.sampling import Counts, ParamRows, sample
-from receptance.ops import cuda
 
+pytestmark = pytest.mark.usefixtures("kernels")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 V = 3000
-
-
-@pytest.fixture(autouse=True)
-def device(monkeypatch) -> None:
-    if DEVICE == "cpu":
-        if emulation.COMPILER is None:
-            pytest.skip("needs a GPU, or a C++ compiler for the emulation")
-        monkeypatch.setattr(cuda, "load", emulation.load)
 
 
 PARAMS = [

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.engine.gpu.test_rwkv7 import DEVICE, device, make  # noqa: F401
+from tests.engine.gpu.test_rwkv7 import DEVICE, make
 
 from receptance.engine.gpu.rwkv7 import GpuModel
 from receptance.engine.gpu.sampler import GpuSampler
@@ -10,6 +10,8 @@ from receptance.engine.gpu.stepper import Stepper, bucket
 from receptance.engine.params import SamplingParams
 
 GREEDY = SamplingParams(temperature=0)
+
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def run(model, prompts: list[list[int]], slots: list[int], steps: int) -> list[list[int]]:
