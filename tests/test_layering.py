@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "training": {"errors", "ops", "models", "baselines", "data", "checkpoint", "tokenizers", "settings"},
     "server": {"errors", "settings", "engine", "tokenizers", "checkpoint", "models", "native"},
     "evaluation": {"errors", "engine", "models", "baselines", "tokenizers", "training", "data", "checkpoint"},
+    "inspection": {"errors", "ops", "models", "tokenizers", "checkpoint", "evaluation"},
     "cli": None,  # the top of the house
     "__init__": None,
     "__main__": None,

@@ -1,13 +1,17 @@
-"""`receptance inspect`: what a checkpoint is."""
+"""`receptance inspect`: what a checkpoint is, and what happens inside when it reads a text."""
 
 import math
+import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from receptance.cli.model_source import ModelSource, fields_of, find_model, load_model
+from receptance.cli.model_source import ModelSource, fields_of, find_model, load_model, load_tokenizer
+from receptance.cli.options import TokenizerName
 from receptance.cli.terminal import write_json
+from receptance.errors import ConfigError
 
 if TYPE_CHECKING:
     from receptance.models import RWKV
@@ -17,16 +21,36 @@ def command(
     model: Annotated[str | None, typer.Argument(metavar="MODEL", help="Path, name or org/name[:file].")] = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor, not one block for all.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object with everything.")] = False,
+    text: Annotated[str | None, typer.Option("--text", help="Look at how the model reads this; - is stdin.")] = None,
+    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="For pictures and page.")] = Path("inside"),
+    subject: Annotated[
+        str | None, typer.Option("--subject", help="Words of the text that the answer hangs on.")
+    ] = None,
+    answer: Annotated[
+        str | None, typer.Option("--answer", help="How the text should go on: traced from SUBJECT.")
+    ] = None,
+    tokenizer: TokenizerName = None,
+    device: Annotated[str | None, typer.Option("--device", help="cpu (default), cuda, cuda:1, ...")] = None,
 ) -> None:
     """Show a model's architecture, parameters, types and the size of its state.
+
+    With --text: what it forgets, writes, erases and reads back with that text, what each layer would answer, and which
+    tokens an output comes from, as pictures, report.json and an interactive page, report.html.
 
     \b
     Examples:
       receptance inspect
       receptance inspect model.pth --tensors
       receptance inspect org/name:file.pth --json
+      receptance inspect model.pth --text "Once upon a time" --out inside
+      receptance inspect model.pth --text "The Eiffel Tower is in" --subject "Eiffel Tower" --answer " Paris"
     """
     source = find_model(model)
+    if (subject is None) != (answer is None) or (subject is not None and text is None):
+        raise ConfigError("--subject and --answer go together, with --text")
+    if text is not None:
+        look_inside(source, sys.stdin.read() if text == "-" else text, out, subject, answer, tokenizer, device)
+        return
     if source.path.suffix == ".gguf":
         summary, rows, layers = describe_gguf(source)
     else:
@@ -40,6 +64,26 @@ def command(
         write_json({**summary, "tensors": rows})
     else:
         _print(summary, rows if tensors else fold_blocks(rows, layers))
+
+
+def look_inside(
+    source: ModelSource,
+    text: str,
+    out: Path,
+    subject: str | None,
+    answer: str | None,
+    tokenizer: str | None,
+    device: str | None,
+) -> None:
+    try:
+        from receptance.inspection.report import Fact, write_report
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{error.name} is not installed; pip install 'receptance[torch,plots]'") from None
+    model = load_model(source, dtype="float32", device=device)
+    tok = load_tokenizer(source, model.config.vocab_size, tokenizer)
+    fact = Fact(subject, answer) if subject is not None and answer is not None else None
+    for path in write_report(model, tok, text, out, source.name, fact):
+        typer.echo(path)
 
 
 def describe(source: ModelSource, model: "RWKV") -> dict[str, object]:

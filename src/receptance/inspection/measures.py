@@ -1,0 +1,148 @@
+"""Numbers of a recording, layer by layer: what is forgotten, held, written, erased, what each would answer."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from receptance.inspection.attribution import reads
+from receptance.inspection.record import Layer, Recording
+from receptance.ops.pieces import upcast
+
+
+def log_decay(layer: Layer) -> Tensor:
+    """Mean log-decay a token of each channel of the state, [A]; RWKV-6 and 7: over the text."""
+    w = layer.inputs["w"]
+    if layer.matrix:
+        w = w.mean(0)
+    return w.flatten()
+
+
+def half_life(layer: Layer) -> Tensor:
+    """Tokens after which half of what a channel holds has decayed, [A], erasing not counted."""
+    lives: Tensor = -math.log(2) / log_decay(layer).clamp(max=-1e-12)
+    return lives
+
+
+def reach(layer: Layer) -> Tensor:
+    """How far back each head reads: the mean distance in tokens, weighted by |coefficient| × |value|, [H]."""
+    if not layer.matrix:
+        return half_life(layer)[None] / math.log(2)
+    length = len(layer.inputs["r"])
+    weights = reads(layer)[0].abs() * layer.inputs["v"].norm(dim=-1).T  # [T, H, T]
+    at = torch.arange(length, device=weights.device)
+    distance = (at[:, None] - at).clamp(min=0)[:, None]
+    return (weights * distance).sum((0, 2)) / weights.sum((0, 2)).clamp(min=1e-30)
+
+
+def shares_of_the_past(block: torch.nn.Module) -> dict[str, Tensor]:
+    """Of each token-shift mix: the share of the previous token in every channel, [C], by the checkpoint's name.
+
+    RWKV-6 adds a part that depends on the text to those of its time mix; what is returned is the constant part.
+    """
+    found = {}
+    for name, x in block.named_parameters():
+        last = name.rsplit(".", 1)[-1]
+        if last.startswith(("x_", "time_maa_")) and x.numel() == x.shape[-1]:
+            found[name] = upcast(x.detach()).flatten()
+        elif last.startswith("time_mix_"):
+            found[name] = 1 - upcast(x.detach()).flatten()
+    return found
+
+
+@dataclass
+class Held:
+    """Of one layer's state after some positions: positions [P], norm [P, H] (RWKV-4: [P, 1]), rank [P, H] or None.
+
+    norm: Frobenius. rank: effective, the exponential of the entropy of the singular values (Roy and Vetterli, 2007);
+    1 is one key with one value, N is a full matrix.
+    """
+
+    positions: list[int]
+    norm: Tensor
+    rank: Tensor | None
+
+
+def held(layer: Layer, most: int = 64) -> Held:
+    """The state along the text, at `most` positions at most."""
+    inputs = layer.inputs
+    length = len(inputs["k"])
+    positions = sorted({round(i * (length - 1) / max(most - 1, 1)) for i in range(most)} | {length - 1})
+    if not layer.matrix:
+        averages = _averages(layer)
+        return Held(positions, averages[positions].norm(dim=-1, keepdim=True), None)
+    state, kept = layer.start, []
+    decay = inputs["w"].exp().expand_as(inputs["k"])
+    for t in range(length):
+        erased = (state @ inputs["a"][t, :, :, None]) @ inputs["b"][t, :, None] if "a" in inputs else 0
+        state = state * decay[t, :, None] + erased + inputs["v"][t, :, :, None] * inputs["k"][t, :, None]
+        if t in positions:
+            kept.append(state)
+    states = torch.stack(kept)  # [P, H, N, N]
+    values = torch.linalg.svdvals(states)
+    share = values / values.sum(-1, keepdim=True).clamp(min=1e-30)
+    entropy = -(share * share.clamp(min=1e-30).log()).sum(-1)
+    return Held(positions, states.norm(dim=(-1, -2)), entropy.exp())
+
+
+def _averages(layer: Layer) -> Tensor:
+    """RWKV-4's memory as the average that it is, num / den after each token, [T, A]."""
+    w, k, v = (layer.inputs[name] for name in "wkv")
+    num, den, top = layer.start
+    found = []
+    for t in range(len(k)):
+        new = torch.maximum(top + w, k[t])
+        past, now = (top + w - new).exp(), (k[t] - new).exp()
+        num, den, top = past * num + now * v[t], past * den + now, new
+        found.append(num / den)
+    return torch.stack(found)
+
+
+def strengths(layer: Layer) -> tuple[Tensor, Tensor]:
+    """How much each token wrote and how much it removed, [T, H] each.
+
+    Written: |k|·|v| a head. Removed: RWKV-7's in-context rate, the share of what its key held that is taken away,
+    Σ iclr·kk²; RWKV-5 and 6: the mean share that decays. RWKV-4 (H = 1): the share of the new token in the average that
+    is read, and of the past that is outweighed.
+    """
+    inputs = layer.inputs
+    if "a" in inputs:
+        return inputs["k"].norm(dim=-1) * inputs["v"].norm(dim=-1), -(inputs["a"] * inputs["b"]).sum(-1)
+    if layer.matrix:
+        removed = 1 - inputs["w"].exp().expand_as(inputs["k"]).mean(-1)
+        return inputs["k"].norm(dim=-1) * inputs["v"].norm(dim=-1), removed
+    w, k = inputs["w"], inputs["k"]
+    _, den, top = layer.start
+    shares = []
+    for t in range(len(k)):
+        new = torch.maximum(top + w, k[t])
+        past, now = (top + w - new).exp() * den, (k[t] - new).exp()
+        den, top = past + now, new
+        shares.append((now / den).mean())
+    written = torch.stack(shares)[:, None]
+    return written, written
+
+
+@dataclass
+class Lens:
+    """What each layer would answer if it were the last: tokens, chances [L, T]; final [L, T]: the chance of the model's
+    own answer; entropy [L, T] in nats."""
+
+    tokens: Tensor
+    chances: Tensor
+    final: Tensor
+    entropy: Tensor
+
+
+@torch.no_grad()
+def logit_lens(recording: Recording) -> Lens:
+    """The final norm and the head on the stream after each layer (nostalgebraist, 2020)."""
+    model, answer = recording.model, recording.logits.argmax(-1)
+    found = []
+    for layer in recording.layers:
+        logs = upcast(model.head(model.ln_out(layer.out))).log_softmax(-1)
+        top = logs.max(-1)
+        final = logs.gather(-1, answer[:, None])[:, 0].exp()
+        found.append((top.indices, top.values.exp(), final, -(logs.exp() * logs).sum(-1)))
+    return Lens(*(torch.stack(list(x)) for x in zip(*found)))

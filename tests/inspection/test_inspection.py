@@ -1,0 +1,173 @@
+"""Looking inside: every number against the operators' own results, in float64."""
+
+import json
+
+import pytest
+import torch
+
+from receptance.errors import ConfigError
+from receptance.inspection import measures
+from receptance.inspection.attribution import attribute, reads
+from receptance.inspection.record import record
+from receptance.inspection.report import Fact, positions, write_report
+from receptance.inspection.trace import trace
+from receptance.models import RWKV, VERSIONS
+from receptance.models.v4 import RWKV4, RWKV4Config
+from receptance.tokenizers import tokenizer
+
+TOKENS = [3, 17, 8, 8, 39, 0, 21, 5, 30, 17, 11, 2]
+MATRIX = [version for version in VERSIONS if version != "4"]
+
+
+def build(version: str, vocab_size: int = 40) -> RWKV:
+    sizes = {} if version == "4" else {"head_size": 8}
+    named = {"version": version} if version.startswith("5") else {}
+    config = VERSIONS[version].Config.make(vocab_size=vocab_size, n_layer=3, n_embd=16, **sizes, **named)
+    model: RWKV = VERSIONS[version](config, dtype=torch.float64)
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.5 * torch.randn(parameter.shape, generator=g, dtype=torch.float64))
+    return model
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_recording_has_the_models_own_logits(version):
+    model = build(version)
+    logits, _ = model.forward(TOKENS)
+    recording = record(model, TOKENS)
+    assert torch.allclose(recording.logits, logits, rtol=0, atol=1e-10)
+    stream = recording.embedded
+    for layer in recording.layers:
+        stream = stream + layer.att + layer.ffn
+        assert torch.allclose(stream, layer.out, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_attributions_add_up_to_the_logit(version):
+    recording = record(build(version), TOKENS)
+    found = attribute(recording)
+    logits = recording.logits - recording.logits.mean(-1, keepdim=True)
+    wanted = logits.gather(-1, found.targets[:, None])[:, 0]
+    assert found.targets[:-1].tolist() == TOKENS[1:]
+    assert (found.total - wanted).abs().max() < 1e-10 * wanted.abs().max()
+    assert torch.equal(found.past, found.past * torch.ones_like(found.past[:, 0]).tril()[:, None])  # none from later
+
+
+def test_attributions_add_up_with_a_channel_mix_first():
+    model = RWKV4(RWKV4Config(40, 2, 16, 16, 64, pre_ffn=True), dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.5, generator=torch.Generator().manual_seed(parameter.numel()))
+    recording = record(model, TOKENS)
+    found = attribute(recording)
+    logits = recording.logits - recording.logits.mean(-1, keepdim=True)
+    assert torch.allclose(found.total, logits.gather(-1, found.targets[:, None])[:, 0], rtol=0, atol=1e-10)
+    assert torch.all(found.past[:, 0] == 0)
+
+
+@pytest.mark.parametrize("version", MATRIX)
+def test_what_heads_read_is_the_sum_of_what_tokens_wrote(version):
+    for layer in record(build(version), TOKENS).layers:
+        coefficients, _ = reads(layer)
+        again = torch.einsum("thi,ihn->thn", coefficients, layer.inputs["v"])
+        assert torch.allclose(again, layer.read, rtol=0, atol=1e-10)  # the start state is empty
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_state_that_is_measured_is_the_models(version):
+    model = build(version)
+    _, state = model.forward(TOKENS)
+    for i, layer in enumerate(record(model, TOKENS).layers):
+        found = measures.held(layer, most=4)
+        assert found.positions[-1] == len(TOKENS) - 1
+        if version == "4":
+            wanted = (state["num"][i, 0] / state["den"][i, 0]).norm()[None]
+        else:
+            wanted = state["wkv"][i, 0].norm(dim=(-1, -2))
+            assert torch.all((found.rank >= 1) & (found.rank <= 8))
+        assert torch.allclose(found.norm[-1], wanted, rtol=1e-9)
+
+
+def test_a_state_of_one_write_has_rank_one():
+    layer = record(build("7"), TOKENS[:1]).layers[0]
+    assert torch.allclose(measures.held(layer).rank, torch.ones(1, 2, dtype=torch.float64), atol=1e-6)
+
+
+def test_half_lives_follow_from_decays():
+    layer = record(build("4"), TOKENS).layers[0]
+    lives = measures.half_life(layer)
+    assert torch.allclose((lives * measures.log_decay(layer)).exp(), torch.full_like(lives, 0.5))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_last_layer_of_the_lens_is_the_model(version):
+    recording = record(build(version), TOKENS)
+    lens = measures.logit_lens(recording)
+    assert torch.equal(lens.tokens[-1], recording.logits.argmax(-1))
+    assert torch.allclose(lens.final[-1], recording.logits.softmax(-1).max(-1).values)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_removed_is_what_the_key_loses(version):
+    """Of RWKV-7: reading the state with the erased key before and after the erasing; decays lie in (0, 1)."""
+    layer = record(build(version), TOKENS).layers[1]
+    written, removed = measures.strengths(layer)
+    assert torch.all(written >= 0)
+    assert torch.all(removed >= 0)
+    assert torch.all(removed <= 1)
+    if version == "7":
+        a, b = layer.inputs["a"][4, 0], layer.inputs["b"][4, 0]
+        state = torch.outer(torch.arange(8.0, dtype=torch.float64), -a)  # holds a value under the key kk = -a
+        after = state + torch.outer(state @ a, b)
+        assert torch.allclose(after @ -a, (state @ -a) * (1 - removed[4, 0]))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_tracing_puts_things_back(version):
+    """The last layer's vector at the last position is the answer's; a state with no noise before it changes nothing."""
+    model = build(version)
+    found = trace(model, TOKENS[:8], TOKENS[8:9], range(3, 5), samples=2)
+    logs = model.forward(TOKENS[:8], last_only=True)[0].detach().log_softmax(-1)
+    assert found.clean == pytest.approx(float(logs[TOKENS[8]]), abs=1e-6)
+    assert found.corrupted != pytest.approx(found.clean, abs=1e-3)
+    assert float(found.hidden[-1, -1]) == pytest.approx(found.clean, abs=1e-5)
+    assert torch.all(found.hidden[:, :3] == found.corrupted)
+    assert torch.all(found.memory[:, :3] == found.corrupted)
+    assert float((found.hidden[-1, :-1] - found.corrupted).abs().max()) < 1e-5  # nothing reads the last layer's past
+    assert found.memory.shape == (3, 7)
+    assert not model.emb._forward_hooks
+    assert not model.blocks[0]._forward_hooks
+
+
+def test_a_report_is_pictures_numbers_and_one_page_without_a_network(tmp_path):
+    pytest.importorskip("matplotlib")
+    model, tok = build("7", 257).float(), tokenizer("byte")
+    files = write_report(model, tok, "a </script> fox ", tmp_path / "out", "model", Fact("fox", "!"))
+    assert {file.name for file in files} >= {"report.html", "report.json", "decay.png", "trace.png", "attribution.png"}
+    assert all(file.stat().st_size > 500 for file in files)
+    page = files[0].read_text()
+    assert page.count("</script>") == 1
+    assert "http://www.w3.org/2000/svg" in page
+    assert "src=" not in page
+    assert "href=" not in page
+    assert "@import" not in page
+    numbers = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert len(numbers["layers"]) == 3
+    assert len(numbers["tokens"]) == 16
+
+
+def test_the_tokens_of_a_subject_are_found():
+    tok = tokenizer("byte")
+    text = "größe of it"
+    assert positions(tok, text, tok.encode(text), "of") == range(8, 10)
+    with pytest.raises(ConfigError, match="does not stand"):
+        positions(tok, text, tok.encode(text), "if")
+
+
+def test_bad_texts_are_refused(tmp_path):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(ConfigError, match="2 to 512 tokens"):
+        write_report(build("7", 257), tokenizer("byte"), "x", tmp_path, "model")
+    with pytest.raises(ValueError, match="at least one token"):
+        record(build("7"), [])
