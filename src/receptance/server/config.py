@@ -60,6 +60,7 @@ class LimitConfig:
     body_bytes: int = 4 << 20
     import_bytes: int = 256 << 20
     request_seconds: float = 600.0
+    header_seconds: float = 15.0
     body_seconds: float = 30.0
     drain_seconds: float = 60.0
 
