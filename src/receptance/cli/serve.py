@@ -38,6 +38,7 @@ def command(
     slots: Annotated[
         int | None, typer.Option("--slots", metavar="N", help="Texts at once; default: 64, GPU 256.")
     ] = None,
+    on_ray: Annotated[bool, typer.Option("--ray", help="Serve with replicas on a Ray cluster; see ray.replicas.")] = False,
     new_key: Annotated[
         str | None, typer.Option("--new-key", metavar="NAME", help="Make an API key, write it to NAME.key, stop.")
     ] = None,
@@ -56,6 +57,7 @@ def command(
       receptance serve small.gguf large.pth limits.texts=256 --device cuda
       receptance serve --new-key laptop
       receptance serve --config server.toml --host 0.0.0.0
+      receptance serve --ray ray.replicas=2 sessions.redis=redis://localhost:6379/0
     """
     from receptance.server.config import DEFAULT_CONFIG_FOLDER, ServedConfig, check, read_config
 
@@ -92,10 +94,10 @@ def command(
             models = {name: replace(model, **cast("Any", {flag: value})) for name, model in models.items()}
     chosen = replace(chosen, models=models)
     check(chosen)
-    run(chosen, show)
+    run(chosen, show, on_ray)
 
 
-def run(config: "ServerConfig", show: bool) -> None:
+def run(config: "ServerConfig", show: bool, on_ray: bool) -> None:
     from receptance.server.config import as_toml
 
     if show:
@@ -107,12 +109,31 @@ def run(config: "ServerConfig", show: bool) -> None:
         if (error.name or "").startswith("receptance"):
             raise
         raise ConfigError(f"the server needs {error.name}: pip install 'receptance[serve]'") from None
-    sources = {name: find_model(model.model or None) for name, model in config.models.items()}
-    loaders: list[Callable[[], ServedModel]] = [
-        partial(load, name, sources[name], model) for name, model in config.models.items()
-    ]
-    if serve(config, loaders):
+    loaders = loaders_of(config)
+    if on_ray:
+        from receptance.server.ray_serve import serve_on_ray
+
+        serve_on_ray(config, loaders)
+    elif serve(config, loaders):
         raise typer.Exit(USER_ERROR)
+
+
+def loaders_of(config: "ServerConfig") -> "list[Callable[[], ServedModel]]":
+    """What loads each model. Raises ConfigError for one that is not there."""
+    sources = {name: find_model(model.model or None) for name, model in config.models.items()}
+    return [partial(load, name, sources[name], model) for name, model in config.models.items()]
+
+
+def ray_app(arguments: dict[str, str]) -> Any:
+    """For Ray's own configuration files: import_path "receptance.cli.serve:ray_app", args {config: FILE}, or settings
+    such as {"sessions.redis": "redis://store:6379/0"}, or both."""
+    from receptance.server.config import ServedConfig, read_config
+    from receptance.server.ray_serve import deployment
+
+    settings = {"listen.insecure": "true", **arguments}  # Ray's proxy listens, not we
+    config = read_config(settings.pop("config", None), [f"{name}={value}" for name, value in settings.items()])
+    models = config.models or {_word(find_model(None)): ServedConfig()}
+    return deployment(replace(config, models=models), loaders_of(replace(config, models=models)))
 
 
 def load(name: str, source: ModelSource, wanted: "ServedConfig") -> "ServedModel":
