@@ -42,7 +42,8 @@ class Connection:
         data = b"" if body is None else json.dumps(body).encode()
         self.writer.write(
             f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(data)}\r\n\r\n".encode() + data
+            f"Content-Length: {len(data)}\r\n\r\n".encode()
+            + data
         )
         await self.writer.drain()
 
@@ -257,9 +258,7 @@ def test_a_server_killed_under_load_loses_no_turn_and_goes_on_as_if_it_had_not_b
         connection = Connection(port)
         try:
             while True:
-                _, _, data = await connection.ask(
-                    "POST", "/v1/chat/completions", body(id, chat, len(told[chat]))
-                )
+                _, _, data = await connection.ask("POST", "/v1/chat/completions", body(id, chat, len(told[chat])))
                 told[chat].append(json.loads(data)["choices"][0]["message"]["content"])
         except (OSError, asyncio.IncompleteReadError):
             connection.leave()
@@ -325,7 +324,9 @@ def test_memory_is_flat_over_many_requests(program, tiny_folder, tmp_path, count
                 assert (await connection.ask("DELETE", f"/v1/sessions/{each}"))[0] == 200
             expected = 201
         elif kind == 1:
-            status, _, _ = await connection.ask("POST", "/v1/responses", {"input": f"Story {i}", "max_output_tokens": 4})
+            status, _, _ = await connection.ask(
+                "POST", "/v1/responses", {"input": f"Story {i}", "max_output_tokens": 4}
+            )
         elif kind == 2:
             status, _, _ = await connection.ask("POST", "/v1/completions", {"prompt": f"{i}", "max_tokens": -1})
             expected = 400

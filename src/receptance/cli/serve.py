@@ -38,7 +38,9 @@ def command(
     slots: Annotated[
         int | None, typer.Option("--slots", metavar="N", help="Texts at once; default: 64, GPU 256.")
     ] = None,
-    on_ray: Annotated[bool, typer.Option("--ray", help="Serve with replicas on a Ray cluster; see ray.replicas.")] = False,
+    on_ray: Annotated[
+        bool, typer.Option("--ray", help="Serve with replicas on a Ray cluster; see ray.replicas.")
+    ] = False,
     new_key: Annotated[
         str | None, typer.Option("--new-key", metavar="NAME", help="Make an API key, write it to NAME.key, stop.")
     ] = None,
@@ -139,6 +141,7 @@ def ray_app(arguments: dict[str, str]) -> Any:
 def load(name: str, source: ModelSource, wanted: "ServedConfig") -> "ServedModel":
     """A model with all that its files and the configuration say of it."""
     from receptance.engine.engine import Engine
+    from receptance.server.hub import log
     from receptance.server.served import ServedModel
     from receptance.tokenizers import chat_template
 
@@ -147,6 +150,13 @@ def load(name: str, source: ModelSource, wanted: "ServedConfig") -> "ServedModel
     thinking = cast("Thinking", wanted.thinking or preset.thinking or "off")
     template.reply_prefix(thinking)
     rwkv = load_runner(source, wanted.dtype, wanted.device, wanted.engine, wanted.threads)
+    if (
+        rwkv.engine == "torch"
+        and wanted.engine is None
+        and wanted.device in (None, "cpu")
+        and wanted.dtype != "float64"
+    ):
+        log.warning("the compiled CPU engine cannot be used; torch is slower", extra={"model": name, "why": why_not()})
     tok = load_tokenizer(source, rwkv.config.vocab_size, wanted.tokenizer)
     states = {state: rwkv.load_state(file) for state, file in wanted.states.items()}
     if preset.state:
@@ -163,6 +173,17 @@ def load(name: str, source: ModelSource, wanted: "ServedConfig") -> "ServedModel
         states=states,
         decays=partial(log_decays, source, str(rwkv.config.version), rwkv.config.n_layer),
     )
+
+
+def why_not() -> str:
+    """Why the compiled engine is not there."""
+    from receptance.native import NoCoreError, load_core
+
+    try:
+        load_core()
+    except NoCoreError as error:
+        return str(error)
+    return ""
 
 
 def log_decays(source: ModelSource, version: str, n_layer: int) -> Any:
