@@ -2,13 +2,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_model import tiny, write
 from typer.testing import CliRunner, Result
 
 import receptance
 from receptance.cli import build
 from receptance.models import RWKV
 from receptance.tokenizers import Tokenizer
+from tiny_model import tiny, write
 
 
 @pytest.fixture(scope="session")

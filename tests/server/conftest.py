@@ -9,12 +9,12 @@ from pathlib import Path
 import httpx
 import pytest
 from server_helpers import Running, listening
-from tiny_model import tiny, write
 
 from receptance.cli.model_source import find_model
-from receptance.cli.serve import load
+from receptance.cli.serve_load import load
 from receptance.server.config import ServedConfig, ServerConfig, read_config
 from receptance.server.served import ServedModel
+from tiny_model import tiny, write
 
 NAME = "rwkv7-stories"
 

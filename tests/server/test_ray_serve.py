@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from receptance.cli.model_source import find_model
-from receptance.cli.serve import load
+from receptance.cli.serve_load import load
 from receptance.errors import ConfigError
 from receptance.server.config import ServedConfig, read_config
 from receptance.server.ray_serve import deployment

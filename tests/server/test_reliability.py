@@ -236,8 +236,8 @@ def test_each_sigterm_lets_what_is_under_way_end(program, tiny_folder, rounds):
 
 @pytest.mark.parametrize("rounds", full(2, 50))
 def test_a_server_killed_under_load_loses_no_turn_and_goes_on_as_if_it_had_not_been(program, tiny_folder, rounds):
-    """Eight chats are written to while `kill -9` comes. What was acknowledged is there, in order, and every turn is what
-    a server that nobody killed writes."""
+    """Eight chats are written to while `kill -9` comes. What was acknowledged is there, in order, and every turn
+    is what a server that nobody killed writes."""
     rng = random.Random(5)
     chats = 8
     told: list[list[str]] = [[] for _ in range(chats)]

@@ -8,7 +8,7 @@ import pytest
 from server_helpers import listening
 
 from receptance.cli.model_source import find_model
-from receptance.cli.serve import load
+from receptance.cli.serve_load import load
 from receptance.server.config import ServedConfig
 
 WORDS = {"fox": "The fox ran into the wood. ", "sea": "The ship went over the sea. ", "": None}
