@@ -22,7 +22,7 @@ import uvicorn
 
 import receptance as rc
 from receptance.cli.model_source import find_model
-from receptance.cli.serve import load
+from receptance.cli.serve_load import load
 from receptance.server.app import Application
 from receptance.server.config import ServedConfig, read_config
 

@@ -2,28 +2,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from typer.testing import CliRunner, Result
 
 import receptance
 from receptance.cli import build
-from receptance.models import RWKV, RWKV7
-from receptance.tokenizers import Tokenizer, tokenizer
-
-
-def tiny(seed: int) -> RWKV7:
-    """A random model that writes bytes, with all the variety that a seed can show."""
-    generator = torch.Generator().manual_seed(seed)
-    model = RWKV7(RWKV7.Config.make(257, n_layer=2, n_embd=32, head_size=16))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator) * (1.0 if p.dim() < 2 else 0.5))
-        model.head.weight *= 0.3
-        # one channel is always 1 and speaks against all but printable ASCII, so that text and bytes are the same thing
-        model.ln_out.weight[0], model.ln_out.bias[0] = 0.0, 1.0
-        model.head.weight[:, 0] = -100.0
-        model.head.weight[ord(" ") + 1 : ord("~") + 2, 0] = 0.0
-    return model.eval()
+from receptance.models import RWKV
+from receptance.tokenizers import Tokenizer
+from tiny_model import tiny, write
 
 
 @pytest.fixture(scope="session")
@@ -36,12 +21,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def other_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Another model of the same shape."""
     return write(tiny(seed=2), tmp_path_factory.mktemp("models") / "other")
-
-
-def write(model: RWKV7, path: Path) -> Path:
-    receptance.save(model, path, "folder")
-    tokenizer("byte").save(path)
-    return path
 
 
 @pytest.fixture(scope="session")

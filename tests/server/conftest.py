@@ -1,6 +1,7 @@
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,9 +11,10 @@ import pytest
 from server_helpers import Running, listening
 
 from receptance.cli.model_source import find_model
-from receptance.cli.serve import load
+from receptance.cli.serve_load import load
 from receptance.server.config import ServedConfig, ServerConfig, read_config
 from receptance.server.served import ServedModel
+from tiny_model import tiny, write
 
 NAME = "rwkv7-stories"
 
@@ -45,6 +47,43 @@ def server(served: ServedModel, tmp_path_factory: pytest.TempPathFactory) -> Ite
 def client(server: Running) -> Iterator[httpx.Client]:
     with server.client as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model's folder, for tests that start a server many times or send it very much."""
+    return write(tiny(seed=1), tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Iterator[Callable[..., tuple["subprocess.Popen[bytes]", httpx.Client]]]:
+    """Starts `receptance serve`, waits until it is ready, and ends it."""
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def start(*arguments: object) -> tuple["subprocess.Popen[bytes]", httpx.Client]:
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            port = sock.getsockname()[1]
+        command = [sys.executable, "-m", "receptance", "serve", "--port", str(port), "--threads", "1", "--insecure",
+                   f"sessions.folder={tmp_path / 'kept'}", *map(str, arguments)]  # fmt: skip
+        with open(tmp_path / "log", "a") as log:
+            process = subprocess.Popen(command, stderr=log)
+        processes.append(process)
+        client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
+        for _ in range(1200):
+            try:
+                if client.get("/ready").status_code == 200:
+                    return process, client
+            except httpx.TransportError:
+                assert process.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.05)
+        raise AssertionError("it did not become ready")
+
+    yield start
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
 
 
 @pytest.fixture(scope="session")

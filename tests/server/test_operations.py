@@ -5,9 +5,6 @@ import json
 import os
 import re
 import signal
-import socket
-import subprocess
-import sys
 import time
 
 import httpx
@@ -141,36 +138,6 @@ def test_figures_are_told_by_vllms_names(client):
 
 
 # The program ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def program(tmp_path):
-    """Starts `receptance serve`, waits until it is ready, and ends it."""
-    processes = []
-
-    def start(*arguments):
-        with socket.socket() as sock:
-            sock.bind(("127.0.0.1", 0))
-            port = sock.getsockname()[1]
-        command = [sys.executable, "-m", "receptance", "serve", "--port", str(port), "--threads", "1", "--insecure",
-                   f"sessions.folder={tmp_path / 'kept'}", *arguments]  # fmt: skip
-        process = subprocess.Popen(command, stderr=open(tmp_path / "log", "a"))  # noqa: SIM115
-        processes.append(process)
-        client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
-        for _ in range(600):
-            try:
-                if client.get("/ready").status_code == 200:
-                    return process, client
-            except httpx.TransportError:
-                assert process.poll() is None, (tmp_path / "log").read_text()
-            time.sleep(0.05)
-        raise AssertionError("it did not become ready")
-
-    yield start
-    for process in processes:
-        if process.poll() is None:
-            process.kill()
-        process.wait()
 
 
 def test_sigterm_lets_streams_end(program):

@@ -297,7 +297,7 @@ def test_nothing_in_a_model_folder_is_run(tmp_path, monkeypatch):
     import shutil
 
     from receptance.cli.model_source import find_model
-    from receptance.cli.serve import load
+    from receptance.cli.serve_load import load
     from receptance.server.config import ServedConfig
 
     folder = tmp_path / "planted"

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import random
 import threading
 
 import httpx
@@ -268,6 +269,21 @@ def test_damaged_foreign_and_odd_files_are_refused(client, served):
     for name, data in wrong.items():
         answer = client.post("/v1/sessions/import", content=data)
         assert answer.status_code in (400, 404), (name, answer.status_code, answer.text)
+
+
+@pytest.mark.parametrize("count", [150, pytest.param(3000, marks=pytest.mark.slow)])
+def test_any_flipped_bit_of_an_exported_session_is_noticed(client, count):
+    """In the turns' text, in the header, in the numbers; half of the bits are of the first part, which is text."""
+    id = new(client, title="flipped")
+    content(ask(client, id, "The fox ran."))
+    good = client.get(f"/v1/sessions/{id}/export").content
+    header, rng = 8 + int.from_bytes(good[:8], "little"), random.Random(3)
+    for i in range(count):
+        at = rng.randrange(header if i % 2 else len(good))
+        bad = bytearray(good)
+        bad[at] ^= 1 << rng.randrange(8)
+        answer = client.post("/v1/sessions/import", content=bytes(bad))
+        assert answer.status_code in (400, 404), (at, answer.text)
 
 
 # Many -----------------------------------------------------------------------------------------------------------------

@@ -10,17 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from receptance.cli import options
-from receptance.cli.chat import DEFAULTS
 from receptance.cli.errors import USER_ERROR
-from receptance.cli.model_source import ModelSource, find_model, guess_template, load_runner, load_tokenizer
-from receptance.cli.preset import find_preset
-from receptance.engine.params import SamplingParams
-from receptance.errors import ConfigError, ReceptanceError
+from receptance.cli.model_source import ModelSource, find_model
+from receptance.cli.serve_load import load
+from receptance.errors import ConfigError
 
 if TYPE_CHECKING:
-    from receptance.server.config import ServedConfig, ServerConfig
+    from receptance.server.config import ServerConfig
     from receptance.server.served import ServedModel
-    from receptance.tokenizers import Thinking
 
 
 def command(
@@ -38,6 +35,9 @@ def command(
     slots: Annotated[
         int | None, typer.Option("--slots", metavar="N", help="Texts at once; default: 64, GPU 256.")
     ] = None,
+    on_ray: Annotated[
+        bool, typer.Option("--ray", help="Serve with replicas on a Ray cluster; see ray.replicas.")
+    ] = False,
     new_key: Annotated[
         str | None, typer.Option("--new-key", metavar="NAME", help="Make an API key, write it to NAME.key, stop.")
     ] = None,
@@ -56,6 +56,7 @@ def command(
       receptance serve small.gguf large.pth limits.texts=256 --device cuda
       receptance serve --new-key laptop
       receptance serve --config server.toml --host 0.0.0.0
+      receptance serve --ray ray.replicas=2 sessions.redis=redis://localhost:6379/0
     """
     from receptance.server.config import DEFAULT_CONFIG_FOLDER, ServedConfig, check, read_config
 
@@ -92,10 +93,10 @@ def command(
             models = {name: replace(model, **cast("Any", {flag: value})) for name, model in models.items()}
     chosen = replace(chosen, models=models)
     check(chosen)
-    run(chosen, show)
+    run(chosen, show, on_ray)
 
 
-def run(config: "ServerConfig", show: bool) -> None:
+def run(config: "ServerConfig", show: bool, on_ray: bool) -> None:
     from receptance.server.config import as_toml
 
     if show:
@@ -107,60 +108,31 @@ def run(config: "ServerConfig", show: bool) -> None:
         if (error.name or "").startswith("receptance"):
             raise
         raise ConfigError(f"the server needs {error.name}: pip install 'receptance[serve]'") from None
-    sources = {name: find_model(model.model or None) for name, model in config.models.items()}
-    loaders: list[Callable[[], ServedModel]] = [
-        partial(load, name, sources[name], model) for name, model in config.models.items()
-    ]
-    if serve(config, loaders):
+    loaders = loaders_of(config)
+    if on_ray:
+        from receptance.server.ray_serve import serve_on_ray
+
+        serve_on_ray(config, loaders)
+    elif serve(config, loaders):
         raise typer.Exit(USER_ERROR)
 
 
-def load(name: str, source: ModelSource, wanted: "ServedConfig") -> "ServedModel":
-    """A model with all that its files and the configuration say of it."""
-    from receptance.engine.engine import Engine
-    from receptance.server.served import ServedModel
-    from receptance.tokenizers import chat_template
-
-    preset = find_preset(source)
-    template = chat_template(wanted.template or preset.template or guess_template(source))
-    thinking = cast("Thinking", wanted.thinking or preset.thinking or "off")
-    template.reply_prefix(thinking)
-    rwkv = load_runner(source, wanted.dtype, wanted.device, wanted.engine, wanted.threads)
-    tok = load_tokenizer(source, rwkv.config.vocab_size, wanted.tokenizer)
-    states = {state: rwkv.load_state(file) for state, file in wanted.states.items()}
-    if preset.state:
-        states.setdefault("", rwkv.load_state(preset.state))
-    return ServedModel(
-        name=name,
-        engine=Engine(rwkv, tok, slots=wanted.slots, cache_bytes=wanted.cache_bytes),
-        template=template,
-        thinking=thinking,
-        system=wanted.system or preset.system,
-        new_document=preset.new_document,
-        sampling=options.sampling_params(DEFAULTS, preset.sampling, {}, None, None),
-        completion_sampling=SamplingParams(max_tokens=16),
-        states=states,
-        decays=partial(log_decays, source, str(rwkv.config.version), rwkv.config.n_layer),
-    )
+def loaders_of(config: "ServerConfig") -> "list[Callable[[], ServedModel]]":
+    """What loads each model. Raises ConfigError for one that is not there."""
+    sources = {name: find_model(model.model or None) for name, model in config.models.items()}
+    return [partial(load, name, sources[name], model) for name, model in config.models.items()]
 
 
-def log_decays(source: ModelSource, version: str, n_layer: int) -> Any:
-    """The log-decay of each layer's channels where the input adds nothing; None for files with other names."""
-    import numpy as np
+def ray_app(arguments: dict[str, str]) -> Any:
+    """For Ray's own configuration files: import_path "receptance.cli.serve:ray_app", args {config: FILE}, or settings
+    such as {"sessions.redis": "redis://store:6379/0"}, or both."""
+    from receptance.server.config import ServedConfig, read_config
+    from receptance.server.ray_serve import deployment
 
-    from receptance.checkpoint import open_checkpoint
-    from receptance.native.arrays import to_float
-
-    key = "w0" if version == "7" else "time_decay"
-    rows = []
-    try:
-        stored = open_checkpoint(source.path)
-        for layer in range(n_layer):
-            x = to_float(stored.array(f"blocks.{layer}.att.{key}")).ravel()
-            rows.append(-np.exp(-0.5) / (1 + np.exp(-x)) if version == "7" else -np.exp(x))
-    except (ReceptanceError, KeyError, TypeError, ValueError):
-        return None
-    return rows
+    settings = {"listen.insecure": "true", **arguments}  # Ray's proxy listens, not we
+    config = read_config(settings.pop("config", None), [f"{name}={value}" for name, value in settings.items()])
+    models = config.models or {_word(find_model(None)): ServedConfig()}
+    return deployment(replace(config, models=models), loaders_of(replace(config, models=models)))
 
 
 def _word(source: ModelSource) -> str:

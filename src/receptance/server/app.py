@@ -76,6 +76,7 @@ class Application(Guard):
             redoc_url=None,
             openapi_url="/openapi.json",
             redirect_slashes=False,
+            responses={"4XX": FAILURE, "5XX": FAILURE},  # what else FastAPI would tell is a 422 that nobody gets
         )
         for router in (
             basics.routes(self.hub, receptance.__version__),
@@ -93,6 +94,31 @@ class Application(Guard):
         app.add_exception_handler(HTTPException, _http_error)
         self.fastapi = app
         super().__init__(app, config, keys, metrics, frozenset(route.path for route in page))
+
+
+FAILURE = {
+    "description": "OpenAI's error object",
+    "content": {
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "required": ["error"],
+                "properties": {
+                    "error": {
+                        "type": "object",
+                        "required": ["message", "type", "code", "param"],
+                        "properties": {
+                            "message": {"type": "string"},
+                            "type": {"type": "string"},
+                            "code": {"type": ["string", "null"]},
+                            "param": {"type": ["string", "null"]},
+                        },
+                    }
+                },
+            }
+        }
+    },
+}
 
 
 async def _api_error(_: Request, error: Exception) -> Response:

@@ -5,7 +5,7 @@ import base64
 from typing import Any
 
 from fastapi import APIRouter, Request
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from receptance.errors import ReceptanceError
 from receptance.server import generate, http
@@ -47,7 +47,7 @@ def routes(hub: Hub, version: str) -> APIRouter:
     async def tell_version() -> Response:
         return http.answer({"version": version})
 
-    @router.get("/metrics")
+    @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(await asyncio.to_thread(hub.metrics.render), media_type=CONTENT_TYPE)
 

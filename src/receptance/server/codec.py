@@ -23,7 +23,17 @@ def encode(state: Any, model: Any, **extra: str) -> bytes:
         "receptance.fingerprint": str(model.fingerprint),
         "receptance.crc32": json.dumps(sums, sort_keys=True),
     }
-    return serialise(arrays, {**meta, **{f"receptance.{name}": text for name, text in extra.items()}})
+    for name, text in extra.items():
+        meta |= {f"receptance.{name}": text, f"receptance.{name}.crc32": str(zlib.crc32(text.encode()))}
+    return serialise(arrays, meta)
+
+
+def word(meta: dict[str, str], name: str) -> str | None:
+    """A word that `encode` was given, or None. Raises CheckpointError if it is not what was written."""
+    text = meta.get(f"receptance.{name}")
+    if text is not None and meta.get(f"receptance.{name}.crc32") != str(zlib.crc32(text.encode("utf-8", "replace"))):
+        raise CheckpointError(f"its {name} does not match its checksum; the file is damaged")
+    return text
 
 
 def _array(x: Any) -> np.ndarray[Any, Any]:

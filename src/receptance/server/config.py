@@ -60,6 +60,7 @@ class LimitConfig:
     body_bytes: int = 4 << 20
     import_bytes: int = 256 << 20
     request_seconds: float = 600.0
+    header_seconds: float = 15.0
     body_seconds: float = 30.0
     drain_seconds: float = 60.0
 
@@ -103,6 +104,20 @@ class ServedConfig:
 
 
 @dataclass(frozen=True)
+class RayConfig:
+    """Of `receptance serve --ray`. replicas: at least so many; most_replicas: more than that lets Ray add some.
+
+    target_requests: under way in each replica, by which Ray adds and takes away. cpus, gpus: that each replica has.
+    """
+
+    replicas: int = 1
+    most_replicas: int = 1
+    target_requests: float = 32.0
+    cpus: float = 1.0
+    gpus: float = 0.0
+
+
+@dataclass(frozen=True)
 class LogConfig:
     """level: of the program's own lines. prompts: also log what was asked and answered."""
 
@@ -116,6 +131,7 @@ class ServerConfig:
     auth: AuthConfig = field(default_factory=AuthConfig)
     limits: LimitConfig = field(default_factory=LimitConfig)
     sessions: SessionConfig = field(default_factory=SessionConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
     log: LogConfig = field(default_factory=LogConfig)
     models: dict[str, ServedConfig] = field(default_factory=dict)
 
@@ -167,7 +183,7 @@ def is_loopback(host: str) -> bool:
 
 def check(config: ServerConfig) -> None:
     """Raise ConfigError for a value out of range, and for an open server that nobody asked for."""
-    for section in (config.limits, config.sessions):
+    for section in (config.limits, config.sessions, config.ray):
         for entry in fields(section):
             value = getattr(section, entry.name)
             lowest = 0 if isinstance(value, float) or entry.name in ("memory_bytes", "tools", "logit_bias") else 1

@@ -179,9 +179,10 @@ class Conversations:
 
         def read() -> tuple[ImportedSession, ServedModel, Any]:
             meta = codec.metadata(data)
-            if "receptance.session" not in meta:
+            session = codec.word(meta, "session")
+            if session is None:
                 raise CheckpointError("a safetensors file, but not an exported session")
-            about = ImportedSession.model_validate_json(meta["receptance.session"])
+            about = ImportedSession.model_validate_json(session)
             model = find(about.model or "")
             return about, model, codec.decode(data, model.model)
 

@@ -13,6 +13,7 @@ import uvicorn
 from receptance.server.app import Application
 from receptance.server.config import ServerConfig
 from receptance.server.hub import Hub, log
+from receptance.server.protocol import protocol
 from receptance.server.served import ServedModel
 
 Loader = Callable[[], ServedModel]
@@ -101,6 +102,7 @@ def serve(config: ServerConfig, loaders: Sequence[Loader]) -> int:
     server = Server(
         uvicorn.Config(
             app,
+            http=protocol(config.limits.header_seconds),
             host=listen.host,
             port=listen.port,
             log_config=None,

@@ -16,7 +16,10 @@ from receptance.server.store import Session
 Id = Annotated[str, Path(pattern=r"^[a-z0-9._-]{1,128}$")]
 Tag = Annotated[str | None, Query(max_length=100)]
 After = Annotated[str | None, Query(pattern=r"^[a-z0-9._-]{1,128}$")]
-FILE_TYPE = "application/octet-stream"
+
+
+class File(Response):
+    media_type = "application/octet-stream"
 
 
 def routes(hub: Hub) -> APIRouter:
@@ -27,7 +30,7 @@ def routes(hub: Hub) -> APIRouter:
     async def full(session: Session) -> dict[str, Any]:
         return as_json(session, await call(store.turns, session.head))
 
-    @router.post("")
+    @router.post("", status_code=201)
     async def create(body: SessionRequest, request: Request) -> Response:
         model = hub.models[body.model]
         model.start(body.state)
@@ -44,7 +47,7 @@ def routes(hub: Hub) -> APIRouter:
         data = [as_json(session) for session in found[:limit]]
         return http.answer({"object": "list", "data": data, "has_more": len(found) > limit})
 
-    @router.post("/import")
+    @router.post("/import", status_code=201)
     async def read_file(request: Request) -> Response:
         hub.models.check_open()
         data = await request.body()
@@ -65,7 +68,7 @@ def routes(hub: Hub) -> APIRouter:
         await call(store.delete, http.owner(request), id)
         return http.answer({"id": id, "object": "session.deleted", "deleted": True})
 
-    @router.post("/{id}/fork")
+    @router.post("/{id}/fork", status_code=201)
     async def fork(id: Id, request: Request, body: ForkRequest | None = None) -> Response:
         turn = None if body is None else body.turn
         return http.answer(await full(await call(store.fork, http.owner(request), id, turn)), 201)
@@ -74,12 +77,12 @@ def routes(hub: Hub) -> APIRouter:
     async def rewind(id: Id, body: RewindRequest, request: Request) -> Response:
         return http.answer(await full(await call(store.rewind, http.owner(request), id, body.turn)))
 
-    @router.get("/{id}/export")
+    @router.get("/{id}/export", response_class=File)
     async def export(id: Id, request: Request) -> Response:
         session = await call(store.get, http.owner(request), id)
         data = await kept.export(session, hub.models[session.model])
         disposition = f'attachment; filename="{session.id}.safetensors"'
-        return Response(data, media_type=FILE_TYPE, headers={"Content-Disposition": disposition})
+        return File(data, headers={"Content-Disposition": disposition})
 
     @router.get("/{id}/state")
     async def state(id: Id, request: Request, turn: Annotated[int | None, Query(ge=0, le=1 << 40)] = None) -> Response:

@@ -120,3 +120,22 @@ def test_a_key_is_asked_for(
         page.keyboard.press("Enter")
         expect(page.get_by_role("dialog", name="API key")).to_be_hidden()
         expect(page.get_by_label("Message", exact=True)).to_be_enabled()
+
+
+def test_a_busy_server_is_asked_again_until_it_has_room(
+    served: ServedModel, config: Callable[..., ServerConfig], short: Any
+) -> None:
+    with listening(config("limits.texts=1"), served) as running, running.client as client:
+        page = short(running.url, 8)
+        with running.app.hub.models.admit(1):  # as if another text ran
+            busy = []
+            page.on("response", lambda answer: busy.append(answer.status) if answer.status == 429 else None)
+            say(page, "The fox")
+            for _ in range(200):
+                if len(busy) >= 2:
+                    break
+                page.wait_for_timeout(50)
+            assert len(busy) >= 2  # it came again, about as late as Retry-After says
+        settled(page, 1)
+        (session,) = client.get("/v1/sessions").json()["data"]
+        assert len(client.get(f"/v1/sessions/{session['id']}").json()["turns"]) == 1
