@@ -91,6 +91,37 @@ def test_repeated_keys_stay_exact():
     check(inputs, bound=4e-3)
 
 
+def widened(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """In-context rates of up to 1 + decay instead of 1: eigenvalues of the transitions reach down to -1."""
+    r, w, k, v, a, b, state = inputs
+    return [r, w, k, v, a, (b.float() * (1 + w.float().exp())).to(b.dtype), state]
+
+
+@pytest.mark.parametrize("t", [17, 100])
+def test_wide_rates(t):
+    check(widened(draw(2, t, 1)))
+
+
+def test_wide_rates_at_their_bound():
+    """Slow decays and rates near 2: the state turns over and forgets next to nothing."""
+    inputs = draw(1, 100, 2, shift=-8)
+    inputs[5] = -inputs[4]
+    check(widened(inputs), bound=2.5e-3)
+
+
+def test_a_key_turned_over_at_every_step_stays_exact():
+    """The triangular inverse alternates, 1, -2, 2, …, and must not grow; sums of 16 terms of ±2 that nearly cancel
+    magnify float16's rounding of each."""
+    inputs = draw(1, 64, 1)
+    kk = torch.nn.functional.normalize(inputs[2][:, :1].float(), dim=-1).expand_as(inputs[2]).bfloat16()
+    inputs[1], inputs[4], inputs[5] = torch.full_like(inputs[1], -1e-4), -kk.contiguous(), kk.contiguous()
+    check(widened(inputs), bound=6e-3)
+
+
+def test_wide_rates_in_segments(short_segments):
+    check(widened(draw(1, 150, 1)))
+
+
 def test_zeros_give_zeros():
     inputs = [torch.zeros_like(x) for x in draw(1, 20, 1)]
     assert all((x == 0).all() for x in results(wkv7, inputs, g_scale=0.0))

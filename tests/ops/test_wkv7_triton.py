@@ -80,6 +80,26 @@ def test_repeated_keys_stay_exact():
     check([x.contiguous() for x in inputs], 1e-4)
 
 
+def widened(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """In-context rates of up to 1 + decay instead of 1: eigenvalues of the transitions reach down to -1."""
+    r, w, k, v, a, b, state = inputs
+    return [r, w, k, v, a, b * (1 + w.exp()), state]
+
+
+@pytest.mark.parametrize("segment", [1, 16])
+def test_wide_rates(segment, monkeypatch):
+    monkeypatch.setattr(module, "MIN_SEGMENT", segment)
+    check(widened(draw(1, 130, 2, 32, torch.float32)), 1e-5)
+
+
+def test_a_key_turned_over_at_every_step_stays_exact():
+    """The triangular inverse alternates, 1, -2, 2, …, and must not grow."""
+    inputs = draw(1, 128, 1, 32, torch.float32)
+    kk = torch.nn.functional.normalize(inputs[2][:, :1], dim=-1).expand_as(inputs[2])
+    inputs[1], inputs[4], inputs[5] = torch.full_like(inputs[1], -1e-4), -kk, kk.clone()
+    check([x.contiguous() for x in widened(inputs)], 1e-4)
+
+
 def test_every_output_is_written(monkeypatch):
     """Fresh buffers hold NaN here; none may survive."""
     poisoned = lambda x, **_: torch.full(x.shape, float("nan"), dtype=x.dtype, device=x.device)
