@@ -12,6 +12,7 @@ import json
 import statistics
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from receptance.engine.gpu.rwkv7 import GpuModel
@@ -107,14 +108,15 @@ def profile(function, rows: int) -> None:
 
 
 def decoding(fast: GpuModel, batch: int, speed: float, details: bool) -> dict[str, float]:
-    sampler = GpuSampler(fast.most_rows, fast.slots, VOCAB, torch.ones(VOCAB, device="cuda"))
-    sampler.set([SamplingParams(top_p=0.8)] * batch)
-    stepper = Stepper(fast, sampler)
-    stepper.assign(list(range(batch)), list(range(batch)))
+    sampler = GpuSampler(VOCAB, 0, lambda: np.ones(VOCAB, np.float32), fast.device)
+    stepper, rows = Stepper(fast, sampler), list(range(batch))
+    for row in rows:
+        sampler.admit(row, SamplingParams(top_p=0.8), [])
+    stepper.step(rows, rows, sampler.entries(rows, [0.5] * batch, None)[0])
     uniforms = torch.rand(batch, dtype=torch.float64, device="cuda")
-    seconds = time_of(lambda: stepper.step(uniforms), 20)
+    seconds = time_of(lambda: stepper.again(uniforms), 20)
     if details:
-        profile(lambda: stepper._run(batch), 12)
+        profile(lambda: stepper.again(uniforms), 12)
     floor = step_bytes(fast, batch) / speed
     return {"ms": round(seconds * 1e3, 4), "tok_s": round(batch / seconds), "fraction": round(floor / seconds, 3)}
 

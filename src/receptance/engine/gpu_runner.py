@@ -1,12 +1,15 @@
-"""The runner of models that have kernels for decoding on a GPU: states stay in place, a step is one CUDA graph."""
+"""The runner of models that have kernels for a GPU: states stay in place, a step and its draws are one CUDA graph."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from receptance.engine.gpu.rwkv7 import MOST_TOKENS, GpuModel
-from receptance.engine.gpu.stepper import bucket
+from receptance.engine.gpu.sampler import GpuSampler
+from receptance.engine.gpu.stepper import Stepper
 from receptance.engine.runner import Work
 from receptance.engine.scheduler import PIECE
 from receptance.engine.torch_runner import TorchRunner
@@ -32,10 +35,23 @@ class GpuRunner(TorchRunner):
         self.slots = slots
         self.gpu = GpuModel(model, slots=slots, dtype=model.dtype, most_rows=min(MOST_ROWS, slots), invariant=invariant)
         self.pool = State(self.gpu.state)
-        rows, device = self.gpu.most_rows, model.device
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self._tokens = torch.zeros(rows, dtype=torch.long, device=device)
-        self._rows = torch.full((rows,), slots, dtype=torch.int32, device=device)  # the last row is for padding
+        assert isinstance(self.sampler, GpuSampler)  # there are kernels
+        self._stepper = Stepper(self.gpu, self.sampler)
+
+    def step(
+        self,
+        works: Sequence[Work],
+        rows: Sequence[int],
+        uniforms: Sequence[float],
+        masks: Sequence[NDArray[Any] | None] | None,
+    ) -> tuple[list[int], Tensor] | None:
+        if len(works) > self.gpu.most_rows or any(len(work.tokens) > 1 or work.target is not None for work in works):
+            return None
+        entries, held = self._stepper.sampler.entries(rows, uniforms, masks)
+        drawn, logits = self._stepper.step([work.slot for work in works], [work.tokens[0] for work in works], entries)
+        tokens: list[int] = drawn.tolist()
+        del held  # the masks, which the step has read
+        return tokens, logits
 
     @torch.inference_mode()
     def run(self, works: Sequence[Work], *, all_logits: bool = False) -> Tensor:
@@ -59,31 +75,7 @@ class GpuRunner(TorchRunner):
         rows = self.gpu.most_rows
         if len(works) > rows:
             return torch.cat([self._decode(works[i : i + rows]).clone() for i in range(0, len(works), rows)])
-        count = len(works)
-        size = bucket(count, rows)
-        if size not in self._graphs:
-            self._graphs[size] = self._capture(size)
-        tokens = [work.tokens[0] for work in works] + [0] * (size - count)
-        slots = [_place(work) for work in works] + [self.slots] * (size - count)
-        both = torch.tensor([tokens, slots]).pin_memory()
-        self._tokens[:size].copy_(both[0], non_blocking=True)
-        self._rows[:size].copy_(both[1], non_blocking=True)
-        graph, logits = self._graphs[size]
-        graph.replay()
-        return logits[:count]
-
-    def _capture(self, size: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        """A step of `size` rows. All of them are padding's while it is tried and captured."""
-        self._rows[:size] = self.slots
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self.gpu.decode(self._tokens[:size], self._rows[:size])
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = self.gpu.decode(self._tokens[:size], self._rows[:size])
-        return graph, logits
+        return self._stepper.step([_place(work) for work in works], [work.tokens[0] for work in works])[1]
 
     def _prefill(self, works: list[Work]) -> Tensor:
         """Packed into as few calls as their tokens allow."""
