@@ -28,12 +28,13 @@ class TorchRunner:
         self._empty = model.zero_state()
         self.state_bytes = self._empty.nbytes
         self.pool = model.zero_state(slots).clone()  # a tuned initial state is one row seen many times
-        self.sampler = self._make_sampler(token_bytes, eos_id)
 
-    def _make_sampler(self, token_bytes: Callable[[int], bytes], eos_id: int) -> Sampler:
         def weight() -> NDArray[np.float32]:
-            return numpy_sampling.digit_weight(map(token_bytes, range(self.vocab))).astype(np.float32)
+            return numpy_sampling.digit_weight(map(token_bytes, range(vocab))).astype(np.float32)
 
+        self.sampler = self._make_sampler(weight, eos_id)
+
+    def _make_sampler(self, weight: Callable[[], NDArray[np.float32]], eos_id: int) -> Sampler:
         if self.model.device.type == "cuda":
             from receptance.engine.gpu.sampler import GpuSampler
             from receptance.ops.cuda import CudaError

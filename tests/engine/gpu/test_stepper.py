@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from tests.engine.gpu.test_rwkv7 import DEVICE, make
+from tests.engine.gpu.test_model import DEVICE, make
 
-from receptance.engine.gpu.rwkv7 import GpuModel
+from receptance.engine.gpu.model import GpuModel
 from receptance.engine.gpu.sampler import GpuSampler
 from receptance.engine.gpu.stepper import Stepper, bucket
 from receptance.engine.params import SamplingParams

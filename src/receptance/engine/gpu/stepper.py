@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from receptance.engine.gpu.rwkv7 import GpuModel
+from receptance.engine.gpu.model import GpuModel
 from receptance.engine.gpu.sampler import GpuSampler
 from receptance.engine.table_sampler import ROW
 
