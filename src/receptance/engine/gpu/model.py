@@ -1,8 +1,8 @@
 """RWKV on one GPU: many sequences decoded in place on a pool of states, by kernels that are chained and few.
 
 A layer of a decoding step is norm + shift + mixes | the projections of the mixes | the rest of the time mix, state
-included | its output | norm + shift + mixes | key (and receptance) | value. Only the time mix differs between versions: `TimeMix`.
-Up to a few dozen rows the products are `gemv`'s; beyond, they are cuBLAS's.
+included | its output | norm + shift + mixes | key (and receptance) | value. Only the time mix differs between versions:
+`TimeMix`. Up to a few dozen rows the products are `gemv`'s; beyond, they are cuBLAS's.
 """
 
 from collections.abc import Sequence
