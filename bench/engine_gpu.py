@@ -12,24 +12,27 @@ import json
 import statistics
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from receptance.engine.gpu.rwkv7 import GpuModel
+from receptance.engine.gpu.model import GpuModel
 from receptance.engine.gpu.sampler import GpuSampler
 from receptance.engine.gpu.stepper import Stepper
 from receptance.engine.params import SamplingParams
-from receptance.models.v7 import RWKV7, RWKV7Config
+from receptance.models import RWKV, RWKV4, RWKV6, RWKV7
 
 SHAPES = {"0.1B": (12, 768), "0.4B": (24, 1024), "1.5B": (24, 2048), "2.9B": (32, 2560), "7.2B": (32, 4096)}
+VERSIONS = {"v4": RWKV4, "v6": RWKV6, "v7": RWKV7}
 VOCAB = 65536
 WORST = 2.5e-3  # relative error of logits
 
 
-def random_model(n_layer: int, c: int) -> RWKV7:
+def random_model(name: str) -> RWKV:
     """float32 on the GPU, every matrix of norm about 1."""
-    config = RWKV7Config.make(VOCAB, n_layer, c)
+    shape, _, version = name.partition("-")
+    kind = VERSIONS[version or "v7"]
     with torch.device("meta"):
-        model = RWKV7(config, device="meta")
+        model = kind(kind.Config.make(VOCAB, *SHAPES[shape]), device="meta")
     model = model.to_empty(device="cuda").requires_grad_(False)
     g = torch.Generator("cuda").manual_seed(0)
     for name, p in model.named_parameters():
@@ -39,8 +42,10 @@ def random_model(n_layer: int, c: int) -> RWKV7:
             p.zero_()
         elif p.dim() == 2 and "r_k" not in name:
             p.normal_(0, (p.shape[0] if name[-2:] in ("1", "2") else p.shape[1]) ** -0.5, generator=g)
+        elif any(x in name for x in (".x_", "_maa_", "_mix_")):
+            p.uniform_(0, 1, generator=g)
         else:
-            p.uniform_(0, 1, generator=g) if ".x_" in name else p.normal_(0, 0.3, generator=g)
+            p.normal_(0, 0.3, generator=g)
         p.copy_(p.half())  # the rounding of weights is not what is measured
     return model
 
@@ -67,7 +72,7 @@ def time_of(function, repeats: int) -> float:
     return statistics.median(times)
 
 
-def logit_error(model: RWKV7, fast: GpuModel, batch: int = 5, steps: int = 4) -> float:
+def logit_error(model: RWKV, fast: GpuModel, batch: int = 5, steps: int = 4) -> float:
     g = torch.Generator("cuda").manual_seed(1)
     tokens = torch.randint(VOCAB, (batch, 16 + steps), device="cuda", generator=g)
     worst = 0.0
@@ -88,8 +93,9 @@ def logit_error(model: RWKV7, fast: GpuModel, batch: int = 5, steps: int = 4) ->
 
 def step_bytes(fast: GpuModel, batch: int) -> int:
     """Weights once, states in and out."""
-    matrices = [x for y in fast.layers for x in (y.inputs, y.low_rank, y.output, y.key, y.value)]
-    weights = sum(x.nbytes for x in [*matrices, fast.head])
+    own = [x for y in fast.layers for x in vars(y.time.own).values() if isinstance(x, torch.Tensor) and x._base is None]
+    matrices = [x for y in fast.layers for x in (y.time.inputs, y.time.output, y.channel, y.value)]
+    weights = sum(x.nbytes for x in [*matrices, *own, fast.head])
     return weights + 2 * batch * sum(x[:, 0].nbytes for x in fast.state.values())
 
 
@@ -107,14 +113,15 @@ def profile(function, rows: int) -> None:
 
 
 def decoding(fast: GpuModel, batch: int, speed: float, details: bool) -> dict[str, float]:
-    sampler = GpuSampler(fast.most_rows, fast.slots, VOCAB, torch.ones(VOCAB, device="cuda"))
-    sampler.set([SamplingParams(top_p=0.8)] * batch)
-    stepper = Stepper(fast, sampler)
-    stepper.assign(list(range(batch)), list(range(batch)))
+    sampler = GpuSampler(VOCAB, 0, lambda: np.ones(VOCAB, np.float32), fast.device)
+    stepper, rows = Stepper(fast, sampler), list(range(batch))
+    for row in rows:
+        sampler.admit(row, SamplingParams(top_p=0.8), [])
+    stepper.step(rows, rows, sampler.entries(rows, [0.5] * batch, None)[0])
     uniforms = torch.rand(batch, dtype=torch.float64, device="cuda")
-    seconds = time_of(lambda: stepper.step(uniforms), 20)
+    seconds = time_of(lambda: stepper.again(uniforms), 20)
     if details:
-        profile(lambda: stepper._run(batch), 12)
+        profile(lambda: stepper.again(uniforms), 12)
     floor = step_bytes(fast, batch) / speed
     return {"ms": round(seconds * 1e3, 4), "tok_s": round(batch / seconds), "fraction": round(floor / seconds, 3)}
 
@@ -132,7 +139,7 @@ def prefilling(fast: GpuModel, n: int, t: int, details: bool) -> dict[str, float
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--models", nargs="+", default=list(SHAPES))
+    parser.add_argument("--models", nargs="+", default=list(SHAPES), help="a size, or size-version: 1.5B-v6")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64, 256, 1024])
     parser.add_argument("--no-prefill", action="store_true")
     parser.add_argument("--profile", action="store_true", help="the longest kernels of each case")
@@ -143,7 +150,7 @@ def main() -> None:
     for name in args.models:
         batches = [x for x in args.batches if x <= (256 if name == "7.2B" else 1024)]
         with torch.inference_mode():
-            model = random_model(*SHAPES[name])
+            model = random_model(name)
             fast = GpuModel(model, slots=max(16, *batches), most_rows=max(16, *batches))
             error = logit_error(model, fast)
         if not error < WORST:
@@ -155,10 +162,10 @@ def main() -> None:
         for batch in batches:
             rows["decode"][batch] = decoding(fast, batch, speed, args.profile)
             print(name, batch, rows["decode"][batch], flush=True)
-        if max(batches) >= 256:
+        if max(batches) >= 256 and "-" not in name:
             fast = None
             with torch.inference_mode():
-                model = random_model(*SHAPES[name])
+                model = random_model(name)
                 fast = GpuModel(model, slots=max(batches), most_rows=max(batches), state_dtype=torch.float16)
                 rows["logit_error_half_state"] = round(logit_error(model, fast, 3, 64), 6)
             del model

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 import receptance
-from receptance.engine import numpy_sampling
 from receptance.engine.core_sampler import CoreSampler
 from receptance.engine.numpy_sampling import Counts, ParamRows, sample
 from receptance.engine.params import SamplingParams
@@ -20,7 +19,7 @@ WEIGHT = (np.arange(VOCAB) % 7 > 0).astype(np.float32)
 @pytest.fixture(params=["core", "plain"])
 def sampler(request: pytest.FixtureRequest) -> Sampler:
     if request.param == "plain":
-        return PlainSampler(numpy_sampling, VOCAB, EOS, lambda: WEIGHT)
+        return PlainSampler(VOCAB, EOS, lambda: WEIGHT)
     model = receptance.load("rwkv7-stories", engine="native")
     assert model.core is not None
     return CoreSampler(model.core, model.team, model.threads, VOCAB, EOS, lambda: WEIGHT)

@@ -88,7 +88,7 @@ def test_a_file_tells_that_it_is_wide(tmp_path):
 
 
 def test_the_engine_on_a_gpu_leaves_it_to_torch():
-    from receptance.engine.gpu.rwkv7 import misfit
+    from receptance.engine.gpu.versions import misfit
 
     wide, plain = (RWKV7(RWKV7.Config.make(64, 1, 64, wide_rate=x), device="meta") for x in (True, False))
     assert misfit(plain) is None

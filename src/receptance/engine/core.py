@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from numpy.typing import NDArray
+
 from receptance.engine.constraint import Constraints, Matcher
 from receptance.engine.numpy_sampling import uniform
 from receptance.engine.params import SamplingParams
@@ -38,6 +40,8 @@ BAD_LOGITS = (
     "Try float32, and check the file it came from"
 )
 
+# what a draw needs: of each sequence the sampler's row, the random number, the grammar's mask
+Points = tuple[list[int], list[float], list[NDArray[Any] | None] | None]
 Watcher = Callable[[Token | None], None]  # called with each token as it is drawn, and with None at the end
 
 
@@ -298,8 +302,10 @@ class Core:
             assert sequence.slot is not None
             self._before_feeding(sequence)
             works.append(Work(sequence.slot, sequence.tokens[sequence.fed : sequence.fed + count]))
-        writes = all(sequence.phase is Phase.WRITING for sequence, _ in plan)
-        logits = self._timed(works) if self.drafter and writes else self._forward(works)
+        if all(sequence.phase is Phase.WRITING for sequence, _ in plan):
+            self._write([sequence for sequence, _ in plan], works)
+            return
+        logits = self._forward(works)
         drawing = []
         for i, (sequence, count) in enumerate(plan):
             sequence.fed += count
@@ -314,6 +320,23 @@ class Core:
         if drawing:
             picked = logits if len(drawing) == len(plan) else self.runner.pick(logits, drawing)
             self._draw([plan[i][0] for i in drawing], picked)
+
+    def _write(self, sequences: list[Sequence], works: list[Work]) -> None:
+        """A step of texts that all write: in one call of the runner where it has one, or in two."""
+        points = self._points(sequences)
+        clock = time.perf_counter()
+        done = self.runner.step(works, *points)
+        if done is None:
+            logits = self._timed(works)
+            drawn = self._drawn(logits, points)
+        else:
+            drawn, logits = done
+            seconds = time.perf_counter() - clock
+            self.stats.run_seconds += seconds
+            self.worth.measured(len(works), seconds)
+        for sequence, work in zip(sequences, works):
+            sequence.fed += len(work.tokens)
+        self._take(sequences, drawn, logits)
 
     def _forward(self, works: list[Work], *, all_logits: bool = False) -> Logits:
         clock = time.perf_counter()
@@ -456,16 +479,27 @@ class Core:
 
     # Drawing ----------------------------------------------------------------------------------------------------------
 
-    def _draw(self, sequences: list[Sequence], logits: Logits) -> list[Sequence]:
-        """The next token of each sequence. Returns those that go on."""
-        clock = time.perf_counter()
+    def _points(self, sequences: list[Sequence]) -> Points:
         jobs: list[TextJob] = [sequence.job for sequence in sequences]
         uniforms = [uniform(job.completion.seed, len(job.completion.tokens)) for job in jobs]
         masks = [job.matcher.mask() if job.matcher else None for job in jobs] if any(j.matcher for j in jobs) else None
-        drawn = self.runner.sampler.draw(logits, [job.row for job in jobs], uniforms, masks)
+        return [job.row for job in jobs], uniforms, masks
+
+    def _drawn(self, logits: Logits, points: Points) -> list[int]:
+        clock = time.perf_counter()
+        drawn = self.runner.sampler.draw(logits, *points)
         self.stats.draw_seconds += time.perf_counter() - clock
+        return drawn
+
+    def _draw(self, sequences: list[Sequence], logits: Logits) -> list[Sequence]:
+        """The next token of each sequence. Returns those that go on."""
+        return self._take(sequences, self._drawn(logits, self._points(sequences)), logits)
+
+    def _take(self, sequences: list[Sequence], drawn: list[int], logits: Logits) -> list[Sequence]:
+        """Their next tokens, -1 where logits were not numbers. Returns those that go on."""
         going = []
-        for i, (sequence, job, token) in enumerate(zip(sequences, jobs, drawn)):
+        for i, (sequence, token) in enumerate(zip(sequences, drawn)):
+            job: TextJob = sequence.job
             if token < 0:
                 self._fail(sequence, GenerationError(BAD_LOGITS))
                 continue

@@ -385,14 +385,14 @@ def make_runner(model: Any, slots: int, tokenizer: Tokenizer, invariant: bool = 
 
         return NativeRunner(model, slots, vocab, tokenizer.token_bytes, tokenizer.eos_id)
     if model.device.type == "cuda":
-        from receptance.engine.gpu.rwkv7 import misfit
+        from receptance.engine.gpu.versions import misfit
 
         if misfit(model, model.dtype) is None:
             from receptance.engine.gpu_runner import GpuRunner
 
             return GpuRunner(model, slots, vocab, tokenizer.token_bytes, tokenizer.eos_id, invariant=invariant)
     if invariant:
-        raise ConfigError("invariant=True needs a model with kernels for a GPU: RWKV-7 in float16 or bfloat16 there")
+        raise ConfigError("invariant=True needs a model with kernels for a GPU, in float16 or bfloat16 there")
     from receptance.engine.torch_runner import TorchRunner
 
     return TorchRunner(model, slots, vocab, tokenizer.token_bytes, tokenizer.eos_id)

@@ -1,16 +1,20 @@
-"""The runner of models that have kernels for decoding on a GPU: states stay in place, a step is one CUDA graph."""
+"""The runner of models that have kernels for a GPU: states stay in place, a step and its draws are one CUDA graph."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from receptance.engine.gpu.rwkv7 import MOST_TOKENS, GpuModel
-from receptance.engine.gpu.stepper import bucket
+from receptance.engine.gpu.model import MOST_TOKENS, GpuModel
+from receptance.engine.gpu.sampler import GpuSampler
+from receptance.engine.gpu.stepper import Stepper
 from receptance.engine.runner import Work
 from receptance.engine.scheduler import PIECE
 from receptance.engine.torch_runner import TorchRunner
-from receptance.models import RWKV7, State
+from receptance.models import RWKV, State
 
 MOST_ROWS = 1024  # that decode in one call
 
@@ -20,7 +24,7 @@ class GpuRunner(TorchRunner):
 
     def __init__(
         self,
-        model: RWKV7,
+        model: RWKV,
         slots: int,
         vocab: int,
         token_bytes: Callable[[int], bytes],
@@ -32,85 +36,82 @@ class GpuRunner(TorchRunner):
         self.slots = slots
         self.gpu = GpuModel(model, slots=slots, dtype=model.dtype, most_rows=min(MOST_ROWS, slots), invariant=invariant)
         self.pool = State(self.gpu.state)
-        rows, device = self.gpu.most_rows, model.device
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self._tokens = torch.zeros(rows, dtype=torch.long, device=device)
-        self._rows = torch.full((rows,), slots, dtype=torch.int32, device=device)  # the last row is for padding
+        self._stepper = Stepper(self.gpu, self._gpu_sampler)
+
+    def _make_sampler(self, weight: Callable[[], NDArray[np.float32]], eos_id: int) -> GpuSampler:
+        self._gpu_sampler = GpuSampler(self.vocab, eos_id, weight, self.model.device, self.model.dtype)
+        return self._gpu_sampler
+
+    def step(
+        self,
+        works: Sequence[Work],
+        rows: Sequence[int],
+        uniforms: Sequence[float],
+        masks: Sequence[NDArray[Any] | None] | None,
+    ) -> tuple[list[int], Tensor] | None:
+        if len(works) > self.gpu.most_rows or any(len(work.tokens) > 1 or work.target is not None for work in works):
+            return None
+        entries, held = self._gpu_sampler.entries(rows, uniforms, masks)
+        drawn, logits = self._stepper.step([work.slot for work in works], [work.tokens[0] for work in works], entries)
+        tokens: list[int] = drawn.tolist()
+        del held  # the masks, which the step has read
+        return tokens, logits
 
     @torch.inference_mode()
     def run(self, works: Sequence[Work], *, all_logits: bool = False) -> Tensor:
-        if all_logits:
-            return super().run(works, all_logits=True)
         moved = [work for work in works if work.target is not None and work.target != work.slot]
         if moved:
             sources, targets = [work.slot for work in moved], [work.target for work in moved]
             for x in self.pool.values():
                 x[:, targets] = x[:, sources]
+        parts: dict[int, Tensor] = {}  # of each work: its rows of logits
         single = [i for i, work in enumerate(works) if len(work.tokens) == 1]
-        longer = [i for i, work in enumerate(works) if len(work.tokens) > 1]
-        parts = [self._decode([works[i] for i in single])] if single else []
-        parts += [self._prefill([works[i] for i in longer])] if longer else []
-        if len(parts) == 1:
-            return parts[0]
-        order = torch.tensor([*single, *longer], device=parts[0].device).argsort()
-        return torch.cat([part.float() for part in parts])[order]
+        if len(single) == len(works) and len(single) <= self.gpu.most_rows:
+            return self._decode(list(works))
+        for first in range(0, len(single), self.gpu.most_rows):
+            group = single[first : first + self.gpu.most_rows]
+            parts |= zip(group, self._decode([works[i] for i in group]).clone().split(1))
+        for group in self._packs(works):
+            mine = [works[i] for i in group]
+            sizes = [len(work.tokens) if all_logits else 1 for work in mine]
+            parts |= zip(group, self._prefill(mine, all_logits).split(sizes))
+        rows = [parts[i] for i in range(len(works))]
+        return rows[0] if len(rows) == 1 else torch.cat([row.float() for row in rows])
+
+    def _packs(self, works: Sequence[Work]) -> list[list[int]]:
+        """Prompts that are read in one call: of about equal lengths, because the operator pads them to the longest."""
+        longer = sorted(
+            (i for i, work in enumerate(works) if len(work.tokens) > 1), key=lambda i: -len(works[i].tokens)
+        )
+        if self.gpu.invariant:
+            return [[i] for i in longer]
+        packs: list[list[int]] = []
+        for i in longer:
+            if not packs or (len(packs[-1]) + 1) * len(works[packs[-1][0]].tokens) > MOST_TOKENS:
+                packs.append([])
+            packs[-1].append(i)
+        return packs
 
     def _decode(self, works: list[Work]) -> Tensor:
-        rows = self.gpu.most_rows
-        if len(works) > rows:
-            return torch.cat([self._decode(works[i : i + rows]).clone() for i in range(0, len(works), rows)])
-        count = len(works)
-        size = bucket(count, rows)
-        if size not in self._graphs:
-            self._graphs[size] = self._capture(size)
-        tokens = [work.tokens[0] for work in works] + [0] * (size - count)
-        slots = [_place(work) for work in works] + [self.slots] * (size - count)
-        both = torch.tensor([tokens, slots]).pin_memory()
-        self._tokens[:size].copy_(both[0], non_blocking=True)
-        self._rows[:size].copy_(both[1], non_blocking=True)
-        graph, logits = self._graphs[size]
-        graph.replay()
-        return logits[:count]
+        return self._stepper.step([_place(work) for work in works], [work.tokens[0] for work in works])[1]
 
-    def _capture(self, size: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        """A step of `size` rows. All of them are padding's while it is tried and captured."""
-        self._rows[:size] = self.slots
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self.gpu.decode(self._tokens[:size], self._rows[:size])
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = self.gpu.decode(self._tokens[:size], self._rows[:size])
-        return graph, logits
-
-    def _prefill(self, works: list[Work]) -> Tensor:
-        """Packed into as few calls as their tokens allow."""
-        if self.gpu.invariant:
-            return torch.cat([self._in_pieces(work) for work in works])
-        packs: list[list[Work]] = [[]]
-        for work in works:
-            if sum(len(w.tokens) for w in packs[-1]) + len(work.tokens) > MOST_TOKENS and packs[-1]:
-                packs.append([])
-            packs[-1].append(work)
-        return torch.cat([self._prefill_pack(pack) for pack in packs])
-
-    def _in_pieces(self, work: Work) -> Tensor:
-        """Each of a shape that depends on the prompt alone; a single token as it is everywhere."""
-        logits: list[Tensor] = []
-        for i in range(0, len(work.tokens), PIECE):
-            piece = [Work(_place(work), work.tokens[i : i + PIECE])]
-            logits = [self._prefill_pack(piece) if len(piece[0].tokens) > 1 else self._decode(piece).clone()]
-        return logits[0]
-
-    def _prefill_pack(self, works: list[Work]) -> Tensor:
-        starts = [0]
-        for work in works:
-            starts.append(starts[-1] + len(work.tokens))
-        tokens = torch.tensor([token for work in works for token in work.tokens]).to(self.model.device)
-        logits: Tensor = self.gpu.prefill(tokens, starts, [_place(work) for work in works])
-        return logits
+    def _prefill(self, works: list[Work], all_logits: bool) -> Tensor:
+        """A pack; invariant: one prompt, in pieces of a shape that depends on it alone, and a last single token as
+        single tokens are everywhere."""
+        most = PIECE if self.gpu.invariant else MOST_TOKENS
+        logits = []
+        for first in range(0, max(len(work.tokens) for work in works), most):
+            pieces = [Work(_place(work), work.tokens[first : first + most]) for work in works]
+            if len(pieces) == 1 and len(pieces[0].tokens) == 1:
+                logits.append(self._decode(pieces).clone())
+                continue
+            starts = [0]
+            for piece in pieces:
+                starts.append(starts[-1] + len(piece.tokens))
+            tokens = torch.tensor([token for piece in pieces for token in piece.tokens]).to(self.model.device)
+            slots = [piece.slot for piece in pieces]
+            logits.append(self.gpu.prefill(tokens, starts, slots, all_logits=all_logits))
+        return torch.cat([x.float() for x in logits]) if all_logits and len(logits) > 1 else logits[-1]
 
 
 def _place(work: Work) -> int:

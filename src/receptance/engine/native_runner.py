@@ -32,7 +32,7 @@ class NativeRunner:
 
         self.sampler: Sampler
         if model.core is None:
-            self.sampler = PlainSampler(numpy_sampling, vocab, eos_id, weight)
+            self.sampler = PlainSampler(vocab, eos_id, weight)
         else:
             from receptance.engine.core_sampler import CoreSampler
 
@@ -58,6 +58,15 @@ class NativeRunner:
         targets = np.array([work.slot if work.target is None else work.target for work in works], np.int32)
         logits: Floats = self.model.forward_rows(tokens, counts, self.pool, rows, targets, last_only=not all_logits)
         return logits
+
+    def step(
+        self,
+        works: Sequence[Work],
+        rows: Sequence[int],
+        uniforms: Sequence[float],
+        masks: Sequence[NDArray[Any] | None] | None,
+    ) -> tuple[list[int], Floats] | None:
+        return None
 
     def keep(self, logits: Floats, row: int) -> Floats:
         kept: Floats = logits[row].copy()

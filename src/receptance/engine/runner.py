@@ -61,6 +61,15 @@ class Runner(Protocol):
     def run(self, works: Sequence[Work], *, all_logits: bool = False) -> Logits:
         """Logits after the last token of each work [n, V], or of all tokens of all works [sum of lengths, V]."""
 
+    def step(
+        self,
+        works: Sequence[Work],
+        rows: Sequence[int],
+        uniforms: Sequence[float],
+        masks: Sequence[NDArray[Any] | None] | None,
+    ) -> tuple[list[int], Logits] | None:
+        """`run` and the sampler's `draw` in one, where that saves time; None, and nothing done, where it does not."""
+
     def keep(self, logits: Logits, row: int) -> Any:
         """A copy of one row of logits."""
 

@@ -12,8 +12,7 @@ from safetensors.torch import load as deserialise
 from safetensors.torch import save as serialise
 from torch import Tensor
 
-from receptance.engine import sampling
-from receptance.engine.params import SamplingParams
+from receptance.engine import numpy_sampling
 from receptance.engine.plain_sampler import PlainSampler
 from receptance.engine.runner import Report, Sampler, Work
 from receptance.engine.sampling import log_probabilities
@@ -29,25 +28,23 @@ class TorchRunner:
         self._empty = model.zero_state()
         self.state_bytes = self._empty.nbytes
         self.pool = model.zero_state(slots).clone()  # a tuned initial state is one row seen many times
-        self.sampler: Sampler = self._sampler(token_bytes, eos_id)
 
-    def _sampler(self, token_bytes: Callable[[int], bytes], eos_id: int) -> Sampler:
-        def weight() -> Tensor:
-            return sampling.digit_weight(map(token_bytes, range(self.vocab))).to(self.model.device)
+        def weight() -> NDArray[np.float32]:
+            return numpy_sampling.digit_weight(map(token_bytes, range(vocab))).astype(np.float32)
 
-        if self.model.device.type == "cpu":
+        self.sampler = self._make_sampler(weight, eos_id)
+
+    def _make_sampler(self, weight: Callable[[], NDArray[np.float32]], eos_id: int) -> Sampler:
+        if self.model.device.type == "cuda":
+            from receptance.engine.gpu.sampler import GpuSampler
+            from receptance.ops.cuda import CudaError
+
+            dtype = torch.bfloat16 if self.model.dtype == torch.bfloat16 else torch.float16
             try:
-                return _CpuSampler(self.vocab, eos_id, weight)
-            except NoCoreError:
+                return GpuSampler(self.vocab, eos_id, weight, self.model.device, dtype)
+            except CudaError:
                 pass
-
-        def columns(params: list[SamplingParams]) -> sampling.ParamRows:
-            return sampling.ParamRows.of(params, self.vocab, eos_id, self.model.device)
-
-        def masked(logits: Tensor, allowed: NDArray[np.bool_]) -> Tensor:
-            return logits.masked_fill(~torch.from_numpy(allowed).to(logits.device), -torch.inf)
-
-        return PlainSampler(sampling, self.vocab, eos_id, weight, columns=columns, masked=masked)
+        return _HostSampler(self.vocab, eos_id, weight)
 
     @torch.inference_mode()
     def reset(self, slot: int) -> None:
@@ -97,6 +94,15 @@ class TorchRunner:
             return [row[:length] for row, length in zip(logits, lengths)]
         return list(logits.split(1))
 
+    def step(
+        self,
+        works: Sequence[Work],
+        rows: Sequence[int],
+        uniforms: Sequence[float],
+        masks: Sequence[NDArray[Any] | None] | None,
+    ) -> tuple[list[int], Tensor] | None:
+        return None
+
     def keep(self, logits: Tensor, row: int) -> Tensor:
         return logits[row].clone()
 
@@ -133,16 +139,19 @@ class TorchRunner:
         return state
 
 
-class _CpuSampler:
-    """The core's sampler for tensors on the CPU. Raises NoCoreError where there is no core."""
+class _HostSampler:
+    """Drawing on the CPU: by the core, or by NumPy where there is none."""
 
-    def __init__(self, vocab: int, eos_id: int, weight: Callable[[], Tensor]):
-        from receptance.engine.core_sampler import CoreSampler
+    def __init__(self, vocab: int, eos_id: int, weight: Callable[[], NDArray[np.float32]]):
+        try:
+            from receptance.engine.core_sampler import CoreSampler
 
-        core, threads = load_core(), torch.get_num_threads()
-        team = core.library.receptance_team_new(threads)
-        weakref.finalize(self, core.library.receptance_team_free, team)
-        self._inner = CoreSampler(core, lambda: team, threads, vocab, eos_id, lambda: weight().numpy())
+            core, threads = load_core(), torch.get_num_threads()
+            team = core.library.receptance_team_new(threads)
+            weakref.finalize(self, core.library.receptance_team_free, team)
+            self._inner: Sampler = CoreSampler(core, lambda: team, threads, vocab, eos_id, weight)
+        except NoCoreError:
+            self._inner = PlainSampler(vocab, eos_id, weight)
         self.admit, self.free = self._inner.admit, self._inner.free
 
     def draw(
@@ -152,4 +161,4 @@ class _CpuSampler:
         uniforms: Sequence[float],
         masks: Sequence[NDArray[Any] | None] | None,
     ) -> list[int]:
-        return self._inner.draw(logits.float().contiguous().numpy(), rows, uniforms, masks)
+        return self._inner.draw(logits.float().cpu().contiguous().numpy(), rows, uniforms, masks)

@@ -3,8 +3,10 @@
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from tests.engine.gpu.test_model import make, older
 
 import receptance
 from receptance.engine.core import Core
@@ -16,7 +18,8 @@ from receptance.engine.scheduler import PIECE, Limits, Sequence
 from receptance.generation import generate_tokens
 from receptance.tokenizers import Tokenizer, tokenizer
 
-pytestmark = pytest.mark.gpu
+on_gpu = pytest.mark.gpu
+LENGTHS = [1, 2, 10, 65, 130, 300]  # characters of prompts
 TEXT = "Once upon a time the cat sat on a mat, and then it went to see what was there and came home in the rain. "
 
 
@@ -40,28 +43,34 @@ def core_of(runner: GpuRunner, tok: Tokenizer, slots: int) -> Core:
     return Core(runner.model, tok, runner, limits, cache_bytes=1 << 26, host_bytes=1 << 28)
 
 
-def request(rng: random.Random, temperatures: tuple[float, ...]) -> Request:
+def request(rng: random.Random, temperatures: tuple[float, ...], lengths: list[int], most: int) -> Request:
     prompt = TEXT * 3
     params = SamplingParams(
-        max_tokens=rng.randrange(1, 32),
+        max_tokens=rng.randrange(1, most),
         temperature=rng.choice(temperatures),
         top_p=rng.choice([1.0, 0.9]),
         presence_penalty=rng.choice([0, 0.4]),
         seed=rng.randrange(2**32),
         ignore_eos=True,
     )
-    return Request(prompt[: rng.choice([1, 2, 10, 65, 130, 300])], params, priority=rng.choice([0, 0, 1]))
+    return Request(prompt[: rng.choice(lengths)], params, priority=rng.choice([0, 0, 1]))
 
 
 def together_and_alone(
-    runner: GpuRunner, tok: Tokenizer, count: int, slots: int, temperatures: tuple[float, ...]
+    runner: GpuRunner,
+    tok: Tokenizer,
+    count: int,
+    slots: int,
+    temperatures: tuple[float, ...],
+    lengths: list[int] = LENGTHS,
+    most: int = 32,
 ) -> list[tuple[list[int], list[int]]]:
     rng = random.Random(1)
     core = core_of(runner, tok, slots)
     asked: list[tuple[Request, Sequence]] = []
     while len(asked) < count or core.has_work:
         for _ in range(rng.choice([0, 1, 3]) if len(asked) < count else 0):
-            asked.append((one := request(rng, temperatures), core.submit(one)[0]))
+            asked.append((one := request(rng, temperatures, lengths, most), core.submit(one)[0]))
         core.step()
         if asked and rng.random() < 0.03:
             core.cancel(rng.choice(asked)[1])
@@ -76,6 +85,42 @@ def together_and_alone(
     return pairs
 
 
+@pytest.mark.parametrize("version", ["4", "5.2", "6", "7"])
+@pytest.mark.usefixtures("kernels")
+def test_small_models_write_the_same_together_and_alone(version: str) -> None:
+    """With the kernels emulated where there is no GPU: steps that draw, prompts beside them, preemption, cancelling."""
+    tok = tokenizer("byte")
+    small = make(layers=1, vocab=272) if version == "7" else older(version, layers=1, vocab=272)
+    runner = runner_of(small.half(), tok, 2, invariant=True)
+    for x in runner.pool.values():
+        x.fill_(torch.nan)
+    pairs = together_and_alone(runner, tok, 3, 2, (0, 1.0), [1, 2, 6], 5)
+    assert sum(len(together) for together, _ in pairs) >= 3
+    assert all(together == alone for together, alone in pairs)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_a_draft_is_checked_in_one_call_and_a_grammar_rules_a_step() -> None:
+    tok = tokenizer("byte")
+    runner = runner_of(make(layers=1, vocab=272).half(), tok, 4)
+    runner.reset(0)
+    runner.reset(1)
+    all_rows = runner.run([Work(0, [3, 4, 5], 2), Work(1, [6])], all_logits=True)
+    assert len(all_rows) == 4
+    one_by_one = [runner.run([Work(0, [token])])[0].clone() for token in (3, 4, 5)]
+    torch.testing.assert_close(all_rows[:3].float(), torch.stack(one_by_one).float(), rtol=2e-2, atol=2e-2)
+    for name, x in runner.pool.items():  # the draft's own row, beside the one that it began from
+        torch.testing.assert_close(x[:, 2], x[:, 0], rtol=2e-2, atol=2e-2, msg=name)
+    mask = np.zeros(-(-272 // 32), np.uint32)
+    mask[2] = 1 << 5
+    runner.sampler.admit(0, SamplingParams(), [])
+    runner.sampler.admit(1, SamplingParams(temperature=0), [])
+    done = runner.step([Work(0, [7]), Work(1, [8])], [0, 1], [0.3, 0.3], [mask, None])
+    assert done is not None
+    assert done[0] == [69, int(done[1][1].argmax())]
+
+
+@on_gpu
 def test_with_invariant_kernels_every_token_is_the_same_as_alone(model: Any, tok: Tokenizer) -> None:
     runner = runner_of(model, tok, 40, invariant=True)
     pairs = together_and_alone(runner, tok, 1000, 40, (0, 1.0, 0.7))
@@ -83,6 +128,7 @@ def test_with_invariant_kernels_every_token_is_the_same_as_alone(model: Any, tok
     assert all(together == alone for together, alone in pairs)
 
 
+@on_gpu
 def test_with_the_fastest_kernels_nearly_every_greedy_token_is(model: Any, tok: Tokenizer) -> None:
     """A draw at temperature 1 differs more often: a boundary among thousands of improbable tokens moves with each."""
     runner = runner_of(model, tok, 40)
@@ -94,6 +140,7 @@ def test_with_the_fastest_kernels_nearly_every_greedy_token_is(model: Any, tok: 
     assert different <= 0.001 * (same + different)
 
 
+@on_gpu
 def test_a_graph_gives_what_the_kernels_give(model: Any, tok: Tokenizer) -> None:
     runner, twin = runner_of(model, tok, 9), runner_of(model, tok, 9)
     for x in runner.pool.values():
@@ -111,6 +158,7 @@ def test_a_graph_gives_what_the_kernels_give(model: Any, tok: Tokenizer) -> None
         torch.testing.assert_close(runner.run(works), eager, rtol=0, atol=0)
 
 
+@on_gpu
 def test_tokens_are_those_of_the_plain_generator_up_to_rounding(model: Any, tok: Tokenizer) -> None:
     core = core_of(runner_of(model, tok, 8), tok, 8)
     params = [SamplingParams(max_tokens=24, temperature=0, ignore_eos=True) for _ in range(8)]

@@ -1,11 +1,13 @@
 """The GPU's sampler against `engine.sampling.sample`: the same tokens for the same uniform numbers."""
 
+import numpy as np
 import pytest
 import torch
 
 from receptance.engine.gpu.sampler import GpuSampler
 from receptance.engine.params import SamplingParams
 from receptance.engine.sampling import Counts, ParamRows, sample
+from receptance.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("kernels")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -28,21 +30,23 @@ PARAMS = [
 def draws(params: list[SamplingParams], logits: torch.Tensor, uniforms: list[float], steps: int = 1):
     """Tokens of the GPU's sampler and of the plain one, for the same logits `steps` times."""
     n = len(params)
-    weight = (torch.arange(V, device=DEVICE) % 7 > 0).float()
+    weight = (np.arange(V) % 7 > 0).astype(np.float32)
     prompts = [[i, 2 * i + 1, 7] for i in range(n)]
-    fast = GpuSampler(n, n, V, weight)
-    fast.set(params)
-    slots = torch.arange(n, 0, -1, dtype=torch.int32, device=DEVICE) - 1
-    for i, prompt in enumerate(prompts):
-        fast.start(n - 1 - i, prompt)
-    rows, counts = ParamRows.of(params, V, 0, DEVICE), Counts.start(prompts, weight)
+    fast = sampler(weight)
+    for i, (p, prompt) in enumerate(zip(params, prompts)):
+        fast.admit(n - i, p, prompt)
+    there = torch.from_numpy(weight).to(DEVICE)
+    rows, counts = ParamRows.of(params, V, 0, DEVICE), Counts.start(prompts, there)
     got, expected = [], []
-    points = torch.tensor(uniforms, dtype=torch.float64, device=DEVICE)
     for _ in range(steps):
-        got.append(fast.draw(logits, slots, points).clone())
+        got.append(fast.draw(logits, range(n, 0, -1), uniforms, None))
         expected.append(sample(logits.float(), rows, uniforms, counts))
         counts = counts.after(expected[-1], rows)
-    return torch.stack(got), torch.stack(expected)
+    return torch.tensor(got), torch.stack(expected).cpu()
+
+
+def sampler(weight: np.ndarray) -> GpuSampler:
+    return GpuSampler(V, 0, lambda: weight, torch.device(DEVICE))
 
 
 def make_logits(rows: int, seed: int = 0, scale: float = 3.0) -> torch.Tensor:
@@ -74,19 +78,34 @@ def test_greedy_takes_the_lowest_of_equals_and_nan_is_reported():
     logits = torch.zeros(2, V, device=DEVICE)
     logits[0, [9, 4, 2000]] = 1.0
     logits[1, 100] = torch.nan
-    fast = GpuSampler(2, 2, V, torch.ones(V, device=DEVICE))
-    fast.set([SamplingParams(temperature=0), SamplingParams()])
-    slots = torch.arange(2, dtype=torch.int32, device=DEVICE)
+    fast = sampler(np.ones(V, np.float32))
+    fast.admit(0, SamplingParams(temperature=0), [])
+    fast.admit(1, SamplingParams(), [])
+    assert fast.draw(logits, [0, 1], [0.5, 0.5], None) == [4, -1]
     again = torch.full((2,), 7, device=DEVICE)
-    tokens = fast.draw(logits, slots, torch.full((2,), 0.5, dtype=torch.float64, device=DEVICE), again=again)
-    assert tokens.tolist() == [4, -1]
+    entries = torch.from_numpy(fast.entries([0, 1], [0.5, 0.5], None)[0].view(np.uint8)).to(DEVICE)
+    fast.launch(logits, entries, torch.empty_like(again), again=again)
     assert again.tolist() == [4, 0]
 
 
 def test_only_allowed_tokens_come():
-    bits = torch.zeros(1, -(-V // 32), dtype=torch.int32, device=DEVICE)
-    bits[0, 40] = 1 << 3
-    fast = GpuSampler(1, 1, V, torch.ones(V, device=DEVICE))
-    zero = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-    half = torch.full((1,), 0.5, dtype=torch.float64, device=DEVICE)
-    assert fast.draw(make_logits(1), zero, half, allowed=bits).tolist() == [40 * 32 + 3]
+    mask = np.zeros(-(-V // 32), np.uint32)
+    mask[40] = 1 << 3
+    fast = sampler(np.ones(V, np.float32))
+    for row, params in enumerate([SamplingParams(), SamplingParams(top_p=0.5, logit_bias={3: 50.0}), SamplingParams()]):
+        fast.admit(row, params, [])
+    got = fast.draw(make_logits(3), [0, 1, 2], [0.5] * 3, [mask, mask, None])
+    assert got[:2] == [40 * 32 + 3] * 2
+    assert got[2] != got[0]
+
+
+def test_rows_of_an_odd_length_are_taken_too():
+    logits = make_logits(2)[:, : V - 1]
+    fast = GpuSampler(V - 2, 0, lambda: np.ones(V - 2, np.float32), torch.device(DEVICE))
+    fast.admit(0, SamplingParams(temperature=0), [])
+    assert fast.draw(logits, [0, 0], [0.5] * 2, None) == logits[:, : V - 2].argmax(1).tolist()
+
+
+def test_a_bias_beyond_the_vocabulary_is_refused():
+    with pytest.raises(ConfigError, match=f"token id {V}"):
+        sampler(np.ones(V, np.float32)).admit(0, SamplingParams(logit_bias={V: 1.0}), [])

@@ -15,7 +15,7 @@ struct Task {
     i64 weight, input, output;  // of the first row of weights, of the activations' first row, of the output's first row
     int columns, activation, stride, unused;  // stride: from one activation row's outputs to the next's
 };
-enum Output { WRITE, ADD, LOGITS };
+enum Output { WRITE, ADD, LOGITS, GATED };
 
 constexpr int ROWS = 16 * ROW_TILES, BATCH = 8 * BATCH_TILES, SIDE = BATCH + 1, GROUP = BATCH_TILES < 4 ? 4 / BATCH_TILES : 1;
 typedef float Sums[WARPS][ROWS][SIDE];
@@ -29,10 +29,11 @@ struct Cursor {
 };
 
 /// output[b, row] = activation(Σ weight[row, c] input[b, c]) for b < batch; tasks: one for each tile of rows, or null: all
-/// rows alike, `columns` wide. mode: WRITE elements of type E, ADD to float32, write float32 LOGITS.
+/// rows alike, `columns` wide. mode: WRITE elements of type E, ADD to float32, write float32 LOGITS, or add times
+/// gate [batch, rows].
 extern "C" __global__ void __launch_bounds__(WARPS * 32) gemv(
     const u16* weight, const Task* tasks, int columns, int activation, const u16* input, int input_stride, void* output,
-    int output_stride, int batch, int mode, int tiles) {
+    int output_stride, const u16* gate, int batch, int mode, int tiles) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     uint4* ring = (uint4*)dynamic_shared() + warp * DEPTH * ROW_TILES * 64 + lane;  // [DEPTH][2 · ROW_TILES][32 lanes]
     Sums& sums = *(Sums*)(dynamic_shared() + RING_BYTES);
@@ -122,6 +123,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) gemv(
             sum = activated(sum, task.activation);
             if (mode == WRITE) ((u16*)output)[to] = narrow(sum);
             else if (mode == ADD) ((float*)output)[to] = load_fresh((const float*)output + to) + sum;
+            else if (mode == GATED) ((float*)output)[to] = load_fresh((const float*)output + to) + E::wide(load_fresh(gate + to)) * sum;
             else ((float*)output)[to] = sum;
         }
         __syncthreads();

@@ -50,13 +50,14 @@ DEVICE void store_row(u16* p, const Row& x) {
 }
 
 /// For every row of x [rows, C], float32:
-///   sum = table[token] (table: [V, C] or null) or x + delta (delta: [rows, C] or null);  n = norm(sum) weight + bias
+///   sum = table[token] (table: [V, C] or null) or x + delta sigmoid(gate) (delta, gate: [rows, C] or null);
+///   n = norm(sum) weight + bias
 ///   out[m] = n + (p - n) mix[m], where p is n of the row before; a row with begins[row] >= 0 takes it from
 ///   last[begins[row]] and one with ends[row] >= 0 leaves n in next[ends[row]]. mixes = 0: out = n.
 /// mix [mixes, C]; out [mixes, out_stride] of rows. A block does `each` rows, from the second on with the row before at
 /// hand; where no row looks at its neighbour, sum may be x and next may be last.
 extern "C" __global__ void __launch_bounds__(256) norm_mix(
-    const float* x, float* sum, const u16* table, const i64* tokens, const u16* delta, const u16* weight, const u16* bias, float eps,
+    const float* x, float* sum, const u16* table, const i64* tokens, const u16* delta, const u16* gate, const u16* weight, const u16* bias, float eps,
     const u16* mix, int mixes, const u16* last, u16* next, const int* begins, const int* ends, u16* out, int out_stride,
     int rows, int each) {
     __shared__ float shared[THREADS / 32];
@@ -70,6 +71,11 @@ extern "C" __global__ void __launch_bounds__(256) norm_mix(
         if (delta) {
             Row more;
             load_row(more, delta + (i64)row * WIDTH);
+            if (gate) {
+                Row open;
+                load_row(open, gate + (i64)row * WIDTH);
+                for_groups([&](int i, int) { for (int j = 0; j < 8; ++j) more[i][j] *= sigmoid(open[i][j]); });
+            }
             for_groups([&](int i, int) { for (int j = 0; j < 8; ++j) now[i][j] += more[i][j]; });
         }
         if (keeps && (table || delta))

@@ -8,10 +8,20 @@
 constexpr int THREADS = 1024, BINS = 2 * THREADS;
 constexpr float UNIT = 1099511627776.f;  // 2^40
 
-/// A row's parameters; top_k = V and top_p > 1 cut nothing.
+/// A row of the table (SampleRow in native/library.py). top_k = V and top_p > 1 cut nothing. room: for adjusted logits [V], where
+/// there are penalties or biases. allowed [ceil(V / 32)]: a bit for each token that may come, or null. With penalties: occurrence [V] and seen [V] (0 never, 1 in the prompt, 2 generated) count,
+/// weight [V] is what one occurrence counts where digits are not penalised; without, they are null.
 struct Row {
-    float temperature, top_p, min_p, presence, frequency, repetition, decay;
-    int top_k, has_penalties, first_bias, end_bias, count_digits;
+    float* room;
+    const u32* allowed;
+    float* occurrence;
+    u8* seen;
+    const float* weight;
+    const int* bias_ids;
+    const float* bias_values;
+    double top_p, uniform;
+    float temperature, min_p, presence, frequency, repetition, decay;
+    int biases, top_k, count_digits, token;
 };
 
 struct Shared {
@@ -79,7 +89,7 @@ template <class Load, class Body> DEVICE void for_all(int vocab, Load load, Body
 /// The largest distance kept by top_k and top_p, as its bits: the first position, from the most probable token on, that is
 /// the k-th or at which the sum of probabilities reaches top_p; tokens as probable as that one are kept too.
 template <class Load>
-DEVICE u32 largest_kept(Shared& m, int vocab, u32 k, float top_p, float top, Load load) {
+DEVICE u32 largest_kept(Shared& m, int vocab, u32 k, double top_p, float top, Load load) {
     // distances are positive floats and ordered as their bits are. First 2048 bins of equal width, which spread the tokens,
     // then the one that matters in 2048 ranges of bits, until a range is one number
     u32 low = 0, high = 0x7f800001, counted = 0;
@@ -103,7 +113,7 @@ DEVICE u32 largest_kept(Shared& m, int vocab, u32 k, float top_p, float top, Loa
         const int bin = threadIdx.x * 2;
         const u64 c0 = m.count[bin], c1 = m.count[bin + 1], m0 = m.mass[bin], m1 = m.mass[bin + 1];
         const u64 counts = counted + sum_before(c0 + c1, m), masses = massed + sum_before(m0 + m1, m);
-        if (shift < 0 && top_p < 1.f) wanted = (u64)((double)top_p * (double)m.total + 0.5);
+        if (shift < 0 && top_p < 1.) wanted = (u64)(top_p * (double)m.total + 0.5);
         const auto reached = [&](u64 count, u64 mass) { return count >= k || mass >= wanted; };
         const bool is_last = bin == BINS - 2;  // rounding may keep the sum below its goal
         if (!reached(counts, masses) && (reached(counts + c0 + c1, masses + m0 + m1) || is_last)) {
@@ -128,14 +138,10 @@ DEVICE u32 largest_kept(Shared& m, int vocab, u32 k, float top_p, float top, Loa
     return low;
 }
 
-/// logits [rows, V], float32 or, where `half` is not null, of type E; adjusted [rows, V] is room for the rows that have a
-/// bias or penalties. counts: occurrence [slots, V] and seen [slots, V] (0 never, 1 in the prompt, 2 generated) of the row
-/// slots[row]; weight [V]: what one occurrence counts where digits are not penalised. allowed [rows, ceil(V / 32)]: a bit
-/// for each token that may come, or null. tokens [rows]: -1 where logits are not numbers; again: the next step's inputs.
+/// logits [rows, V], float32 or, where `half` is not null, of type E. tokens [rows]: -1 where logits are not numbers; again: the
+/// next step's inputs, or null.
 extern "C" __global__ void __launch_bounds__(1024) sample(
-    const float* logits, const u16* half, float* adjusted, int vocab, int stride, const Row* rows, const int* bias_ids,
-    const float* bias_values, const int* slots, float* occurrence, u8* seen, const float* weight, const u32* allowed,
-    const double* uniforms, i64* tokens, i64* again) {
+    const float* logits, const u16* half, int vocab, int stride, const Row* rows, i64* tokens, i64* again) {
     Shared& m = *(Shared*)dynamic_shared();
     const int row = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     let_next_start();
@@ -143,35 +149,32 @@ extern "C" __global__ void __launch_bounds__(1024) sample(
     const Row p = rows[row];
     const float* wide = logits + (i64)row * stride;
     const u16* narrow_row = half + (i64)row * stride;
-    float* own = adjusted + (i64)row * stride;
-    const u32* bits = allowed ? allowed + (i64)row * ((vocab + 31) / 32) : nullptr;
-    float* often = occurrence + (i64)slots[row] * vocab;
-    u8* known = seen + (i64)slots[row] * vocab;
+    float* own = p.room;
     const auto raw = [&](int i) {
         const float x = half ? E::wide(load_fresh(narrow_row + i)) : load_fresh(wide + i);
-        return bits && !(bits[i / 32] >> i % 32 & 1) ? -__uint_as_float(0x7f800000) : x;
+        return p.allowed && !(p.allowed[i / 32] >> i % 32 & 1) ? -__uint_as_float(0x7f800000) : x;
     };
-    const bool is_adjusted = p.has_penalties || p.first_bias < p.end_bias;
+    const bool is_adjusted = p.seen || p.biases;
     if (is_adjusted) {
         for (int i = threadIdx.x; i < vocab; i += THREADS) own[i] = raw(i);
         __syncthreads();
-        for (int i = p.first_bias + threadIdx.x; i < p.end_bias; i += THREADS) atomicAdd(own + bias_ids[i], bias_values[i]);
+        for (int i = threadIdx.x; i < p.biases; i += THREADS) atomicAdd(own + p.bias_ids[i], p.bias_values[i]);
         __syncthreads();
-        if (p.has_penalties)
+        if (p.seen)
             for (int i = threadIdx.x; i < vocab; i += THREADS) {
-                const int state = known[i];
+                const int state = p.seen[i];
                 float x = load_fresh(own + i);
                 if (state) x = x > 0.f ? x / p.repetition : x * p.repetition;
-                if (state == 2) x -= p.presence + often[i] * p.frequency;
+                if (state == 2) x -= p.presence + p.occurrence[i] * p.frequency;
                 own[i] = x;
             }
         __syncthreads();
     }
     const auto logit = [&](int i) {
         Four x = is_adjusted ? four_of(own, nullptr, i) : four_of(wide, half ? narrow_row : nullptr, i);
-        if (!is_adjusted && bits)
+        if (!is_adjusted && p.allowed)
             for (int j = 0; j < 4; ++j)
-                if (i + j >= vocab || !(bits[(i + j) / 32] >> (i + j) % 32 & 1)) x.f[j] = -__uint_as_float(0x7f800000);
+                if (i + j >= vocab || !(p.allowed[(i + j) / 32] >> (i + j) % 32 & 1)) x.f[j] = -__uint_as_float(0x7f800000);
         return x;
     };
 
@@ -203,7 +206,7 @@ extern "C" __global__ void __launch_bounds__(1024) sample(
     int token = is_number ? best : -1;
     if (is_number && p.temperature > 0.f) {
         u32 kept = 0x7f7fffff;  // the bits of the largest finite distance
-        if (p.top_p < 1.f || p.top_k < vocab) kept = largest_kept(m, vocab, p.top_k, p.top_p, top, logit);
+        if (p.top_p < 1. || p.top_k < vocab) kept = largest_kept(m, vocab, p.top_k, p.top_p, top, logit);
         if (p.min_p > 0.f) {  // e^-distance >= min_p
             const float most = -LN_2 * lg2(p.min_p) * 1.000001f;
             if (!(most >= __uint_as_float(kept))) kept = most > 0.f ? __float_as_uint(most) : 0u;
@@ -223,7 +226,7 @@ extern "C" __global__ void __launch_bounds__(1024) sample(
             for (int j = 0; j < 4; ++j) mine += share(i + j, x.f[j]);
         }
         u64 before = sum_before(mine, m);
-        u64 point = (u64)(uniforms[row] * (double)m.total);
+        u64 point = (u64)(p.uniform * (double)m.total);
         if (point >= m.total) point = m.total - 1;
         if (before <= point && point < before + mine)
             for (int i = first; i < end; ++i) {
@@ -236,12 +239,12 @@ extern "C" __global__ void __launch_bounds__(1024) sample(
         __syncthreads();
         token = m.ids[0];
     }
-    if (p.has_penalties && token >= 0) {  // one more counted, everything before it decays first
+    if (p.seen && token >= 0) {  // one more counted, everything before it decays first
         __syncthreads();
         if (p.decay != 1.f)
-            for (int i = threadIdx.x; i < vocab; i += THREADS) often[i] *= p.decay;
+            for (int i = threadIdx.x; i < vocab; i += THREADS) p.occurrence[i] *= p.decay;
         __syncthreads();
-        if (threadIdx.x == 0) often[token] += p.count_digits ? 1.f : weight[token], known[token] = 2;
+        if (threadIdx.x == 0) p.occurrence[token] += p.count_digits ? 1.f : p.weight[token], p.seen[token] = 2;
     }
     if (threadIdx.x == 0) {
         tokens[row] = token;

@@ -1,0 +1,150 @@
+// What the time mixes share whose state is a matrix for each head. -DHEAD (N).
+#pragma once
+#include "gpu.cuh"
+
+constexpr int N = HEAD, THREADS = 4 * N, WARPS = THREADS / 32;
+
+DEVICE float wide_at(const u16* p) { return E::wide(*p); }
+
+/// Sum over the first N threads of two values at once; every thread of the block calls it.
+DEVICE float2 sum_of_head(float x, float y, float2* shared) {
+    x = sum_of_warp(x), y = sum_of_warp(y);
+    if (threadIdx.x % 32 == 0 && threadIdx.x < N) shared[threadIdx.x / 32] = make_float2(x, y);
+    __syncthreads();
+    float2 sum = make_float2(0.f, 0.f);
+#pragma unroll
+    for (int i = 0; i < N / 32; ++i) sum.x += shared[i].x, sum.y += shared[i].y;
+    return sum;
+}
+
+/// The outputs of low-rank maps for N channels from `first` on, low [maps][N]: hidden, the maps' inner vectors one behind the
+/// other, times weight [maps, STRIDE, C]. Ranks are multiples of 32.
+template <int STRIDE, int... RANKS> struct LowRank {
+    static constexpr int MAPS = sizeof...(RANKS), EACH = (RANKS + ...) / 32, GROUPS = N / 8;
+    typedef float Parts[WARPS][MAPS][N];
+    uint4 w[EACH];
+    static DEVICE constexpr int first_of(int map) {
+        int sum = 0, i = 0;
+        ((sum += i++ < map ? RANKS : 0), ...);
+        return sum;
+    }
+    static DEVICE constexpr int map_of(int i) {
+        int map = -1, first = 0;
+        ((map += first <= i * 32, first += RANKS), ...);
+        return map;
+    }
+    DEVICE LowRank(const u16* weight, int c, int first) {
+        const u16* from = weight + (i64)(threadIdx.x / GROUPS) * c + first + threadIdx.x % GROUPS * 8;
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) w[i] = load_weights(from + (i64)(map_of(i) * STRIDE + i * 32 - first_of(map_of(i))) * c);
+    }
+    DEVICE void apply(const u16* hidden, float (&low)[MAPS][N], Parts& shared) const {
+        float sums[MAPS][8] = {};
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) {
+            const float h = E::wide(load_fresh(hidden + i * 32 + threadIdx.x / GROUPS));
+            const Eight x(w[i]);
+            const int map = map_of(i);
+#pragma unroll
+            for (int j = 0; j < 8; ++j) sums[map][j] += h * x.f[j];
+        }
+#pragma unroll
+        for (int map = 0; map < MAPS; ++map)
+#pragma unroll
+            for (int j = 0; j < 8; ++j) {
+#pragma unroll
+                for (int mask = GROUPS; mask < 32; mask *= 2) sums[map][j] += __shfl_xor_sync(~0u, sums[map][j], mask);
+                if (threadIdx.x % 32 < GROUPS) shared[threadIdx.x / 32][map][threadIdx.x % 32 * 8 + j] = sums[map][j];
+            }
+        __syncthreads();
+        for (int i = threadIdx.x; i < MAPS * N; i += THREADS) {
+            float sum = 0.f;
+#pragma unroll
+            for (int warp = 0; warp < WARPS; ++warp) sum += shared[warp][i / N][i % N];
+            low[i / N][i % N] = sum;
+        }
+        __syncthreads();
+    }
+};
+
+/// GroupNorm(y) of one head, y in shared memory: what the n-th channel becomes.
+DEVICE float normed(const float (&y)[N], int n, int channel, float eps, const u16* weight, const u16* bias) {
+    const int lane = threadIdx.x % 32;
+    float sum = 0.f, squares = 0.f;
+#pragma unroll
+    for (int i = 0; i < N; i += 32) sum += y[i + lane];
+    const float mean = sum_of_warp(sum) / N;
+#pragma unroll
+    for (int i = 0; i < N; i += 32) squares += (y[i + lane] - mean) * (y[i + lane] - mean);
+    const float scale = 1.f / sqrtf(sum_of_warp(squares) / N + eps);
+    return (y[n] - mean) * scale * wide_at(weight + channel) + wide_at(bias + channel);
+}
+
+#ifdef HALF_STATE
+/// Keys of a state row in a thread's hands: groups of eight 16-bit numbers.
+constexpr int GROUP = 8;
+typedef u16 Kept;
+#else
+constexpr int GROUP = 4;
+typedef float Kept;
+#endif
+constexpr int PARTS = N / (4 * GROUP) > 0 ? N / (4 * GROUP) : 1;
+
+/// The part of a state row that a thread keeps: for keys (4 i + quarter) GROUP + j, i < PARTS, j < GROUP.
+struct StateRow {
+    uint4 kept[PARTS];
+    DEVICE void load(const Kept* mine) {
+#pragma unroll
+        for (int i = 0; i < PARTS; ++i) kept[i] = load_fresh((const void*)(mine + 4 * GROUP * i));
+    }
+    DEVICE void unpack(float (&s)[PARTS][GROUP]) const {
+#pragma unroll
+        for (int i = 0; i < PARTS; ++i) {
+#ifdef HALF_STATE
+            const Eight eight(kept[i]);
+            for (int j = 0; j < 8; ++j) s[i][j] = eight.f[j];
+#else
+            s[i][0] = __uint_as_float(kept[i].x), s[i][1] = __uint_as_float(kept[i].y);
+            s[i][2] = __uint_as_float(kept[i].z), s[i][3] = __uint_as_float(kept[i].w);
+#endif
+        }
+    }
+};
+DEVICE void store_state(Kept* to, const float (&s)[GROUP]) {
+#ifdef HALF_STATE
+    *(uint4*)to = packed(s);
+#else
+    *(float4*)to = make_float4(s[0], s[1], s[2], s[3]);
+#endif
+}
+
+// For the tokens of prompts, in two halves around the operator on whole rows: a warp for each (head, token), the lane's
+// channels side by side.
+constexpr int EACH = N / 32, TOKENS = 8;  // warps of a block
+struct Few { float f[EACH]; };
+DEVICE Few read(const u16* p) {
+    const Pack<E, EACH <= 2 ? EACH : 1>* packs = (const Pack<E, EACH <= 2 ? EACH : 1>*)p;
+    Few x;
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) x.f[i] = EACH <= 2 ? packs[0][i] : packs[i][0];
+    return x;
+}
+DEVICE void write(u16* p, const Few& x) {
+    if (EACH == 2) *(u32*)p = E::two(x.f[0], x.f[EACH - 1]);
+    else for (int i = 0; i < EACH; ++i) p[i] = narrow(x.f[i]);
+}
+DEVICE void write(float* p, const Few& x) {
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) p[i] = x.f[i];
+}
+/// GroupNorm of a head whose channels are a warp's.
+DEVICE Few normed(Few x, int channel, float eps, const u16* norm_weight, const u16* norm_bias) {
+    const Few weight = read(norm_weight + channel), bias = read(norm_bias + channel);
+    float sum = 0.f, squares = 0.f;
+    for (int i = 0; i < EACH; ++i) sum += x.f[i];
+    const float mean = sum_of_warp(sum) / N;
+    for (int i = 0; i < EACH; ++i) x.f[i] -= mean, squares += x.f[i] * x.f[i];
+    const float scale = 1.f / sqrtf(sum_of_warp(squares) / N + eps);
+    for (int i = 0; i < EACH; ++i) x.f[i] = x.f[i] * scale * weight.f[i] + bias.f[i];
+    return x;
+}

@@ -1,0 +1,441 @@
+"""RWKV on one GPU: many sequences decoded in place on a pool of states, by kernels that are chained and few.
+
+A layer of a decoding step is norm + shift + mixes | the projections of the mixes | the rest of the time mix, state
+included | its output | norm + shift + mixes | key (and receptance) | value. Only the time mix differs between versions:
+`TimeMix`. Up to a few dozen rows the products are `gemv`'s; beyond, they are cuBLAS's.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from receptance.models import RWKV
+from receptance.ops import cuda
+
+HERE = Path(__file__).parent
+NONE, TANH, SIGMOID, RELU_SQUARE = range(4)
+WRITE, ADD, LOGITS, GATED = range(4)
+SHARED_BYTES = 227 * 1024  # of a multiprocessor
+NORM_THREADS, WARPS, DEPTH = 256, 16, 4
+FEW_ROWS = 16  # for which the time mix applies low-rank maps itself
+GEMV_ROWS = 32  # up to which products are made by `gemv`
+MOST_TOKENS = 16384  # of one prefill call; offsets within a buffer are 32-bit
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of a stacked matrix that read one mix, and where their products go: a region's columns from `column` on."""
+
+    rows: int
+    mix: int
+    region: int
+    activation: int = NONE
+    column: int = 0
+    padded: int = 0  # rows that it takes in the matrix, if not `rows`
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A stacked matrix with several inputs and outputs. regions: widths of the outputs [rows, width]."""
+
+    parts: tuple[Part, ...]
+    regions: tuple[int, ...]
+
+
+class Outputs:
+    """The regions of a projection, in one allocation: a launch writes all of them."""
+
+    def __init__(self, projection: Projection, rows: int, dtype: torch.dtype, device: torch.device):
+        self.flat = torch.empty(rows * sum(projection.regions), dtype=dtype, device=device)
+        self.regions: list[Tensor] = []
+        first = 0
+        for width in projection.regions:
+            self.regions.append(self.flat[first : first + rows * width].view(rows, width))
+            first += rows * width
+
+
+class TimeMix(Protocol):
+    """A version's time mix between the norm and the output projection."""
+
+    mixes: int  # made by the norm
+    copies: int  # [rows, C] in Buffers.mixed, these among them
+    projection: Projection
+
+    def layer(self, block: Any, cast: "Cast") -> "TimeLayer": ...
+
+    def buffers(self, rows: int) -> Any:
+        """What it keeps beside `Buffers`."""
+
+    def decode(self, index: int, layer: "Layer", b: "Buffers", slots: Tensor, is_few: bool) -> None:
+        """From b.mixed of len(slots) rows to b.att, with layer `index` of the states stepped in place."""
+
+    def prefill(self, index: int, layer: "Layer", prompts: "Prompts") -> None:
+        """The same for the tokens of prompts."""
+
+
+@dataclass(frozen=True)
+class TimeLayer:
+    mixes: Tensor  # [mixes, C], of the previous token
+    inputs: Tensor  # the matrix of the time mix's projection [·, C]
+    output: Tensor  # [C, C]
+    own: Any  # the version's other weights
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One block's weights as the kernels read them."""
+
+    ln1: tuple[Tensor, Tensor]
+    ln2: tuple[Tensor, Tensor]
+    time: TimeLayer
+    channel_mixes: Tensor  # [1 or 2, C]
+    channel: Tensor  # [F, C], with receptance [F + C, C]
+    value: Tensor  # [C, F]
+
+
+@dataclass(frozen=True)
+class Cast:
+    dtype: torch.dtype
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x.detach().to(self.dtype, copy=True).contiguous()
+
+
+def vector(x: Tensor) -> Tensor:
+    """A vector whose rounding would be felt, in float32."""
+    return x.detach().flatten().to(torch.float32, copy=True)
+
+
+@dataclass(frozen=True)
+class Added:
+    """What the next norm adds to x: delta, or delta sigmoid(gate)."""
+
+    delta: Tensor | None = None  # [rows, C]
+    gate: Tensor | None = None
+
+
+NOTHING = Added()
+
+
+class Buffers:
+    """Activations of up to `rows` tokens."""
+
+    def __init__(self, model: "GpuModel", rows: int):
+        c = model.c
+
+        def empty(*shape: int, dtype: torch.dtype = model.dtype) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=model.device)
+
+        self.rows = rows
+        self.x, self.sum = empty(rows, c, dtype=torch.float32), empty(rows, c, dtype=torch.float32)
+        self.normed, self.mixed = empty(rows, c), empty(model.time.copies, rows, c)
+        self.att, self.delta = empty(rows, c), empty(rows, c)
+        self.time = Outputs(model.time.projection, rows, model.dtype, model.device)
+        self.channel = Outputs(model.channel, rows, model.dtype, model.device)
+        self.own = model.time.buffers(rows)
+
+    @property
+    def key(self) -> Tensor:
+        return self.channel.regions[0]
+
+    @property
+    def gate(self) -> Tensor | None:
+        return self.channel.regions[1] if len(self.channel.regions) > 1 else None
+
+
+class GpuModel:
+    """A model on one GPU, decoding many sequences in place.
+
+    model: on the device where this one shall run; its weights are copied to `dtype` (float16 or bfloat16).
+    slots: rows of states. `state`: the pool, name → [L, slots + 1, …] with the fields of `receptance.models.State`; the
+    last row takes what padding does. state_dtype: of "wkv", float32 or `dtype`.
+    invariant: every row's logits are, bit by bit, those it would have alone, at the price of speed for many rows.
+    Raises ValueError for a model that `misfit` has words for.
+    """
+
+    def __init__(
+        self,
+        model: RWKV,
+        *,
+        slots: int,
+        dtype: torch.dtype = torch.float16,
+        state_dtype: torch.dtype = torch.float32,
+        most_rows: int = 1024,
+        invariant: bool = False,
+    ):
+        from receptance.engine.gpu.versions import misfit, time_mix
+
+        reason = misfit(model, dtype, state_dtype)
+        if reason is not None:
+            raise ValueError(f"this model does not fit the GPU kernels: {reason}")
+        config: Any = model.config
+        self.config = config
+        self.device, self.dtype, self.slots, self.invariant, self.most_rows = (
+            model.device, dtype, slots, invariant, most_rows,
+        )  # fmt: skip
+        self.c, self.f = config.n_embd, config.dim_ffn
+        self.state_dtype = state_dtype
+        first: Any = model.blocks[0]
+        is_gated = hasattr(first.ffn, "receptance")
+        gate = (Part(self.c, 1, 1, SIGMOID),) if is_gated else ()
+        self.channel = Projection((Part(self.f, 0, 0, RELU_SQUARE), *gate), (self.f, *[self.c] * is_gated))
+        self.time: TimeMix = time_mix(self, model)
+        cast = Cast(dtype)
+        with torch.no_grad():
+            self.layers = [self._layer(block, cast) for block in model.blocks]
+            weight, bias = first.ln0.weight.float(), first.ln0.bias.float()
+            table = torch.nn.functional.layer_norm(model.emb.weight.float(), (self.c,), weight, bias, first.ln0.eps)
+            self.table = cast(table)
+            self.ln_out = cast(model.ln_out.weight), cast(model.ln_out.bias)
+            self.head = cast(model.head.weight)
+        self.eps: float = model.ln_out.eps
+        zero = model.zero_state()
+        self.empty = {name: x.to(self._state_dtype(name, state_dtype)) for name, x in zero.items()}
+        self.state = {name: x.repeat(1, slots + 1, *[1] * (x.dim() - 2)) for name, x in self.empty.items()}
+        self.logits = torch.empty(most_rows, config.vocab_size, dtype=torch.float32, device=self.device)
+        self.norm = self.load("norm.cu", WIDTH=self.c)
+        self._gemv = {x: self._load_gemv(*x) for x in ((1, 1), (1, 2), (1, 4), (1, 8), (2, 2), (2, 4))}
+        on_gpu = self.device.type == "cuda"
+        self._processors = torch.cuda.get_device_properties(self.device).multi_processor_count if on_gpu else 1
+        self._tables: dict[tuple[Projection, int], Tensor] = {}
+
+    def _layer(self, block: Any, cast: Cast) -> Layer:
+        ffn, c = block.ffn, self.c
+        channel, mixes = [ffn.key.weight], []
+        if hasattr(ffn, "receptance"):
+            channel.append(ffn.receptance.weight)
+        for name in "kr"[: len(channel)]:
+            if hasattr(ffn, f"time_mix_{name}"):  # of this token, not of the previous one
+                mixes.append(1 - getattr(ffn, f"time_mix_{name}"))
+            else:
+                mixes.append(getattr(ffn, f"time_maa_{name}" if hasattr(ffn, f"time_maa_{name}") else f"x_{name}"))
+        return Layer(
+            ln1=(cast(block.ln1.weight), cast(block.ln1.bias)),
+            ln2=(cast(block.ln2.weight), cast(block.ln2.bias)),
+            time=self.time.layer(block, cast),
+            channel_mixes=cast(torch.cat([x.reshape(1, c) for x in mixes])),
+            channel=cast(torch.cat(channel)),
+            value=cast(ffn.value.weight),
+        )
+
+    def load(self, source: str, **macros: int) -> cuda.Program:
+        """Kernels for this model's weights."""
+        return cuda.load(HERE / source, **macros, **({"BFLOAT16": 1} if self.dtype == torch.bfloat16 else {}))
+
+    def _load_gemv(self, row_tiles: int, batch_tiles: int) -> tuple[cuda.Kernel, int]:
+        """The kernel and the bytes of shared memory that it needs."""
+        ring, sums = WARPS * DEPTH * row_tiles * 1024, WARPS * row_tiles * 16 * (8 * batch_tiles + 1) * 4
+        program = self.load(
+            "gemv.cu", WARPS=WARPS, ROW_TILES=row_tiles, BATCH_TILES=batch_tiles, DEPTH=DEPTH, SHARED_BYTES=ring + sums
+        )
+        return program.gemv, ring + sums
+
+    def _state_dtype(self, name: str, wkv: torch.dtype) -> torch.dtype:
+        if name in ("num", "den", "exp"):
+            return torch.float32
+        return wkv if name == "wkv" else self.dtype
+
+    @torch.inference_mode()
+    def reset(self, slot: int) -> None:
+        """The state before any token."""
+        for name, x in self.state.items():
+            x[:, slot] = self.empty[name][:, 0]
+
+    @cached_property
+    def _rows(self) -> Buffers:
+        return Buffers(self, self.most_rows)
+
+    def _tasks(self, projection: Projection, tile: int) -> Tensor:
+        """What each tile of rows of the matrix does, see Task in gemv.cu: [tasks, 5] of 64 bits."""
+        if (projection, tile) not in self._tables:
+            c, rows = self.c, self.most_rows
+            starts = [rows * sum(projection.regions[:i]) for i in range(len(projection.regions))]
+            tasks, from_row = [], 0
+            for part in projection.parts:
+                width = projection.regions[part.region]
+                tasks += [
+                    [(from_row + i) * c, part.mix * rows * c, starts[part.region] + part.column + i,
+                     c | part.activation << 32, width]
+                    for i in range(0, part.rows, tile)
+                ]  # fmt: skip
+                from_row += part.padded or part.rows
+            self._tables[projection, tile] = torch.tensor(tasks).to(self.device)
+        return self._tables[projection, tile]
+
+    def project(
+        self, weight: Tensor, x: Tensor, out: Tensor, mode: int, *, activation: int = NONE,
+        projection: Projection | None = None, gate: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """gemv: out [B, rows] of weight [rows, columns] and x [B, columns]; or what the projection says, B = len(x)."""
+        batch, rows = len(x), weight.shape[0]
+        if projection is not None and len(projection.parts) == 1:
+            (part,) = projection.parts
+            activation, projection, out = part.activation, None, out.view(-1, part.rows)
+        batch_tiles = next((n for n in (1, 2, 4) if batch <= 8 * n), 8)
+        is_even = rows % 32 == 0 and (projection is None or all(x.rows % 32 == 0 for x in projection.parts))
+        row_tiles = 2 if batch_tiles in (2, 4) and is_even and rows // 32 >= 2 * self._processors else 1
+        kernel, shared = self._gemv[row_tiles, batch_tiles]
+        tasks = None if projection is None else self._tasks(projection, 16 * row_tiles)
+        tiles = rows // (16 * row_tiles) if tasks is None else len(tasks)
+        blocks = min(tiles, self._processors * (SHARED_BYTES // (shared + 1024)))
+        kernel(
+            (blocks, -(-batch // (8 * batch_tiles))), 32 * WARPS, weight, tasks, weight.shape[-1], activation, x,
+            x.stride(0), out, out.stride(0), gate, batch, mode, tiles, shared=shared, chained=True,
+        )  # fmt: skip
+
+    def normalise(
+        self, x: Tensor, total: Tensor, norm: tuple[Tensor, Tensor], out: Tensor, *, added: Added = NOTHING,
+        tokens: Tensor | None = None, mixes: Tensor | None = None, last: Tensor | None = None,
+        after: Tensor | None = None, begins: Tensor | None = None, ends: Tensor | None = None, each: int = 1,
+    ) -> None:  # fmt: skip
+        """norm_mix in norm.cu: total [B, C] = x and what is added, or embeddings of tokens; out: its norm and mixes."""
+        rows = len(x)
+        count, stride = (0, 0) if mixes is None else (len(mixes), out.stride(0))
+        self.norm.norm_mix(
+            (-(-rows // each),), NORM_THREADS, x, total, None if tokens is None else self.table, tokens,
+            added.delta, added.gate, *norm, self.eps, mixes, count, last, after, begins, ends, out, stride, rows, each,
+            chained=True,
+        )  # fmt: skip
+
+    @torch.inference_mode()
+    def decode(self, tokens: Tensor, slots: Tensor) -> Tensor:
+        """One token for each row: logits [B, V], which the next call overwrites; the states of `slots` go on in place.
+
+        tokens int64 [B], slots int32 [B], on the device, all of them different but for padding's. Can be captured.
+        Logits are float32; for many rows, where not invariant, of the weights' type.
+        """
+        batch = len(tokens)
+        if not 1 <= batch <= self.most_rows:
+            raise ValueError(f"decode takes 1 to {self.most_rows} rows, found {batch}; GpuModel(most_rows=…) sets it")
+        b = self._rows
+        own = self.invariant or batch <= GEMV_ROWS  # our products; else cuBLAS
+        is_few = self.invariant or batch <= FEW_ROWS
+        x, att, delta, key = b.x[:batch], b.att[:batch], b.delta[:batch], b.key[:batch]
+        gate = None if b.gate is None else b.gate[:batch]
+        att_shift, ffn_shift = self.state["att_shift"], self.state["ffn_shift"]
+        pending = NOTHING
+        for i, layer in enumerate(self.layers):
+            self.normalise(
+                x, x, layer.ln1, b.mixed, added=pending, tokens=tokens if i == 0 else None, mixes=layer.time.mixes,
+                last=att_shift[i], after=att_shift[i], begins=slots, ends=slots,
+            )  # fmt: skip
+            self.time.decode(i, layer, b, slots, is_few)
+            if own:
+                self.project(layer.time.output, att, x, ADD)
+            else:
+                torch.mm(att, layer.time.output.T, out=delta)
+            self.normalise(
+                x, x, layer.ln2, b.mixed, added=NOTHING if own else Added(delta), mixes=layer.channel_mixes,
+                last=ffn_shift[i], after=ffn_shift[i], begins=slots, ends=slots,
+            )  # fmt: skip
+            if own:
+                self.project(layer.channel, b.mixed[0, :batch], b.channel.flat, WRITE, projection=self.channel)
+                self.project(layer.value, key, x, ADD if gate is None else GATED, gate=gate)
+            else:
+                pending = self._channel(layer, b, batch)
+        normed = b.normed[:batch]
+        self.normalise(x, x, self.ln_out, normed, added=pending)
+        return self._head(normed, own)
+
+    def _channel(self, layer: Layer, b: Buffers, rows: int) -> Added:
+        """The channel mix by cuBLAS: what is to be added to x."""
+        key, delta = b.key[:rows], b.delta[:rows]
+        torch.mm(b.mixed[0, :rows], layer.channel[: self.f].T, out=key)
+        self.activate(key[None], [RELU_SQUARE])
+        torch.mm(key, layer.value.T, out=delta)
+        gate = None
+        if b.gate is not None:
+            gate = b.gate[:rows]
+            torch.mm(b.mixed[1, :rows], layer.channel[self.f :].T, out=gate)
+        return Added(delta, gate)
+
+    def _head(self, normed: Tensor, own: bool) -> Tensor:
+        logits = self.logits[: len(normed)]
+        if own:
+            self.project(self.head, normed, logits, LOGITS)
+            return logits
+        half = self.logits.view(-1).view(self.dtype)[: logits.numel()].view(logits.shape)
+        torch.mm(normed, self.head.T, out=half)
+        return half
+
+    def activate(self, x: Tensor, activations: Sequence[int]) -> None:
+        """In place, one for each x[i]; they lie one behind the other, or x.stride(0) apart."""
+        part = (x.stride(0) if len(x) > 1 else x.numel()) // 8
+        kinds = sum(kind << 4 * i for i, kind in enumerate(activations))
+        self.norm.activate((-(-part // 256), len(x)), 256, x, part, kinds, chained=True)
+
+    @torch.inference_mode()
+    def prefill(
+        self, tokens: Tensor, starts: Sequence[int], slots: Sequence[int], *, all_logits: bool = False
+    ) -> Tensor:
+        """Prompts, packed: logits after each one's last token [n, V], of the weights' type; states go on in place.
+
+        tokens int64 [total] on the device; starts, n + 1 numbers: prompt i is tokens[starts[i] : starts[i + 1]], not
+        empty; slots: n different rows of the pool. Takes up to MOST_TOKENS tokens. all_logits: after every token.
+        """
+        lengths = [end - start for start, end in pairwise(starts)]
+        total = len(tokens)
+        if len(slots) != len(lengths) or min(lengths, default=0) < 1 or starts[0] != 0 or starts[-1] != total:
+            raise ValueError(f"starts {list(starts)} do not cut {total} tokens into {len(slots)} prompts")
+        if total > MOST_TOKENS:
+            raise ValueError(f"{total} tokens to prefill at once; give at most {MOST_TOKENS} and go on from the states")
+        return Prompts(self, tokens, lengths, slots).run(all_logits)
+
+
+class Prompts:
+    """One prefill call: rows are tokens, but for the operator, which takes padded rows [n, T] where lengths differ."""
+
+    def __init__(self, model: GpuModel, tokens: Tensor, lengths: list[int], slots: Sequence[int]):
+        self.model, self.tokens, self.lengths = model, tokens, lengths
+        self.n, self.t, self.rows = len(lengths), max(lengths), len(tokens)
+        begins: list[int] = []
+        ends: list[int] = []
+        place: list[int] = []
+        for i, (length, slot) in enumerate(zip(lengths, slots)):
+            begins += [slot] + [-1] * (length - 1)
+            ends += [-1] * (length - 1) + [i]
+            place += range(i * self.t, i * self.t + length)
+        table = torch.tensor([begins, ends, place], dtype=torch.int32).to(model.device)
+        self.begins, self.ends, self.place = table
+        self.slots = torch.tensor(slots, device=model.device)
+        self.last_rows = torch.tensor(lengths).cumsum(0).sub(1).to(model.device)
+        self.b = Buffers(model, self.rows)
+        self.carried = torch.empty(len(lengths), model.c, dtype=model.dtype, device=model.device)
+        self.own: Any = None  # the time mix's, for all layers
+
+    def run(self, all_logits: bool) -> Tensor:
+        model, b = self.model, self.b
+        x, spare = b.x, b.sum
+        pending = NOTHING
+        for i, layer in enumerate(model.layers):
+            self._normalise(x, spare, layer.ln1, i, "att_shift", layer.time.mixes, pending, first=i == 0)
+            x, spare = spare, x
+            model.time.prefill(i, layer, self)
+            torch.mm(b.att, layer.time.output.T, out=b.delta)
+            self._normalise(x, spare, layer.ln2, i, "ffn_shift", layer.channel_mixes, Added(b.delta))
+            x, spare = spare, x
+            pending = model._channel(layer, b, self.rows)
+        if not all_logits:
+            x = x[self.last_rows]
+            pending = Added(*(None if y is None else y[self.last_rows] for y in (pending.delta, pending.gate)))
+        normed = torch.empty_like(x, dtype=model.dtype)
+        model.normalise(x, x, model.ln_out, normed, added=pending)
+        return normed @ model.head.T
+
+    def _normalise(
+        self, x: Tensor, total: Tensor, norm: tuple[Tensor, Tensor], layer: int, name: str, mixes: Tensor,
+        pending: Added, first: bool = False,
+    ) -> None:  # fmt: skip
+        """total = x + delta and its mixes; the pool gets each prompt's last row only once all have read theirs."""
+        pool = self.model.state[name][layer]
+        self.model.normalise(
+            x, total, norm, self.b.mixed, added=pending, tokens=self.tokens if first else None, mixes=mixes,
+            last=pool, after=self.carried, begins=self.begins, ends=self.ends, each=8 if len(x) > 2048 else 2,
+        )  # fmt: skip
+        pool.index_copy_(0, self.slots, self.carried)

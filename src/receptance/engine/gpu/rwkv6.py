@@ -1,0 +1,229 @@
+"""RWKV-5's and 6's time mix on a GPU: projections, then one kernel for the state, group norm and gate.
+
+RWKV-6's mixes depend on the token: before the projections, a low-rank map of one mix makes the other five.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from receptance.engine.gpu.model import (
+    TANH,
+    WRITE,
+    Buffers,
+    Cast,
+    GpuModel,
+    Layer,
+    Part,
+    Projection,
+    Prompts,
+    TimeLayer,
+    vector,
+)
+from receptance.ops import wkv6
+
+TOKENS = 8  # of a block around the operator on prompts
+SAME, MIXED, BEFORE, R, K, V, G, W = range(8)  # of RWKV-6's mixed rows; the first three are the norm's
+
+
+@dataclass(frozen=True)
+class Weights:
+    decay: Tensor  # float32 [C]; its exponential is minus the logarithm of the decay per step
+    bonus: Tensor  # float32 [C]
+    norm: tuple[Tensor, Tensor]
+    projections: Tensor  # [3 to 4, C, C], in × out
+
+
+@dataclass(frozen=True)
+class Weights6(Weights):
+    mix_in: Tensor  # [5 P, C]
+    mix_out: Tensor  # [5, P, C], in the order R, K, V, G, W
+    mix_base: Tensor  # [5, C]
+    decay_in: Tensor  # [C, Q], in × out
+    decay_out: Tensor  # [Q, C]
+
+
+class TimeMix5:
+    """See `TimeMix`. The layouts 5.0 (without a gate), 5.1 and 5.2."""
+
+    first_mix, decay_rank, mix_rank = 0, 0, 0
+
+    def __init__(self, gpu: GpuModel):
+        self.gpu, config = gpu, gpu.config
+        self.c, self.n = gpu.c, config.head_size
+        self.h = self.c // self.n
+        self.count = 3 if config.version == "5.0" else 4
+        self.mixes = self.copies = self.count
+        self.projection = self._projection()
+        self._load()
+
+    def _projection(self) -> Projection:
+        parts = tuple(Part(self.c, self.first_mix + i, i) for i in range(self.count))
+        return Projection(parts, (self.c,) * self.count)
+
+    def _load(self) -> None:
+        half = {} if self.gpu.state_dtype == torch.float32 else {"HALF_STATE": 1}
+        ranks = {"RANK_MIX": self.mix_rank or 32, "RANK_DECAY": self.decay_rank or 32}
+        self._kernels = self.gpu.load("wkv6.cu", HEAD=self.n, **ranks, **half)
+        self.heads_eps = 64e-5
+
+    def _stack(self, att: Any) -> list[Tensor]:
+        self.heads_eps = att.ln_x.eps
+        return [getattr(att, name).weight for name in ("receptance", "key", "value", "gate")[: self.count]]
+
+    def _weights(self, att: Any, cast: Cast, inputs: Tensor) -> Weights:
+        bonus = vector(att.time_first).exp() if hasattr(att, "time_first") else vector(att.time_faaaa)
+
+        def wide(x: Tensor) -> Tensor:  # of one number a head in 5.0 and 5.1
+            return x.repeat_interleave(self.c // len(x))
+
+        projections = inputs[: self.count * self.c].view(self.count, self.c, self.c).transpose(1, 2)
+        norm = cast(att.ln_x.weight), cast(att.ln_x.bias)
+        return Weights(wide(vector(att.time_decay)), wide(bonus), norm, projections)
+
+    def layer(self, block: Any, cast: Cast) -> TimeLayer:
+        att = block.att
+        mixes = torch.cat([1 - getattr(att, f"time_mix_{x}").reshape(1, -1) for x in "rkvg"[: self.count]])
+        inputs = cast(torch.cat(self._stack(att)))
+        return TimeLayer(cast(mixes), inputs, cast(att.output.weight), self._weights(att, cast, inputs))
+
+    def buffers(self, rows: int) -> Any:
+        return None
+
+    def _gate(self, b: Buffers) -> Tensor | None:
+        return b.time.regions[3] if self.count == 4 else None
+
+    def _project(self, layer: Layer, b: Buffers, rows: int) -> None:
+        c, n = self.c, self.count
+        out = b.time.flat[: n * b.rows * c].view(n, b.rows, c)[:, :rows]
+        torch.bmm(b.mixed[self.first_mix : self.first_mix + n, :rows], layer.time.own.projections, out=out)
+
+    def decode(self, index: int, layer: Layer, b: Buffers, slots: Tensor, is_few: bool) -> None:
+        batch, own = len(slots), layer.time.own
+        if is_few:
+            self.gpu.project(layer.time.inputs, b.mixed[0, :batch], b.time.flat, WRITE, projection=self.projection)
+        else:
+            self._project(layer, b, batch)
+        self._step(index, own, b, slots)
+
+    def _step(
+        self, index: int, own: Weights, b: Buffers, slots: Tensor, low: Tensor | None = None,
+        hidden: Tensor | None = None, weight: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """low [B, C]: what is added to `decay`, or hidden [B, Q] and weight [Q, C], of which it is the product."""
+        state = self.gpu.state["wkv"][index]
+        self._kernels.wkv6_step(
+            (self.h, len(slots)), 4 * self.n, *b.time.regions[:3], self._gate(b), hidden, weight, low, state,
+            slots, own.decay, own.bonus, *own.norm, self.heads_eps, b.att, chained=True,
+        )  # fmt: skip
+
+    def prefill(self, index: int, layer: Layer, prompts: Prompts) -> None:
+        self._project(layer, prompts.b, prompts.b.rows)
+        self._operator(index, layer.time.own, prompts, None)
+
+    def _operator(self, index: int, own: Weights, prompts: Prompts, low: Tensor | None) -> None:
+        gpu, b = self.gpu, prompts.b
+        grid, threads = (self.h, -(-b.rows // TOKENS)), 32 * TOKENS
+        if prompts.own is None:  # padding is zeros, which leave the state alone: e^0, and nothing written
+            shape = prompts.n, prompts.t, self.h, self.n
+            prompts.own = (
+                torch.zeros(3, *shape, dtype=gpu.dtype, device=gpu.device),
+                torch.zeros(shape, device=gpu.device),
+            )
+        inputs, decays = prompts.own
+        self._kernels.wkv6_prepare(
+            grid, threads, *b.time.regions[:3], low, own.decay, prompts.place, inputs, inputs.stride(0), decays,
+            b.rows, chained=True,
+        )  # fmt: skip
+        pool = gpu.state["wkv"][index]
+        y, end = wkv6(
+            inputs[0], decays, inputs[1], inputs[2], own.bonus.view(self.h, self.n), pool[prompts.slots].float()
+        )
+        pool.index_copy_(0, prompts.slots, end.to(pool.dtype))
+        self._kernels.wkv6_finish(
+            grid, threads, y, self._gate(b), prompts.place, *own.norm, self.heads_eps, b.att, b.rows, chained=True
+        )
+
+
+class TimeMix6(TimeMix5):
+    """See `TimeMix`."""
+
+    first_mix = R
+
+    def __init__(self, gpu: GpuModel):
+        self.gpu, config = gpu, gpu.config
+        self.c, self.n, self.count = gpu.c, config.head_size, 4
+        self.h = self.c // self.n
+        self.mixes, self.copies = 3, 8
+        self.mix_rank, self.decay_rank = config.mix_rank, config.decay_rank
+        projections = self._projection()
+        self.projection = Projection(
+            (*projections.parts, Part(self.decay_rank, W, 4, TANH)), (*projections.regions, self.decay_rank)
+        )
+        self._load()
+
+    def layer(self, block: Any, cast: Cast) -> TimeLayer:
+        att, c = block.att, self.c
+        # of the norm's three mixes one is this token and one the previous
+        mixes = torch.stack([torch.zeros_like(att.time_maa_x), att.time_maa_x, torch.ones_like(att.time_maa_x)])
+        order = [3, 1, 2, 4, 0]  # of w, k, v, r, g
+        inputs = cast(torch.cat([*self._stack(att), att.time_decay_w1.T]))
+        mix_in = att.time_maa_w1.T.reshape(5, -1, c)[order]
+        base = [getattr(att, f"time_maa_{x}").reshape(1, c) for x in "rkvgw"]
+        own = Weights6(
+            **vars(self._weights(att, cast, inputs)),
+            mix_in=cast(mix_in.reshape(-1, c)),
+            mix_out=cast(att.time_maa_w2[order]),
+            mix_base=cast(torch.cat(base)),
+            decay_in=inputs[4 * c :].T,
+            decay_out=cast(att.time_decay_w2),
+        )
+        return TimeLayer(cast(mixes.view(3, c)), inputs, cast(att.output.weight), own)
+
+    def buffers(self, rows: int) -> Any:
+        """The mixes' inner vectors [rows, 5 P], and the maps' outputs [5, rows, C] and [rows, C]."""
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=self.gpu.dtype, device=self.gpu.device)
+
+        return empty(rows, 5 * self.mix_rank), empty(5, rows, self.c), empty(rows, self.c)
+
+    def _mix(self, own: Weights6, b: Buffers, rows: int) -> None:
+        """b.mixed[R:] by cuBLAS."""
+        inner, low, _ = b.own
+        torch.mm(b.mixed[MIXED, :rows], own.mix_in.T, out=inner[:rows])
+        self.gpu.activate(inner[None, :rows], [TANH])
+        torch.bmm(inner[:rows].view(rows, 5, -1).transpose(0, 1), own.mix_out, out=low[:, :rows])
+        groups = rows * self.c // 8
+        self._kernels.wkv6_mix_many(
+            (-(-groups // 256), 5), 256, low, own.mix_base, b.mixed, b.rows * self.c, groups, self.c, chained=True
+        )
+
+    def _low_decay(self, own: Weights6, b: Buffers, rows: int) -> Tensor:
+        hidden, low = b.time.regions[4][:rows], b.own[2][:rows]
+        torch.mm(b.mixed[W, :rows], own.decay_in, out=hidden)
+        self.gpu.activate(hidden[None], [TANH])
+        return torch.mm(hidden, own.decay_out, out=low)
+
+    def decode(self, index: int, layer: Layer, b: Buffers, slots: Tensor, is_few: bool) -> None:
+        batch, own, gpu = len(slots), layer.time.own, self.gpu
+        if not is_few:
+            self._mix(own, b, batch)
+            self._project(layer, b, batch)
+            self._step(index, own, b, slots, self._low_decay(own, b, batch))
+            return
+        inner = b.own[0][:batch]
+        gpu.project(own.mix_in, b.mixed[MIXED, :batch], inner, WRITE, activation=TANH)
+        self._kernels.wkv6_mix(
+            (self.h, batch), 4 * self.n, inner, own.mix_out, own.mix_base, b.mixed, b.rows * self.c, chained=True
+        )
+        gpu.project(layer.time.inputs, b.mixed[0, :batch], b.time.flat, WRITE, projection=self.projection)
+        self._step(index, own, b, slots, hidden=b.time.regions[4], weight=own.decay_out)
+
+    def prefill(self, index: int, layer: Layer, prompts: Prompts) -> None:
+        b, own = prompts.b, layer.time.own
+        self._mix(own, b, b.rows)
+        self._project(layer, b, b.rows)
+        self._operator(index, own, prompts, self._low_decay(own, b, b.rows))
