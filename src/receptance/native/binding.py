@@ -52,7 +52,7 @@ def type_name(x: Weight) -> str:
 
 def matrix_bytes(matrix: Matrix) -> int:
     """Of a matrix in any type; 0 when it is absent."""
-    name = TYPE_NAMES[matrix.type]
+    name = TYPE_NAMES[matrix.type].removeprefix("panel ")
     if name.startswith("packed "):
         name = name.removeprefix("packed ")
         return int(matrix.rows * matrix.cols // FORMATS[name][0] * PACKED_BLOCKS[name] // GROUP)
@@ -222,8 +222,17 @@ class Binding:
         return self.stored(self.weights[name])
 
     def transposed(self, x: Weight) -> Matrix:
-        """A low-rank map [in, out] as [out, in], in its own type."""
-        return self.stored((to_float(x) if isinstance(x, Blocks) else x).T)
+        """A low-rank map [in, out] as [out, in], in its own type; in panels where a head's rows are whole ones."""
+        x = (to_float(x) if isinstance(x, Blocks) else x).T
+        rows, cols = x.shape
+        if rows % GROUP or self.config.head_size % GROUP:
+            return self.stored(x)
+        source = self.temporary(x)
+        memory = aligned(x.size * (4 if type_name(x) == "float32" else 2))
+        kind = TYPES["panel " + type_name(x)]
+        self.core.library.receptance_pack(self.core.engine, self.team, ctypes.byref(source), memory.ctypes.data, kind)
+        self.kept.append(memory)
+        return Matrix(rows, cols, memory.ctypes.data, kind)
 
     def matrix(self, name: str, dtype: str | None) -> Matrix:
         """[out, in] for dot products: in place, or repacked into `dtype` where that is narrower or quantised."""

@@ -9,10 +9,11 @@ namespace receptance {
 
 // How a matrix is stored. The first three are row by row, as in checkpoints. Q8 and Q4 hold blocks of 32 numbers with one
 // half-precision scale each: "packed" interleaves 16 rows for dot products, "lines" keeps rows whole for sums of rows. The
-// next five are row by row in the block formats of GGUF files (blocks.h), read where they lie, and the last five the same
-// numbers and scales packed.
+// next five are row by row in the block formats of GGUF files (blocks.h), read where they lie, and the five after them the same
+// numbers and scales packed. Panels hold plain numbers of 16 rows column by column: low-rank maps, whose rows are short.
 enum Type : int32_t {
-  F32 = 0, F16, BF16, Q8, Q4, Q8_0, Q4_0, Q4_K, Q5_K, Q6_K, PACKED_Q8_0, PACKED_Q4_0, PACKED_Q4_K, PACKED_Q5_K, PACKED_Q6_K
+  F32 = 0, F16, BF16, Q8, Q4, Q8_0, Q4_0, Q4_K, Q5_K, Q6_K, PACKED_Q8_0, PACKED_Q4_0, PACKED_Q4_K, PACKED_Q5_K, PACKED_Q6_K,
+  PANEL_F32, PANEL_F16, PANEL_BF16
 };
 
 constexpr int BLOCK = 32;  // numbers that share a scale
@@ -147,11 +148,12 @@ const Engine* engine_avx512();
 const Engine* engine_neon();
 
 constexpr bool is_blocks(int32_t type) { return type >= Q8_0 && type <= Q6_K; }
+constexpr bool is_quantised(int32_t type) { return type >= Q8 && type < PANEL_F32; }
 constexpr bool has_rows_of_outputs(int32_t type) { return type >= Q8_0; }  // a value matrix that is not transposed
 
 constexpr int64_t line_bytes(int32_t type, int64_t cols) {  // of one row of a matrix in lines, or in a type that has rows
   switch (type) {
-    case F32: return cols * 4;
+    case F32: case PANEL_F32: return cols * 4;
     case Q8: case Q8_0: return cols / BLOCK * (2 + BLOCK);
     case Q4: case Q4_0: return cols / BLOCK * (2 + BLOCK / 2);
     case Q4_K: return cols / 256 * 144;

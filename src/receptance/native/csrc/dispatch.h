@@ -17,6 +17,9 @@ void product_part(const Product& p, int64_t first, int64_t last, int64_t rows, f
     case F32: plain_product<F32>(p, first, last, rows, panel); break;
     case F16: plain_product<F16>(p, first, last, rows, panel); break;
     case BF16: plain_product<BF16>(p, first, last, rows, panel); break;
+    case PANEL_F32: panel_product<F32>(p, first, last, rows, panel); break;
+    case PANEL_F16: panel_product<F16>(p, first, last, rows, panel); break;
+    case PANEL_BF16: panel_product<BF16>(p, first, last, rows, panel); break;
     case Q8: packed_product<Q8>(p, first, last, rows, panel); break;
     case PACKED_Q8_0: packed_product<Q8>(p, first, last, rows, panel); break;
     case Q4: packed_product<Q4>(p, first, last, rows, panel); break;

@@ -7,7 +7,7 @@
 constexpr int INPUTS = MIXES;
 constexpr int RKV[] = {IN_R, IN_K, IN_V}, RKVG[] = {IN_R, IN_K, IN_V, IN_G};
 constexpr float MIN_LOG_DECAY = -0.60653065971f;  // -e^-1/2, version 7
-constexpr int64_t TICKET_BYTES = 32 << 10;        // of weights in one ticket of a product with one row, at least
+constexpr int64_t TICKET_BYTES = 512 << 10;       // of weights in one ticket of a product with one row, at most
 
 struct Run {
   Request* request;
@@ -45,19 +45,23 @@ inline void each(Run& run, int64_t count, F stage) {
   team_barrier(run.team);
 }
 
-inline bool is_quantised(const Matrix& w) { return w.type >= Q8; }
-
 inline float* panel_of(Run& run, int thread) { return (float*)(run.local + thread * run.local_bytes); }
+
+// Rows of w in one ticket. With one row of x: long streams, but tickets enough that no thread waits for another's last one
+inline int64_t ticket_rows(const Matrix& w, int64_t rows, int threads) {
+  if (w.rows < 64 * 2 * threads) return 32;  // whole blocks of y
+  if (rows > 1) return MOST_ROWS;
+  const int64_t fair = threads == 1 ? w.rows : w.rows / (4 * threads), most = TICKET_BYTES / line_bytes(w.type, w.cols);
+  const int64_t step = (fair < most ? fair : most) / 64 * 64;  // four groups of a packed matrix, or streams of eight rows
+  return step < 64 ? 64 : step;
+}
 
 // All products of a stage
 void products(Run& run, int thread, const Product* list, int count, int64_t rows) {
   int64_t starts[16], step[16], total = 0;
   for (int i = 0; i < count; i++) {
     const Matrix& w = *list[i].w;
-    int64_t row_bytes = line_bytes(w.type, w.cols);
-    // 64 rows are four groups of a packed matrix, or streams of eight rows: so many are read fastest
-    step[i] = rows > 1 || TICKET_BYTES <= 64 * row_bytes ? MOST_ROWS : (TICKET_BYTES / row_bytes + 63) / 64 * 64;
-    if (w.rows < 64 * 2 * run.threads) step[i] = 32;  // whole blocks of y
+    step[i] = ticket_rows(w, rows, run.threads);
     starts[i] = total;
     total += (w.rows + step[i] - 1) / step[i];
   }
@@ -153,7 +157,7 @@ void keep_shift(Run& run, int thread, const float* last, float* shift) {
 
 inline void quantise_for(Run& run, const Matrix& w, int input, int64_t m) {
   const int64_t c = w.cols;
-  if (is_quantised(w)) quantise(run.mixed[input] + m * c, c, run.quantised[input] + m * groups_of(c));
+  if (is_quantised(w.type)) quantise(run.mixed[input] + m * c, c, run.quantised[input] + m * groups_of(c));
 }
 
 // Channel mix ----------------------------------------------------------------------------------------------------------
@@ -227,7 +231,7 @@ inline void heads(Run& run, int64_t width, F work) {
 }
 
 inline void quantise_output(Run& run, const Matrix& output, int64_t row, int64_t t, int64_t channel, int64_t n) {
-  if (!is_quantised(output)) return;
+  if (!is_quantised(output.type)) return;
   const int64_t a = output.cols;
   for (int64_t m = row; m < row + t; m++) {
     quantise(run.y + m * a + channel, n, run.y_quantised + m * groups_of(a), channel / BLOCK);
@@ -656,12 +660,13 @@ void multiply_thread(void* context, int thread) {
   const Multiply& job = *(const Multiply*)context;
   const Product& p = *job.product;
   const int64_t groups = groups_of(p.w->cols);
-  if (is_quantised(*p.w)) {
+  if (is_quantised(p.w->type)) {
     for (int64_t m; (m = team_next(job.team)) < job.rows;) quantise(p.x + m * p.ldx, p.w->cols, job.q + m * groups);
     team_barrier(job.team);
   }
-  for (int64_t n; (n = team_next(job.team) * MOST_ROWS) < p.w->rows;) {
-    const int64_t last = n + MOST_ROWS < p.w->rows ? n + MOST_ROWS : p.w->rows;
+  const int64_t step = ticket_rows(*p.w, job.rows, team_size(job.team));
+  for (int64_t n; (n = team_next(job.team) * step) < p.w->rows;) {
+    const int64_t last = n + step < p.w->rows ? n + step : p.w->rows;
     product(p, n, last, job.rows, job.local + thread * local_floats(job.rows));
   }
 }

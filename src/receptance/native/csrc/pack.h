@@ -34,6 +34,18 @@ void pack(const Matrix& from, void* to, int32_t type, int64_t first_group, int64
     case Q5_K: return repack_groups<Q5_K>(from, (uint8_t*)to, first_group, last_group);
     case Q6_K: return repack_groups<Q6_K>(from, (uint8_t*)to, first_group, last_group);
   }
+  if (type >= PANEL_F32) {  // the same numbers, of whole groups of rows
+    const int64_t item = type == PANEL_F32 ? 4 : 2, row = from.cols * item;
+    for (int64_t g = first_group; g < last_group; g++) {
+      char* out = (char*)to + g * GROUP * row;
+      for (int64_t c = 0; c < from.cols; c++) {
+        for (int64_t r = 0; r < GROUP; r++, out += item) {
+          __builtin_memcpy(out, (const char*)from.data + (g * GROUP + r) * row + c * item, item);
+        }
+      }
+    }
+    return;
+  }
   const int64_t blocks = from.cols / BLOCK, bytes = type == Q8 ? Q8_BYTES : Q4_BYTES;
   float x[BLOCK];
   int32_t q[BLOCK];

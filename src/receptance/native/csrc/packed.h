@@ -397,30 +397,33 @@ inline int64_t blocks_of_group(int64_t cols, int64_t group) {
   return left < 8 ? left : 8;
 }
 
-// Rows first..last, of which `first` begins a group of 16, with one row of x: up to 4 groups at a time, each a stream
+inline void put_group(const Product& p, int64_t n, int64_t last, float* sums) {
+  put(p, 0, n, last - n < GROUP ? last - n : GROUP, sums);
+}
+
+// Rows first..last, of which `first` begins a group of 16, with one row of x: four streams, each over groups that follow one
+// another, since the end of a group of 768 columns comes before the processor has got into its stride
 template <int T>
 void packed_row(const Product& p, int64_t first, int64_t last) {
   constexpr int STREAMS = 4;
   const int64_t cols = p.w->cols, bytes = cols / Packed<T>::numbers * Packed<T>::size;  // of 16 rows
   constexpr int64_t step = 8 * BLOCK / Packed<T>::numbers * Packed<T>::size;            // 256 columns of them
-  for (int64_t n = first; n < last; n += STREAMS * GROUP) {
-    const int64_t left = (last - n + GROUP - 1) / GROUP, many = left < STREAMS ? left : STREAMS;
-    const uint8_t* w = (const uint8_t*)p.w->data + n / GROUP * bytes;
-    float sums[STREAMS][GROUP] = {};
+  const int64_t total = (last - first + GROUP - 1) / GROUP, each = total / STREAMS;
+  const uint8_t* w = (const uint8_t*)p.w->data + first / GROUP * bytes;
+  float sums[STREAMS][GROUP];
+  for (int64_t n = 0; n < each; n++) {
+    __builtin_memset(sums, 0, sizeof sums);
     for (int64_t group = 0; group < groups_of(cols); group++) {
-      const int64_t blocks = blocks_of_group(cols, group);
-      if (many == STREAMS) {
-        packed_tile<T, 1, STREAMS>(w + group * step, bytes, blocks, p.q + group, 0, sums[0]);
-        continue;
-      }
-      for (int64_t i = 0; i < many; i++) {
-        packed_tile<T, 1, 1>(w + i * bytes + group * step, 0, blocks, p.q + group, 0, sums[i]);
-      }
+      packed_tile<T, 1, STREAMS>(w + n * bytes + group * step, each * bytes, blocks_of_group(cols, group), p.q + group, 0, sums[0]);
     }
-    for (int64_t i = 0; i < many; i++) {
-      const int64_t at = n + i * GROUP;
-      put(p, 0, at, last - at < GROUP ? last - at : GROUP, sums[i]);
+    for (int64_t i = 0; i < STREAMS; i++) put_group(p, first + (i * each + n) * GROUP, last, sums[i]);
+  }
+  for (int64_t n = STREAMS * each; n < total; n++) {
+    __builtin_memset(sums[0], 0, sizeof sums[0]);
+    for (int64_t group = 0; group < groups_of(cols); group++) {
+      packed_tile<T, 1, 1>(w + n * bytes + group * step, 0, blocks_of_group(cols, group), p.q + group, 0, sums[0]);
     }
+    put_group(p, first + n * GROUP, last, sums[0]);
   }
 }
 

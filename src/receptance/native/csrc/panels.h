@@ -55,6 +55,14 @@ inline void float_tile(const float* w, int64_t ldw, const float* x, int64_t ldx,
   }
 }
 
+// The same for all rows of x: as many at a time as registers hold
+inline void float_tiles(const float* panel, const float* x, int64_t ldx, int64_t depth, int64_t rows, float* sums) {
+  int64_t m = 0;
+  for (; m + TILE <= rows; m += TILE) float_tile<TILE, LANES>(panel, PANEL, x + m * ldx, ldx, depth, sums + m * PANEL, PANEL);
+  for (; m + 4 <= rows; m += 4) float_tile<4, LANES>(panel, PANEL, x + m * ldx, ldx, depth, sums + m * PANEL, PANEL);
+  for (; m < rows; m++) float_tile<1, LANES>(panel, PANEL, x + m * ldx, ldx, depth, sums + m * PANEL, PANEL);
+}
+
 #if defined(ISA_AVX512) || defined(ISA_AVX2)
 template <int T>
 inline __m256 eight(const void* p) {
@@ -92,12 +100,60 @@ void many_rows(const Product& p, int64_t first, int64_t last, int64_t rows, floa
     const int64_t k = group * DEPTH, depth = cols - k < DEPTH ? cols - k : DEPTH;
     const int64_t height = last - n < PANEL ? last - n : PANEL;
     fill_floats<T>((const char*)p.w->data + n * stride + offset<T>(k), stride, height, depth, panel);
-    const float* x = p.x + k;
-    int64_t m = 0;
-    for (; m + TILE <= rows; m += TILE) {
-      float_tile<TILE, LANES>(panel, PANEL, x + m * p.ldx, p.ldx, depth, sums + m * PANEL, PANEL);
+    float_tiles(panel, p.x + k, p.ldx, depth, rows, sums);
+  });
+}
+
+// Plain numbers that are stored in panels --------------------------------------------------------------------------------
+
+// sums [G, 16] of G panels that lie `bytes` apart, for one row of x
+template <int T, int G>
+inline void panel_dots(const char* w, int64_t bytes, const float* x, int64_t cols, float* sums) {
+  constexpr int V = G * LANES, U = V < 8 ? 8 / V : 1;  // eight chains of sums
+  vf acc[U][V] = {};
+  int64_t k = 0;
+  for (; k + U <= cols; k += U) {
+    for (int u = 0; u < U; u++) {
+      const vf xs = splat(x[k + u]);
+      for (int v = 0; v < V; v++) acc[u][v] += elements<T>(w + v / LANES * bytes, (k + u) * PANEL + v % LANES * W) * xs;
     }
-    for (; m < rows; m++) float_tile<1, LANES>(panel, PANEL, x + m * p.ldx, p.ldx, depth, sums + m * PANEL, PANEL);
+  }
+  for (; k < cols; k++) {
+    for (int v = 0; v < V; v++) acc[0][v] += elements<T>(w + v / LANES * bytes, k * PANEL + v % LANES * W) * splat(x[k]);
+  }
+  for (int v = 0; v < V; v++) {
+    for (int u = 1; u < U; u++) acc[0][v] += acc[u][v];
+    store(sums + v * W, acc[0][v]);
+  }
+}
+
+template <int T, int G>
+inline int64_t panel_rows(const Product& p, int64_t first, int64_t last) {
+  const int64_t bytes = offset<T>(PANEL * p.w->cols);
+  float sums[G * PANEL];
+  for (; first + G * PANEL <= last; first += G * PANEL) {
+    panel_dots<T, G>((const char*)p.w->data + first / PANEL * bytes, bytes, p.x, p.w->cols, sums);
+    put(p, 0, first, G * PANEL, sums);
+  }
+  return first;
+}
+
+template <int T>
+void panel_product(const Product& p, int64_t first, int64_t last, int64_t rows, float* local) {
+  if (rows == 1) {
+    panel_rows<T, 1>(p, panel_rows<T, 2>(p, panel_rows<T, 4>(p, first, last), last), last);
+    return;
+  }
+  const int64_t cols = p.w->cols, bytes = offset<T>(PANEL * cols);
+  each_panel(p, first, last, rows, local + PANEL * DEPTH, [&](int64_t n, int64_t group, float* sums) {
+    const int64_t k = group * DEPTH, depth = cols - k < DEPTH ? cols - k : DEPTH;
+    const char* w = (const char*)p.w->data + n / PANEL * bytes + offset<T>(PANEL * k);
+    const float* panel = (const float*)w;
+    if (T != F32) {
+      for (int64_t i = 0; i < PANEL * depth; i += W) store(local + i, elements<T>(w, i));
+      panel = local;
+    }
+    float_tiles(panel, p.x + k, p.ldx, depth, rows, sums);
   });
 }
 
