@@ -68,24 +68,55 @@ def _kind(test: str) -> str:
 
 
 def draw_comparison(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Training loss against tokens and against time, and held-out bits per byte against tokens."""
-    names = [row["name"] for row in rows]
+    """Training loss against tokens and against time, and held-out bits per byte against tokens; means of seeds."""
+    names = list(dict.fromkeys(row["name"] for row in rows))
     figure, (by_tokens, by_time, held) = plt.subplots(1, 3, figsize=(13, 4))
-    for row in rows:
-        look = style(row["name"], names) | {"marker": None}
-        curve = row["curve"]
-        losses = smooth([point["loss"] for point in curve])
-        by_tokens.plot([point["tokens"] / 1e6 for point in curve], losses, label=row["name"], **look)
-        by_time.plot([point["seconds"] for point in curve], losses, **look)
-        looks = row["looks"]
-        texts = [name for name in looks[0] if name != "tokens"] if looks else []
+    for name in names:
+        mine = [row for row in rows if row["name"] == name]
+        look = style(name, names) | {"marker": None}
+        tokens, losses = mean_curve([[(p["tokens"], p["loss"]) for p in row["curve"]] for row in mine])
+        losses = smooth(losses)
+        by_tokens.plot([x / 1e6 for x in tokens], losses, label=name, **look)
+        seconds = [point["seconds"] for point in mine[0]["curve"]][: len(losses)]
+        by_time.plot(seconds, losses, **look)
+        texts = [text for text in mine[0]["looks"][0] if text != "tokens"] if mine[0]["looks"] else []
         for text in texts[:1]:
-            points = [(x["tokens"] / 1e6, x[text]) for x in looks if text in x]
-            held.plot(*zip(*points), markersize=4, **style(row["name"], names))
+            at, bits = mean_curve([[(x["tokens"], x[text]) for x in row["looks"] if text in x] for row in mine])
+            held.plot([x / 1e6 for x in at], bits, markersize=4, **style(name, names))
             tidy(held, "million tokens", f"bits per byte, {text}", "held out")
+    for axes, skip in ((by_tokens, 0.1), (by_time, 0.1), (held, 0.0)):
+        focus(axes, skip)
     tidy(by_tokens, "million tokens", "loss, nats per token", "training, against tokens")
     tidy(by_time, "seconds of training", "", "training, against time")
     by_tokens.legend(frameon=False, fontsize=9)
+    figure.tight_layout()
+    save(figure, path)
+
+
+def mean_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> tuple[list[float], list[float]]:
+    """The mean over seeds where all of them have a point."""
+    shared = [x for x, _ in curves[0] if all(any(x == other for other, _ in curve) for curve in curves)]
+    return shared, [sum(dict(curve)[x] for curve in curves) / len(curves) for x in shared]
+
+
+def focus(axes: Axes, skip: float) -> None:
+    """Leave out the first steps' fall, which hides all that follows."""
+    late = [float(y) for line in axes.get_lines() for y in line.get_ydata()[int(skip * len(line.get_ydata())) :]]  # type: ignore[index,arg-type]
+    if late:
+        room = 0.05 * (max(late) - min(late)) + 1e-3
+        axes.set_ylim(min(late) - room, max(late) + room)
+
+
+def draw_long(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Bits per byte against position in long documents."""
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    figure, axes = plt.subplots(figsize=(7, 4.2))
+    for row in rows:
+        if "long" in row:
+            axes.plot(row["long"]["end"], row["long"]["bits"], label=row["name"], markersize=4, **style(row["name"], names))
+    axes.set_xscale("log", base=2)
+    tidy(axes, "position, tokens", "bits per byte", "long documents, the state never reset")
+    axes.legend(frameon=False, fontsize=9)
     figure.tight_layout()
     save(figure, path)
 
