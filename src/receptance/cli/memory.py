@@ -25,9 +25,13 @@ def command(
     """
     from receptance.evaluation.memory import run
 
+    out = run(config, device, lambda text: typer.echo(text, err=True), paths(overrides))
+    typer.echo((out / "report.md").read_text(encoding="utf-8"), nl=False)
+
+
+def paths(overrides: list[str] | None) -> dict[str, str]:
+    """out=FOLDER and root=FOLDER. Raises ConfigError for anything else."""
     given = dict(pair.split("=", 1) for pair in overrides or () if "=" in pair)
     if len(given) < len(overrides or ()) or given.keys() - {"out", "root"}:
         raise ConfigError(f"overrides {overrides}: expected out=FOLDER or root=FOLDER")
-    given = {key: str(Path(value).resolve()) for key, value in given.items()}
-    out = run(config, device, lambda text: typer.echo(text, err=True), given)
-    typer.echo((out / "report.md").read_text(encoding="utf-8"), nl=False)
+    return {key: str(Path(value).resolve()) for key, value in given.items()}

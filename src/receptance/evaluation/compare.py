@@ -5,7 +5,6 @@ import json
 import math
 import shutil
 import statistics
-import time
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -13,17 +12,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from receptance.checkpoint.atomic import replacing
 from receptance.baselines import load_baseline
+from receptance.baselines.budget import count
 from receptance.baselines.files import is_baseline
 from receptance.checkpoint import load
 from receptance.data import documents
 from receptance.errors import ConfigError
 from receptance.evaluation import grid
-from receptance.models import RWKV, apply_recipe
+from receptance.evaluation.costs import positions, training
+from receptance.evaluation.score import PlainScorer
+from receptance.evaluation.tasks import choice_of, lambada, multiple_choice, read_rows, sample
+from receptance.models import RWKV
 from receptance.settings import build
 from receptance.tokenizers import tokenizer as open_tokenizer
 from receptance.training.config import TrainConfig, read_config, to_json
@@ -65,14 +67,29 @@ class Long:
 
 
 @dataclass(frozen=True)
+class Tasks:
+    """Files for `receptance eval` of the finished models, relative to data.root; at most `limit` rows of each (0: all)."""
+
+    lambada: str | None = None
+    choice: tuple[str, ...] = ()
+    limit: int = 0
+
+
+@dataclass(frozen=True)
 class Comparison:
-    """generation: tokens written one by one to measure time and memory against position; 0: not measured."""
+    """generation: measure time and memory of writing up to so many tokens; training: of training on rows so long.
+
+    0: not measured. measure_only: nothing is trained.
+    """
 
     out: Path
     entries: tuple[Entry, ...]
     generation: int = 0
+    training: int = 0
+    measure_only: bool = False
     search: Search | None = None
     long: Long | None = None
+    tasks: Tasks | None = None
 
 
 def read_comparison(path: Path, overrides: Sequence[str] = ()) -> Comparison:
@@ -88,10 +105,18 @@ def read_comparison(path: Path, overrides: Sequence[str] = ()) -> Comparison:
         raise ConfigError(f"{path}: no such file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
-    models, generation = raw.pop("models", []), raw.pop("generation", 0)
+    return read_models(path, raw, overrides)
+
+
+def read_models(path: Path, raw: dict[str, Any], overrides: Sequence[str]) -> Comparison:
+    """`read_comparison` of what is in the file at `path`, which paths are relative to."""
+    raw = dict(raw)
+    models, generation, training = raw.pop("models", []), raw.pop("generation", 0), raw.pop("training", 0)
+    measure_only = bool(raw.pop("measure_only", False))
     seeds, tried, long = raw.pop("seeds", [None]), raw.pop("search", None), raw.pop("long", None)
-    if not models or not isinstance(generation, int) or generation < 0:
-        raise ConfigError(f"{path}: needs [[models]], and generation must be a whole number from 0")
+    tasks = raw.pop("tasks", None)
+    if not models or any(not isinstance(n, int) or n < 0 for n in (generation, training)):
+        raise ConfigError(f"{path}: needs [[models]], and generation and training must be whole numbers from 0")
     common = [f"{section}.{key}={_toml(value)}" for section, values in raw.items() for key, value in values.items()]
     common += [f"data.root={_toml(str(path.resolve().parent / raw.get('data', {}).get('root', '.')))}", *overrides]
     out = Path(read_config(None, common).run.out)
@@ -115,7 +140,8 @@ def read_comparison(path: Path, overrides: Sequence[str] = ()) -> Comparison:
     if long is not None:
         long = build(Long, {**long, "text": str(Path(entries[0].config.data.root) / long.get("text", ""))}, "long.")
     tried = None if tried is None else build(Search, tried, "search.")
-    return Comparison(out, tuple(entries), generation, tried, long)
+    tasks = None if tasks is None else build(Tasks, tasks, "tasks.")
+    return Comparison(out, tuple(entries), generation, training, measure_only, tried, long, tasks)
 
 
 def _toml(value: object) -> str:
@@ -144,14 +170,16 @@ def write(out: Path, rows: Sequence[Row], tell: Callable[[str], None]) -> None:
     with replacing(out / "report.md") as file:
         file.write(report(rows).encode())
     try:
-        from receptance.evaluation.plots import draw_comparison, draw_long, draw_positions
+        from receptance.evaluation.plots import draw_comparison, draw_long, draw_positions, draw_training
     except ImportError:
         tell("no pictures: they need matplotlib (pip install 'receptance[plots]')")
         return
-    if rows:
-        draw_comparison(rows, out / "loss")
+    if any("validation" in row for row in rows):
+        draw_comparison([row for row in rows if "validation" in row], out / "loss")
     if any("generation" in row for row in rows):
         draw_positions(rows, out / "generation")
+    if any("training" in row for row in rows):
+        draw_training(rows, out / "training")
     if any("long" in row for row in rows):
         draw_long(rows, out / "long")
 
@@ -160,13 +188,23 @@ def cell(entry: Entry, comparison: Comparison, reporter: Reporter) -> grid.Cell:
     key = json.loads(to_json(entry.config))
     del key["run"]["out"], key["run"]["device"], key["data"]["root"]
     key |= {"search": comparison.search and asdict(comparison.search), "generation": comparison.generation,
-            "long": comparison.long and asdict(comparison.long)}  # fmt: skip
+            "training": comparison.training, "measure_only": comparison.measure_only,
+            "long": comparison.long and {**asdict(comparison.long), "text": Path(comparison.long.text).name},
+            "tasks": comparison.tasks and asdict(comparison.tasks)}  # fmt: skip
     return grid.Cell(entry.title, json.dumps(key, sort_keys=True), partial(make, entry, comparison, reporter))
 
 
 def make(entry: Entry, comparison: Comparison, reporter: Reporter) -> Row:
     """Everything that is reported of one model."""
     found: Row = {}
+    if comparison.generation:
+        found["generation"] = asdict(positions(entry.config, comparison.generation))
+    if comparison.training:
+        free()
+        found["training"] = asdict(training(entry.config, comparison.training))
+    if comparison.measure_only:
+        return {"name": entry.name, "seed": 1, "parameters_without_embedding": body_size(entry.config), **found}
+    free()
     if comparison.search is not None:
         found["search"] = search(entry, comparison.search, comparison.out / "cells" / "search", reporter)
         entry = Entry(entry.name, at_rate(entry.config, min(found["search"], key=lambda tried: tried["bits"])["lr"]))
@@ -176,8 +214,8 @@ def make(entry: Entry, comparison: Comparison, reporter: Reporter) -> Row:
     found = summary(entry) | found
     if comparison.long is not None:
         found["long"] = long_loss(entry.config, comparison.long)
-    if comparison.generation:
-        found["generation"] = asdict(positions(entry.config, comparison.generation))
+    if comparison.tasks is not None:
+        found["tasks"] = score_tasks(entry.config, comparison.tasks)
     return found
 
 
@@ -246,15 +284,13 @@ def summary(entry: Entry) -> Row:
                                               if k.endswith("_bits_per_byte")}}
         for row in log if any(k.endswith("_bits_per_byte") for k in row)
     ]  # fmt: skip
-    embedding = 2 * new_model(entry.config, 2, "meta").config.n_embd  # of two ids
-    body = sum(p.numel() for p in new_model(entry.config, 2, "meta").parameters()) - 2 * embedding
     return {
         "name": entry.name,
         "seed": run.seed,
         "lr": entry.config.optim.lr,
         "version": entry.config.model.version,
         "parameters": made["parameters"],
-        "parameters_without_embedding": body,
+        "parameters_without_embedding": body_size(entry.config),
         "tokens": made["tokens_seen"],
         "tokens_per_second": statistics.median(row["tokens_per_second"] for row in steps),
         "seconds": seconds,
@@ -265,35 +301,44 @@ def summary(entry: Entry) -> Row:
     }
 
 
+def body_size(config: TrainConfig) -> int:
+    """Parameters without those of embedding and head."""
+    return count(new_model(config, 2, "meta"))
+
+
 def report(rows: Sequence[Row]) -> str:
-    """The table in Markdown; of several seeds, means and standard deviations."""
-    texts = list(dict.fromkeys(name for row in rows for name in row["validation"]))
-    head = ["model", "parameters", "without embedding", "tokens", "rate", *(f"{text}, bits per byte" for text in texts),
-            "tokens/s", "training, s", "memory, GiB"]  # fmt: skip
-    lines = ["# Comparison", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for name in dict.fromkeys(row["name"] for row in rows):
-        mine = [row for row in rows if row["name"] == name]
-        row = mine[0]
-        memory = "–" if row["memory_gib"] is None else f"{row['memory_gib']:.2f}"
-        cells = [
-            name,
-            f"{row['parameters']:,}",
-            f"{row['parameters_without_embedding']:,}",
-            f"{row['tokens']:,}",
-            f"{row['lr']:g}",
-        ]
-        cells += [spread([row["validation"][text] for row in mine]) for text in texts]
-        cells += [f"{row['tokens_per_second']:,.0f}", f"{row['seconds']:.0f}", memory]
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "![loss](loss.png)", ""]
+    """The tables in Markdown."""
+    lines = ["# Comparison", ""]
+    if any("validation" in row for row in rows):
+        lines += [*losses([row for row in rows if "validation" in row]), "", "![loss](loss.png)", ""]
     if any("generation" in row for row in rows):
-        lines += ["Generating one token after the other, cumulative time ∝ positions^e over the last half:", ""]
-        lines += ["| model | e | ms per token, first | last | state at the end, bytes |", "|---|---|---|---|---|"]
+        lines += ["Writing one token after the other; cumulative time ∝ positions^e over the last half:", ""]
+        lines += ["| model | e | ms a token, first | last | state at the end, bytes | peak memory beside the weights, MiB |"]
+        lines += ["|---" * 6 + "|"]
         for row in rows:
             g = row["generation"]
-            lines.append(f"| {row['name']} | {g['exponent']:.2f} | {1e3 * g['first']:.2f} | {1e3 * g['last']:.2f} | "
-                         f"{g['state_bytes'][-1]:,} |")  # fmt: skip
+            peak = f"{g['peak_bytes'][-1] / 2**20:,.0f}" if g["peak_bytes"] else "–"
+            lines.append(f"| {row['name']} | {g['exponent']:.2f} | {g['milliseconds'][0]:.2f} | "
+                         f"{g['milliseconds'][-1]:.2f} | {g['state_bytes'][-1]:,} | {peak} |")  # fmt: skip
         lines += ["", "![generation](generation.png)", ""]
+    if any("training" in row for row in rows):
+        lines += ["Training on one row; time ∝ length^e, memory ∝ length^m over the last three lengths:", ""]
+        lines += ["| model | e | m | longest row | seconds a step | peak memory, GiB |", "|---" * 6 + "|"]
+        for row in rows:
+            t = row["training"]
+            peak = f"{t['peak_bytes'][-1] / 2**30:.2f}" if t["peak_bytes"] else "–"
+            exponent = "–" if t["memory_exponent"] is None else f"{t['memory_exponent']:.2f}"
+            lines.append(f"| {row['name']} | {t['time_exponent']:.2f} | {exponent} | {t['length'][-1]:,} | "
+                         f"{t['seconds'][-1]:.3f} | {peak} |")  # fmt: skip
+        lines += ["", "![training](training.png)", ""]
+    if any("tasks" in row for row in rows):
+        names = list(dict.fromkeys(name for row in rows for name in row.get("tasks", ())))
+        lines += ["| model | " + " | ".join(f"{name}, accuracy | perplexity" for name in names) + " |"]
+        lines += ["|---" * (1 + 2 * len(names)) + "|"]
+        for row in rows:
+            cells = [f"{row['tasks'][name]['accuracy']:.4f} | {row['tasks'][name]['perplexity']:.4g}" for name in names]
+            lines.append("| " + " | ".join([row["name"], *cells]) + " |")
+        lines += [""]
     if any("long" in row for row in rows):
         lines += ["Bits per byte by position in long documents, never reset:", ""]
         ends = rows[0]["long"]["end"]
@@ -301,6 +346,24 @@ def report(rows: Sequence[Row]) -> str:
         lines += ["| " + " | ".join([row["name"], *(f"{x:.3f}" for x in row["long"]["bits"])]) + " |" for row in rows]
         lines += ["", "![loss against position](long.png)", ""]
     return "\n".join(lines)
+
+
+def losses(rows: Sequence[Row]) -> list[str]:
+    """What training came to; of several seeds, means and standard deviations."""
+    texts = list(dict.fromkeys(name for row in rows for name in row["validation"]))
+    head = ["model", "parameters", "without embedding", "tokens", "rate", *(f"{text}, bits per byte" for text in texts),
+            "tokens/s", "training, s", "memory, GiB"]  # fmt: skip
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for name in dict.fromkeys(row["name"] for row in rows):
+        mine = [row for row in rows if row["name"] == name]
+        row = mine[0]
+        memory = "–" if row["memory_gib"] is None else f"{row['memory_gib']:.2f}"
+        cells = [name, f"{row['parameters']:,}", f"{row['parameters_without_embedding']:,}", f"{row['tokens']:,}",
+                 f"{row['lr']:g}"]  # fmt: skip
+        cells += [spread([row["validation"][text] for row in mine]) for text in texts]
+        cells += [f"{row['tokens_per_second']:,.0f}", f"{row['seconds']:.0f}", memory]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
 def spread(values: Sequence[float]) -> str:
@@ -339,60 +402,24 @@ def long_loss(config: TrainConfig, wanted: Long, first: int = 64, chunk: int = 1
     return {"end": ends, "bits": bits, "documents": len(rows)}
 
 
+def score_tasks(config: TrainConfig, wanted: Tasks) -> Row:
+    """Accuracy, perplexity and so on by file, as `receptance eval` has them."""
+    model, tokenizer = trained(config)
+    root, scorer = Path(config.data.root), PlainScorer(model, tokenizer)
+    found: Row = {}
+    if wanted.lambada is not None:
+        rows = sample(list(read_rows(root / wanted.lambada)), wanted.limit)
+        found["LAMBADA"] = asdict(lambada(scorer, tokenizer, rows))
+    for name in wanted.choice:
+        rows = sample(list(read_rows(root / name)), wanted.limit)
+        questions = [choice_of(row) for row in rows]
+        found[name.split(".")[0]] = asdict(multiple_choice(scorer, tokenizer, questions))
+    return found
+
+
 def trained(config: TrainConfig) -> tuple[RWKV, Tokenizer]:
     """The finished model of a run, on its device."""
     folder = Path(config.run.out) / "model"
     device = "cuda" if torch.cuda.is_available() and config.run.device != "cpu" else "cpu"
     model = load_baseline(folder) if is_baseline(folder) else load(folder, dtype="float32")
     return model.to(device).eval(), open_tokenizer(folder)
-
-
-# Time and memory against position ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Positions:
-    """At each of `position`: seconds since the start, bytes of the state. first, last: seconds a token, at the ends.
-
-    exponent: of cumulative time against position, fitted over the last half: 1 is linear, 2 quadratic.
-    """
-
-    position: list[int]
-    seconds: list[float]
-    state_bytes: list[int]
-    first: float
-    last: float
-    exponent: float
-
-
-@torch.inference_mode()
-def positions(config: TrainConfig, tokens: int, points: int = 32) -> Positions:
-    """Feed one token at a time to a model of this shape, without a window; its weights do not matter."""
-    config = replace(config, run=replace(config.run, ctx_len=0))
-    model: RWKV = new_model(config, 256)
-    apply_recipe(model, type(model).recipe(model.config, 1e-3), torch.Generator().manual_seed(0))  # type: ignore[attr-defined]
-    on_gpu = torch.cuda.is_available() and config.run.device != "cpu"
-    model = model.to("cuda" if on_gpu else "cpu").eval()
-
-    def wait() -> None:
-        if on_gpu:
-            torch.cuda.synchronize()
-
-    marks = sorted({max(1, round(tokens * (i + 1) / points)) for i in range(points)})
-    for _ in range(3):
-        model([1])
-    state = model.zero_state()
-    found: list[float] = []
-    sizes: list[int] = []
-    wait()
-    start = time.perf_counter()
-    for position in range(1, tokens + 1):
-        _, state = model([position % 256], state)
-        if position == marks[len(found)]:
-            wait()
-            found.append(time.perf_counter() - start)
-            sizes.append(state.nbytes)
-    half = len(marks) // 2
-    exponent = float(np.polyfit(np.log(marks[half:]), np.log(found[half:]), 1)[0]) if half and len(marks) > 2 else 1.0
-    last = (found[-1] - found[-2]) / (marks[-1] - marks[-2]) if len(marks) > 1 else found[-1]
-    return Positions(marks, found, sizes, found[0] / marks[0], last, exponent)
