@@ -70,9 +70,9 @@ def test_wrong_settings_are_named(tmp_path, old, new, match):
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("memory/*.toml")), ids=lambda path: path.stem)
 def test_examples_of_memory_are_accepted(path):
-    assert len(read_trials(path)[1]) >= 10
+    assert len(read_trials(path)[1]) >= 3
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("compare/*.toml")), ids=lambda path: path.stem)
 def test_examples_of_comparisons_are_accepted(path):
-    assert len(read_comparison(path).entries) >= 4
+    assert len(read_comparison(path).entries) >= 3

@@ -50,7 +50,9 @@ class ListOps(Task):
 
     def __post_init__(self) -> None:
         if not 0 <= self.shortest < self.length - 1 or self.depth < 2:
-            raise ConfigError(f"no expression has between {self.shortest} and {self.length} tokens at depth {self.depth}")
+            raise ConfigError(
+                f"no expression has between {self.shortest} and {self.length} tokens at depth {self.depth}"
+            )
 
     @property
     def name(self) -> str:
@@ -163,7 +165,9 @@ class Digits(Task):
         return self._rows("t10k", np.arange(10_000))
 
     def _rows(self, part: str, index: Ids) -> tuple[Ids, Ids]:
-        images, labels = (_idx(Path(self.root), f"mnist-{part}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1"))
+        images, labels = (
+            _idx(Path(self.root), f"mnist-{part}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1")
+        )
         k = 28 // self.side
         blocks = images[index].reshape(-1, self.side, k, self.side, k)
         pixels = blocks.mean((2, 4)).astype(np.int64).reshape(len(index), -1)

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from receptance.checkpoint.atomic import replacing
 from receptance.baselines import load_baseline
 from receptance.baselines.budget import count
 from receptance.baselines.files import is_baseline
 from receptance.checkpoint import load
+from receptance.checkpoint.atomic import replacing
 from receptance.data import documents
 from receptance.errors import ConfigError
 from receptance.evaluation import grid
@@ -28,8 +28,8 @@ from receptance.evaluation.tasks import choice_of, lambada, multiple_choice, rea
 from receptance.models import RWKV
 from receptance.settings import build
 from receptance.tokenizers import tokenizer as open_tokenizer
-from receptance.training.config import TrainConfig, read_config, to_json
 from receptance.tokenizers.base import Tokenizer
+from receptance.training.config import TrainConfig, read_config, to_json
 from receptance.training.loop import autocast, new_model, train
 from receptance.training.report import Reporter
 
@@ -68,7 +68,7 @@ class Long:
 
 @dataclass(frozen=True)
 class Tasks:
-    """Files for `receptance eval` of the finished models, relative to data.root; at most `limit` rows of each (0: all)."""
+    """Files to score finished models on, relative to data.root; at most `limit` rows of each (0: all)."""
 
     lambada: str | None = None
     choice: tuple[str, ...] = ()
@@ -236,7 +236,9 @@ def search(entry: Entry, wanted: Search, folder: Path, reporter: Reporter) -> li
     key = json.loads(to_json(entry.config))
     del key["run"]["out"], key["run"]["tokens"], key["run"]["device"], key["data"]["root"]
     cells = [
-        grid.Cell(f"{entry.title}, rate {lr:g}", json.dumps([key, lr, wanted.tokens], sort_keys=True), partial(short, lr))
+        grid.Cell(
+            f"{entry.title}, rate {lr:g}", json.dumps([key, lr, wanted.tokens], sort_keys=True), partial(short, lr)
+        )
         for lr in wanted.lr
     ]
     return [row for row in grid.fill(folder, cells, reporter.message) if row is not None]
@@ -313,7 +315,9 @@ def report(rows: Sequence[Row]) -> str:
         lines += [*losses([row for row in rows if "validation" in row]), "", "![loss](loss.png)", ""]
     if any("generation" in row for row in rows):
         lines += ["Writing one token after the other; cumulative time ∝ positions^e over the last half:", ""]
-        lines += ["| model | e | ms a token, first | last | state at the end, bytes | peak memory beside the weights, MiB |"]
+        lines += [
+            "| model | e | ms a token, first | last | state at the end, bytes | peak memory beside the weights, MiB |"
+        ]
         lines += ["|---" * 6 + "|"]
         for row in rows:
             g = row["generation"]

@@ -107,7 +107,9 @@ def positions(config: TrainConfig, tokens: int, points: int = 16) -> Positions:
         seconds.append(total)
     half = len(marks) // 2
     on_gpu = model.device.type == "cuda"
-    return Positions(marks, seconds, [1e3 * x for x in found], sizes, peaks if on_gpu else [], fitted(marks[half:], seconds[half:]))
+    return Positions(
+        marks, seconds, [1e3 * x for x in found], sizes, peaks if on_gpu else [], fitted(marks[half:], seconds[half:])
+    )
 
 
 def training(config: TrainConfig, longest: int, shortest: int = 512, repeats: int = 3) -> Training:

@@ -1,4 +1,4 @@
-"""`receptance forecast`: long-term forecasting of time series with RWKV, DLinear and a patch Transformer in one harness."""
+"""`receptance forecast`: time series forecast by RWKV, DLinear and a patch Transformer in one harness."""
 
 import copy
 import csv
@@ -38,7 +38,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Forecaster:
-    """version: of RWKV, or "dlinear", "patch-transformer", "repeat" (the last value). n_layer, n_embd, heads, dropout: as it has them."""
+    """version: of RWKV, or "dlinear", "patch-transformer", "repeat" (the last value). The rest is what it has of it."""
 
     name: str
     version: str = "7"
@@ -72,7 +72,7 @@ class Forecasts:
     models: tuple[Forecaster, ...] = field(default=())
 
 
-def read_forecasts(path: Path, overrides: Mapping[str, str] = {}) -> Forecasts:  # noqa: B006
+def read_forecasts(path: Path, overrides: Mapping[str, str] = {}) -> Forecasts:
     """A TOML file with [[models]]. overrides: of `out` and `root`, the folder of `file`. Raises ConfigError."""
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -93,7 +93,7 @@ def read_forecasts(path: Path, overrides: Mapping[str, str] = {}) -> Forecasts: 
     return found
 
 
-def run(path: Path, device: str, tell: Callable[[str], None], overrides: Mapping[str, str] = {}) -> Path:  # noqa: B006
+def run(path: Path, device: str, tell: Callable[[str], None], overrides: Mapping[str, str] = {}) -> Path:
     """Every model at every horizon; results.json, report.md. Returns the folder. Processes share the work."""
     plan = read_forecasts(path, overrides)
     out = Path(plan.out)
@@ -121,7 +121,7 @@ def run(path: Path, device: str, tell: Callable[[str], None], overrides: Mapping
 def read_table(path: Path) -> np.ndarray:
     """[rows, variates] of a CSV file whose first column, the time, is left out."""
     try:
-        data = lzma.open(path).read() if path.suffix == ".xz" else path.read_bytes()
+        data = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
         rows = list(csv.reader(io.StringIO(data.decode())))[1:]
         return np.array([[float(x) for x in row[1:]] for row in rows], np.float32)
     except (OSError, ValueError, lzma.LZMAError) as error:
@@ -143,7 +143,7 @@ def windows(plan: Forecasts, horizon: int, device: torch.device) -> dict[str, Te
     return {part: x[starts[part] : ends[part]].unfold(0, plan.look_back + horizon, 1) for part in ends}
 
 
-# The models: [B, look_back] → [B, horizon], the same weights for every variate -----------------------------------------
+# The models: [B, look_back] → [B, horizon], the same weights for every variate ----------------------------------------
 
 
 class Repeat(nn.Module):
@@ -190,7 +190,9 @@ class Patches(nn.Module):
             )
             self.body: nn.Module = nn.TransformerEncoder(layer, model.n_layer, enable_nested_tensor=False)
         else:
-            shape = ModelConfig(version=model.version, n_layer=model.n_layer, n_embd=model.n_embd, head_size=min(64, model.n_embd))
+            shape = ModelConfig(
+                version=model.version, n_layer=model.n_layer, n_embd=model.n_embd, head_size=min(64, model.n_embd)
+            )
             self.body = new_model(TrainConfig(model=shape, run=RunConfig(ctx_len=0)), 2)
             self.body.dropout = model.dropout
 
@@ -305,7 +307,10 @@ def errors(net: nn.Module, part: Tensor, horizon: int, batch: int = 256) -> tupl
 def table(rows: Sequence[Row]) -> str:
     """Markdown: models down, horizons across, MSE / MAE, and the mean over horizons; means of seeds."""
     horizons = sorted({row["horizon"] for row in rows})
-    lines = ["| model | parameters | " + " | ".join(map(str, horizons)) + " | mean |", "|---" * (len(horizons) + 3) + "|"]
+    lines = [
+        "| model | parameters | " + " | ".join(map(str, horizons)) + " | mean |",
+        "|---" * (len(horizons) + 3) + "|",
+    ]
     for name in dict.fromkeys(row["name"] for row in rows):
         mine = [row for row in rows if row["name"] == name]
         means = []

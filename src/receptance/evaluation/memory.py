@@ -52,7 +52,7 @@ class Trial:
         return {"name": self.model, "task": self.task.name, "seed": self.options.seed, **as_rows([found])[0]}
 
 
-def read_trials(path: Path, overrides: Mapping[str, str] = {}) -> tuple[Path, list[Trial]]:  # noqa: B006
+def read_trials(path: Path, overrides: Mapping[str, str] = {}) -> tuple[Path, list[Trial]]:
     """The output folder and the grid of a TOML file: all `models` on all `tasks`, with all `seeds`. Raises ConfigError.
 
     [train]: `receptance.evaluation.recall.Options`; a model or a task may have its own. overrides: of `out` and `root`,
@@ -101,7 +101,7 @@ def _task(path: Path, given: Mapping[str, Any], root: Path) -> tuple[Task, tuple
         raise ConfigError(f"{path}: task {kind}: {error}") from None
 
 
-def run(path: Path, device: str, tell: Callable[[str], None], overrides: Mapping[str, str] = {}) -> Path:  # noqa: B006
+def run(path: Path, device: str, tell: Callable[[str], None], overrides: Mapping[str, str] = {}) -> Path:
     """Every cell that has no result yet and that no other process is at; then results.json, report.md and the picture.
 
     Returns the folder. Processes that are given the same file share the work.

@@ -9,6 +9,7 @@ import matplotlib
 
 matplotlib.use("Agg")  # no display is needed
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -102,7 +103,8 @@ def mean_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> tuple[list[fl
 
 def focus(axes: Axes, skip: float) -> None:
     """Leave out the first steps' fall, which hides all that follows."""
-    late = [float(y) for line in axes.get_lines() for y in line.get_ydata()[int(skip * len(line.get_ydata())) :]]  # type: ignore[index,arg-type]
+    curves = [np.asarray(line.get_ydata(), float) for line in axes.get_lines()]
+    late = [float(y) for curve in curves for y in curve[int(skip * len(curve)) :]]
     if late:
         room = 0.05 * (max(late) - min(late)) + 1e-3
         axes.set_ylim(min(late) - room, max(late) + room)
@@ -114,7 +116,9 @@ def draw_long(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.2))
     for row in rows:
         if "long" in row:
-            axes.plot(row["long"]["end"], row["long"]["bits"], label=row["name"], markersize=4, **style(row["name"], names))
+            axes.plot(
+                row["long"]["end"], row["long"]["bits"], label=row["name"], markersize=4, **style(row["name"], names)
+            )
     axes.set_xscale("log", base=2)
     tidy(axes, "position, tokens", "bits per byte", "long documents, the state never reset")
     axes.legend(frameon=False, fontsize=9)
@@ -188,18 +192,29 @@ def draw_scaling(laws: Sequence[Mapping[str, Any]], path: Path) -> None:
         best = [p for p in points if p["frontier"]]
         rest = [p for p in points if not p["frontier"]]
         losses.scatter([p["compute"] for p in rest], [p["loss"] for p in rest], s=12, color=colour, alpha=0.35)
-        losses.scatter([p["compute"] for p in best], [p["loss"] for p in best], s=26, color=colour, marker=look["marker"])
+        losses.scatter(
+            [p["compute"] for p in best], [p["loss"] for p in best], s=26, color=colour, marker=look["marker"]
+        )
         ends = [min(p["compute"] for p in points), max(p["compute"] for p in points)]
         label = f"{law['family']}: C^-{line['exponent']:.3f}, r² {line['r2']:.3f}"
-        losses.plot(ends, [math.exp(line["intercept"]) * x ** -line["exponent"] for x in ends], "--", color=colour, label=label)
+        losses.plot(
+            ends, [math.exp(line["intercept"]) * x ** -line["exponent"] for x in ends], "--", color=colour, label=label
+        )
         held = law["held_out"]
         compute = 6 * held["parameters"] * held["tokens"]
         low, high = (abs(edge - held["predicted"]) for edge in held["band"])
         losses.errorbar([compute * 1.15], [held["predicted"]], [[low], [high]], color=colour, marker="x", capsize=3)
         optimum = law["optimum"]
-        sizes.plot(optimum["compute"], optimum["parameters"], color=colour, label=f"{law['family']}: C^{law['surface']['a']:.2f}")
+        sizes.plot(
+            optimum["compute"],
+            optimum["parameters"],
+            color=colour,
+            label=f"{law['family']}: C^{law['surface']['a']:.2f}",
+        )
         sizes.fill_between(optimum["compute"], *optimum["band"], color=colour, alpha=0.15, linewidth=0)
-        sizes.scatter([p["compute"] for p in best], [p["parameters"] for p in best], s=20, color=colour, marker=look["marker"])
+        sizes.scatter(
+            [p["compute"] for p in best], [p["parameters"] for p in best], s=20, color=colour, marker=look["marker"]
+        )
     for axes in (losses, sizes):
         axes.set_xscale("log")
         axes.set_yscale("log")

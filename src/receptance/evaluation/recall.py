@@ -30,7 +30,7 @@ CHECKS, CHECK_EVERY, GOOD = 40, 50, 0.999  # looks in a run, steps between them 
 
 @dataclass(frozen=True)
 class Score:
-    """accuracy: of all answers; last: of the last one in each row; whole: rows without a mistake; groups: by their kind."""
+    """accuracy: of all answers; last: of the last one in each row; whole: rows without a mistake; groups: by kind."""
 
     accuracy: float
     last: float
@@ -131,7 +131,7 @@ def learn(
     shape: ModelConfig,
     task: Task,
     tests: Sequence[Task] = (),
-    options: Options = Options(),  # noqa: B008  (frozen)
+    options: Options = Options(),
     *,
     device: str = "cpu",
     tell: Callable[[str], None] = lambda text: None,

@@ -1,9 +1,9 @@
-"""`receptance scaling`: a ladder of sizes and budgets, the power laws through its losses, the compute-optimal frontier."""
+"""`receptance scaling`: a ladder of sizes and budgets, power laws through its losses, the optimal frontier."""
 
 import json
 import math
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,9 @@ def read_ladder(path: Path, overrides: Sequence[str] = ()) -> tuple[Comparison, 
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
     except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{path}: needs sizes, a list of {{n_layer, parameters}}, and budgets, of tokens ({error})") from None
+        raise ConfigError(
+            f"{path}: needs sizes, a list of {{n_layer, parameters}}, and budgets, of tokens ({error})"
+        ) from None
     comparison = read_models(path, raw, overrides)
     widths = [math.sqrt(size.parameters / size.n_layer) for size in sizes]
     families = {model["name"]: model for model in raw["models"]}
@@ -84,7 +86,10 @@ def write(out: Path, rows: Sequence[Row], tell: Callable[[str], None]) -> None:
     """rows: as `compare` makes them, with their `family`."""
     laws = [law for family in dict.fromkeys(row["family"] for row in rows)
             if (law := fit([row for row in rows if row["family"] == family])) is not None]  # fmt: skip
-    slim = [{key: row[key] for key in ("family", "parameters_without_embedding", "tokens", "validation", "lr")} for row in rows]
+    slim = [
+        {key: row[key] for key in ("family", "parameters_without_embedding", "tokens", "validation", "lr")}
+        for row in rows
+    ]
     with replacing(out / "scaling.json") as file:
         file.write(json.dumps({"runs": slim, "laws": laws}, indent=1).encode())
     with replacing(out / "report.md") as file:
@@ -151,7 +156,7 @@ def fit(rows: Sequence[Row]) -> Row | None:
     optimum = [optimal(s, ranges) for s in samples]
     return {
         "family": rows[0]["family"],
-        "points": [{"parameters": int(p), "tokens": int(t), "compute": float(c), "loss": float(z), "frontier": bool(i in best)}
+        "points": [{"parameters": int(p), "tokens": int(t), "compute": float(c), "loss": float(z), "frontier": i in best}
                    for i, (p, t, c, z) in enumerate(zip(n, d, compute, loss))],
         "compute": {"exponent": -slope, "intercept": intercept, "exponent_band": band([-s for s in slopes]),
                     "r2": 1 - float((left**2).sum()) / total if total else 1.0},
@@ -177,36 +182,31 @@ Surface = tuple[float, float, float, float, float]
 
 
 def surface(n: Floats, d: Floats, loss: Floats) -> Surface:
-    """(E, A, B, α, β) of L = E + A N^-α + B D^-β, none of them negative: least squares of log L's relative errors.
+    """(E, A, B, α, β) of L = E + A N^-α + B D^-β, none of them negative: least squares of relative errors.
 
-    For each pair of exponents the rest is linear; negative ones are set to 0 in turn.
+    For each pair of exponents the rest is linear; of the seven sets of terms that may be there, the best is taken.
     """
     scale_n, scale_d = float(np.exp(np.log(n).mean())), float(np.exp(np.log(d).mean()))
-    best: tuple[float, Surface] | None = None
-    for alpha in EXPONENTS:
-        for beta in EXPONENTS:
-            columns = np.stack([np.ones_like(n), (n / scale_n) ** -alpha, (d / scale_d) ** -beta], 1) / loss[:, None]
-            weights = not_negative(columns, np.ones_like(loss))
-            error = float(((columns @ weights - 1) ** 2).sum())
-            if best is None or error < best[0]:
-                e, a, b = (float(w) for w in weights)
-                best = error, (e, a * scale_n**alpha, b * scale_d**beta, float(alpha), float(beta))
-    assert best is not None
+    alphas, betas = (x.ravel() for x in np.meshgrid(EXPONENTS, EXPONENTS))
+    terms = [np.ones((len(alphas), len(n))), (n / scale_n) ** -alphas[:, None], (d / scale_d) ** -betas[:, None]]
+    columns = np.stack(terms, 1) / loss  # [pairs, 3, runs]
+    gram, wanted = columns @ columns.transpose(0, 2, 1) + 1e-12 * np.eye(3), columns.sum(2)
+    best = math.inf, (0.0, 0.0, 0.0, 1.0, 1.0)
+    for used in ([0], [1], [2], [0, 1], [0, 2], [1, 2], [0, 1, 2]):
+        weights = np.zeros((len(alphas), 3))
+        weights[:, used] = np.linalg.solve(gram[:, used][:, :, used], wanted[:, used, None])[..., 0]
+        errors = ((np.einsum("pc,pcr->pr", weights, columns) - 1) ** 2).sum(1)
+        errors[(weights < 0).any(1)] = math.inf
+        i = int(np.argmin(errors))
+        if errors[i] < best[0]:
+            (e, a, b), alpha, beta = weights[i].tolist(), float(alphas[i]), float(betas[i])
+            best = float(errors[i]), (e, a * scale_n**alpha, b * scale_d**beta, alpha, beta)
     return best[1]
 
 
-def not_negative(columns: Floats, wanted: Floats) -> Floats:
-    """Least squares with weights of at least 0: the most negative one is dropped until none is."""
-    used = list(range(columns.shape[1]))
-    while True:
-        weights = np.zeros(columns.shape[1])
-        weights[used] = np.linalg.lstsq(columns[:, used], wanted, rcond=None)[0]
-        if weights.min() >= 0 or len(used) == 1:
-            return weights.clip(0)
-        used.remove(int(np.argmin(weights)))
-
-
-def resampled(n: Floats, d: Floats, loss: Floats, rng: np.random.Generator, count: int = RESAMPLED // 5) -> list[Surface]:
+def resampled(
+    n: Floats, d: Floats, loss: Floats, rng: np.random.Generator, count: int = RESAMPLED // 2
+) -> list[Surface]:
     """Surfaces through the fitted losses with residuals drawn again."""
     law = surface(n, d, loss)
     fitted = np.array([at(law, *place) for place in zip(n, d)])
