@@ -174,7 +174,7 @@ class DLinear(nn.Module):
 
 
 class Patches(nn.Module):
-    """Instance norm, overlapping patches, a sequence model over them, one linear map from all its outputs (PatchTST)."""
+    """Instance norm, overlapping patches, a sequence model over them, a linear map from all outputs (PatchTST)."""
 
     def __init__(self, model: Forecaster, look_back: int, horizon: int):
         super().__init__()

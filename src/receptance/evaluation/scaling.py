@@ -156,7 +156,8 @@ def fit(rows: Sequence[Row]) -> Row | None:
     optimum = [optimal(s, ranges) for s in samples]
     return {
         "family": rows[0]["family"],
-        "points": [{"parameters": int(p), "tokens": int(t), "compute": float(c), "loss": float(z), "frontier": i in best}
+        "points": [{"parameters": int(p), "tokens": int(t), "compute": float(c), "loss": float(z),
+                    "frontier": i in best}
                    for i, (p, t, c, z) in enumerate(zip(n, d, compute, loss))],
         "compute": {"exponent": -slope, "intercept": intercept, "exponent_band": band([-s for s in slopes]),
                     "r2": 1 - float((left**2).sum()) / total if total else 1.0},
