@@ -21,7 +21,17 @@ MAY_IMPORT = {
     "generation": {"errors", "engine", "models", "tokenizers"},
     "training": {"errors", "ops", "models", "baselines", "data", "checkpoint", "tokenizers", "settings"},
     "server": {"errors", "settings", "engine", "tokenizers", "checkpoint", "models", "native"},
-    "evaluation": {"errors", "engine", "models", "baselines", "tokenizers", "training", "data", "checkpoint"},
+    "evaluation": {
+        "errors",
+        "engine",
+        "models",
+        "baselines",
+        "tokenizers",
+        "training",
+        "data",
+        "checkpoint",
+        "settings",
+    },
     "inspection": {"errors", "ops", "models", "tokenizers", "checkpoint", "evaluation"},
     "cli": None,  # the top of the house
     "__init__": None,

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from receptance.cli import build
 from receptance.errors import ConfigError
 from receptance.evaluation.compare import read_comparison
-from receptance.evaluation.memory import read_cells
+from receptance.evaluation.memory import read_trials
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 CONFIG = """
@@ -65,14 +65,14 @@ def test_a_grid_is_run_once_and_reported(tmp_path):
 def test_wrong_settings_are_named(tmp_path, old, new, match):
     (tmp_path / "memory.toml").write_text(CONFIG.replace(old, new, 1))
     with pytest.raises(ConfigError, match=match):
-        read_cells(tmp_path / "memory.toml")
+        read_trials(tmp_path / "memory.toml")
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("memory/*.toml")), ids=lambda path: path.stem)
 def test_examples_of_memory_are_accepted(path):
-    assert len(read_cells(path)[1]) >= 10
+    assert len(read_trials(path)[1]) >= 3
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("compare/*.toml")), ids=lambda path: path.stem)
 def test_examples_of_comparisons_are_accepted(path):
-    assert len(read_comparison(path).entries) >= 4
+    assert len(read_comparison(path).entries) >= 3

@@ -8,7 +8,7 @@ import torch
 
 from receptance.data import IGNORE
 from receptance.errors import ConfigError
-from receptance.evaluation.recall import grade, learn
+from receptance.evaluation.recall import Options, grade, learn
 from receptance.evaluation.synthetic import Copying, Group, Needle, Recall
 from receptance.training.config import ModelConfig
 
@@ -106,6 +106,6 @@ def test_grades_count_what_was_asked():
 @pytest.mark.parametrize("version", ["4", "5.2", "6", "7", "transformer", "lstm"])
 def test_every_model_learns_to_hold_one_pair(version):
     shape = ModelConfig(version=version, n_layer=2, n_embd=32, head_size=16)
-    _, found = learn(shape, Recall(8, 1, 8), [Recall(16, 1, 8)], steps=150, batch=64, lr=5e-3)
+    _, found = learn(shape, Recall(8, 1, 8), [Recall(16, 1, 8)], Options(150, 64, (5e-3,)))
     assert found.scores["recall of 1 pairs in 8"].accuracy > 0.6  # chance: 0.25
     assert set(found.scores) == {"recall of 1 pairs in 8", "recall of 1 pairs in 16"}

@@ -5,21 +5,33 @@ from typing import Annotated
 
 import typer
 
+from receptance.errors import ConfigError
+
 
 def command(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file with models and tasks.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[out=…] [root=…]", show_default=False)] = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")] = "cpu",
 ) -> None:
-    """Train small models on tests of memory: recall, needles, copying, groups.
+    """Train small models on tests of memory and reasoning: recall, needles, groups, ListOps, digits, questions.
 
-    Writes results.json, report.md and memory.png beside CONFIG, in its `out`. What is in results.json is not run again.
+    Writes results.json, report.md and memory.png into CONFIG's `out`. What has a result there is not run again, and
+    processes started on the same file share the work.
 
     \b
     Examples:
       receptance memory examples/memory/recall.toml
-      receptance memory examples/memory/groups.toml --device cuda
+      receptance memory examples/memory/digits.toml root=/path/to/mnist --device cuda
     """
     from receptance.evaluation.memory import run
 
-    out = run(config, device, lambda text: typer.echo(text, err=True))
+    out = run(config, device, lambda text: typer.echo(text, err=True), paths(overrides))
     typer.echo((out / "report.md").read_text(encoding="utf-8"), nl=False)
+
+
+def paths(overrides: list[str] | None) -> dict[str, str]:
+    """out=FOLDER and root=FOLDER. Raises ConfigError for anything else."""
+    given = dict(pair.split("=", 1) for pair in overrides or () if "=" in pair)
+    if len(given) < len(overrides or ()) or given.keys() - {"out", "root"}:
+        raise ConfigError(f"overrides {overrides}: expected out=FOLDER or root=FOLDER")
+    return {key: str(Path(value).resolve()) for key, value in given.items()}

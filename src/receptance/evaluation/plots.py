@@ -1,5 +1,6 @@
 """Pictures for papers, as PNG and SVG (extra [plots])."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import matplotlib
 
 matplotlib.use("Agg")  # no display is needed
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -68,24 +70,58 @@ def _kind(test: str) -> str:
 
 
 def draw_comparison(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Training loss against tokens and against time, and held-out bits per byte against tokens."""
-    names = [row["name"] for row in rows]
+    """Training loss against tokens and against time, and held-out bits per byte against tokens; means of seeds."""
+    names = list(dict.fromkeys(row["name"] for row in rows))
     figure, (by_tokens, by_time, held) = plt.subplots(1, 3, figsize=(13, 4))
-    for row in rows:
-        look = style(row["name"], names) | {"marker": None}
-        curve = row["curve"]
-        losses = smooth([point["loss"] for point in curve])
-        by_tokens.plot([point["tokens"] / 1e6 for point in curve], losses, label=row["name"], **look)
-        by_time.plot([point["seconds"] for point in curve], losses, **look)
-        looks = row["looks"]
-        texts = [name for name in looks[0] if name != "tokens"] if looks else []
+    for name in names:
+        mine = [row for row in rows if row["name"] == name]
+        look = style(name, names) | {"marker": None}
+        tokens, losses = mean_curve([[(p["tokens"], p["loss"]) for p in row["curve"]] for row in mine])
+        losses = smooth(losses)
+        by_tokens.plot([x / 1e6 for x in tokens], losses, label=name, **look)
+        seconds = [point["seconds"] for point in mine[0]["curve"]][: len(losses)]
+        by_time.plot(seconds, losses, **look)
+        texts = [text for text in mine[0]["looks"][0] if text != "tokens"] if mine[0]["looks"] else []
         for text in texts[:1]:
-            points = [(x["tokens"] / 1e6, x[text]) for x in looks if text in x]
-            held.plot(*zip(*points), markersize=4, **style(row["name"], names))
+            at, bits = mean_curve([[(x["tokens"], x[text]) for x in row["looks"] if text in x] for row in mine])
+            held.plot([x / 1e6 for x in at], bits, markersize=4, **style(name, names))
             tidy(held, "million tokens", f"bits per byte, {text}", "held out")
+    for axes, skip in ((by_tokens, 0.1), (by_time, 0.1), (held, 0.0)):
+        focus(axes, skip)
     tidy(by_tokens, "million tokens", "loss, nats per token", "training, against tokens")
     tidy(by_time, "seconds of training", "", "training, against time")
     by_tokens.legend(frameon=False, fontsize=9)
+    figure.tight_layout()
+    save(figure, path)
+
+
+def mean_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> tuple[list[float], list[float]]:
+    """The mean over seeds where all of them have a point."""
+    shared = [x for x, _ in curves[0] if all(any(x == other for other, _ in curve) for curve in curves)]
+    return shared, [sum(dict(curve)[x] for curve in curves) / len(curves) for x in shared]
+
+
+def focus(axes: Axes, skip: float) -> None:
+    """Leave out the first steps' fall, which hides all that follows."""
+    curves = [np.asarray(line.get_ydata(), float) for line in axes.get_lines()]
+    late = [float(y) for curve in curves for y in curve[int(skip * len(curve)) :]]
+    if late:
+        room = 0.05 * (max(late) - min(late)) + 1e-3
+        axes.set_ylim(min(late) - room, max(late) + room)
+
+
+def draw_long(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Bits per byte against position in long documents."""
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    figure, axes = plt.subplots(figsize=(7, 4.2))
+    for row in rows:
+        if "long" in row:
+            axes.plot(
+                row["long"]["end"], row["long"]["bits"], label=row["name"], markersize=4, **style(row["name"], names)
+            )
+    axes.set_xscale("log", base=2)
+    tidy(axes, "position, tokens", "bits per byte", "long documents, the state never reset")
+    axes.legend(frameon=False, fontsize=9)
     figure.tight_layout()
     save(figure, path)
 
@@ -100,16 +136,90 @@ def smooth(values: Sequence[float], keep: float = 0.8) -> list[float]:
 
 
 def draw_positions(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Cumulative time and size of the state against position."""
+    """Cumulative time, time of a token, and memory against position."""
     names = [row["name"] for row in rows]
-    figure, (times, memory) = plt.subplots(1, 2, figsize=(10, 4))
+    figure, (times, each, memory) = plt.subplots(1, 3, figsize=(13, 4))
     for row in rows:
         g, look = row["generation"], style(row["name"], names) | {"markersize": 3}
         times.plot(g["position"], g["seconds"], label=f"{row['name']}, exponent {g['exponent']:.2f}", **look)
-        memory.plot(g["position"], [x / 2**20 for x in g["state_bytes"]], **look)
+        each.plot(g["position"], g["milliseconds"], **look)
+        memory.plot(g["position"], [x / 2**20 for x in g["peak_bytes"] or g["state_bytes"]], **look)
     tidy(times, "position", "seconds since the start", "writing one token after the other")
-    tidy(memory, "position", "state or cache, MiB", "memory beside the weights")
+    tidy(each, "position", "milliseconds a token", "")
+    measured = any(row["generation"]["peak_bytes"] for row in rows)
+    tidy(memory, "position", "MiB", "peak memory beside the weights" if measured else "state or cache")
     memory.set_yscale("log")
+    for axes in (times, each):
+        axes.set_ylim(0)
     times.legend(frameon=False, fontsize=9)
+    figure.tight_layout()
+    save(figure, path)
+
+
+def draw_training(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Time and peak memory of a training step on one row, against its length."""
+    names = [row["name"] for row in rows]
+    figure, (times, memory) = plt.subplots(1, 2, figsize=(10, 4))
+    for row in rows:
+        t, look = row["training"], style(row["name"], names) | {"markersize": 4}
+        times.plot(t["length"], t["seconds"], label=f"{row['name']}, exponent {t['time_exponent']:.2f}", **look)
+        if t["peak_bytes"]:
+            label = f"{row['name']}, exponent {t['memory_exponent']:.2f}"
+            memory.plot(t["length"], [x / 2**30 for x in t["peak_bytes"]], label=label, **look)
+    for axes in (times, memory):
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+    tidy(times, "tokens in the row", "seconds a step", "training on one row")
+    tidy(memory, "tokens in the row", "GiB", "peak memory beside the weights")
+    times.legend(frameon=False, fontsize=9)
+    if any(row["training"]["peak_bytes"] for row in rows):
+        memory.legend(frameon=False, fontsize=9)
+    figure.tight_layout()
+    save(figure, path)
+
+
+def draw_scaling(laws: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Loss against compute with the line through the best runs, and the compute-optimal size."""
+    names = [law["family"] for law in laws]
+    figure, (losses, sizes) = plt.subplots(1, 2, figsize=(11.5, 4.4))
+    for law in laws:
+        look = style(law["family"], names)
+        colour, line = look["color"], law["compute"]
+        points = law["points"]
+        for size in sorted({p["parameters"] for p in points}):
+            mine = sorted((p["compute"], p["loss"]) for p in points if p["parameters"] == size)
+            losses.plot(*zip(*mine), color=colour, alpha=0.35, linewidth=0.8)
+        best = [p for p in points if p["frontier"]]
+        rest = [p for p in points if not p["frontier"]]
+        losses.scatter([p["compute"] for p in rest], [p["loss"] for p in rest], s=12, color=colour, alpha=0.35)
+        losses.scatter(
+            [p["compute"] for p in best], [p["loss"] for p in best], s=26, color=colour, marker=look["marker"]
+        )
+        ends = [min(p["compute"] for p in points), max(p["compute"] for p in points)]
+        label = f"{law['family']}: C^-{line['exponent']:.3f}, r² {line['r2']:.3f}"
+        losses.plot(
+            ends, [math.exp(line["intercept"]) * x ** -line["exponent"] for x in ends], "--", color=colour, label=label
+        )
+        held = law["held_out"]
+        compute = 6 * held["parameters"] * held["tokens"]
+        low, high = (abs(edge - held["predicted"]) for edge in held["band"])
+        losses.errorbar([compute * 1.15], [held["predicted"]], [[low], [high]], color=colour, marker="x", capsize=3)
+        optimum = law["optimum"]
+        sizes.plot(
+            optimum["compute"],
+            optimum["parameters"],
+            color=colour,
+            label=f"{law['family']}: C^{law['surface']['a']:.2f}",
+        )
+        sizes.fill_between(optimum["compute"], *optimum["band"], color=colour, alpha=0.15, linewidth=0)
+        sizes.scatter(
+            [p["compute"] for p in best], [p["parameters"] for p in best], s=20, color=colour, marker=look["marker"]
+        )
+    for axes in (losses, sizes):
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.legend(frameon=False, fontsize=9)
+    tidy(losses, "compute 6ND, FLOP", "bits per byte, held out", "x: the largest run as predicted without it")
+    tidy(sizes, "compute 6ND, FLOP", "parameters", "compute-optimal size, with the best runs")
     figure.tight_layout()
     save(figure, path)

@@ -14,8 +14,14 @@ from receptance.errors import ConfigError
 Ids = NDArray[np.int64]
 
 
+TESTED = 512  # rows of a test whose examples are made by rule
+
+
 class Task(Protocol):
-    """examples: `n` rows of tokens and targets [n, length], targets IGNORE where nothing is asked."""
+    """examples: `n` rows of tokens and targets [n, length], targets IGNORE where nothing is asked.
+
+    held: other rows, to choose a learning rate and an end by; test: those that are reported, of kinds `groups`.
+    """
 
     @property
     def name(self) -> str: ...
@@ -25,16 +31,31 @@ class Task(Protocol):
     def length(self) -> int: ...
     def examples(self, n: int, rng: np.random.Generator) -> tuple[Ids, Ids]: ...
 
+    def held(self, n: int, rng: np.random.Generator) -> tuple[Ids, Ids]:
+        return self.examples(n, rng)
+
+    def test(self, rng: np.random.Generator) -> tuple[Ids, Ids]:
+        return self.examples(TESTED, rng)
+
+    def groups(self) -> list[str]:
+        """The kind of each row of `test`, where rows have one."""
+        return []
+
 
 def choose(rng: np.random.Generator, n: int, count: int, take: int, weights: Ids | None = None) -> Ids:
     """[n, take] different numbers below `count` in each row, drawn one after another with the given odds."""
+    if weights is None and take * take <= count:  # rows are drawn again until they have no number twice: mostly once
+        found = rng.integers(0, count, (n, take))
+        while len(again := np.flatnonzero((np.diff(np.sort(found, axis=1), axis=1) == 0).any(1))):
+            found[again] = rng.integers(0, count, (len(again), take))
+        return found
     odds = np.zeros(count) if weights is None else np.log(weights)
     # the largest of log-odds plus Gumbel noise are a draw without replacement
     return np.argsort(-(odds + rng.gumbel(size=(n, count))), axis=1)[:, :take]
 
 
 @dataclass(frozen=True)
-class Recall:
+class Recall(Task):
     """Multi-query associative recall (Arora et al., Zoology, 2023): pairs of key and value, then every key once more.
 
     A key stands again at place 2·pairs + 2g, the gaps g different and drawn with odds (g + 1)^(power - 1); the value is
@@ -76,7 +97,7 @@ class Recall:
 
 
 @dataclass(frozen=True)
-class Needle:
+class Needle(Task):
     """One value behind a mark somewhere in filler; at the end the mark again, and the value is asked for.
 
     distance: tokens between the value and the question; 0: any. Ids: 0 the mark, then values, then filler.
@@ -114,7 +135,7 @@ class Needle:
 
 
 @dataclass(frozen=True)
-class Copying:
+class Copying(Task):
     """`symbols` random symbols, a mark (id 0), and the same again, all of it asked for."""
 
     symbols: int = 16
@@ -139,7 +160,7 @@ class Copying:
 
 
 @dataclass(frozen=True)
-class Group:
+class Group(Task):
     """State tracking: random elements of a group, and at each place the product of all so far is asked for.
 
     group: "Z2" (parity), any "Zn", "S3", "S4", "S5", "A4" or "A5" (permutations, all or the even ones).

@@ -293,9 +293,23 @@ class RWKV(nn.Module):
             raise ValueError(f"a state of {state.batch} rows for {batch} rows of tokens")
         self.check_state(state)
 
-        recompute = self._recompute(tokens.is_cuda)
+        x, state = self.sequence(self.emb(tokens), state, lengths=lengths, resets=resets, backend=backend)
+        return x, state, single, lengths
+
+    def sequence(
+        self,
+        x: Tensor,
+        state: State | None = None,
+        *,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        backend: str | Operators = "auto",
+    ) -> tuple[Tensor, State]:
+        """ln0, the blocks and ln_out: vectors of anything [B, T, C] → [B, T, C], and the state."""
+        state = self.zero_state(len(x)) if state is None else state
+        recompute = self._recompute(x.is_cuda)
         call = Call(lengths, backend, self.dropout if self.training else 0.0, resets, recompute)
-        x = call.drop(self.blocks[0].ln0(self.emb(tokens)))  # type: ignore[operator]
+        x = call.drop(self.blocks[0].ln0(x))  # type: ignore[operator]
         v_first: Tensor | None = None
         after = []
         for i, block in enumerate(self.blocks):
@@ -309,12 +323,7 @@ class RWKV(nn.Module):
             else:
                 x, v_first, new = block(x, v_first, state.layer(i), call)
             after.append(new)
-        return (
-            call.norm(x, self.ln_out),
-            State({name: torch.stack([n[name] for n in after]) for name in state}),
-            single,
-            lengths,
-        )
+        return call.norm(x, self.ln_out), State({name: torch.stack([n[name] for n in after]) for name in state})
 
     def _recompute(self, on_gpu: bool) -> Recompute | None:
         """None where nothing is kept for a backward pass, or others decide what is."""

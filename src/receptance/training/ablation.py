@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from receptance.errors import ConfigError
 from receptance.models import RWKV
@@ -19,7 +19,8 @@ def without(recipe: Recipe, model: RWKV, ideas: tuple[str, ...]) -> Recipe:
 
     small-embedding: N(0, 0.02) instead of U(±1e-4) or so. zero-matrices: U(±1/sqrt(inputs)), as torch has it, for every
     matrix that starts at zero. decay-spread, mix-spread: one value for all channels of a layer, their mean. lr-groups:
-    one learning rate. token-shift: mixes at the present token, not trained (call `freeze` too). Raises ConfigError.
+    one learning rate. token-shift: mixes at the present token, not trained (call `freeze` too). ln0: no norm after the
+    embedding (`freeze`); the result is for comparison only, for no file format leaves it out. Raises ConfigError.
     """
     version = str(model.config.version)[0]
     if ideas and version not in "4567":
@@ -54,11 +55,13 @@ def is_mix(name: str) -> bool:
 
 
 def freeze(model: RWKV, ideas: tuple[str, ...]) -> None:
-    """What training must leave alone."""
+    """What training must leave alone, or do without."""
     if "token-shift" in ideas:
         for name, parameter in model.named_parameters():
             if is_mix(name):
                 parameter.requires_grad_(False)
+    if "ln0" in ideas:
+        model.blocks[0].ln0 = nn.Identity()
 
 
 def _flat(rule: Rule) -> Rule:

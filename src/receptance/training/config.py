@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 VERSIONS = ("4", "5.0", "5.1", "5.2", "6", "7")
 BASELINES = ("transformer", "lstm", "gru")
-IDEAS = ("small-embedding", "zero-matrices", "decay-spread", "mix-spread", "lr-groups", "token-shift")
+IDEAS = ("small-embedding", "ln0", "zero-matrices", "decay-spread", "mix-spread", "lr-groups", "token-shift")
 HEADLESS = ("4", "lstm", "gru")
 
 

@@ -1,0 +1,28 @@
+"""`receptance forecast`: time series, RWKV against what is used for them."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from receptance.cli.memory import paths
+
+
+def command(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file with a table and models.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[out=…] [root=…]", show_default=False)] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")] = "cpu",
+) -> None:
+    """Train forecasters of time series and compare their errors on the last part of the table.
+
+    Writes results.json and report.md into CONFIG's `out`. What has a result there is not run again, and processes
+    started on the same file share the work.
+
+    \b
+    Examples:
+      receptance forecast examples/forecast/etth1.toml root=/path/to/tables --device cuda
+    """
+    from receptance.evaluation.forecast import run
+
+    out = run(config, device, lambda text: typer.echo(text, err=True), paths(overrides))
+    typer.echo((out / "report.md").read_text(encoding="utf-8"), nl=False)

@@ -1,0 +1,61 @@
+"""A grid of small runs: one file of results each, so that any number of processes can share the work."""
+
+import fcntl
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from receptance.checkpoint.atomic import replacing
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """name: for people. key: everything that the result depends on; another key is another file. make: the work."""
+
+    name: str
+    key: str
+    make: Callable[[], Row]
+
+    def file(self, folder: Path) -> Path:
+        plain = "".join(c if c.isalnum() or c in "-._" else "-" for c in self.name)
+        return folder / f"{plain[:80]}-{hashlib.sha256(self.key.encode()).hexdigest()[:8]}.json"
+
+
+def fill(folder: Path, cells: Iterable[Cell], tell: Callable[[str], None]) -> list[Row | None]:
+    """The result of each cell. What has one is not made again; what another process is at is left to it (None).
+
+    A process that dies leaves nothing behind: its cell is free again, its other results stay.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    return [_fill_one(cell, cell.file(folder), tell) for cell in cells]
+
+
+def _fill_one(cell: Cell, path: Path, tell: Callable[[str], None]) -> Row | None:
+    lock = path.with_suffix(".lock")
+    if not path.exists():
+        with open(lock, "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return None
+            if not path.exists():
+                tell(f"— {cell.name}")
+                row = cell.make()
+                with replacing(path) as target:
+                    target.write(json.dumps({"cell": cell.name, **row}, indent=1).encode())
+            with suppress(FileNotFoundError):
+                lock.unlink()
+    found: Row = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def finished(folder: Path, cells: Iterable[Cell]) -> list[Row]:
+    """The results that there are, in the cells' order."""
+    files = (cell.file(folder) for cell in cells)
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
