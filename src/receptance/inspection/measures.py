@@ -33,7 +33,8 @@ def reach(layer: Layer) -> Tensor:
     weights = reads(layer)[0].abs() * layer.inputs["v"].norm(dim=-1).T  # [T, H, T]
     at = torch.arange(length, device=weights.device)
     distance = (at[:, None] - at).clamp(min=0)[:, None]
-    return (weights * distance).sum((0, 2)) / weights.sum((0, 2)).clamp(min=1e-30)
+    found: Tensor = (weights * distance).sum((0, 2)) / weights.sum((0, 2)).clamp(min=1e-30)
+    return found
 
 
 def shares_of_the_past(block: torch.nn.Module) -> dict[str, Tensor]:
