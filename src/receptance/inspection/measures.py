@@ -71,8 +71,7 @@ def held(layer: Layer, most: int = 64) -> Held:
     length = len(inputs["k"])
     positions = sorted({round(i * (length - 1) / max(most - 1, 1)) for i in range(most)} | {length - 1})
     if not layer.matrix:
-        averages = _averages(layer)
-        return Held(positions, averages[positions].norm(dim=-1, keepdim=True), None)
+        return Held(positions, _averages(layer)[0][positions].norm(dim=-1, keepdim=True), None)
     state, kept = layer.start, []
     decay = inputs["w"].exp().expand_as(inputs["k"])
     for t in range(length):
@@ -87,17 +86,18 @@ def held(layer: Layer, most: int = 64) -> Held:
     return Held(positions, states.norm(dim=(-1, -2)), entropy.exp())
 
 
-def _averages(layer: Layer) -> Tensor:
-    """RWKV-4's memory as the average that it is, num / den after each token, [T, A]."""
+def _averages(layer: Layer) -> tuple[Tensor, Tensor]:
+    """RWKV-4's memory as the average that it is, num / den after each token, and that token's share of it, [T, A]."""
     w, k, v = (layer.inputs[name] for name in "wkv")
     num, den, top = layer.start
-    found = []
+    averages, shares = [], []
     for t in range(len(k)):
         new = torch.maximum(top + w, k[t])
         past, now = (top + w - new).exp(), (k[t] - new).exp()
         num, den, top = past * num + now * v[t], past * den + now, new
-        found.append(num / den)
-    return torch.stack(found)
+        averages.append(num / den)
+        shares.append(now / den)
+    return torch.stack(averages), torch.stack(shares)
 
 
 def strengths(layer: Layer) -> tuple[Tensor, Tensor]:
@@ -107,22 +107,14 @@ def strengths(layer: Layer) -> tuple[Tensor, Tensor]:
     Σ iclr·kk²; RWKV-5 and 6: the mean share that decays. RWKV-4 (H = 1): the share of the new token in the average that
     is read, and of the past that is outweighed.
     """
+    if not layer.matrix:
+        share = _averages(layer)[1].mean(-1, keepdim=True)
+        return share, share
     inputs = layer.inputs
+    written = inputs["k"].norm(dim=-1) * inputs["v"].norm(dim=-1)
     if "a" in inputs:
-        return inputs["k"].norm(dim=-1) * inputs["v"].norm(dim=-1), -(inputs["a"] * inputs["b"]).sum(-1)
-    if layer.matrix:
-        removed = 1 - inputs["w"].exp().expand_as(inputs["k"]).mean(-1)
-        return inputs["k"].norm(dim=-1) * inputs["v"].norm(dim=-1), removed
-    w, k = inputs["w"], inputs["k"]
-    _, den, top = layer.start
-    shares = []
-    for t in range(len(k)):
-        new = torch.maximum(top + w, k[t])
-        past, now = (top + w - new).exp() * den, (k[t] - new).exp()
-        den, top = past + now, new
-        shares.append((now / den).mean())
-    written = torch.stack(shares)[:, None]
-    return written, written
+        return written, -(inputs["a"] * inputs["b"]).sum(-1)
+    return written, 1 - inputs["w"].exp().expand_as(inputs["k"]).mean(-1)
 
 
 @dataclass
