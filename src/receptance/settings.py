@@ -1,13 +1,25 @@
 """Configuration: frozen dataclasses from TOML tables, with errors that name the key, what was found and expected."""
 
+import tomllib
 import types
 from collections.abc import Mapping
 from dataclasses import is_dataclass
-from typing import TypeVar, Union, get_args, get_origin, get_type_hints
+from pathlib import Path
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from receptance.errors import ConfigError
 
 T = TypeVar("T")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file. Raises ConfigError when there is none, or it cannot be read as one."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
 
 
 def build(cls: type[T], raw: Mapping[str, object], where: str) -> T:

@@ -5,7 +5,6 @@ import json
 import math
 import shutil
 import statistics
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -26,7 +25,7 @@ from receptance.evaluation.costs import positions, training
 from receptance.evaluation.score import PlainScorer
 from receptance.evaluation.tasks import choice_of, lambada, multiple_choice, read_rows, sample
 from receptance.models import RWKV
-from receptance.settings import build
+from receptance.settings import build, read_toml
 from receptance.tokenizers import tokenizer as open_tokenizer
 from receptance.tokenizers.base import Tokenizer
 from receptance.training.config import TrainConfig, read_config, to_json
@@ -99,12 +98,7 @@ def read_comparison(path: Path, overrides: Sequence[str] = ()) -> Comparison:
 
     A model has a name, settings of [model], and others as `optim.lr = …` under [models.optim]. Raises ConfigError.
     """
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    raw = read_toml(path)
     return read_models(path, raw, overrides)
 
 

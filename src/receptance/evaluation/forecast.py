@@ -8,7 +8,6 @@ import lzma
 import math
 import statistics
 import time
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -23,7 +22,7 @@ from receptance.checkpoint.atomic import replacing
 from receptance.errors import ConfigError
 from receptance.evaluation import grid
 from receptance.models import RWKV, apply_recipe
-from receptance.settings import build
+from receptance.settings import build, read_toml
 from receptance.training.config import VERSIONS, ModelConfig, RunConfig, TrainConfig
 from receptance.training.loop import new_model
 from receptance.training.optim import param_groups
@@ -74,12 +73,7 @@ class Forecasts:
 
 def read_forecasts(path: Path, overrides: Mapping[str, str] = {}) -> Forecasts:
     """A TOML file with [[models]]. overrides: of `out` and `root`, the folder of `file`. Raises ConfigError."""
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    raw = read_toml(path)
     folder = path.resolve().parent
     root = folder / overrides.get("root", ".")
     raw["file"] = str(root / str(raw.get("file", "")))

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import statistics
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +15,7 @@ from receptance.evaluation import grid
 from receptance.evaluation.classify import Digits, ListOps, Questions
 from receptance.evaluation.recall import Options, as_rows, learn
 from receptance.evaluation.synthetic import Copying, Group, Needle, Recall, Task
-from receptance.settings import build
+from receptance.settings import build, read_toml
 from receptance.training.config import BASELINES, VERSIONS, ModelConfig
 
 TASKS: dict[str, Callable[..., Task]] = {
@@ -58,12 +57,7 @@ def read_trials(path: Path, overrides: Mapping[str, str] = {}) -> tuple[Path, li
     [train]: `receptance.evaluation.recall.Options`; a model or a task may have its own. overrides: of `out` and `root`,
     where files are.
     """
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    raw = read_toml(path)
     raw |= overrides
     if unknown := raw.keys() - {"out", "root", "seeds", "train", "models", "tasks"}:
         raise ConfigError(f"{path}: unknown {sorted(unknown)}; there are out, root, seeds, train, models, tasks")

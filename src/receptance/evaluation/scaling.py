@@ -2,7 +2,6 @@
 
 import json
 import math
-import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from receptance.checkpoint.atomic import replacing
 from receptance.errors import ConfigError
 from receptance.evaluation import grid
 from receptance.evaluation.compare import Comparison, Entry, cell, read_models
+from receptance.settings import read_toml
 from receptance.training.report import Reporter
 
 Floats = NDArray[np.float64]
@@ -36,14 +36,10 @@ def read_ladder(path: Path, overrides: Sequence[str] = ()) -> tuple[Comparison, 
     optim.lr is that of the widest size; the others' is larger by the root of the ratio of widths, estimated from
     parameters and layers. A family's own n_layer stays. Returns (family, entry) pairs. Raises ConfigError.
     """
+    raw = read_toml(path)
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
         sizes = [Size(**size) for size in raw.pop("sizes")]
         budgets = [int(tokens) for tokens in raw.pop("budgets")]
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from None
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{path}: needs sizes, a list of {{n_layer, parameters}}, and budgets, of tokens ({error})"

@@ -9,7 +9,7 @@ from typing import Any
 
 from receptance.errors import ConfigError
 from receptance.server.names import NAME
-from receptance.settings import build
+from receptance.settings import build, read_toml
 
 DEFAULT_CONFIG_FOLDER = Path.home() / ".local" / "state" / "receptance" / "server"
 
@@ -143,12 +143,7 @@ def read_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Serve
     """
     raw: dict[str, Any] = {}
     if path is not None:
-        try:
-            raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(f"{path}: no such file") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: not valid TOML: {error}") from None
+        raw = read_toml(Path(path))
     for text in overrides:
         _put(raw, text)
     config = build(ServerConfig, raw, "")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar, get_type_hints
 
 from receptance.errors import ConfigError
-from receptance.settings import build
+from receptance.settings import build, read_toml
 
 T = TypeVar("T")
 
@@ -189,12 +189,7 @@ def read_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Train
     raw: dict[str, object] = {}
     folder = Path.cwd()
     if path is not None:
-        try:
-            raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(f"{path}: no such file") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: not valid TOML: {error}") from None
+        raw = read_toml(Path(path))
         folder = Path(path).resolve().parent
     config = build(TrainConfig, raw, "")
     config = replace(config, data=replace(config.data, root=str(folder / config.data.root)))
