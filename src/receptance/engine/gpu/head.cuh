@@ -68,7 +68,7 @@ template <int STRIDE, int... RANKS> struct LowRank {
 };
 
 /// GroupNorm(y) of one head, y in shared memory: what the n-th channel becomes.
-DEVICE float normed(const float (&y)[N], int n, int channel, float eps, const u16* weight, const u16* bias) {
+DEVICE float normed(const float (&y)[N], int n, float eps, float weight, float bias) {
     const int lane = threadIdx.x % 32;
     float sum = 0.f, squares = 0.f;
 #pragma unroll
@@ -77,7 +77,7 @@ DEVICE float normed(const float (&y)[N], int n, int channel, float eps, const u1
 #pragma unroll
     for (int i = 0; i < N; i += 32) squares += (y[i + lane] - mean) * (y[i + lane] - mean);
     const float scale = 1.f / sqrtf(sum_of_warp(squares) / N + eps);
-    return (y[n] - mean) * scale * wide_at(weight + channel) + wide_at(bias + channel);
+    return (y[n] - mean) * scale * weight + bias;
 }
 
 #ifdef HALF_STATE

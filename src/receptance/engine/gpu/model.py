@@ -23,6 +23,7 @@ NONE, TANH, SIGMOID, RELU_SQUARE = range(4)
 WRITE, ADD, LOGITS, GATED = range(4)
 SHARED_BYTES = 227 * 1024  # of a multiprocessor
 NORM_THREADS, WARPS, DEPTH = 256, 16, 4
+STEP_THREADS = 1024  # of a multiprocessor, that step states of many rows; their registers fill it
 FEW_ROWS = 16  # for which the time mix applies low-rank maps itself
 GEMV_ROWS = 32  # up to which products are made by `gemv`
 MOST_TOKENS = 16384  # of one prefill call; offsets within a buffer are 32-bit
@@ -250,6 +251,11 @@ class GpuModel:
     @cached_property
     def _rows(self) -> Buffers:
         return Buffers(self, self.most_rows)
+
+    def shares(self, rows: int, heads: int, threads: int) -> int:
+        """Into how many equal shares the rows go, so that blocks of `heads` times these fit on the GPU at once."""
+        most = max(1, self._processors * (STEP_THREADS // threads) // heads)
+        return -(-rows // -(-rows // most))
 
     def _tasks(self, projection: Projection, tile: int) -> Tensor:
         """What each tile of rows of the matrix does, see Task in gemv.cu: [tasks, 5] of 64 bits."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from receptance.engine.gpu.model import (
     NONE,
     SIGMOID,
+    STEP_THREADS,
     TANH,
     WRITE,
     Buffers,
@@ -65,9 +66,10 @@ class TimeMix7:
             parts.append(Part(rank, mix, 3, activation, first, max(self.ranks)))
             first += rank
         self.projection = Projection(tuple(parts), (self.c, self.c, self.c, sum(self.ranks)))
-        names = "RANK_V", "RANK_W", "RANK_A", "RANK_G", "RANK_ROWS"
+        names = "RANK_V", "RANK_W", "RANK_A", "RANK_G", "RANK_ROWS", "STEP_THREADS"
+        sizes = dict(zip(names, (*self.ranks, max(self.ranks), STEP_THREADS)))
         half = {} if gpu.state_dtype == torch.float32 else {"HALF_STATE": 1}
-        self._kernels = gpu.load("wkv7.cu", HEAD=self.n, **dict(zip(names, (*self.ranks, max(self.ranks)))), **half)
+        self._kernels = gpu.load("wkv7.cu", HEAD=self.n, **sizes, **half)
         self.heads_eps = 64e-5
 
     def layer(self, block: Any, cast: Cast) -> TimeLayer:
@@ -102,15 +104,19 @@ class TimeMix7:
         state = gpu.state["wkv"][index]
         rkv = b.time.flat[: 3 * b.rows * c].view(3, b.rows, c)
         rest = b.own.v_first, int(index == 0), state, slots, *own.vectors, self.heads_eps, b.att
-        grid, threads = (self.h, batch), 4 * self.n
+        threads = 4 * self.n
         if is_few:
             gpu.project(time.inputs, b.mixed[0, :batch], b.time.flat, WRITE, projection=self.projection)
             hidden = b.time.regions[3]
+            grid = self.h, batch
             self._kernels.wkv7_step(grid, threads, rkv, b.rows * c, hidden, own.low_rank, *rest, chained=True)
         else:
             torch.bmm(b.mixed[: V + 1, :batch], own.rkv, out=rkv[:, :batch])
             self._low_rank(own, b, batch)
-            self._kernels.wkv7_step_many(grid, threads, rkv, b.rows * c, b.own.low, b.rows * c, *rest, chained=True)
+            grid = self.h, gpu.shares(batch, self.h, threads)
+            self._kernels.wkv7_step_many(
+                grid, threads, rkv, b.rows * c, b.own.low, b.rows * c, *rest, batch, chained=True
+            )
 
     def _low_rank(self, own: Weights, b: Buffers, rows: int) -> None:
         """b.own.low: the low-rank maps of the last four mixes."""

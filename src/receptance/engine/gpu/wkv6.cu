@@ -103,7 +103,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) wkv6_step(
     if (quarter == 0) m.y[value] = sum + m.bonus * mine_v;
     __syncthreads();
     if (mine) {
-        const float x = normed(m.y, n, channel, eps, norm_weight, norm_bias);
+        const float x = normed(m.y, n, eps, wide_at(norm_weight + channel), wide_at(norm_bias + channel));
         out[at] = narrow(gate ? x * silu(E::wide(load_fresh(gate + at))) : x);
     }
 }
