@@ -5,8 +5,8 @@
 // Sums that decide something are integers (probabilities in units of 2^-40), so that their order does not matter.
 #include "gpu.cuh"
 
-constexpr int THREADS = 1024, BINS = 2 * THREADS;
-constexpr float UNIT = 1099511627776.f;  // 2^40
+constexpr int THREADS = 1024, BINS = 2 * THREADS, LIST = 4096, WARPS = THREADS / 32, STRIDE = 128;
+constexpr float ROOT = 1048576.f;  // of 2^40
 
 /// A row of the table (SampleRow in native/library.py). top_k = V and top_p > 1 cut nothing. room: for adjusted logits [V], where
 /// there are penalties or biases. allowed [ceil(V / 32)]: a bit for each token that may come, or null. With penalties: occurrence [V] and seen [V] (0 never, 1 in the prompt, 2 generated) count,
@@ -25,19 +25,32 @@ struct Row {
 };
 
 struct Shared {
-    u64 mass[BINS];
-    u32 count[BINS];
+    u32 low[BINS], high[BINS], count[BINS];  // a bin's mass in two words: atomics of 64 bits are loops
     u64 sums[THREADS / 32];
     u64 total;
     float tops[THREADS / 32];
     int ids[THREADS / 32];
-    u32 bin, counted;
+    u32 bin, counted, listed;
     u64 massed;
+    float list[LIST];  // distances
 };
 
-DEVICE u64 units(float distance) { return (u64)(ex2(-LOG2_E * distance) * UNIT + 0.5f); }
+/// e^-distance in units, rounded; in two steps because conversions to 64 bits are slow.
+DEVICE u64 units(float distance) {
+    const float x = ex2(-LOG2_E * distance) * ROOT;
+    const u32 high = (u32)x;
+    return ((u64)high << 20) + (u32)((x - (float)high) * ROOT + 0.5f);
+}
+DEVICE void add_mass(Shared& m, u32 bin, u64 mass) {
+    const u32 low = (u32)mass, before = atomicAdd(&m.low[bin], low), high = (u32)(mass >> 32) + (before + low < before);
+    if (high) atomicAdd(&m.high[bin], high);
+}
 DEVICE u64 shuffle_up(u64 x, int by) {
     const u32 low = __shfl_up_sync(~0u, (u32)x, by), high = __shfl_up_sync(~0u, (u32)(x >> 32), by);
+    return (u64)high << 32 | low;
+}
+DEVICE u64 shuffle(u64 x, int lane) {
+    const u32 low = __shfl_sync(~0u, (u32)x, lane), high = __shfl_sync(~0u, (u32)(x >> 32), lane);
     return (u64)high << 32 | low;
 }
 /// The sum of x over all threads before this one; `total` gets that over all.
@@ -94,24 +107,39 @@ DEVICE u32 largest_kept(Shared& m, int vocab, u32 k, double top_p, float top, Lo
     // then the one that matters in 2048 ranges of bits, until a range is one number
     u32 low = 0, high = 0x7f800001, counted = 0;
     u64 massed = 0, wanted = ~0ull;
+    const bool counts_matter = k < (u32)vocab;
     int shift = -1;
 #pragma unroll 1
     while (high - low > 1) {
-        for (int i = threadIdx.x; i < BINS; i += THREADS) m.mass[i] = 0, m.count[i] = 0;
+        for (int i = threadIdx.x; i < BINS; i += THREADS) m.low[i] = m.high[i] = m.count[i] = 0;
+        if (threadIdx.x == 0 && m.listed > LIST) m.listed = 0;
         __syncthreads();
-        for_all(vocab, load, [&](int, float x) {
-            const float d = top - x;
+        const u32 listed = m.listed;
+        __syncthreads();
+        const auto enter = [&](float d) {
             const u32 bits = __float_as_uint(d);
-            if (bits < low || bits >= high) return;
+            if (bits < low || bits >= high) return false;
             const u32 bin = shift < 0 ? (d < BINS / 64 ? (u32)(d * 64.f) : BINS - 1) : (bits - low) >> shift;
-            atomicAdd(&m.count[bin], 1u);
+            if (counts_matter) atomicAdd(&m.count[bin], 1u);
             const u64 mass = units(d);
-            if (mass) atomicAdd(&m.mass[bin], mass);
-        });
+            if (mass) add_mass(m, bin, mass);
+            return true;
+        };
+        if (listed) {  // all that lies in the range
+            for (u32 i = threadIdx.x; i < listed; i += THREADS) enter(m.list[i]);
+        } else {
+            for_all(vocab, load, [&](int, float x) {
+                const float d = top - x;
+                if (!enter(d) || shift < 0) return;
+                const u32 at = atomicAdd(&m.listed, 1u);
+                if (at < LIST) m.list[at] = d;
+            });
+        }
         __syncthreads();
         // each thread two bins: the one in which the sums reach their goals
         const int bin = threadIdx.x * 2;
-        const u64 c0 = m.count[bin], c1 = m.count[bin + 1], m0 = m.mass[bin], m1 = m.mass[bin + 1];
+        const auto mass_of = [&](int i) { return (u64)m.high[i] << 32 | m.low[i]; };
+        const u64 c0 = m.count[bin], c1 = m.count[bin + 1], m0 = mass_of(bin), m1 = mass_of(bin + 1);
         const u64 counts = counted + sum_before(c0 + c1, m), masses = massed + sum_before(m0 + m1, m);
         if (shift < 0 && top_p < 1.) wanted = (u64)(top_p * (double)m.total + 0.5);
         const auto reached = [&](u64 count, u64 mass) { return count >= k || mass >= wanted; };
@@ -192,6 +220,7 @@ extern "C" __global__ void __launch_bounds__(1024) sample(
         if (x > top || (x == top && i < best)) top = x, best = i;
     }
     is_number = __ballot_sync(~0u, is_number) == ~0u;
+    if (threadIdx.x == 0) m.listed = 0;
     if (lane == 0) m.tops[warp] = is_number ? top : __uint_as_float(0x7fc00000), m.ids[warp] = best;
     __syncthreads();
     top = m.tops[0], best = m.ids[0];
@@ -211,31 +240,46 @@ extern "C" __global__ void __launch_bounds__(1024) sample(
             const float most = -LN_2 * lg2(p.min_p) * 1.000001f;
             if (!(most >= __uint_as_float(kept))) kept = most > 0.f ? __float_as_uint(most) : 0u;
         }
-        // each thread's own run of ids, so that sums follow their order
-        const int each = (vocab + 4 * THREADS - 1) / (4 * THREADS) * 4, first = threadIdx.x * each;
+        // each warp a run of ids, which its lanes read side by side; what comes before a run is all that order decides
+        const int each = (vocab + WARPS * STRIDE - 1) / (WARPS * STRIDE) * STRIDE, first = warp * each;
         const int end = first + each < vocab ? first + each : vocab;
         const float scale = 1.f / (p.temperature > 1e-6f ? p.temperature : 1e-6f);
-        const auto share = [&](int i, float x) {
-            const float d = top - x;
-            return i < end && __float_as_uint(d) <= kept ? units(d * scale) : 0ull;
-        };
-        u64 mine = 0;
-#pragma unroll 4
-        for (int i = first; i < end; i += 4) {
+        const auto shares = [&](int i, u64 (&share)[4]) {
             const Four x = logit(i);
-            for (int j = 0; j < 4; ++j) mine += share(i + j, x.f[j]);
-        }
-        u64 before = sum_before(mine, m);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                const float d = top - x.f[j];
+                share[j] = i + j < end && __float_as_uint(d) <= kept ? units(d * scale) : 0ull;
+            }
+            return share[0] + share[1] + share[2] + share[3];
+        };
+        u64 mine = 0, share[4];
+#pragma unroll 4
+        for (int i = first + 4 * lane; i < end; i += STRIDE) mine += shares(i, share);
+        const u64 lanes_before = sum_before(mine, m);
+        u64 before = shuffle(lanes_before, 0);
         u64 point = (u64)(p.uniform * (double)m.total);
         if (point >= m.total) point = m.total - 1;
-        if (before <= point && point < before + mine)
-            for (int i = first; i < end; ++i) {
-                before += share(i, logit(i / 4 * 4).f[i % 4]);
-                if (point < before) {
-                    m.ids[0] = i;
-                    break;
+        if (before <= point && point < shuffle(lanes_before + mine, 31)) {
+#pragma unroll 4
+            for (int start = first; start < end; start += STRIDE) {
+                const u64 here = start + 4 * lane < end ? shares(start + 4 * lane, share) : 0;
+                u64 sum = here;
+#pragma unroll
+                for (int by = 1; by < 32; by *= 2) {
+                    const u64 other = shuffle_up(sum, by);
+                    if (lane >= by) sum += other;
                 }
+                u64 from = before + sum - here;
+                if (here && from <= point && point < from + here)
+#pragma unroll
+                    for (int j = 0; j < 4; ++j) {
+                        if (from <= point && point < from + share[j]) m.ids[0] = start + 4 * lane + j;
+                        from += share[j];
+                    }
+                before += shuffle(sum, 31);
             }
+        }
         __syncthreads();
         token = m.ids[0];
     }

@@ -12,8 +12,8 @@ from torch import Tensor
 from receptance.engine.table_sampler import TableSampler
 from receptance.ops import cuda
 
-THREADS, BINS = 1024, 2048
-SHARED_BYTES = BINS * 12 + THREADS // 32 * 16 + 32
+THREADS, BINS, LIST = 1024, 2048, 4096
+SHARED_BYTES = BINS * 12 + LIST * 4 + THREADS // 32 * 16 + 48
 
 
 class GpuSampler(TableSampler):
