@@ -161,6 +161,7 @@ class _Config(ctypes.Structure):
 
 
 _CHAINED = _Attribute(6, 0, 1)  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+_TOGETHER = _Attribute(2, 0, 1)  # CU_LAUNCH_ATTRIBUTE_COOPERATIVE
 
 
 class Kernel:
@@ -175,12 +176,19 @@ class Kernel:
         self._can_chain = torch.cuda.get_device_capability(device)[0] >= 9
 
     def __call__(
-        self, grid: tuple[int, ...], threads: int, *args: Argument, shared: int = 0, chained: bool = False
+        self,
+        grid: tuple[int, ...],
+        threads: int,
+        *args: Argument,
+        shared: int = 0,
+        chained: bool = False,
+        together: bool = False,
     ) -> None:
         """Launch on the current stream of the kernel's device, which must be the current one.
 
         grid: up to three numbers of blocks; shared: bytes of dynamic shared memory per block; chained: the kernel waits
-        for the one before it by itself (griddepcontrol.wait), so that it may start earlier.
+        for the one before it by itself (griddepcontrol.wait), so that it may start earlier; together: its blocks wait for
+        each other, so all must be on the device at once, or the launch fails.
         """
         if shared > self._shared:
             _call("cuFuncSetAttribute", self._function, _SHARED_BYTES, shared)
@@ -195,9 +203,9 @@ class Kernel:
         stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self._device))  # the public way takes 3 µs more
         launch: tuple[object, ...] = self._function, x, y, z, threads, 1, 1, shared, stream, None, parameters.extra
         function = self._launch
-        if chained and self._can_chain:
+        if together or (chained and self._can_chain):
             sizes = (ctypes.c_uint * 7)(x, y, z, threads, 1, 1, shared)
-            config = _Config(sizes, stream, ctypes.pointer(_CHAINED), 1)
+            config = _Config(sizes, stream, ctypes.pointer(_TOGETHER if together else _CHAINED), 1)
             function, launch = (
                 _driver().cuLaunchKernelEx,
                 (ctypes.byref(config), self._function, None, parameters.extra),

@@ -25,6 +25,7 @@ SHARED_BYTES = 227 * 1024  # of a multiprocessor
 NORM_THREADS, WARPS, DEPTH = 256, 16, 4
 STEP_THREADS = 1024  # of a multiprocessor, that step states of many rows; their registers fill it
 FEW_ROWS = 16  # for which the time mix applies low-rank maps itself
+CHAIN_ROWS = 8  # for which the whole step is one launch
 GEMV_ROWS = 32  # up to which products are made by `gemv`
 MOST_TOKENS = 16384  # of one prefill call; offsets within a buffer are 32-bit
 
@@ -78,6 +79,9 @@ class TimeMix(Protocol):
 
     def prefill(self, index: int, layer: "Layer", prompts: "Prompts") -> None:
         """The same for the tokens of prompts."""
+
+    def chain(self, batch_tiles: int) -> Any:
+        """What runs a whole step of up to 8 · batch_tiles rows in one launch (chain.py), or None."""
 
 
 @dataclass(frozen=True)
@@ -203,7 +207,10 @@ class GpuModel:
         self.norm = self.load("norm.cu", WIDTH=self.c)
         self._gemv = {x: self._load_gemv(*x) for x in ((1, 1), (1, 2), (1, 4), (1, 8), (2, 2), (2, 4))}
         on_gpu = self.device.type == "cuda"
-        self._processors = torch.cuda.get_device_properties(self.device).multi_processor_count if on_gpu else 1
+        device: Any = torch.cuda.get_device_properties(self.device) if on_gpu else None
+        self.processors: int = device.multi_processor_count if device else 1
+        self.shared_bytes: int = device.shared_memory_per_block_optin if device else SHARED_BYTES
+        self._chains: dict[int, Any] = {}
         self._tables: dict[tuple[Projection, int], Tensor] = {}
 
     def _layer(self, block: Any, cast: Cast) -> Layer:
@@ -233,9 +240,9 @@ class GpuModel:
         """The kernel and the bytes of shared memory that it needs."""
         ring, sums = WARPS * DEPTH * row_tiles * 1024, WARPS * row_tiles * 16 * (8 * batch_tiles + 1) * 4
         program = self.load(
-            "gemv.cu", WARPS=WARPS, ROW_TILES=row_tiles, BATCH_TILES=batch_tiles, DEPTH=DEPTH, SHARED_BYTES=ring + sums
+            "gemv.cu", GEMV_WARPS=WARPS, ROW_TILES=row_tiles, BATCH_TILES=batch_tiles, DEPTH=DEPTH, SHARED_BYTES=ring + sums
         )
-        return program.gemv, ring + sums
+        return program.gemv_product, ring + sums
 
     def _state_dtype(self, name: str, wkv: torch.dtype) -> torch.dtype:
         if name in ("num", "den", "exp"):
@@ -249,15 +256,15 @@ class GpuModel:
             x[:, slot] = self.empty[name][:, 0]
 
     @cached_property
-    def _rows(self) -> Buffers:
+    def rows(self) -> Buffers:
         return Buffers(self, self.most_rows)
 
     def shares(self, rows: int, heads: int, threads: int) -> int:
         """Into how many equal shares the rows go, so that blocks of `heads` times these fit on the GPU at once."""
-        most = max(1, self._processors * (STEP_THREADS // threads) // heads)
+        most = max(1, self.processors * (STEP_THREADS // threads) // heads)
         return -(-rows // -(-rows // most))
 
-    def _tasks(self, projection: Projection, tile: int) -> Tensor:
+    def tasks(self, projection: Projection, tile: int) -> Tensor:
         """What each tile of rows of the matrix does, see Task in gemv.cu: [tasks, 5] of 64 bits."""
         if (projection, tile) not in self._tables:
             c, rows = self.c, self.most_rows
@@ -285,11 +292,11 @@ class GpuModel:
             activation, projection, out = part.activation, None, out.view(-1, part.rows)
         batch_tiles = next((n for n in (1, 2, 4) if batch <= 8 * n), 8)
         is_even = rows % 32 == 0 and (projection is None or all(x.rows % 32 == 0 for x in projection.parts))
-        row_tiles = 2 if batch_tiles in (2, 4) and is_even and rows // 32 >= 2 * self._processors else 1
+        row_tiles = 2 if batch_tiles in (2, 4) and is_even and rows // 32 >= 2 * self.processors else 1
         kernel, shared = self._gemv[row_tiles, batch_tiles]
-        tasks = None if projection is None else self._tasks(projection, 16 * row_tiles)
+        tasks = None if projection is None else self.tasks(projection, 16 * row_tiles)
         tiles = rows // (16 * row_tiles) if tasks is None else len(tasks)
-        blocks = min(tiles, self._processors * (SHARED_BYTES // (shared + 1024)))
+        blocks = min(tiles, self.processors * (SHARED_BYTES // (shared + 1024)))
         kernel(
             (blocks, -(-batch // (8 * batch_tiles))), 32 * WARPS, weight, tasks, weight.shape[-1], activation, x,
             x.stride(0), out, out.stride(0), gate, batch, mode, tiles, shared=shared, chained=True,
@@ -319,7 +326,11 @@ class GpuModel:
         batch = len(tokens)
         if not 1 <= batch <= self.most_rows:
             raise ValueError(f"decode takes 1 to {self.most_rows} rows, found {batch}; GpuModel(most_rows=…) sets it")
-        b = self._rows
+        if batch <= CHAIN_ROWS:
+            chain = self._chain(-(-batch // 8))
+            if chain is not None:
+                return chain.run(tokens, slots)
+        b = self.rows
         own = self.invariant or batch <= GEMV_ROWS  # our products; else cuBLAS
         is_few = self.invariant or batch <= FEW_ROWS
         x, att, delta, key = b.x[:batch], b.att[:batch], b.delta[:batch], b.key[:batch]
@@ -348,6 +359,13 @@ class GpuModel:
         normed = b.normed[:batch]
         self.normalise(x, x, self.ln_out, normed, added=pending)
         return self._head(normed, own)
+
+    def _chain(self, batch_tiles: int) -> Any:
+        """The whole step in one launch, where there is such a kernel."""
+        tiles = 1 << (batch_tiles - 1).bit_length()
+        if tiles not in self._chains:
+            self._chains[tiles] = self.time.chain(tiles)
+        return self._chains[tiles]
 
     def _channel(self, layer: Layer, b: Buffers, rows: int) -> Added:
         """The channel mix by cuBLAS: what is to be added to x."""

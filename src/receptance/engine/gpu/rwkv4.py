@@ -44,6 +44,9 @@ class TimeMix4:
         own = Weights(-vector(att.time_decay).exp(), vector(att.time_first))
         return TimeLayer(cast(torch.cat(mixes)), cast(inputs), cast(att.output.weight), own)
 
+    def chain(self, batch_tiles: int) -> Any:
+        return None
+
     def buffers(self, rows: int) -> None:
         return None
 

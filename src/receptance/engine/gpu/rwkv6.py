@@ -89,6 +89,9 @@ class TimeMix5:
         inputs = cast(torch.cat(self._stack(att)))
         return TimeLayer(cast(mixes), inputs, cast(att.output.weight), self._weights(att, cast, inputs))
 
+    def chain(self, batch_tiles: int) -> Any:
+        return None
+
     def buffers(self, rows: int) -> Any:
         return None
 

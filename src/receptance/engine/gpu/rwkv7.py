@@ -67,9 +67,9 @@ class TimeMix7:
             first += rank
         self.projection = Projection(tuple(parts), (self.c, self.c, self.c, sum(self.ranks)))
         names = "RANK_V", "RANK_W", "RANK_A", "RANK_G", "RANK_ROWS", "STEP_THREADS"
-        sizes = dict(zip(names, (*self.ranks, max(self.ranks), STEP_THREADS)))
         half = {} if gpu.state_dtype == torch.float32 else {"HALF_STATE": 1}
-        self._kernels = gpu.load("wkv7.cu", HEAD=self.n, **sizes, **half)
+        self.macros = {"HEAD": self.n, **dict(zip(names, (*self.ranks, max(self.ranks), STEP_THREADS))), **half}
+        self._kernels = gpu.load("wkv7.cu", **self.macros)
         self.heads_eps = 64e-5
 
     def layer(self, block: Any, cast: Cast) -> TimeLayer:
@@ -117,6 +117,11 @@ class TimeMix7:
             self._kernels.wkv7_step_many(
                 grid, threads, rkv, b.rows * c, b.own.low, b.rows * c, *rest, batch, chained=True
             )
+
+    def chain(self, batch_tiles: int) -> Any:
+        from receptance.engine.gpu.chain import Chain7
+
+        return Chain7(self.gpu, self, batch_tiles)
 
     def _low_rank(self, own: Weights, b: Buffers, rows: int) -> None:
         """b.own.low: the low-rank maps of the last four mixes."""
