@@ -5,7 +5,8 @@ included | its output | norm + shift + mixes | key (and receptance) | value. Onl
 `TimeMix`. Up to a few dozen rows the products are `gemv`'s; beyond, they are cuBLAS's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -210,6 +211,7 @@ class GpuModel:
         device: Any = torch.cuda.get_device_properties(self.device) if on_gpu else None
         self.processors: int = device.multi_processor_count if device else 1
         self.shared_bytes: int = device.shared_memory_per_block_optin if device else SHARED_BYTES
+        self._side = torch.cuda.Stream(self.device) if on_gpu else None
         self._chains: dict[int, Any] = {}
         self._tables: dict[tuple[Projection, int], Tensor] = {}
 
@@ -263,6 +265,20 @@ class GpuModel:
         """Into how many equal shares the rows go, so that blocks of `heads` times these fit on the GPU at once."""
         most = max(1, self.processors * (STEP_THREADS // threads) // heads)
         return -(-rows // -(-rows // most))
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """What is launched inside runs beside what comes after, until `join`."""
+        if self._side is None:
+            yield
+            return
+        self._side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._side):
+            yield
+
+    def join(self) -> None:
+        if self._side is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._side)
 
     def tasks(self, projection: Projection, tile: int) -> Tensor:
         """What each tile of rows of the matrix does, see Task in gemv.cu: [tasks, 5] of 64 bits."""

@@ -111,11 +111,13 @@ class TimeMix7:
             grid = self.h, batch
             self._kernels.wkv7_step(grid, threads, rkv, b.rows * c, hidden, own.low_rank, *rest, chained=True)
         else:
+            with gpu.beside():
+                self._low_rank(own, b, batch)
             torch.bmm(b.mixed[: V + 1, :batch], own.rkv, out=rkv[:, :batch])
-            self._low_rank(own, b, batch)
+            gpu.join()
             grid = self.h, gpu.shares(batch, self.h, threads)
             self._kernels.wkv7_step_many(
-                grid, threads, rkv, b.rows * c, b.own.low, b.rows * c, *rest, batch, chained=True
+                grid, threads, rkv, b.rows * c, b.own.low, b.rows * c, *rest, batch
             )
 
     def chain(self, batch_tiles: int) -> Any:
