@@ -113,6 +113,10 @@ struct StateRow {
         }
     }
 };
+/// Where the thread's part of a head's state begins, in [slots, heads, N, N] (value x key).
+DEVICE Kept* state_of(Kept* state, int slot, int head, int heads) {
+    return state + (((i64)slot * heads + head) * N + thread_of_head() / 4) * N + thread_of_head() % 4 * GROUP;
+}
 DEVICE void store_state(Kept* to, const float (&s)[GROUP]) {
 #ifdef HALF_STATE
     *(uint4*)to = packed(s);

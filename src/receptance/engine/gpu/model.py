@@ -210,7 +210,7 @@ class GpuModel:
         on_gpu = self.device.type == "cuda"
         device: Any = torch.cuda.get_device_properties(self.device) if on_gpu else None
         self.processors: int = device.multi_processor_count if device else 1
-        self.shared_bytes: int = device.shared_memory_per_block_optin if device else SHARED_BYTES
+        self.shared_bytes: int = getattr(device, "shared_memory_per_block_optin", SHARED_BYTES)
         self._side = torch.cuda.Stream(self.device) if on_gpu else None
         self._chains: dict[int, Any] = {}
         self._tables: dict[tuple[Projection, int], Tensor] = {}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from receptance.engine.gpu.model import (
+    STEP_THREADS,
     TANH,
     WRITE,
     Buffers,
@@ -65,8 +66,8 @@ class TimeMix5:
 
     def _load(self) -> None:
         half = {} if self.gpu.state_dtype == torch.float32 else {"HALF_STATE": 1}
-        ranks = {"RANK_MIX": self.mix_rank or 32, "RANK_DECAY": self.decay_rank or 32}
-        self._kernels = self.gpu.load("wkv6.cu", HEAD=self.n, **ranks, **half)
+        sizes = {"RANK_MIX": self.mix_rank or 32, "RANK_DECAY": self.decay_rank or 32, "STEP_THREADS": STEP_THREADS}
+        self._kernels = self.gpu.load("wkv6.cu", HEAD=self.n, **sizes, **half)
         self.heads_eps = 64e-5
 
     def _stack(self, att: Any) -> list[Tensor]:
@@ -107,20 +108,30 @@ class TimeMix5:
         batch, own = len(slots), layer.time.own
         if is_few:
             self.gpu.project(layer.time.inputs, b.mixed[0, :batch], b.time.flat, WRITE, projection=self.projection)
+            self._step(index, own, b, slots)
         else:
             self._project(layer, b, batch)
-        self._step(index, own, b, slots)
+            self._step_many(index, own, b, slots)
+
+    def _step_inputs(self, index: int, own: Weights, b: Buffers, slots: Tensor) -> tuple[Any, ...]:
+        state = self.gpu.state["wkv"][index]
+        return (
+            *b.time.regions[:3], self._gate(b), state, slots, own.decay, own.bonus, *own.norm, self.heads_eps, b.att,
+        )  # fmt: skip
 
     def _step(
-        self, index: int, own: Weights, b: Buffers, slots: Tensor, low: Tensor | None = None,
-        hidden: Tensor | None = None, weight: Tensor | None = None,
+        self, index: int, own: Weights, b: Buffers, slots: Tensor, hidden: Tensor | None = None,
+        weight: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """low [B, C]: what is added to `decay`, or hidden [B, Q] and weight [Q, C], of which it is the product."""
-        state = self.gpu.state["wkv"][index]
-        self._kernels.wkv6_step(
-            (self.h, len(slots)), 4 * self.n, *b.time.regions[:3], self._gate(b), hidden, weight, low, state,
-            slots, own.decay, own.bonus, *own.norm, self.heads_eps, b.att, chained=True,
-        )  # fmt: skip
+        """hidden [B, Q] and weight [Q, C]: their product is added to `decay`."""
+        inputs = self._step_inputs(index, own, b, slots)
+        self._kernels.wkv6_step((self.h, len(slots)), 4 * self.n, *inputs, hidden, weight, chained=True)
+
+    def _step_many(self, index: int, own: Weights, b: Buffers, slots: Tensor, low: Tensor | None = None) -> None:
+        """low [B, C]: what is added to `decay`."""
+        rows, threads = len(slots), 4 * self.n
+        grid = self.h, self.gpu.shares(rows, self.h, threads)
+        self._kernels.wkv6_step_many(grid, threads, *self._step_inputs(index, own, b, slots), low, rows)
 
     def prefill(self, index: int, layer: Layer, prompts: Prompts) -> None:
         self._project(layer, prompts.b, prompts.b.rows)
@@ -214,8 +225,11 @@ class TimeMix6(TimeMix5):
         batch, own, gpu = len(slots), layer.time.own, self.gpu
         if not is_few:
             self._mix(own, b, batch)
+            with gpu.beside():
+                low = self._low_decay(own, b, batch)
             self._project(layer, b, batch)
-            self._step(index, own, b, slots, self._low_decay(own, b, batch))
+            gpu.join()
+            self._step_many(index, own, b, slots, low)
             return
         inner = b.own[0][:batch]
         gpu.project(own.mix_in, b.mixed[MIXED, :batch], inner, WRITE, activation=TANH)
@@ -223,7 +237,7 @@ class TimeMix6(TimeMix5):
             (self.h, batch), 4 * self.n, inner, own.mix_out, own.mix_base, b.mixed, b.rows * self.c, chained=True
         )
         gpu.project(layer.time.inputs, b.mixed[0, :batch], b.time.flat, WRITE, projection=self.projection)
-        self._step(index, own, b, slots, hidden=b.time.regions[4], weight=own.decay_out)
+        self._step(index, own, b, slots, b.time.regions[4], own.decay_out)
 
     def prefill(self, index: int, layer: Layer, prompts: Prompts) -> None:
         b, own = prompts.b, layer.time.own

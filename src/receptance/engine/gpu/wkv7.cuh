@@ -94,9 +94,6 @@ DEVICE void step(Step& memory, const StateRow& kept, Kept* state, float eps, u16
         out[at] = narrow((x + m.bonus * m.v[n]) * m.gate[n]);
     }
 }
-DEVICE Kept* state_of(Kept* state, int slot, int head, int heads) {  // the thread's part
-    return state + (((i64)slot * heads + head) * N + thread_of_head() / 4) * N + thread_of_head() % 4 * GROUP;
-}
 /// What a team needs to do a step for few rows.
 struct StepOfFew {
     Step step;
