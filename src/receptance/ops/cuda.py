@@ -187,8 +187,8 @@ class Kernel:
         """Launch on the current stream of the kernel's device, which must be the current one.
 
         grid: up to three numbers of blocks; shared: bytes of dynamic shared memory per block; chained: the kernel waits
-        for the one before it by itself (griddepcontrol.wait), so that it may start earlier; together: its blocks wait for
-        each other, so all must be on the device at once, or the launch fails.
+        for the one before it by itself (griddepcontrol.wait), so that it may start earlier; together: its blocks wait
+        for each other, so all must be on the device at once, or the launch fails.
         """
         if shared > self._shared:
             _call("cuFuncSetAttribute", self._function, _SHARED_BYTES, shared)

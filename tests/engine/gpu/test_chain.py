@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.engine.gpu.test_model import DEVICE, make, put, start
+from tests.engine.gpu.test_model import DEVICE, make, older, put, start
 
 from receptance.engine.gpu import model as gpu
 from receptance.engine.gpu.model import GpuModel
@@ -11,16 +11,21 @@ pytestmark = pytest.mark.usefixtures("kernels")
 
 
 @pytest.mark.parametrize(
-    ("head", "batch", "options"),
+    ("version", "head", "batch", "options"),
     [
-        (64, 1, {}),
-        (64, 3, {"state_dtype": torch.float16}),
-        (128, 2, {"dtype": torch.bfloat16}),
-        (32, 5, {}),
+        ("7", 64, 1, {}),
+        ("7", 64, 3, {"state_dtype": torch.float16}),
+        ("7", 128, 2, {"dtype": torch.bfloat16}),
+        ("7", 32, 5, {}),
+        ("6", 64, 3, {}),
+        ("6", 32, 1, {"state_dtype": torch.float16}),
+        ("5.2", 64, 2, {}),
+        ("5.0", 64, 1, {}),
+        ("4", 64, 3, {}),
     ],
 )
-def test_one_launch_gives_the_bits_of_many(head, batch, options, monkeypatch):
-    model = make(head)
+def test_one_launch_gives_the_bits_of_many(version, head, batch, options, monkeypatch):
+    model = make(head) if version == "7" else older(version, head)
     state = start(model, batch)
     slots = torch.arange(batch, dtype=torch.int32, device=DEVICE).flip(0)
     results = []

@@ -1,89 +1,114 @@
-"""A whole decoding step of RWKV-7 for few rows in one launch (chain7.cu), bit for bit what the separate kernels give."""
+"""A whole decoding step for few rows in one launch (chain.cuh), bit for bit what the separate kernels give."""
 
 import struct
-from itertools import chain
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from receptance.engine.gpu.model import ADD, DEPTH, LOGITS, RELU_SQUARE, SHARED_BYTES, WARPS, WRITE, GpuModel
-from receptance.engine.gpu.rwkv7 import TimeMix7
+if TYPE_CHECKING:
+    from receptance.engine.gpu.model import GpuModel
 
-ROWS = 8  # of one tile of activations
 PRODUCT = struct.Struct("5P10i")  # gemv::Product
-MODEL = struct.Struct("13P3i2f")  # Model
+MODEL = struct.Struct("9P4ifi")  # chain::Model
 STATIC_BYTES = 32 * 1024  # of a block, beside the ring, the sums and the products
+MOST_DEPTH = 12
+PIECES = 9  # of a layer, at most
 
 
-class Chain7:
-    """The step for up to 8 · batch_tiles rows. Built on the first use; None of `of` where the GPU is too small."""
+@dataclass(frozen=True)
+class Product:
+    """See gemv::Product. tasks: None, or one for each 16 rows of the matrix."""
 
-    def __init__(self, gpu: GpuModel, time: TimeMix7, batch_tiles: int):
-        self.gpu = gpu
-        layers, b = gpu.layers, gpu.rows
-        count = 4 * len(layers) + 1
-        sums = WARPS * 16 * (8 * batch_tiles + 1) * 4
-        products = PRODUCT.size * count
-        free = gpu.shared_bytes - STATIC_BYTES - sums - products
-        depth = min(12, free // (WARPS * 1024))
-        if depth < DEPTH:
-            raise ValueError("a ring of weights does not fit this GPU's shared memory")
-        ring = WARPS * depth * 1024
-        self.shared = ring + sums + products
-        self.grid = gpu.processors
+    weight: Tensor
+    x: Tensor
+    out: Tensor
+    mode: int
+    activation: int = 0
+    tasks: Tensor | None = None
+    gate: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class TimePart:
+    """What a version's time mix brings along. products: of each layer, those before the channel mix's."""
+
+    source: str
+    macros: dict[str, int]
+    products: Sequence[Sequence[Product]]
+    layers: Sequence[Sequence[Tensor | None]]  # the fields of the source's Layer
+    tensors: Sequence[Tensor | None]  # of its Model
+    numbers: bytes  # behind them
+
+
+def _pointers(tensors: Sequence[Tensor | None]) -> bytes:
+    return struct.pack(f"{len(tensors)}P", *(0 if x is None else x.data_ptr() for x in tensors))
+
+
+class Chain:
+    """The step for up to 8 · batch_tiles rows."""
+
+    @staticmethod
+    def depth(gpu: "GpuModel", batch_tiles: int, each: int) -> int:
+        """Steps of 32 columns that a warp's ring has room for."""
+        from receptance.engine.gpu.model import WARPS
+
+        rest = STATIC_BYTES + WARPS * 16 * (8 * batch_tiles + 1) * 4 + PRODUCT.size * (each * len(gpu.layers) + 1)
+        return min(MOST_DEPTH, (gpu.shared_bytes - rest) // (WARPS * 1024))
+
+    def __init__(self, gpu: "GpuModel", own: TimePart, batch_tiles: int):
+        from receptance.engine.gpu.model import ADD, GATED, LOGITS, RELU_SQUARE, WARPS, WRITE
+
+        self.gpu, self.grid, self.threads = gpu, gpu.processors, 32 * WARPS
+        b, layers = gpu.rows, gpu.layers
+        tasks = None if b.gate is None else gpu.tasks(gpu.channel, 16)
+        products: list[Product] = []
+        for layer, before in zip(layers, own.products):
+            key = b.key if tasks is None else b.channel.flat
+            products += [
+                *before,
+                Product(layer.channel, b.mixed[0], key, WRITE, RELU_SQUARE, tasks),
+                Product(layer.value, b.key, b.x, ADD if b.gate is None else GATED, gate=b.gate),
+            ]
+        products.append(Product(gpu.head, b.normed, gpu.logits, LOGITS))
+        each = len(own.products[0]) + 2
+        ring, sums = self.depth(gpu, batch_tiles, each) * WARPS * 1024, WARPS * 16 * (8 * batch_tiles + 1) * 4
+        self.shared = ring + sums + PRODUCT.size * len(products)
         program = gpu.load(
-            "chain7.cu", GEMV_WARPS=WARPS, ROW_TILES=1, BATCH_TILES=batch_tiles, DEPTH=depth, WIDTH=gpu.c,
-            GEMV_BYTES=ring + sums, **time.macros,
+            own.source, GEMV_WARPS=WARPS, ROW_TILES=1, BATCH_TILES=batch_tiles, DEPTH=ring // (WARPS * 1024),
+            WIDTH=gpu.c, GEMV_BYTES=ring + sums, **own.macros,
         )  # fmt: skip
-        self._kernel = program.chain7
-        self.counts = torch.zeros(7 * len(layers) + 2, dtype=torch.int32, device=gpu.device)
-        self._products = self._place(self._pack_products(time))
-        self._layers = self._place(b"".join(self._pack_layer(i) for i in range(len(layers))))
-        pointers = (
-            self._products, self._layers, gpu.table, *gpu.ln_out, b.x, b.mixed, b.time.flat, b.time.regions[3],
-            b.own.v_first, b.att, b.normed, self.counts,
-        )  # fmt: skip
-        sizes = b.rows * gpu.c, time.h, len(layers), gpu.eps, time.heads_eps
-        self._model = self._place(MODEL.pack(*(x.data_ptr() for x in pointers), *sizes))
+        self._kernel = getattr(program, own.source.removesuffix(".cu"))
+        self._counts = torch.zeros(PIECES * len(layers) + 2, dtype=torch.int32, device=gpu.device)
+        norms = b""
+        for i, x in enumerate(layers):
+            states = gpu.state["att_shift"][i], gpu.state["ffn_shift"][i]
+            norms += _pointers([*x.ln1, x.time.mixes, *x.ln2, x.channel_mixes, *states])
+        self._held = [self._place(x) for x in (self._pack(products), norms, b"".join(map(_pointers, own.layers)))]
+        tensors = *self._held[:2], gpu.table, *gpu.ln_out, b.x, b.mixed, b.normed, self._counts
+        numbers = b.rows * gpu.c, len(layers), gpu.time.mixes, len(layers[0].channel_mixes), gpu.eps, 0
+        model = MODEL.pack(*(x.data_ptr() for x in tensors), *numbers)
+        self._model = self._place(model + _pointers([self._held[2], *own.tensors]) + own.numbers)
 
     def _place(self, data: bytes) -> Tensor:
         return torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self.gpu.device)
 
-    def _pack_products(self, time: TimeMix7) -> bytes:
-        gpu, b, c, f = self.gpu, self.gpu.rows, self.gpu.c, self.gpu.f
-        tasks = gpu.tasks(time.projection, 16)
-        key: tuple[int, ...]
+    def _pack(self, products: Sequence[Product]) -> bytes:
         packed, first = b"", 0
-
-        def product(weight: Tensor, x: Tensor, out: Tensor, *numbers: int, tasks: Tensor | None = None) -> None:
-            nonlocal packed, first
-            columns, activation, stride, mode = numbers
-            tiles = len(weight) // 16 if tasks is None else len(tasks)
-            pointers = weight.data_ptr(), 0 if tasks is None else tasks.data_ptr(), x.data_ptr(), out.data_ptr(), 0
-            packed += PRODUCT.pack(*pointers, columns, activation, columns, stride, mode, tiles, first, 0, 0, 0)
+        for p in products:
+            tiles = len(p.weight) // 16 if p.tasks is None else len(p.tasks)
+            columns = p.weight.shape[1]
+            stride = p.out.stride(0) if p.out.dim() > 1 else 0
+            packed += _pointers([p.weight, p.tasks, p.x, p.out, p.gate])
+            packed += struct.pack("10i", columns, p.activation, columns, stride, p.mode, tiles, first, 0, 0, 0)
             first = (first + tiles) % self.grid
-
-        for layer in gpu.layers:
-            product(layer.time.inputs, b.mixed, b.time.flat, c, 0, 0, WRITE, tasks=tasks)
-            product(layer.time.output, b.att, b.x, c, 0, c, ADD)
-            product(layer.channel, b.mixed, b.key, c, RELU_SQUARE, f, WRITE)
-            product(layer.value, b.key, b.x, f, 0, c, ADD)
-        product(gpu.head, b.normed, gpu.logits, c, 0, gpu.logits.stride(0), LOGITS)
         return packed
-
-    def _pack_layer(self, index: int) -> bytes:
-        layer, state = self.gpu.layers[index], self.gpu.state
-        own: Any = layer.time.own
-        states = (state[name][index] for name in ("att_shift", "ffn_shift", "wkv"))
-        before = *layer.ln1, layer.time.mixes, own.low_rank, *own.vectors, *layer.ln2, layer.channel_mixes
-        pointers = [x.data_ptr() for x in chain(before, states)]
-        return struct.pack(f"{len(pointers)}P", *pointers)
 
     def run(self, tokens: Tensor, slots: Tensor) -> Tensor:
         """`GpuModel.decode`."""
-        self.counts.zero_()
-        self._kernel(
-            (self.grid,), 32 * WARPS, self._model, tokens, slots, len(tokens), shared=self.shared, together=True
-        )
+        self._counts.zero_()
+        args: Any = self._model, tokens, slots, len(tokens)
+        self._kernel((self.grid,), self.threads, *args, shared=self.shared, together=True)
         return self.gpu.logits[: len(tokens)]

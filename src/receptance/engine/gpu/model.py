@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from receptance.engine.gpu.chain import Chain, TimePart
 from receptance.models import RWKV
 from receptance.ops import cuda
 
@@ -81,8 +82,8 @@ class TimeMix(Protocol):
     def prefill(self, index: int, layer: "Layer", prompts: "Prompts") -> None:
         """The same for the tokens of prompts."""
 
-    def chain(self, batch_tiles: int) -> Any:
-        """What runs a whole step of up to 8 · batch_tiles rows in one launch (chain.py), or None."""
+    def chain(self) -> TimePart:
+        """What a whole step in one launch needs."""
 
 
 @dataclass(frozen=True)
@@ -212,7 +213,7 @@ class GpuModel:
         self.processors: int = device.multi_processor_count if device else 1
         self.shared_bytes: int = getattr(device, "shared_memory_per_block_optin", SHARED_BYTES)
         self._side = torch.cuda.Stream(self.device) if on_gpu else None
-        self._chains: dict[int, Any] = {}
+        self._chains: dict[int, Chain | None] = {}
         self._tables: dict[tuple[Projection, int], Tensor] = {}
 
     def _layer(self, block: Any, cast: Cast) -> Layer:
@@ -242,8 +243,9 @@ class GpuModel:
         """The kernel and the bytes of shared memory that it needs."""
         ring, sums = WARPS * DEPTH * row_tiles * 1024, WARPS * row_tiles * 16 * (8 * batch_tiles + 1) * 4
         program = self.load(
-            "gemv.cu", GEMV_WARPS=WARPS, ROW_TILES=row_tiles, BATCH_TILES=batch_tiles, DEPTH=DEPTH, SHARED_BYTES=ring + sums
-        )
+            "gemv.cu", GEMV_WARPS=WARPS, ROW_TILES=row_tiles, BATCH_TILES=batch_tiles, DEPTH=DEPTH,
+            SHARED_BYTES=ring + sums,
+        )  # fmt: skip
         return program.gemv_product, ring + sums
 
     def _state_dtype(self, name: str, wkv: torch.dtype) -> torch.dtype:
@@ -343,7 +345,7 @@ class GpuModel:
         if not 1 <= batch <= self.most_rows:
             raise ValueError(f"decode takes 1 to {self.most_rows} rows, found {batch}; GpuModel(most_rows=…) sets it")
         if batch <= CHAIN_ROWS:
-            chain = self._chain(-(-batch // 8))
+            chain = self._chain(batch)
             if chain is not None:
                 return chain.run(tokens, slots)
         b = self.rows
@@ -376,11 +378,13 @@ class GpuModel:
         self.normalise(x, x, self.ln_out, normed, added=pending)
         return self._head(normed, own)
 
-    def _chain(self, batch_tiles: int) -> Any:
-        """The whole step in one launch, where there is such a kernel."""
-        tiles = 1 << (batch_tiles - 1).bit_length()
+    def _chain(self, rows: int) -> Chain | None:
+        """The whole step for so many rows in one launch; None where its ring would be too short on this GPU."""
+        tiles = next(n for n in (1, 2, 4) if rows <= 8 * n)
         if tiles not in self._chains:
-            self._chains[tiles] = self.time.chain(tiles)
+            own = self.time.chain()
+            is_long = Chain.depth(self, tiles, len(own.products[0]) + 2) >= DEPTH
+            self._chains[tiles] = Chain(self, own, tiles) if is_long else None
         return self._chains[tiles]
 
     def _channel(self, layer: Layer, b: Buffers, rows: int) -> Added:

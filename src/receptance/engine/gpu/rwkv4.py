@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from receptance.engine.gpu.chain import Product, TimePart
 from receptance.engine.gpu.model import (
+    ADD,
     WRITE,
     Buffers,
     Cast,
@@ -44,8 +46,16 @@ class TimeMix4:
         own = Weights(-vector(att.time_decay).exp(), vector(att.time_first))
         return TimeLayer(cast(torch.cat(mixes)), cast(inputs), cast(att.output.weight), own)
 
-    def chain(self, batch_tiles: int) -> Any:
-        return None
+    def chain(self) -> TimePart:
+        gpu, b = self.gpu, self.gpu.rows
+        tasks = gpu.tasks(self.projection, 16)
+        products, layers = [], []
+        for i, layer in enumerate(gpu.layers):
+            time, own = layer.time, layer.time.own
+            inputs = Product(time.inputs, b.mixed[0], b.time.flat, WRITE, tasks=tasks)
+            products.append([inputs, Product(time.output, b.att, b.x, ADD)])
+            layers.append([own.decay, own.bonus, *(gpu.state[name][i] for name in ("num", "den", "exp"))])
+        return TimePart("chain4.cu", {}, products, layers, [*b.time.regions, b.att], b"")
 
     def buffers(self, rows: int) -> None:
         return None

@@ -3,13 +3,17 @@
 RWKV-6's mixes depend on the token: before the projections, a low-rank map of one mix makes the other five.
 """
 
+import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from receptance.engine.gpu.chain import Product, TimePart
 from receptance.engine.gpu.model import (
+    ADD,
     STEP_THREADS,
     TANH,
     WRITE,
@@ -67,7 +71,8 @@ class TimeMix5:
     def _load(self) -> None:
         half = {} if self.gpu.state_dtype == torch.float32 else {"HALF_STATE": 1}
         sizes = {"RANK_MIX": self.mix_rank or 32, "RANK_DECAY": self.decay_rank or 32, "STEP_THREADS": STEP_THREADS}
-        self._kernels = self.gpu.load("wkv6.cu", HEAD=self.n, **sizes, **half)
+        self.macros = {"HEAD": self.n, **sizes, **half, **({"HAS_MIX": 1} if self.mix_rank else {})}
+        self._kernels = self.gpu.load("wkv6.cu", **self.macros)
         self.heads_eps = 64e-5
 
     def _stack(self, att: Any) -> list[Tensor]:
@@ -90,8 +95,28 @@ class TimeMix5:
         inputs = cast(torch.cat(self._stack(att)))
         return TimeLayer(cast(mixes), inputs, cast(att.output.weight), self._weights(att, cast, inputs))
 
-    def chain(self, batch_tiles: int) -> Any:
-        return None
+    def chain(self) -> TimePart:
+        gpu, b = self.gpu, self.gpu.rows
+        tasks = gpu.tasks(self.projection, 16)
+        products, layers = [], []
+        for layer, state in zip(gpu.layers, gpu.state["wkv"]):
+            time, own = layer.time, layer.time.own
+            inputs = Product(time.inputs, b.mixed[0], b.time.flat, WRITE, tasks=tasks)
+            products.append([*self._chain_mix(own, b), inputs, Product(time.output, b.att, b.x, ADD)])
+            layers.append([own.decay, own.bonus, *own.norm, *self._chain_weights(own), state])
+        tensors = [*b.time.regions[:3], self._gate(b), *self._chain_tensors(b), b.att]
+        numbers = struct.pack("if", self.h, self.heads_eps)
+        return TimePart("chain6.cu", self.macros, products, layers, tensors, numbers)
+
+    def _chain_mix(self, own: Any, b: Buffers) -> list[Product]:
+        """The product that comes before the mixes."""
+        return []
+
+    def _chain_weights(self, own: Any) -> Sequence[Tensor | None]:
+        return None, None, None
+
+    def _chain_tensors(self, b: Buffers) -> Sequence[Tensor | None]:
+        return None, None
 
     def buffers(self, rows: int) -> Any:
         return None
@@ -203,6 +228,15 @@ class TimeMix6(TimeMix5):
             return torch.empty(shape, dtype=self.gpu.dtype, device=self.gpu.device)
 
         return empty(rows, 5 * self.mix_rank), empty(5, rows, self.c), empty(rows, self.c)
+
+    def _chain_mix(self, own: Any, b: Buffers) -> list[Product]:
+        return [Product(own.mix_in, b.mixed[MIXED], b.own[0], WRITE, TANH)]
+
+    def _chain_weights(self, own: Any) -> Sequence[Tensor | None]:
+        return own.mix_out, own.mix_base, own.decay_out
+
+    def _chain_tensors(self, b: Buffers) -> Sequence[Tensor | None]:
+        return b.own[0], b.time.regions[4]
 
     def _mix(self, own: Weights6, b: Buffers, rows: int) -> None:
         """b.mixed[R:] by cuBLAS."""

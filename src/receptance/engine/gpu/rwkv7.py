@@ -4,13 +4,16 @@ r, k, v and the low-rank maps' inner vectors are one product; the maps' second h
 the state, group norm, bonus and gate are one kernel.
 """
 
+import struct
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from receptance.engine.gpu.chain import Product, TimePart
 from receptance.engine.gpu.model import (
+    ADD,
     NONE,
     SIGMOID,
     STEP_THREADS,
@@ -120,10 +123,19 @@ class TimeMix7:
                 grid, threads, rkv, b.rows * c, b.own.low, b.rows * c, *rest, batch
             )
 
-    def chain(self, batch_tiles: int) -> Any:
-        from receptance.engine.gpu.chain import Chain7
-
-        return Chain7(self.gpu, self, batch_tiles)
+    def chain(self) -> TimePart:
+        gpu, b = self.gpu, self.gpu.rows
+        tasks = gpu.tasks(self.projection, 16)
+        products, layers = [], []
+        for layer, state in zip(gpu.layers, gpu.state["wkv"]):
+            time, own = layer.time, layer.time.own
+            inputs = Product(time.inputs, b.mixed[0], b.time.flat, WRITE, tasks=tasks)
+            products.append([inputs, Product(time.output, b.att, b.x, ADD)])
+            layers.append([own.low_rank, *own.vectors, state])
+        tensors = b.time.flat, b.time.regions[3], b.own.v_first, b.att
+        return TimePart(
+            "chain7.cu", self.macros, products, layers, tensors, struct.pack("if", self.h, self.heads_eps)
+        )
 
     def _low_rank(self, own: Weights, b: Buffers, rows: int) -> None:
         """b.own.low: the low-rank maps of the last four mixes."""
