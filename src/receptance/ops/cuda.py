@@ -137,8 +137,11 @@ def layout(args: tuple[Argument, ...]) -> struct.Struct:
 class _Parameters(threading.local):
     """The memory from which the driver copies a kernel's parameters, one for each thread."""
 
-    def __init__(self, size: int):
+    def __init__(self, fields_of: struct.Struct):
+        size, kinds = fields_of.size, fields_of.format.lstrip("@")
         self.buffer, self._size = ctypes.create_string_buffer(size), ctypes.c_size_t(size)
+        offsets = [struct.calcsize("@" + kinds[: i + 1]) - struct.calcsize(kinds[i]) for i in range(len(kinds))]
+        self.places = (ctypes.c_void_p * len(offsets))(*(ctypes.addressof(self.buffer) + x for x in offsets))
         fields = 1, ctypes.addressof(self.buffer), 2, ctypes.addressof(self._size), 0  # "buffer", "its size", end
         self.extra = (ctypes.c_void_p * 5)(*fields)
 
@@ -195,7 +198,7 @@ class Kernel:
             self._shared = shared
         if self._layout is None:
             fresh = layout(args)
-            self._parameters = _Parameters(fresh.size)
+            self._parameters = _Parameters(fresh)
             self._layout = fresh
         parameters = self._parameters
         self._layout.pack_into(parameters.buffer, 0, *[x.data_ptr() if isinstance(x, Tensor) else x or 0 for x in args])
@@ -206,10 +209,10 @@ class Kernel:
         if together or (chained and self._can_chain):
             sizes = (ctypes.c_uint * 7)(x, y, z, threads, 1, 1, shared)
             config = _Config(sizes, stream, ctypes.pointer(_TOGETHER if together else _CHAINED), 1)
-            function, launch = (
-                _driver().cuLaunchKernelEx,
-                (ctypes.byref(config), self._function, None, parameters.extra),
-            )
+            function = _driver().cuLaunchKernelEx
+            # a cooperative launch is captured with single parameters only
+            given = (parameters.places, None) if together else (None, parameters.extra)
+            launch = ctypes.byref(config), self._function, *given
         code = function(*launch)
         if code == _INVALID_CONTEXT:  # a thread that has not used the device yet
             _call("cuCtxSetCurrent", self._context)

@@ -29,7 +29,7 @@ struct Model {
 };
 
 struct Chain {
-    const Model m;
+    const Model& m;
     const gemv::Product* products;
     gemv::Feed feed;
     const i64* tokens;

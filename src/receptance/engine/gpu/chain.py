@@ -8,13 +8,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from receptance.engine.gpu.gemv import (
+    ADD,
+    GATED,
+    LOGITS,
+    RELU_SQUARE,
+    WARPS,
+    WRITE,
+    ring_bytes,
+    sums_bytes,
+)
+
 if TYPE_CHECKING:
     from receptance.engine.gpu.model import GpuModel
 
 PRODUCT = struct.Struct("5P10i")  # gemv::Product
 MODEL = struct.Struct("9P4ifi")  # chain::Model
-STATIC_BYTES = 32 * 1024  # of a block, beside the ring, the sums and the products
-MOST_DEPTH = 12
+LEAST_DEPTH, MOST_DEPTH = 4, 12  # steps of 32 columns that a warp's ring has room for
+SYSTEM_BYTES = 1024  # of shared memory, of each block
 PIECES = 9  # of a layer, at most
 
 
@@ -41,6 +52,7 @@ class TimePart:
     layers: Sequence[Sequence[Tensor | None]]  # the fields of the source's Layer
     tensors: Sequence[Tensor | None]  # of its Model
     numbers: bytes  # behind them
+    shared_bytes: int  # of a block, static
 
 
 def _pointers(tensors: Sequence[Tensor | None]) -> bytes:
@@ -48,19 +60,9 @@ def _pointers(tensors: Sequence[Tensor | None]) -> bytes:
 
 
 class Chain:
-    """The step for up to 8 · batch_tiles rows."""
-
-    @staticmethod
-    def depth(gpu: "GpuModel", batch_tiles: int, each: int) -> int:
-        """Steps of 32 columns that a warp's ring has room for."""
-        from receptance.engine.gpu.model import WARPS
-
-        rest = STATIC_BYTES + WARPS * 16 * (8 * batch_tiles + 1) * 4 + PRODUCT.size * (each * len(gpu.layers) + 1)
-        return min(MOST_DEPTH, (gpu.shared_bytes - rest) // (WARPS * 1024))
+    """The step for up to 8 · batch_tiles rows. fits: whether the GPU has room for it."""
 
     def __init__(self, gpu: "GpuModel", own: TimePart, batch_tiles: int):
-        from receptance.engine.gpu.model import ADD, GATED, LOGITS, RELU_SQUARE, WARPS, WRITE
-
         self.gpu, self.grid, self.threads = gpu, gpu.processors, 32 * WARPS
         b, layers = gpu.rows, gpu.layers
         tasks = None if b.gate is None else gpu.tasks(gpu.channel, 16)
@@ -73,12 +75,16 @@ class Chain:
                 Product(layer.value, b.key, b.x, ADD if b.gate is None else GATED, gate=b.gate),
             ]
         products.append(Product(gpu.head, b.normed, gpu.logits, LOGITS))
-        each = len(own.products[0]) + 2
-        ring, sums = self.depth(gpu, batch_tiles, each) * WARPS * 1024, WARPS * 16 * (8 * batch_tiles + 1) * 4
-        self.shared = ring + sums + PRODUCT.size * len(products)
+        sums, table = 2 * sums_bytes(batch_tiles), PRODUCT.size * len(products)
+        free = gpu.shared_bytes - SYSTEM_BYTES - own.shared_bytes - sums - table
+        depth = min(MOST_DEPTH, free // ring_bytes(1))
+        self.fits = depth >= LEAST_DEPTH
+        if not self.fits:
+            return
+        self.shared = ring_bytes(depth) + sums + table
         program = gpu.load(
-            own.source, GEMV_WARPS=WARPS, ROW_TILES=1, BATCH_TILES=batch_tiles, DEPTH=ring // (WARPS * 1024),
-            WIDTH=gpu.c, GEMV_BYTES=ring + sums, **own.macros,
+            own.source, GEMV_WARPS=WARPS, ROW_TILES=1, BATCH_TILES=batch_tiles, DEPTH=depth, IS_CHAIN=1,
+            WIDTH=gpu.c, GEMV_BYTES=ring_bytes(depth) + sums, **own.macros,
         )  # fmt: skip
         self._kernel = getattr(program, own.source.removesuffix(".cu"))
         self._counts = torch.zeros(PIECES * len(layers) + 2, dtype=torch.int32, device=gpu.device)

@@ -17,15 +17,26 @@ import torch
 from torch import Tensor
 
 from receptance.engine.gpu.chain import Chain, TimePart
+from receptance.engine.gpu.gemv import (
+    ADD,
+    DEPTH,
+    GATED,
+    LOGITS,
+    NONE,
+    RELU_SQUARE,
+    SIGMOID,
+    WARPS,
+    WRITE,
+    ring_bytes,
+    sums_bytes,
+)
 from receptance.models import RWKV
 from receptance.ops import cuda
 
 HERE = Path(__file__).parent
-NONE, TANH, SIGMOID, RELU_SQUARE = range(4)
-WRITE, ADD, LOGITS, GATED = range(4)
 SHARED_BYTES = 227 * 1024  # of a multiprocessor
-NORM_THREADS, WARPS, DEPTH = 256, 16, 4
-STEP_THREADS = 1024  # of a multiprocessor, that step states of many rows; their registers fill it
+NORM_THREADS = 256
+STEP_THREADS = 768  # of a multiprocessor, that step states of many rows; their registers fill it
 FEW_ROWS = 16  # for which the time mix applies low-rank maps itself
 CHAIN_ROWS = 8  # for which the whole step is one launch
 GEMV_ROWS = 32  # up to which products are made by `gemv`
@@ -241,10 +252,10 @@ class GpuModel:
 
     def _load_gemv(self, row_tiles: int, batch_tiles: int) -> tuple[cuda.Kernel, int]:
         """The kernel and the bytes of shared memory that it needs."""
-        ring, sums = WARPS * DEPTH * row_tiles * 1024, WARPS * row_tiles * 16 * (8 * batch_tiles + 1) * 4
+        ring, sums = ring_bytes(DEPTH, row_tiles), sums_bytes(batch_tiles, row_tiles)
         program = self.load(
             "gemv.cu", GEMV_WARPS=WARPS, ROW_TILES=row_tiles, BATCH_TILES=batch_tiles, DEPTH=DEPTH,
-            SHARED_BYTES=ring + sums,
+            IS_CHAIN=0, SHARED_BYTES=ring + sums,
         )  # fmt: skip
         return program.gemv_product, ring + sums
 
@@ -382,9 +393,8 @@ class GpuModel:
         """The whole step for so many rows in one launch; None where its ring would be too short on this GPU."""
         tiles = next(n for n in (1, 2, 4) if rows <= 8 * n)
         if tiles not in self._chains:
-            own = self.time.chain()
-            is_long = Chain.depth(self, tiles, len(own.products[0]) + 2) >= DEPTH
-            self._chains[tiles] = Chain(self, own, tiles) if is_long else None
+            made = Chain(self, self.time.chain(), tiles)
+            self._chains[tiles] = made if made.fits else None
         return self._chains[tiles]
 
     def _channel(self, layer: Layer, b: Buffers, rows: int) -> Added:

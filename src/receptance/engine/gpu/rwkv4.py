@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from receptance.engine.gpu.chain import Product, TimePart
+from receptance.engine.gpu.gemv import ADD, WRITE
 from receptance.engine.gpu.model import (
-    ADD,
-    WRITE,
     Buffers,
     Cast,
     GpuModel,
@@ -55,7 +54,7 @@ class TimeMix4:
             inputs = Product(time.inputs, b.mixed[0], b.time.flat, WRITE, tasks=tasks)
             products.append([inputs, Product(time.output, b.att, b.x, ADD)])
             layers.append([own.decay, own.bonus, *(gpu.state[name][i] for name in ("num", "den", "exp"))])
-        return TimePart("chain4.cu", {}, products, layers, [*b.time.regions, b.att], b"")
+        return TimePart("chain4.cu", {}, products, layers, [*b.time.regions, b.att], b"", 64)
 
     def buffers(self, rows: int) -> None:
         return None

@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 
 from receptance.engine.gpu.chain import Product, TimePart
+from receptance.engine.gpu.gemv import ADD, TANH, WARPS, WRITE
 from receptance.engine.gpu.model import (
-    ADD,
     STEP_THREADS,
-    TANH,
-    WRITE,
     Buffers,
     Cast,
     GpuModel,
@@ -106,7 +104,9 @@ class TimeMix5:
             layers.append([own.decay, own.bonus, *own.norm, *self._chain_weights(own), state])
         tensors = [*b.time.regions[:3], self._gate(b), *self._chain_tensors(b), b.att]
         numbers = struct.pack("if", self.h, self.heads_eps)
-        return TimePart("chain6.cu", self.macros, products, layers, tensors, numbers)
+        team = (self.n // 8 + 1) * 5 * self.n * 4 + 64  # the mixes' sums: Mix, which is larger than StepOfFew
+        shared = 32 * WARPS // (4 * self.n) * team
+        return TimePart("chain6.cu", self.macros, products, layers, tensors, numbers, shared)
 
     def _chain_mix(self, own: Any, b: Buffers) -> list[Product]:
         """The product that comes before the mixes."""

@@ -12,13 +12,9 @@ import torch
 from torch import Tensor
 
 from receptance.engine.gpu.chain import Product, TimePart
+from receptance.engine.gpu.gemv import ADD, NONE, SIGMOID, TANH, WARPS, WRITE
 from receptance.engine.gpu.model import (
-    ADD,
-    NONE,
-    SIGMOID,
     STEP_THREADS,
-    TANH,
-    WRITE,
     Buffers,
     Cast,
     GpuModel,
@@ -119,9 +115,7 @@ class TimeMix7:
             torch.bmm(b.mixed[: V + 1, :batch], own.rkv, out=rkv[:, :batch])
             gpu.join()
             grid = self.h, gpu.shares(batch, self.h, threads)
-            self._kernels.wkv7_step_many(
-                grid, threads, rkv, b.rows * c, b.own.low, b.rows * c, *rest, batch
-            )
+            self._kernels.wkv7_step_many(grid, threads, rkv, b.rows * c, b.own.low, b.rows * c, *rest, batch)
 
     def chain(self) -> TimePart:
         gpu, b = self.gpu, self.gpu.rows
@@ -133,9 +127,10 @@ class TimeMix7:
             products.append([inputs, Product(time.output, b.att, b.x, ADD)])
             layers.append([own.low_rank, *own.vectors, state])
         tensors = b.time.flat, b.time.regions[3], b.own.v_first, b.att
-        return TimePart(
-            "chain7.cu", self.macros, products, layers, tensors, struct.pack("if", self.h, self.heads_eps)
-        )
+        numbers = struct.pack("if", self.h, self.heads_eps)
+        team = (self.n // 8 * 4 + 24) * self.n * 4 + 64  # parts of sums, vectors and channels of a head: StepOfFew
+        shared = (32 * WARPS // (4 * self.n)) * team
+        return TimePart("chain7.cu", self.macros, products, layers, tensors, numbers, shared)
 
     def _low_rank(self, own: Weights, b: Buffers, rows: int) -> None:
         """b.own.low: the low-rank maps of the last four mixes."""
