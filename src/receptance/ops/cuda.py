@@ -147,9 +147,9 @@ class _Parameters(threading.local):
 
 
 class _Attribute(ctypes.Structure):
-    """CUlaunchAttribute, of which only an int is used."""
+    """CUlaunchAttribute, of which at most three ints are used."""
 
-    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60)]
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int * 3), ("rest", ctypes.c_char * 52)]
 
 
 class _Config(ctypes.Structure):
@@ -163,8 +163,7 @@ class _Config(ctypes.Structure):
     ]
 
 
-_CHAINED = _Attribute(6, 0, 1)  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-_TOGETHER = _Attribute(2, 0, 1)  # CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+_COOPERATIVE, _CLUSTER, _PROGRAMMATIC = 2, 4, 6  # CU_LAUNCH_ATTRIBUTE_…
 
 
 class Kernel:
@@ -186,12 +185,14 @@ class Kernel:
         shared: int = 0,
         chained: bool = False,
         together: bool = False,
+        cluster: int = 1,
     ) -> None:
         """Launch on the current stream of the kernel's device, which must be the current one.
 
         grid: up to three numbers of blocks; shared: bytes of dynamic shared memory per block; chained: the kernel waits
         for the one before it by itself (griddepcontrol.wait), so that it may start earlier; together: its blocks wait
-        for each other, so all must be on the device at once, or the launch fails.
+        for each other, so all must be on the device at once, or the launch fails; cluster: so many neighbours see each
+        other's shared memory.
         """
         if shared > self._shared:
             _call("cuFuncSetAttribute", self._function, _SHARED_BYTES, shared)
@@ -206,9 +207,12 @@ class Kernel:
         stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self._device))  # the public way takes 3 µs more
         launch: tuple[object, ...] = self._function, x, y, z, threads, 1, 1, shared, stream, None, parameters.extra
         function = self._launch
-        if together or (chained and self._can_chain):
+        attributes = [(_COOPERATIVE, 1)] if together else [(_PROGRAMMATIC, 1)] if chained and self._can_chain else []
+        attributes += [(_CLUSTER, cluster)] if cluster > 1 else []
+        if attributes:
             sizes = (ctypes.c_uint * 7)(x, y, z, threads, 1, 1, shared)
-            config = _Config(sizes, stream, ctypes.pointer(_TOGETHER if together else _CHAINED), 1)
+            array = (_Attribute * len(attributes))(*(_Attribute(i, 0, (n, 1, 1)) for i, n in attributes))
+            config = _Config(sizes, stream, array, len(attributes))
             function = _driver().cuLaunchKernelEx
             # a cooperative launch is captured with single parameters only
             given = (parameters.places, None) if together else (None, parameters.extra)
