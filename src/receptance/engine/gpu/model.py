@@ -174,6 +174,7 @@ class GpuModel:
     slots: rows of states. `state`: the pool, name → [L, slots + 1, …] with the fields of `receptance.models.State`; the
     last row takes what padding does. state_dtype: of "wkv", float32 or `dtype`.
     invariant: every row's logits are, bit by bit, those it would have alone, at the price of speed for many rows.
+    int8: a step of few rows reads its large matrices in 8 bits, with a scale for each row; others stay as they are.
     Raises ValueError for a model that `misfit` has words for.
     """
 
@@ -186,6 +187,7 @@ class GpuModel:
         state_dtype: torch.dtype = torch.float32,
         most_rows: int = 1024,
         invariant: bool = False,
+        int8: bool = False,
     ):
         from receptance.engine.gpu.versions import misfit, time_mix
 
@@ -198,6 +200,9 @@ class GpuModel:
             model.device, dtype, slots, invariant, most_rows,
         )  # fmt: skip
         self.c, self.f = config.n_embd, config.dim_ffn
+        self.int8 = int8
+        if int8 and (dtype != torch.float16 or invariant or self.c % 64 or self.f % 64):
+            raise ValueError("int8 needs float16, sizes that are multiples of 64, and invariant=False")
         self.state_dtype = state_dtype
         first: Any = model.blocks[0]
         is_gated = hasattr(first.ffn, "receptance")
@@ -255,7 +260,7 @@ class GpuModel:
         ring, sums = ring_bytes(DEPTH, row_tiles), sums_bytes(batch_tiles, row_tiles)
         program = self.load(
             "gemv.cu", GEMV_WARPS=WARPS, ROW_TILES=row_tiles, BATCH_TILES=batch_tiles, DEPTH=DEPTH,
-            IS_CHAIN=0, SHARED_BYTES=ring + sums,
+            IS_CHAIN=0, WEIGHT_BITS=16, SHARED_BYTES=ring + sums,
         )  # fmt: skip
         return program.gemv_product, ring + sums
 
@@ -303,7 +308,7 @@ class GpuModel:
                 width = projection.regions[part.region]
                 tasks += [
                     [(from_row + i) * c, part.mix * rows * c, starts[part.region] + part.column + i,
-                     c | part.activation << 32, width]
+                     c | part.activation << 32, width | from_row + i << 32]
                     for i in range(0, part.rows, tile)
                 ]  # fmt: skip
                 from_row += part.padded or part.rows
