@@ -4,7 +4,6 @@ import pytest
 import torch
 from tests.engine.gpu.test_model import BOUND, DEVICE, error, filled, make, older, put, start
 
-from receptance.engine.gpu import model as gpu
 from receptance.engine.gpu.chain import quantised
 from receptance.engine.gpu.model import GpuModel
 from receptance.models import RWKV7
@@ -27,19 +26,20 @@ pytestmark = pytest.mark.usefixtures("kernels")
         ("4", 64, 3, {}),
     ],
 )
-def test_one_launch_gives_the_bits_of_many(version, head, batch, options, monkeypatch):
+def test_one_launch_gives_the_bits_of_many(version, head, batch, options):
     model = make(head) if version == "7" else older(version, head)
     state = start(model, batch)
     slots = torch.arange(batch, dtype=torch.int32, device=DEVICE).flip(0)
     results = []
-    for rows in 8, 0:
-        monkeypatch.setattr(gpu, "CHAIN_ROWS", rows)
+    for chained in True, False:
         fast = GpuModel(model, slots=batch + 2, most_rows=9, **options)
+        assert fast.can_chain(batch)
         for x in fast.state.values():
             x.fill_(torch.nan)
         put(fast, slots.tolist(), state)
         for i in range(2):
-            logits = fast.decode((torch.arange(batch, device=DEVICE) * 7 + i) % 96, slots).clone()
+            tokens = (torch.arange(batch, device=DEVICE) * 7 + i) % 96
+            logits = fast.decode(tokens, slots, chained=chained).clone()
         assert all(x[:, batch:].isnan().all() for x in fast.state.values())
         results.append([logits, *(x[:, :batch] for x in fast.state.values())])
     for one, other in zip(*results):
@@ -47,8 +47,7 @@ def test_one_launch_gives_the_bits_of_many(version, head, batch, options, monkey
 
 
 @pytest.mark.parametrize("batch", [1, 11])
-def test_weights_of_8_bits_are_those_of_the_rounded_model(batch, monkeypatch):
-    monkeypatch.setattr(gpu, "CHAIN_ROWS", 16)
+def test_weights_of_8_bits_are_those_of_the_rounded_model(batch):
     model = filled(RWKV7(RWKV7Config(96, 2, 128, 448, 32, 64, 32, 96, head_size=64)))
     fast = GpuModel(model, slots=batch, most_rows=batch, int8=True)
     for block in model.blocks:
