@@ -2,9 +2,9 @@
 
     python bench/engine_gpu.py [--models 1.5B …] [--batches 1 8 …] [--no-prefill] [--out FILE]
 
-Refuses to report when logits differ from the model's in float32 by more than a bound and than plain torch's in float16 do. The roof of decoding is the time that the weights and
-the states take at this card's measured copy speed; a step is one CUDA graph,
-drawing with top_p included. Ends in one JSON line.
+Refuses to report when logits differ from the model's in float32 by more than a bound and than plain torch's in float16
+do. The roof of decoding is the time that the weights and the states take at this card's measured copy speed; a step is
+one CUDA graph, drawing with top_p included. Ends in one JSON line.
 """
 
 import argparse
