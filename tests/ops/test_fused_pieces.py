@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 from receptance.ops import ffn, heads, norm, pieces, prepare, shift
+from receptance.ops.ffn import product
 from receptance.ops.ffn import triton as ffn_kernels
 from receptance.ops.heads import triton as heads_kernels
 from receptance.ops.norm import triton as norm_kernels
@@ -182,6 +183,29 @@ def test_layer_norm_gradients_add_up_over_many_programs(monkeypatch):
 def test_channel_mix_activations(shape, dtype):
     check(ffn_kernels.relu_square, ffn.relu_square, [rand(*shape)], dtype)
     check(ffn_kernels.sigmoid_gate, ffn.sigmoid_gate, [rand(*shape), rand(*shape, seed=1)], dtype)
+
+
+HALF = DTYPES[1]
+
+
+@pytest.mark.parametrize("rows, c, f, d", [(1, 8, 8, 8), (130, 72, 264, 40), (300, 64, 512, 64)])
+def test_products_with_squared_relu_between_them(rows, c, f, d):
+    inputs = [rand(rows, c), rand(f, c) / c**0.5, rand(d, f) / f**0.5]
+    check(product.relu_square_products, ffn.relu_square_products, inputs, HALF)
+    check(product.relu_square_products, ffn.relu_square_products, [inputs[0].view(1, rows, c), *inputs[1:]], HALF)
+
+
+def test_squares_are_those_of_the_unrounded_product():
+    a, b = (x.to(HALF).to(DEVICE) for x in (rand(130, 64), rand(264, 64)))
+    exact = (a.double() @ b.double().T).relu().square()
+    ulp = (product._run(a, b, None).double() - exact).abs() / exact.clamp(min=1e-3)
+    assert ulp.max() < 1.01 * torch.finfo(HALF).eps / (2 if torch.cuda.is_available() else 1)  # one rounding
+
+
+def test_products_keep_nan():
+    x, key = torch.ones(3, 8, dtype=HALF, device=DEVICE), torch.ones(8, 8, dtype=HALF, device=DEVICE)
+    x[1, 2] = float("nan")
+    assert product.relu_square_products(x, key, key).isnan().any(1).tolist() == [False, True, False]
 
 
 def operators() -> dict[str, tuple[object, ...]]:

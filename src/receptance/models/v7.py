@@ -22,7 +22,6 @@ from receptance.models.base import (
     tall_gain,
 )
 from receptance.ops import wkv7
-from receptance.ops.ffn import relu_square
 from receptance.ops.heads import norm_and_gate
 from receptance.ops.prepare import decay_and_keys, value_residual_twice
 
@@ -182,9 +181,7 @@ class ChannelMix(nn.Module):
         self.value = nn.Linear(config.dim_ffn, config.n_embd, bias=False)
 
     def forward(self, xk: Tensor, call: Call) -> Tensor:
-        k = relu_square(self.key(xk), backend=call.form)  # [B, T, F]
-        out: Tensor = self.value(k)
-        return out
+        return call.channels(xk, self.key, self.value)
 
 
 class Block(nn.Module):
@@ -202,7 +199,8 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         x, att_shift, mixed = call.enter(x, None, self.ln1, state["att_shift"], self.att.mixes)
         delta, v_first, wkv = self.att(mixed, v_first, state["wkv"], call)
-        x, ffn_shift, (xk,) = call.enter(x, delta, self.ln2, state["ffn_shift"], [self.ffn.x_k])
+        mixes = [self.ffn.x_k]  # kept: one of 13 numbers per token and channel, for a pass less
+        x, ffn_shift, (xk,) = call.enter(x, delta, self.ln2, state["ffn_shift"], mixes, keep=True)
         x = call.drop(x + self.ffn(xk, call))
         return x, v_first, {"att_shift": att_shift, "wkv": wkv, "ffn_shift": ffn_shift}
 

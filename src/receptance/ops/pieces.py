@@ -16,6 +16,7 @@ PIECES: dict[str, str] = {
     "heads": "receptance.ops.heads.triton",
     "norm": "receptance.ops.norm.triton",
     "prepare": "receptance.ops.prepare.triton",
+    "products": "receptance.ops.ffn.product",
     "shift": "receptance.ops.shift.triton",
     "wkv4": "receptance.ops.wkv4.triton",
     "wkv6": "receptance.ops.wkv6.triton",
