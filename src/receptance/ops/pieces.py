@@ -11,6 +11,7 @@ from torch import Tensor
 
 # Operator or fused piece → module of its Triton form, imported on first use. The plain form lies beside it.
 PIECES: dict[str, str] = {
+    "adamw": "receptance.ops.adamw.triton",
     "ffn": "receptance.ops.ffn.triton",
     "head_loss": "receptance.ops.head_loss.triton",
     "heads": "receptance.ops.heads.triton",

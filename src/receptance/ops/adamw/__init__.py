@@ -1,0 +1,29 @@
+"""One update of AdamW over flat tensors: float32 masters and moments, gradients and weights in half precision."""
+
+import torch
+from torch import Tensor
+
+
+def update(
+    gradient: Tensor,
+    master: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    weight: Tensor,
+    numbers: Tensor,
+    betas: tuple[float, float],
+    eps: float,
+) -> None:
+    """All [n]: brings master, mean and square (float32) up to date and rounds master into weight, in place.
+
+    numbers [5], float32, on the device, so that nothing waits for it: keep (where 0 nothing changes), the gradient's
+    factor (clipping), lr / (1 - beta1^t), 1 - lr · weight decay, 1 / √(1 - beta2^t).
+    """
+    keep, factor, rate, decay, root = numbers.unbind()
+    g = gradient.float() * factor
+    new_mean = mean.lerp(g, 1 - betas[0])
+    new_square = square * betas[1] + (1 - betas[1]) * g * g
+    new_master = master * decay - rate * new_mean / (new_square.sqrt() * root + eps)
+    for old, new in ((mean, new_mean), (square, new_square), (master, new_master)):
+        old.copy_(torch.where(keep > 0, new, old))
+    weight.copy_(master)
