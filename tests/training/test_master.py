@@ -24,7 +24,7 @@ from receptance.training.step import compute, prepare
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = {"a": [(3, 50), (7,)], "b": [(130,), (1, 1, 5)]}
-IN_HALF = "run.precision=bfloat16", "run.weights=bfloat16"
+IN_HALF = "run.precision=bfloat16", "run.weights=bfloat16", "run.valid_tokens=64"
 
 
 def draw(*shape, seed=0):
@@ -125,7 +125,7 @@ def test_a_run_in_half_learns_and_resumes_bit_for_bit(tmp_path):
 @pytest.mark.parametrize("first, second", [("float32", "bfloat16"), ("bfloat16", "float32")])
 def test_a_run_goes_on_with_the_other_kind_of_weights(tmp_path, first, second):
     def config(kind):
-        return configure(tmp_path, "run.precision=bfloat16", f"run.weights={kind}", "optim.ema=0.9")
+        return configure(tmp_path, *IN_HALF, f"run.weights={kind}", "optim.ema=0.9")
 
     train(config(first), Listener())
     folder = sorted((tmp_path / "run" / "checkpoints").iterdir())[-2]
