@@ -14,10 +14,11 @@ from torch.utils.checkpoint import checkpoint
 
 from receptance.models.state import State
 from receptance.ops import Operators, form_of
-from receptance.ops.ffn import relu_square, relu_square_products
+from receptance.ops.ffn import relu_square
 from receptance.ops.head_loss import head_loss, module_loss
 from receptance.ops.norm import add_norm, layer_norm
-from receptance.ops.pieces import upcast
+from receptance.ops.pieces import compute_dtype, upcast, uses_triton
+from receptance.ops.products import relu_square_products
 from receptance.ops.recompute import Recompute
 from receptance.ops.shift import norm_mix, shift_mix
 
@@ -116,6 +117,13 @@ class Call:
         if self.recompute is not None and not keep:
             self.recompute.remember(mixed, _third(again), x, None, *vectors)
         return x, end, mixed
+
+    def joins_maps(self, x: Tensor) -> bool:
+        """Whether `shifted_maps` saves time for inputs like x [B, T, C]: in training, on a GPU, in half precision."""
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or self.lengths is not None:
+            return False
+        is_cut = getattr(self.backend, "shift", None) is not None  # over ranks: the vector before the piece is elsewhere
+        return not is_cut and compute_dtype(x) in (torch.bfloat16, torch.float16) and uses_triton("low_rank", x, self.form)
 
     def channels(self, x: Tensor, key: nn.Module, value: nn.Module) -> Tensor:
         """value(max(key(x), 0)²); modules that were replaced, wrapped or given hooks are called as they are."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from receptance.models import RWKV
-from receptance.ops.pieces import uses_triton
+from receptance.ops.adamw import update
 
 ALIGNED = 128  # elements: a tensor begins at a multiple of 256 bytes, whatever product reads it
 
@@ -115,10 +115,6 @@ class MasterAdamW(AdamW):
             rate, decay = lr.double() / first, 1 - lr.double() * group["weight_decay"]
             numbers = torch.stack([x.float() for x in (keep, self._coefficient, rate, decay, 1 / second)])
             tensors = gradients, self._masters, *(self._state[x] for x in ("exp_avg", "exp_avg_sq")), self._rounded
-            if uses_triton("adamw", self._masters):
-                from receptance.ops.adamw.triton import update
-            else:
-                from receptance.ops.adamw import update
             update(*(x[begin:end] for x in tensors), numbers, group["betas"], group["eps"])
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from receptance.ops.pieces import uses_triton
+
 
 def update(
     gradient: Tensor,
@@ -16,9 +18,13 @@ def update(
 ) -> None:
     """All [n]: brings master, mean and square (float32) up to date and rounds master into weight, in place.
 
-    numbers [5], float32, on the device, so that nothing waits for it: keep (where 0 nothing changes), the gradient's
+    weight may be of any type. numbers [5], float32, on the device, so that nothing waits for it: keep (where 0 nothing changes), the gradient's
     factor (clipping), lr / (1 - beta1^t), 1 - lr · weight decay, 1 / √(1 - beta2^t).
     """
+    if uses_triton("adamw", master):
+        from receptance.ops.adamw.triton import update as kernel
+
+        return kernel(gradient, master, mean, square, weight, numbers, betas, eps)
     keep, factor, rate, decay, root = numbers.unbind()
     g = gradient.float() * factor
     new_mean = mean.lerp(g, 1 - betas[0])
@@ -27,3 +33,4 @@ def update(
     for old, new in ((mean, new_mean), (square, new_square), (master, new_master)):
         old.copy_(torch.where(keep > 0, new, old))
     weight.copy_(master)
+    return None

@@ -73,10 +73,10 @@ def _run(a: Tensor, b: Tensor, squares: Tensor | None) -> Tensor:
     return out
 
 
-def fits(x: Tensor, key: Tensor) -> bool:
-    """Whether the kernels take x [..., C] with key [F, C], and are faster than cuBLAS and a pass after it."""
+def fits(x: Tensor, key: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the kernels take x [..., C] with key [F, C] as `dtype`, and beat cuBLAS and a pass after it."""
     f, c = key.shape
-    if not x.is_cuda or x.dtype not in (torch.bfloat16, torch.float16) or c % ALIGNED or f % ALIGNED:
+    if not x.is_cuda or dtype not in (torch.bfloat16, torch.float16) or c % ALIGNED or f % ALIGNED:
         return False
     tiles = triton.cdiv(x.numel() // c, BM) * triton.cdiv(f, BN)
     return tiles >= WAVES * _multiprocessors(x.device) and torch.cuda.get_device_capability(x.device)[0] == 9
