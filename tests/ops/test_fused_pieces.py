@@ -210,7 +210,12 @@ HALF = DTYPES[1]
 def test_products_with_squared_relu_between_them(rows, c, f, d):
     inputs = [rand(rows, c), rand(f, c) / c**0.5, rand(d, f) / f**0.5]
     check(product_kernels.relu_square_products, products.relu_square_products, inputs, HALF)
-    check(product_kernels.relu_square_products, products.relu_square_products, [inputs[0].view(1, rows, c), *inputs[1:]], HALF)
+    check(
+        product_kernels.relu_square_products,
+        products.relu_square_products,
+        [inputs[0].view(1, rows, c), *inputs[1:]],
+        HALF,
+    )
 
 
 def test_squares_are_those_of_the_unrounded_product():

@@ -8,8 +8,9 @@ import pytest
 
 PLAIN_NUMBERS = {**dict.fromkeys(("rows", "T", "C", "H", "N", "n", "V", "SPAN", "R", "OFFSET", "WIDTH"), "i32"),
                  **dict.fromkeys(("eps", "penalty", "beta1", "rest1", "beta2", "rest2"), "fp32")}  # fmt: skip
-EXACT = {"partial_ptr", "mean_ptr", "inverse_ptr", "weights_ptr", "loss_ptr", "statistics_ptr", "master_ptr", "square_ptr",
-         "numbers_ptr"}  # float32 in any call  # fmt: skip
+# float32 in any call
+EXACT = {"partial_ptr", "mean_ptr", "inverse_ptr", "weights_ptr", "loss_ptr", "statistics_ptr", "master_ptr",
+         "square_ptr", "numbers_ptr"}  # fmt: skip
 
 
 @pytest.mark.slow

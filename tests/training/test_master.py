@@ -76,8 +76,8 @@ def test_the_kernel_equals_the_plain_form():
         for keep in (1.0, 0.0):
             before = [x.clone() for x in two]
             numbers = torch.tensor([keep, 0.7, 1e-2, 0.999, 1.7], device=DEVICE)
-            adamw.update(*one, numbers, (0.9, 0.99), 1e-18)
-            kernel.update(*two, numbers, (0.9, 0.99), 1e-18)
+            adamw.update(tuple(one), numbers, (0.9, 0.99), 1e-18)
+            kernel.update(tuple(two), numbers, (0.9, 0.99), 1e-18)
             for a, b, old in zip(one[1:4], two[1:4], before[1:4]):
                 torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-7)
                 assert torch.equal(b, old) != bool(keep)
@@ -98,7 +98,9 @@ def test_a_weight_without_gradient_stays_and_a_skipped_update_changes_nothing():
         after = [x for state in ours.state.values() for x in state.values()]
         assert all(torch.equal(a, b) for a, b in zip(before, after)) == bool(skip)
         assert all(torch.equal(a, b) for a, b in zip(first[1:], ours.weights[1:])) == bool(skip)
-    torch.testing.assert_close(next(iter(ours.masters().values())).detach(), alone * (1 - 1e-3 * 0.1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        next(iter(ours.masters().values())).detach(), alone * (1 - 1e-3 * 0.1), rtol=1e-6, atol=0
+    )
 
 
 def test_a_run_in_half_learns_and_resumes_bit_for_bit(tmp_path):

@@ -122,8 +122,12 @@ class Call:
         """Whether `shifted_maps` saves time for inputs like x [B, T, C]: in training, on a GPU, in half precision."""
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or self.lengths is not None:
             return False
-        is_cut = getattr(self.backend, "shift", None) is not None  # over ranks: the vector before the piece is elsewhere
-        return not is_cut and compute_dtype(x) in (torch.bfloat16, torch.float16) and uses_triton("low_rank", x, self.form)
+        is_cut = (
+            getattr(self.backend, "shift", None) is not None
+        )  # over ranks: the vector before the piece is elsewhere
+        return (
+            not is_cut and compute_dtype(x) in (torch.bfloat16, torch.float16) and uses_triton("low_rank", x, self.form)
+        )
 
     def channels(self, x: Tensor, key: nn.Module, value: nn.Module) -> Tensor:
         """value(max(key(x), 0)²); modules that were replaced, wrapped or given hooks are called as they are."""

@@ -1,4 +1,4 @@
-"""AdamW for bfloat16 weights: float32 masters, and one pass that reads gradients and writes moments, masters and weights.
+"""AdamW for bfloat16 weights with float32 masters: one pass reads gradients and writes moments, masters and weights.
 
 Everything lies in flat buffers, one element of a buffer for one of another, so that a step is a handful of kernels
 whatever the number of tensors. The masters are the optimiser's parameters; each is known by the model's name for it.
@@ -58,7 +58,7 @@ class MasterAdamW(AdamW):
         self._clip = clip
         masters = [nn.Parameter(x) for x in views(self._masters)]
         with torch.no_grad():
-            torch._foreach_copy_(list(masters), self.weights)
+            torch._foreach_copy_([x.detach() for x in masters], [x.detach() for x in self.weights])
         own = iter(masters)
         super().__init__(
             [{**group, "params": [next(own) for _ in group["params"]]} for group in groups],
@@ -96,7 +96,7 @@ class MasterAdamW(AdamW):
                 part.zero_()
             p.grad = None
         self._gradients = flat
-        norm = torch.linalg.vector_norm(flat, dtype=torch.float32)
+        norm: Tensor = torch.linalg.vector_norm(flat, dtype=torch.float32)
         if self._clip:
             self._coefficient = (self._clip / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
         return norm
@@ -114,8 +114,10 @@ class MasterAdamW(AdamW):
             lr = group["lr"] if isinstance(group["lr"], Tensor) else torch.full_like(keep, group["lr"])
             rate, decay = lr.double() / first, 1 - lr.double() * group["weight_decay"]
             numbers = torch.stack([x.float() for x in (keep, self._coefficient, rate, decay, 1 / second)])
-            tensors = gradients, self._masters, *(self._state[x] for x in ("exp_avg", "exp_avg_sq")), self._rounded
-            update(*(x[begin:end] for x in tensors), numbers, group["betas"], group["eps"])
+            part = slice(begin, end)
+            mean, square = self._state["exp_avg"][part], self._state["exp_avg_sq"][part]
+            tensors = gradients[part], self._masters[part], mean, square, self._rounded[part]
+            update(tensors, numbers, group["betas"], group["eps"])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for p in self.weights:

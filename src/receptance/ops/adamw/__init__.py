@@ -5,26 +5,21 @@ from torch import Tensor
 
 from receptance.ops.pieces import uses_triton
 
+Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
-def update(
-    gradient: Tensor,
-    master: Tensor,
-    mean: Tensor,
-    square: Tensor,
-    weight: Tensor,
-    numbers: Tensor,
-    betas: tuple[float, float],
-    eps: float,
-) -> None:
-    """All [n]: brings master, mean and square (float32) up to date and rounds master into weight, in place.
 
-    weight may be of any type. numbers [5], float32, on the device, so that nothing waits for it: keep (where 0 nothing changes), the gradient's
+def update(tensors: Tensors, numbers: Tensor, betas: tuple[float, float], eps: float) -> None:
+    """tensors: gradient, master, mean, square, weight, [n] each; the middle three, float32, are brought up to date in
+    place, and the new master is rounded into weight.
+
+    numbers [5], float32, on the device, so that nothing waits for it: keep (where 0 nothing changes), the gradient's
     factor (clipping), lr / (1 - beta1^t), 1 - lr · weight decay, 1 / √(1 - beta2^t).
     """
+    gradient, master, mean, square, weight = tensors
     if uses_triton("adamw", master):
         from receptance.ops.adamw.triton import update as kernel
 
-        return kernel(gradient, master, mean, square, weight, numbers, betas, eps)
+        return kernel(tensors, numbers, betas, eps)
     keep, factor, rate, decay, root = numbers.unbind()
     g = gradient.float() * factor
     new_mean = mean.lerp(g, 1 - betas[0])

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from receptance.ops.adamw import Tensors
+
 BLOCK, WARPS = 2048, 8  # two times 16 bytes of float32 a thread and tensor
 
 
@@ -27,28 +29,18 @@ def _update(g_ptr, master_ptr, mean_ptr, square_ptr, weight_ptr, numbers_ptr, n,
         tl.store(weight_ptr + at, master.to(weight_ptr.dtype.element_ty), mask=mask)
 
 
-def update(
-    gradient: Tensor,
-    master: Tensor,
-    mean: Tensor,
-    square: Tensor,
-    weight: Tensor,
-    numbers: Tensor,
-    betas: tuple[float, float],
-    eps: float,
-) -> None:
+def update(tensors: Tensors, numbers: Tensor, betas: tuple[float, float], eps: float) -> None:
     """Same contract as the plain form."""
-    n = master.numel()
-    with torch.cuda.device_of(master):
+    n = tensors[0].numel()
+    with torch.cuda.device_of(tensors[0]):
         _update[(triton.cdiv(n, BLOCK),)](
-            gradient, master, mean, square, weight, numbers, n, betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps,
+            *tensors, numbers, n, betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps,
             BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
 
 
 def probe() -> None:
     """Build and run the kernel; raises whatever goes wrong."""
-    x = [torch.ones(8, device="cuda") for _ in range(3)]
-    half = torch.ones(8, dtype=torch.bfloat16, device="cuda")
-    update(half, *x, half.clone(), torch.ones(5, device="cuda"), (0.9, 0.99), 1e-18)
+    half, x = torch.ones(8, dtype=torch.bfloat16, device="cuda"), torch.ones(8, device="cuda")
+    update((half, x, x.clone(), x.clone(), half.clone()), torch.ones(5, device="cuda"), (0.9, 0.99), 1e-18)
     torch.cuda.synchronize()

@@ -23,8 +23,8 @@ def shifted_maps(
 ) -> list[Tensor]:
     """f((x + (previous − x)·μ) W) for each μ of `mixes`, W [C, R] of `maps` and f of `activations`: [B, T, R] each.
 
-    x [B, T, C]; last, resets: as in `shift_mix`. The kernels move the shift behind the product, x A + previous(x B) with
-    A = (1 − μ) ∘ W and B = μ ∘ W, so that all maps are one product of x and no mix is made. They are for half precision.
+    x [B, T, C]; last, resets: as in `shift_mix`. The kernels, for half precision, move the shift behind the product,
+    x A + previous(x B) with A = (1 − μ) ∘ W and B = μ ∘ W: all maps are one product of x, and no mix is made.
     """
     if uses_triton("low_rank", x, backend):
         from receptance.ops.low_rank.triton import shifted_maps as kernel

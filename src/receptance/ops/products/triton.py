@@ -1,6 +1,6 @@
 """Products with squared ReLU in their last step, in Triton for Hopper: what lies between them is written once.
 
-Tiles are fetched by the tensor memory accelerator, which pads what lies beyond an edge with zeros and leaves it unwritten.
+Tiles are fetched by the tensor memory accelerator, which pads what lies beyond an edge with zeros and never writes it.
 As many programs as multiprocessors take one tile after the other, so that loads of the next run under the end of this.
 """
 
