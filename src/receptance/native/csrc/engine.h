@@ -155,9 +155,9 @@ void keep_shift(Run& run, int thread, const float* last, float* shift) {
   }
 }
 
-inline void quantise_for(Run& run, const Matrix& w, int input, int64_t m) {
+inline void quantise_for(Run& run, const Matrix& w, int input, int64_t m, int64_t rows) {
   const int64_t c = w.cols;
-  if (is_quantised(w.type)) quantise(run.mixed[input] + m * c, c, run.quantised[input] + m * groups_of(c));
+  if (takes_blocks(w, rows)) quantise(run.mixed[input] + m * c, c, run.quantised[input] + m * groups_of(c));
 }
 
 // Channel mix ----------------------------------------------------------------------------------------------------------
@@ -169,19 +169,20 @@ void channel_mix(Run& run, int thread, const ChannelMix& ffn, const float* weigh
   const bool gated = ffn.receptance.data != nullptr;
   normed_rows(run, thread, weight, bias, shift_in, run.last_ffn, [&](int64_t m, const float* x, const float* previous) {
     mix(x, previous, ffn.mix_k, c, run.mixed[IN_K] + m * c);
-    quantise_for(run, ffn.key, IN_K, m);
+    quantise_for(run, ffn.key, IN_K, m, rows);
     if (gated) {
       mix(x, previous, ffn.mix_r, c, run.mixed[IN_R] + m * c);
-      quantise_for(run, ffn.receptance, IN_R, m);
+      quantise_for(run, ffn.receptance, IN_R, m, rows);
     }
   });
   keep_shift(run, thread, run.last_ffn, shift_out);
   Product list[2] = {make(ffn.key, run.mixed[IN_K], run.quantised[IN_K], run.hidden, RELU2)};
   if (gated) list[1] = make(ffn.receptance, run.mixed[IN_R], run.quantised[IN_R], run.gate, SIGMOID);
-  if (has_rows_of_outputs(ffn.value.type)) list[0].y_quantised = run.hidden_quantised;
+  const bool by_outputs = has_rows_of_outputs(ffn.value.type), tiled = lines_by_words(ffn.value, rows);
+  if (by_outputs || tiled) list[0].y_quantised = run.hidden_quantised;
   products(run, thread, list, gated ? 2 : 1, rows);
 
-  if (has_rows_of_outputs(ffn.value.type)) {  // its rows are channels: all hidden units are read
+  if (by_outputs) {  // its rows are channels: all hidden units are read
     list[0] = make(ffn.value, run.hidden, run.hidden_quantised, run.x, gated ? GATED_ADD : ADD);
     list[0].gate = run.gate;
     products(run, thread, list, 1, rows);
@@ -205,6 +206,19 @@ void channel_mix(Run& run, int thread, const ChannelMix& ffn, const float* weigh
     run.pending = gated ? run.gate : nullptr;
     return;
   }
+#if defined(ISA_AVX512)
+  if (tiled) {
+    const Matrix turned = {c, f, ffn.value.data, ffn.value.type};
+    Product p = make(turned, run.hidden, run.hidden_quantised, run.x, gated ? GATED_ADD : ADD);
+    p.gate = run.gate;
+    each(run, (c + MOST_ROWS - 1) / MOST_ROWS, [&](int64_t ticket) {
+      const int64_t first = ticket * MOST_ROWS, last = first + MOST_ROWS < c ? first + MOST_ROWS : c;
+      if (turned.type == F16) tiled_lines<F16>(p, first, last, rows, panel_of(run, thread));
+      else tiled_lines<BF16>(p, first, last, rows, panel_of(run, thread));
+    });
+    return;
+  }
+#endif
   each(run, (c + STRIP - 1) / STRIP, [&](int64_t ticket) {
     const int64_t first = ticket * STRIP, width = c - first < STRIP ? c - first : STRIP;
     float *strip = panel_of(run, thread), *y = strip + PANEL * DEPTH;
@@ -230,8 +244,14 @@ inline void heads(Run& run, int64_t width, F work) {
   });
 }
 
+// A head, which quantises its own outputs, must have whole blocks of them
+inline bool output_in_blocks(const Run& run, const Matrix& output) {
+  const bool whole = run.model->version == 4 || run.model->head_size % BLOCK == 0;
+  return is_quantised(output.type) || (whole && by_words(output, run.rows));
+}
+
 inline void quantise_output(Run& run, const Matrix& output, int64_t row, int64_t t, int64_t channel, int64_t n) {
-  if (!is_quantised(output.type)) return;
+  if (!output_in_blocks(run, output)) return;
   const int64_t a = output.cols;
   for (int64_t m = row; m < row + t; m++) {
     quantise(run.y + m * a + channel, n, run.y_quantised + m * groups_of(a), channel / BLOCK);
@@ -239,7 +259,8 @@ inline void quantise_output(Run& run, const Matrix& output, int64_t row, int64_t
 }
 
 void output_product(Run& run, int thread, const Layer& layer) {
-  Product list[1] = {make(layer.output, run.y, run.y_quantised, run.x, ADD)};
+  const XGroup* q = output_in_blocks(run, layer.output) ? run.y_quantised : nullptr;
+  Product list[1] = {make(layer.output, run.y, q, run.x, ADD)};
   products(run, thread, list, 1, run.rows);
 }
 
@@ -252,7 +273,7 @@ void time_mix4(Run& run, int thread, int64_t index) {
               [&](int64_t m, const float* x, const float* previous) {
                 for (int i : RKV) {
                   mix(x, previous, layer.mix[i], c, run.mixed[i] + m * c);
-                  quantise_for(run, *by[i], i, m);
+                  quantise_for(run, *by[i], i, m, run.rows);
                 }
               });
   keep_shift(run, thread, run.last_att, run.request->out->att_shift + at * c);
@@ -303,7 +324,7 @@ void time_mix5(Run& run, int thread, int64_t index) {
                 for (int i : RKVG) {
                   if (i == IN_G && !model.has_gate) continue;
                   mix(x, previous, layer.mix[i], c, run.mixed[i] + m * c);
-                  quantise_for(run, *by[i], i, m);
+                  quantise_for(run, *by[i], i, m, run.rows);
                 }
               });
   keep_shift(run, thread, run.last_att, run.request->out->att_shift + at * c);
@@ -351,7 +372,7 @@ void time_mix6(Run& run, int thread, int64_t index) {
     const float* weight = layer.mix[i];
 #pragma omp simd
     for (int64_t j = 0; j < c; j++) y[j] = x[j] + (previous[j] - x[j]) * (weight[j] + y[j]);
-    quantise_for(run, *by[i], i, m);
+    quantise_for(run, *by[i], i, m, run.rows);
   });
 
   Product list[5] = {make(layer.receptance, run.mixed[IN_R], run.quantised[IN_R], run.r),
@@ -417,7 +438,7 @@ void time_mix7(Run& run, int thread, int64_t index) {
               [&](int64_t m, const float* x, const float* previous) {
                 for (int i = 0; i < MIXES; i++) {
                   mix(x, previous, layer.mix[i], c, run.mixed[i] + m * c);
-                  quantise_for(run, *by[i], i, m);
+                  quantise_for(run, *by[i], i, m, run.rows);
                 }
               });
   keep_shift(run, thread, run.last_att, run.request->out->att_shift + at * c);
@@ -519,7 +540,7 @@ void head(Run& run, int thread) {
       const int64_t m = request.last_only ? run.seq_first[first + i] + run.seq_rows[first + i] - 1
                                           : run.seq_first[first] + i;
       layer_norm(run.x + m * c, model.lnout_weight, model.lnout_bias, c, run.mixed[IN_R] + i * c);
-      quantise_for(run, model.head, IN_R, i);
+      quantise_for(run, model.head, IN_R, i, count);
     });
     Product list[1] = {make(model.head, run.mixed[IN_R], run.quantised[IN_R], request.logits + target * model.vocab)};
     products(run, thread, list, 1, count);
@@ -660,7 +681,7 @@ void multiply_thread(void* context, int thread) {
   const Multiply& job = *(const Multiply*)context;
   const Product& p = *job.product;
   const int64_t groups = groups_of(p.w->cols);
-  if (is_quantised(p.w->type)) {
+  if (takes_blocks(*p.w, job.rows)) {
     for (int64_t m; (m = team_next(job.team)) < job.rows;) quantise(p.x + m * p.ldx, p.w->cols, job.q + m * groups);
     team_barrier(job.team);
   }

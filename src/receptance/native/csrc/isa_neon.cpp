@@ -20,6 +20,7 @@ namespace {
 #include "blocks.h"
 #include "packed.h"
 #include "panels.h"
+#include "tiles.h"
 #include "dispatch.h"
 #include "lines.h"
 #include "pack.h"

@@ -3,13 +3,17 @@
 
 enum Epilogue { STORE, ADD, GATED_ADD, RELU2, SIGMOID, TANH };
 
-// Eight blocks of a quantised x, twice: q * scale for weights of 4 to 6 bits, and wide * scale / 256 for those of 8 bits where
-// 16-bit products cost no more (WIDE). Sums (of 16 q; of 32 q, times the scale) take back what unsigned weights add.
+// Eight blocks of a quantised x, twice: q * scale for weights of 4 to 6 bits, and wide * scale * WIDE_UNIT for those of 8 bits
+// where 16-bit products cost no more (WIDE), or for weights of 16 bits (tiles.h). Sums (of 16 q; of 32 q, times the scale) take
+// back what unsigned weights add.
 struct XGroup {
   float scale[8], taken[8];
   int16_t sum[16];
   int8_t q[8 * BLOCK];
   int16_t wide[8 * BLOCK];
+#if defined(ISA_AVX512)
+  uint8_t shifted[8 * BLOCK];  // q + 128
+#endif
 };
 
 #if defined(ISA_AVX512) || defined(ISA_NEON)
@@ -17,7 +21,11 @@ constexpr bool WIDE = false;  // they have dot products of bytes
 #else
 constexpr bool WIDE = true;
 #endif
+#if defined(ISA_AVX512)
+constexpr float WIDE_UNIT = 1.0f / 64;  // 32 products with weights of 14 bits stay within 32 bits
+#else
 constexpr float WIDE_UNIT = 1.0f / 256;
+#endif
 #if defined(ISA_AVX2)
 constexpr int Q8_TOGETHER = 2;  // columns of a row that lie together in a packed block
 #else
@@ -62,9 +70,14 @@ void quantise(const float* x, int64_t n, XGroup* out, int64_t first = 0) {
       group.sum[b % 8 * 2 + h] = (int16_t)total;
     }
     group.taken[b % 8] = group.scale[b % 8] * (float)sum_of(group, b % 8);
-    if (!WIDE) continue;
+#if defined(ISA_AVX512)
 #pragma omp simd
-    for (int i = 0; i < BLOCK; i++) wide[i] = (int16_t)(int32_t)((x[i] * (inverse * 256) + 12582912.0f) - 12582912.0f);
+    for (int i = 0; i < BLOCK; i++) group.shifted[b % 8 * BLOCK + i] = (uint8_t)(whole[i] + 128);
+#else
+    if (!WIDE) continue;
+#endif
+#pragma omp simd
+    for (int i = 0; i < BLOCK; i++) wide[i] = (int16_t)(int32_t)((x[i] * (inverse / WIDE_UNIT) + 12582912.0f) - 12582912.0f);
   }
 }
 
