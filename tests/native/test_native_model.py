@@ -60,8 +60,12 @@ def test_narrow_weights_are_used_exactly(dtype, engine):
     """Weights of 16 bits widen exactly: the logits are those of the same numbers in float32."""
     model = random_model("7", dtype=dtype, **WIDE)
     ids = tokens(150, 300)  # more than one chunk
-    logits, _ = native(model, engine_name=engine).forward(ids)
-    assert_close(logits, torch_logits(model.float(), ids), 1e-4)
+    logits, _ = native(model, engine_name=engine, dtype="float32").forward(ids)
+    fast, _ = native(model, engine_name=engine).forward(ids)
+    expected = torch_logits(model.float(), ids)
+    assert_close(logits, expected, 1e-4)
+    # AVX-512 takes prompts as integers of 14 bits; inputs rounded to float16 would cost 1.6e-3
+    assert_close(fast, expected, 1e-3 if engine == "avx512" else 1e-4)
 
 
 @pytest.mark.parametrize("version", VERSIONS)

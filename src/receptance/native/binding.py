@@ -216,7 +216,7 @@ class Binding:
             x = to_float(x)
         x = np.ascontiguousarray(x)
         self.kept.append(x)
-        return Matrix(x.shape[0], x.shape[1], x.ctypes.data, TYPES[type_name(x)])
+        return Matrix(x.shape[0], x.shape[1], x.ctypes.data, TYPES[type_name(x)], self.dtype == "float32")
 
     def plain(self, name: str) -> Matrix:
         return self.stored(self.weights[name])
@@ -281,7 +281,7 @@ class Binding:
             self.core.engine, self.team, ctypes.byref(source), transpose, memory.ctypes.data, TYPES[dtype]
         )
         self.kept.append(memory)
-        return Matrix(rows, cols, memory.ctypes.data, TYPES[dtype])
+        return Matrix(rows, cols, memory.ctypes.data, TYPES[dtype], self.dtype == "float32")
 
     def temporary(self, x: Weight) -> Matrix:
         """A matrix that is only read now: nothing of it is kept."""

@@ -24,7 +24,7 @@ def _floats(*names: str) -> list[tuple[str, type]]:
 
 
 class Matrix(ctypes.Structure):
-    _fields_ = [("rows", c_int64), ("cols", c_int64), ("data", c_void_p), ("type", c_int32)]
+    _fields_ = [("rows", c_int64), ("cols", c_int64), ("data", c_void_p), ("type", c_int32), ("exact", c_int32)]
 
 
 class ChannelMix(ctypes.Structure):

@@ -38,6 +38,7 @@ struct Matrix {
   int64_t rows, cols;
   const void* data;  // null: absent
   int32_t type;
+  int32_t exact;  // 16-bit numbers meet x as float32 always, not as integers where that is faster
 };
 
 // Channel mix. `value` is stored transposed, [F, C], so that the rows of inactive hidden units need not be read; but in the

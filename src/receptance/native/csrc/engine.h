@@ -208,7 +208,7 @@ void channel_mix(Run& run, int thread, const ChannelMix& ffn, const float* weigh
   }
 #if defined(ISA_AVX512)
   if (tiled) {
-    const Matrix turned = {c, f, ffn.value.data, ffn.value.type};
+    const Matrix turned = {c, f, ffn.value.data, ffn.value.type, 0};
     Product p = make(turned, run.hidden, run.hidden_quantised, run.x, gated ? GATED_ADD : ADD);
     p.gate = run.gate;
     each(run, (c + MOST_ROWS - 1) / MOST_ROWS, [&](int64_t ticket) {

@@ -309,10 +309,10 @@ void tiled_lines(const Product& p, int64_t first, int64_t last, int64_t rows, fl
 
 // Whether so many rows of x meet plain weights as integers
 inline bool by_words(const Matrix& w, int64_t rows) {
-  return (w.type == F16 || w.type == BF16) && rows >= TILED && w.cols % BLOCK == 0;
+  return (w.type == F16 || w.type == BF16) && !w.exact && rows >= TILED && w.cols % BLOCK == 0;
 }
 inline bool lines_by_words(const Matrix& w, int64_t rows) {
-  return (w.type == F16 || w.type == BF16) && rows >= TILED && w.cols % PANEL == 0 && w.rows % BLOCK == 0;
+  return (w.type == F16 || w.type == BF16) && !w.exact && rows >= TILED && w.cols % PANEL == 0 && w.rows % BLOCK == 0;
 }
 
 #else
