@@ -16,6 +16,7 @@ namespace {
 #include "tiles.h"
 #include "dispatch.h"
 #include "lines.h"
+#include "bands.h"
 #include "pack.h"
 #include "wkv.h"
 #include "engine.h"
