@@ -17,6 +17,7 @@ template <int T, int R>
 inline void add_lines(const char* const* line, const float* h, int64_t cols, float* y) {
   int64_t c = 0;
   for (; c + W <= cols; c += W) {
+    for (int r = 0; ROW_AHEAD && c % (2 * W) == 0 && r < R; r++) __builtin_prefetch(line[r] + offset<T>(c) + ROW_AHEAD);
     vf acc = load(y + c);
     for (int r = 0; r < R; r++) acc += elements<T>(line[r], c) * h[r];
     store(y + c, acc);

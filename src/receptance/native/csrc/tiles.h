@@ -164,7 +164,10 @@ template <int T>
 void widen_plain(const char* p, int64_t stride, int64_t height, int64_t blocks, Widened& w) {
   for (int64_t b = 0; b < blocks; b++, p += 64) {
     __m512i v[16];
-    for (int64_t r = 0; r < 16; r++) v[r] = r < height ? _mm512_loadu_si512(p + r * stride) : _mm512_setzero_si512();
+    for (int64_t r = 0; r < 16; r++) {
+      v[r] = r < height ? _mm512_loadu_si512(p + r * stride) : _mm512_setzero_si512();
+      __builtin_prefetch(p + r * stride + 512);
+    }
     transpose16(v);
     words_of<T>(v, w.numbers + 16 * b, w.scale[b][0]);
   }
@@ -185,6 +188,18 @@ void widen_lines(const char* p, int64_t size, int64_t blocks, Widened& w) {
 }
 
 inline __m512i four_bytes(const void* p) { return _mm512_set1_epi32(read<int32_t>(p)); }
+
+// sums += x w, by quads of bytes (x unsigned) or pairs of 16-bit numbers. By hand: GCC copies the sums before and after each
+// of its intrinsics, two moves for every product
+template <int KIND>
+inline void add_products(__m512i& sums, __m512i x, __m512i w) {
+#if defined(__AVX512VNNI__)
+  if (KIND == WORDS) __asm__("vpdpwssd %2, %1, %0" : "+v"(sums) : "v"(x), "v"(w));
+  else __asm__("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(x), "v"(w));
+#else
+  sums = KIND == WORDS ? _mm512_dpwssd_epi32(sums, x, w) : _mm512_dpbusd_epi32(sums, x, w);
+#endif
+}
 
 // sums [G, ..., 16] (lds numbers apart) of M rows of x += what `blocks` blocks give
 template <int KIND, int M, int G>
@@ -208,9 +223,7 @@ __attribute__((noinline)) void wide_tile(const Widened* w, int64_t blocks, const
           const __m512i xs = KIND == WORDS ? four_bytes(group.wide + b * BLOCK + 2 * j)
                                            : four_bytes(group.shifted + b * BLOCK + 4 * (part * COUNT + j));
 #pragma GCC unroll 2
-          for (int g = 0; g < G; g++) {
-            dot[g][m] = KIND == WORDS ? _mm512_dpwssd_epi32(dot[g][m], xs, ws[g]) : _mm512_dpbusd_epi32(dot[g][m], xs, ws[g]);
-          }
+          for (int g = 0; g < G; g++) add_products<KIND>(dot[g][m], xs, ws[g]);
         }
       }
       for (int g = 0; g < G; g++) {
@@ -238,24 +251,24 @@ inline void wide_tiles(const Widened* w, int64_t blocks, const XGroup* x, int64_
   for (; m < rows; m++) wide_tile<KIND, 1, G>(w, blocks, x + m * ldq, ldq, sums + m * GROUP, rows * GROUP);
 }
 
-// Panels `first`..`last` (rows of w, two panels at a time): widen(row, group, Widened&) and the tiles; sums as in each_panel
+// Panels `first`..`last` (rows of w, two panels at a time): widen(row, group, Widened&) and the tiles; sums as in each_panel.
+// Groups of columns are the outer loop for many rows of x, as there; for few the weights come from memory in order.
 template <int KIND, class F>
 inline void wide_panels(const Product& p, int64_t first, int64_t last, int64_t rows, float* local, F widen) {
   Widened* w = (Widened*)local;
-  const int64_t cols = p.w->cols, ldq = groups_of(cols);
+  const int64_t ldq = groups_of(p.w->cols), pairs = (last - first + 2 * PANEL - 1) / (2 * PANEL);
   float* sums = local + PANEL_FLOATS;
   __builtin_memset(sums, 0, (last - first + PANEL - 1) / PANEL * PANEL * rows * sizeof(float));
-  for (int64_t group = 0; group < ldq; group++) {
-    const int64_t blocks = blocks_of_group(cols, group);
-    for (int64_t n = first; n < last; n += 2 * PANEL) {
-      float* to = sums + (n - first) * rows;
-      widen(n, group, w[0]);
-      if (n + PANEL < last) {
-        widen(n + PANEL, group, w[1]);
-        wide_tiles<KIND, 2>(w, blocks, p.q + group, ldq, rows, to);
-      } else {
-        wide_tiles<KIND, 1>(w, blocks, p.q + group, ldq, rows, to);
-      }
+  for (int64_t i = 0; i < ldq * pairs; i++) {
+    const int64_t group = rows > FEW ? i / pairs : i % ldq, n = first + (rows > FEW ? i % pairs : i / ldq) * 2 * PANEL;
+    const int64_t blocks = blocks_of_group(p.w->cols, group);
+    float* to = sums + (n - first) * rows;
+    widen(n, group, w[0]);
+    if (n + PANEL < last) {
+      widen(n + PANEL, group, w[1]);
+      wide_tiles<KIND, 2>(w, blocks, p.q + group, ldq, rows, to);
+    } else {
+      wide_tiles<KIND, 1>(w, blocks, p.q + group, ldq, rows, to);
     }
   }
   for (int64_t n = first; n < last; n += PANEL) {
