@@ -242,6 +242,10 @@ class Engine:
         """Compile it, in the caller's thread, for requests to come. Raises ConfigError for one that is wrong."""
         self._core.constraint().matcher(grammar)
 
+    def forget(self, state_key: str) -> None:
+        """Drop the prefixes that were read after the state of this name, which will not be asked for again."""
+        self._do(lambda: self._core.cache.drop_root(state_key))
+
     def submit_unchecked(self, request: Request) -> Handle:
         """`submit` without waiting for the engine to look at it: what is wrong comes with the result."""
         handle, started = self._start(request, {})

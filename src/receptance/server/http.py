@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import orjson
@@ -44,8 +45,17 @@ def owner(request: Request) -> str:
     return str(request.scope["state"].get("owner", ""))
 
 
-def request_id(request: Request) -> str:
-    return str(request.scope["state"]["request_id"])
+@dataclass(frozen=True)
+class Call:
+    """Who asks, and how much. id: of the request. size: of its body, in bytes."""
+
+    owner: str
+    id: str
+    size: int
+
+
+async def call_of(request: Request) -> Call:
+    return Call(owner(request), str(request.scope["state"]["request_id"]), len(await request.body()))
 
 
 async def left(request: Request) -> None:

@@ -96,7 +96,7 @@ def routes(hub: Hub, version: str) -> APIRouter:
             fields["thinking"] = "on" if body.think else "off"
         messages = [message.model_dump() for message in body.messages]
         asked = checked(ChatRequest, {**fields, "messages": messages or [{"role": "user", "content": ""}]})
-        reply = await http.unless_left(request, chat.begin(hub, asked, http.owner(request), http.request_id(request)))
+        reply = await http.unless_left(request, chat.begin(hub, asked, await http.call_of(request)))
         name = reply.model.name
 
         def end() -> dict[str, Any]:
@@ -133,7 +133,7 @@ def routes(hub: Hub, version: str) -> APIRouter:
             fields["stop"] = [*model.template.stop, *([stops] if isinstance(stops, str) else stops)]
         fields.setdefault("max_tokens", min(model.sampling.max_tokens, hub.config.limits.max_tokens))
         asked = checked(CompletionRequest, {**fields, "prompt": prompt})
-        texts = await http.unless_left(request, completions.begin(hub, asked, http.request_id(request)))
+        texts = await http.unless_left(request, completions.begin(hub, asked, await http.call_of(request)))
         one = texts.running[0].generation
         strips = bool(model.template.assistant) and not body.raw  # the blank after "Assistant:"
 
