@@ -340,7 +340,7 @@ def _delta(piece: Piece, counts: list[int], index: int) -> dict[str, Any]:
 def routes(hub: Hub) -> APIRouter:
     router = APIRouter()
 
-    @router.post("/v1/chat/completions")
+    @router.post("/v1/chat/completions", responses=http.streams(http.EVENTS))
     async def complete(body: ChatRequest, request: Request) -> Response:
         reply = await http.unless_left(request, begin(hub, body, await http.call_of(request)))
         if body.stream:

@@ -227,7 +227,7 @@ async def chunks(texts: Texts, request: CompletionRequest) -> AsyncIterator[byte
 def routes(hub: Hub) -> APIRouter:
     router = APIRouter()
 
-    @router.post("/v1/completions")
+    @router.post("/v1/completions", responses=http.streams(http.EVENTS))
     async def complete(body: CompletionRequest, request: Request) -> Response:
         texts = await http.unless_left(request, begin(hub, body, await http.call_of(request)))
         if body.stream:

@@ -14,6 +14,12 @@ from receptance.server.errors import ApiError
 
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
+EVENTS, LINES = "text/event-stream", "application/x-ndjson"
+
+
+def streams(kind: str) -> dict[int | str, dict[str, Any]]:
+    """For a route's description: it also answers with a stream."""
+    return {200: {"description": "The answer, or a stream of it", "content": {kind: {"schema": {"type": "string"}}}}}
 
 
 def dump(body: Any) -> bytes:
@@ -91,7 +97,7 @@ class Stream(Response):
         release: Callable[[], Awaitable[None]],
         *,
         failed: Callable[[ApiError], bytes] = lambda error: event(error.body),
-        kind: str = "text/event-stream",
+        kind: str = EVENTS,
     ):
         super().__init__(media_type=kind, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]

@@ -223,7 +223,7 @@ def routes(hub: Hub) -> APIRouter:
     router = APIRouter(prefix="/v1/responses")
     kept = hub.conversations
 
-    @router.post("")
+    @router.post("", responses=http.streams(http.EVENTS))
     async def create(body: ResponsesRequest, request: Request) -> Response:
         id = new_id("resp").replace("-", "_")
         starting = begin(hub, body, await http.call_of(request), id)
