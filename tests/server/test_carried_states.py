@@ -47,8 +47,8 @@ def test_each_of_several_texts_has_its_state_and_a_stream_ends_with_it(client, s
     lines = client.post("/v1/chat/completions", json=body).text.strip().split("\n\n")
     last = json.loads(lines[-2].removeprefix("data: "))["choices"][0]
     assert last["finish_reason"] == "length"
-    states = [codec.decode(base64.b64decode(x), served.model) for x in (last["state_data"], first["state_data"])]
-    assert all((a == b).all() for a, b in zip(*(state.values() for state in states)))
+    one, other = (dict(codec.decode(base64.b64decode(x["state_data"]), served.model).items()) for x in (last, first))
+    assert all((one[name] == other[name]).all() for name in one)
 
 
 def test_a_document_is_read_once_and_asked_many_times(client, served):

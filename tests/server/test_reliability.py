@@ -234,7 +234,7 @@ def test_each_sigterm_lets_what_is_under_way_end(program, tiny_folder, rounds):
         assert process.wait(30) == 0
 
 
-@pytest.mark.parametrize("rounds", full(2, 50))
+@pytest.mark.parametrize("rounds", full(2, 100))
 def test_a_server_killed_under_load_loses_no_turn_and_goes_on_as_if_it_had_not_been(program, tiny_folder, rounds):
     """Eight chats are written to while `kill -9` comes. What was acknowledged is there, in order, and every turn
     is what a server that nobody killed writes."""
