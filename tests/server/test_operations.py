@@ -1,6 +1,7 @@
 """Load, departures, ends and figures."""
 
 import asyncio
+import gc
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import httpx
 import pytest
 from server_helpers import listening
 
+from receptance.engine.request import Token
 from receptance.server.config import read_config
 
 STORY = [{"role": "user", "content": "Once upon a time"}]
@@ -93,6 +95,32 @@ def test_departed_clients_free_their_places(server):
     server.wait_until(lambda: places.texts == 0, 10)
     engine = next(iter(places)).engine
     server.wait_until(lambda: engine.load == (0, 0), 10)
+
+
+def test_nothing_of_a_finished_request_waits_for_the_garbage_collector(server, client):
+    """Or a server of long texts would hold many of them at once."""
+    id = client.post("/v1/sessions", json={}).json()["id"]
+    body = {"max_tokens": 20, "ignore_eos": True}
+    asked = [("/v1/chat/completions", chat(**body)), ("/v1/chat/completions", chat(**body, stream=True)),
+             ("/v1/chat/completions", chat(**body, session_id=id)), ("/v1/completions", {**body, "prompt": "x"}),
+             ("/v1/completions", {**body, "prompt": ["x", "y"], "stream": True}),
+             ("/v1/responses", {"input": "x", "max_output_tokens": 20, "stream": True}),
+             ("/api/chat", {"model": "rwkv7-stories", "messages": STORY, "options": {"num_predict": 20}})]  # fmt: skip
+
+    def alive():
+        return sum(type(thing) is Token for thing in gc.get_objects())
+
+    for path, fields in asked:  # what is made once
+        client.post(path, json=fields)
+    gc.collect()
+    gc.disable()
+    try:
+        before = alive()
+        for path, fields in asked * 3:
+            assert client.post(path, json=fields).status_code == 200
+        server.wait_until(lambda: alive() <= before + 20)
+    finally:
+        gc.enable()
 
 
 def test_a_request_that_takes_too_long_is_ended(config, served):

@@ -123,6 +123,7 @@ class Handle:
         else:
             self._open -= 1
             if self._open == 0:
+                self._scheduled = []  # they refer to us: the texts would wait for the garbage collector
                 error = next((c.error for c in self.completions if c.error is not None), None)
                 self._finish(error)
         self._wake()
@@ -357,8 +358,8 @@ class Engine:
                 if self._closed:
                     break
                 asked, self._asked = self._asked, deque()
-            for action in asked:
-                action()
+            while asked:
+                asked.popleft()()  # nothing of it is held while the thread sleeps
             try:
                 if self._core.has_work:
                     self._core.step()
