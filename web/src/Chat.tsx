@@ -81,6 +81,13 @@ function Messages(): VNode {
   useLayoutEffect(() => {
     if (stick.current && turn === null) down();
   });
+  // a panel that opens makes lines shorter and the chat longer
+  useEffect(() => {
+    const watch = new ResizeObserver(() => stick.current && down());
+    watch.observe(box.current!);
+    watch.observe(box.current!.firstElementChild!);
+    return () => watch.disconnect();
+  }, []);
   useEffect(() => {
     if (turn === null) return;
     stick.current = false;

@@ -468,6 +468,22 @@ def test_the_state_view_shows_what_is_stored_and_how_it_moved(
     ]
 
 
+def test_a_panel_that_opens_leaves_a_reader_at_the_end_of_the_chat(fake: FakeServer, open_page: Any) -> None:
+    session = fake.session(title="Long")
+    for i in range(6):
+        fake.turn(session, f"question {i}", "many words that fill their line and more, " * 20)
+    page = open_page(f"{fake.url}/#/s/{session['id']}")
+    expect(page.get_by_role("article", name="Answer")).to_have_count(6)
+    left = (
+        "() => { const x = document.querySelector('.scroll'); return x.scrollHeight - x.scrollTop - x.clientHeight; }"
+    )
+    page.wait_for_function(f"({left})() < 2")
+    height = page.evaluate("document.querySelector('.thread').clientHeight")
+    page.get_by_role("button", name="Settings").first.click()
+    page.wait_for_function(f"document.querySelector('.thread').clientHeight > {height}")
+    page.wait_for_function(f"({left})() < 2")
+
+
 def test_a_phone_shows_everything_without_scrolling_sideways(fake: FakeServer, open_page: Any) -> None:
     session = fake.session(title="A rather long title for such a narrow screen, is it not?", tags=["one", "two"])
     fake.turn(session, "x" * 300, RICH + "y" * 300)
