@@ -245,13 +245,33 @@ def run_cli(*arguments, stdin=""):
 def test_chat_with_a_server(server, tmp_path):
     lines = ["The fox ran.", "/fork", " Then it", "/undo", "/regenerate", "/set temperature=0", "/show",
              f"/save {tmp_path / 'fox.safetensors'}", "/load ../x", "/bye"]  # fmt: skip
-    result = run_cli("chat", "--url", server.url, "--seed", 1, "-n", 5, stdin="\n".join(lines) + "\n")
+    result = run_cli("chat", "--url", server.url, "--seed", 1, "-n", 5, "--stats", stdin="\n".join(lines) + "\n")
     assert result.exit_code == 0, result.output
     assert "took back:  Then it" in result.stderr
     assert "in the fork sess-" in result.stderr
     assert "> The fox ran." in result.stderr
     assert (tmp_path / "fox.safetensors").stat().st_size > 100_000
     assert result.stderr.count("error:") == 1  # of /load ../x
+    assert (
+        len(re.findall(r"^prompt \d+ tokens, first after \d+ ms · text 5 tokens, [\d.]+ tok/s$", result.stderr, re.M))
+        == 3
+    )
+
+
+def test_flags_of_a_model_that_is_loaded_here_are_refused_beside_a_url(server):
+    result = run_cli("chat", "--url", server.url, "--dtype", "int8")
+    assert result.exit_code == 2
+    assert "--dtype and --url exclude each other" in result.stderr
+
+
+def test_bench_serve_tells_what_the_server_says(server):
+    for arguments, said in (
+        (("--url", server.url, "--model", "nope"), "there is no model 'nope'"),
+        (("--url", "http://127.0.0.1:1"), "does not answer"),
+    ):
+        result = run_cli("bench", "serve", "--rate", 1, "--seconds", 1, *arguments)
+        assert result.exit_code == 1
+        assert said in result.stderr
 
 
 def test_chat_with_no_server_is_one_line():
