@@ -64,6 +64,7 @@ class Sight(NamedTuple):
     sin: Tensor
     allowed: Tensor | None
     resets: Tensor | None  # [B, T]
+    lengths: Tensor | None  # [B]
     keep: Tensor | slice  # of the S keys and values, those that go into the state: all rows alike, or [B, K]
 
     def kept(self, x: Tensor) -> Tensor:
@@ -100,7 +101,7 @@ class Attention(nn.Module):
             if sight.resets is not None:
                 before = before.masked_fill(sight.resets[..., None], 0)
             xq, xk, xv = (x + (before - x) * mix for mix in self.x_qkv)
-            after["att_shift"] = x[:, -1]
+            after["att_shift"] = self._last(x, state["att_shift"], sight.lengths)
         else:
             xq = xk = xv = x
         q, k, v = (
@@ -114,6 +115,14 @@ class Attention(nn.Module):
         )
         after |= {"keys": sight.kept(k), "values": sight.kept(v)}
         return self.output(y.transpose(1, 2).reshape(b, t, c)), after
+
+    @staticmethod
+    def _last(x: Tensor, before: Tensor, lengths: Tensor | None) -> Tensor:
+        """[B, C]: each row's last token before its padding, or what was `before` where there is none."""
+        if lengths is None:
+            return x[:, -1]
+        last = x.gather(1, (lengths - 1).clamp(min=0)[:, None, None].expand(-1, 1, x.shape[2]))[:, 0]
+        return torch.where(lengths[:, None] > 0, last, before.to(x.dtype))
 
 
 class SwiGLU(nn.Module):
@@ -188,8 +197,6 @@ class Transformer(RWKV):
     ) -> tuple[Tensor, State, bool, Tensor | None]:
         """As of RWKV. backend: means nothing here."""
         tokens, single, lengths, resets = self._checked(tokens, lengths, resets)
-        if lengths is not None and self.config.token_shift and bool((lengths < tokens.shape[1]).any()):
-            raise ValueError("the Transformer with token shift takes rows of one length only")
         is_plain = state is None and lengths is None and resets is None
         state = state or self.zero_state(len(tokens))
         if state.batch != len(tokens):
@@ -246,7 +253,7 @@ class Transformer(RWKV):
         speed = self.config.rope_base ** (-half / self.config.head_size)
         angle = (position[..., None] * speed).repeat(1, 1, 2)[:, None]  # [B, 1, T, N], in float64 for far positions
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
-        sight = Sight(angle.cos().to(dtype), angle.sin().to(dtype), allowed, resets, keep)
+        sight = Sight(angle.cos().to(dtype), angle.sin().to(dtype), allowed, resets, lengths, keep)
         kept = [x[:, keep] if isinstance(keep, slice) else x.gather(1, keep) for x in (documents, positions)]
         return sight, {"document": kept[0][None], "position": kept[1][None]}
 

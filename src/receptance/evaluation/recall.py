@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,12 @@ class TaskRun(Run):
         return self.examples.batch(step)
 
 
+@lru_cache(maxsize=1)
+def pool(task: Task, n: int, seed: int) -> tuple[Ids, Ids]:
+    """Training examples; the models of a grid learn from the same ones, which can take longer to make than a model."""
+    return task.examples(n, np.random.default_rng([seed, n]))
+
+
 class Examples:
     """A task's training examples on the device: a pool in shuffled passes, or new ones for each step."""
 
@@ -101,7 +108,7 @@ class Examples:
         self._rng = np.random.default_rng(options.seed)
         self._pool = None
         if options.examples:
-            self._pool = to(device, task.examples(options.examples, self._rng), torch.int32)
+            self._pool = to(device, pool(task, options.examples, options.seed), torch.int32)
         self._order, self._at = torch.empty(0, dtype=torch.long), 0
 
     def batch(self, step: int) -> Batch:
