@@ -97,7 +97,7 @@ class TaskRun(Run):
         return self.examples.batch(step)
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=3)  # some seeds of one task
 def pool(task: Task, n: int, seed: int) -> tuple[Ids, Ids]:
     """Training examples; the models of a grid learn from the same ones, which can take longer to make than a model."""
     return task.examples(n, np.random.default_rng([seed, n]))
