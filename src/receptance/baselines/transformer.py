@@ -60,7 +60,7 @@ class TransformerConfig:
 class Sight(NamedTuple):
     """What every layer shares in a call. allowed [B, 1, T, S]: who sees whom; None: all that came before."""
 
-    cos: Tensor  # [B, 1, T, N]
+    cos: Tensor  # [B, 1, T, N / 2]
     sin: Tensor
     allowed: Tensor | None
     resets: Tensor | None  # [B, T]
@@ -78,7 +78,13 @@ class Sight(NamedTuple):
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [B, H, T, N] turned by its position, halves paired as in LLaMA."""
     a, b = x.chunk(2, -1)
-    return (x * cos + torch.cat([-b, a], -1) * sin).to(x.dtype)
+    return torch.cat([(a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype)], -1)
+
+
+def lowered(x: Tensor) -> Tensor:
+    """In the type that autocast would convert it to before each of several products: once is enough."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 class Attention(nn.Module):
@@ -100,7 +106,7 @@ class Attention(nn.Module):
             before = torch.cat([state["att_shift"][:, None].to(x.dtype), x[:, :-1]], 1)  # [B, T, C]
             if sight.resets is not None:
                 before = before.masked_fill(sight.resets[..., None], 0)
-            xq, xk, xv = (x + (before - x) * mix for mix in self.x_qkv)
+            xq, xk, xv = (x + (before - x) * mix for mix in self.x_qkv.to(x.dtype))
             after["att_shift"] = self._last(x, state["att_shift"], sight.lengths)
         else:
             xq = xk = xv = x
@@ -148,9 +154,9 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, state: dict[str, Tensor], sight: Sight, dropout: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        mixed, after = self.att(self.ln1(x), state, sight)
+        mixed, after = self.att(lowered(self.ln1(x)), state, sight)
         x = x + nn.functional.dropout(mixed, dropout)
-        return x + nn.functional.dropout(self.ffn(self.ln2(x)), dropout), after
+        return x + nn.functional.dropout(self.ffn(lowered(self.ln2(x))), dropout), after
 
 
 class Transformer(RWKV):
@@ -251,7 +257,7 @@ class Transformer(RWKV):
             keep = (documents != PADDING).int().sort(dim=1, stable=True).indices[:, size - window :]
         half = torch.arange(0, self.config.head_size, 2, device=device, dtype=torch.float64)
         speed = self.config.rope_base ** (-half / self.config.head_size)
-        angle = (position[..., None] * speed).repeat(1, 1, 2)[:, None]  # [B, 1, T, N], in float64 for far positions
+        angle = (position[..., None] * speed)[:, None]  # [B, 1, T, N / 2], in float64 for far positions
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         sight = Sight(angle.cos().to(dtype), angle.sin().to(dtype), allowed, resets, lengths, keep)
         kept = [x[:, keep] if isinstance(keep, slice) else x.gather(1, keep) for x in (documents, positions)]
