@@ -174,6 +174,7 @@ def test_one_command_gives_a_table_and_runs_nothing_twice(waves):
 @pytest.mark.parametrize(("old", "new", "match"), [
     ('version = "repeat"', 'version = "oracle"', "oracle"), ("look_back = 32", 'split = "days"', "split"),
     ("epochs = 1", "epoch = 1", "epoch"), ("n_embd", "width", "width"), ("steps = 2", 'root = "x"', "root"),
+    ("n_embd = 16", 'head = "first"', "first"),
 ])  # fmt: skip
 def test_wrong_settings_are_named(tmp_path, old, new, match):
     (tmp_path / "x.toml").write_text(CONFIG.replace(old, new))

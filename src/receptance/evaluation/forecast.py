@@ -37,7 +37,10 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Forecaster:
-    """version: of RWKV, or "dlinear", "patch-transformer", "repeat" (the last value). The rest is what it has of it."""
+    """version: of RWKV, or "dlinear", "patch-transformer", "repeat" (the last value). The rest is what it has of it.
+
+    end_norms: RWKV's ln0 and ln_out, which lose the size of a patch. head: reads "all" patches' vectors or the "last".
+    """
 
     name: str
     version: str = "7"
@@ -85,6 +88,8 @@ def read_forecasts(path: Path, overrides: Mapping[str, str] = {}) -> Forecasts:
     for model in found.models:
         if model.version not in (*VERSIONS, *SIMPLE):
             raise ConfigError(f"{path}: unknown version {model.version!r}; there are {', '.join((*VERSIONS, *SIMPLE))}")
+        if model.head not in ("all", "last"):
+            raise ConfigError(f"{path}: model {model.name}: head must be all or last, found {model.head!r}")
     if not found.models or found.split not in SPLITS:
         raise ConfigError(f"{path}: needs [[models]], and split must be one of {', '.join(SPLITS)}")
     return found
