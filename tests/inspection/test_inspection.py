@@ -140,6 +140,61 @@ def test_tracing_puts_things_back(version):
     assert not model.blocks[0]._forward_hooks
 
 
+def by_hand(model, prompt, answer, subject, noise, what=None, layer=0, place=0):
+    """Log-probability of the answer with noise on the subject, and one vector put back, in whole passes; no states."""
+    tokens = [*prompt, *answer][:-1]
+    x = model.emb(torch.tensor([tokens]))
+    noisy = x.clone()
+    noisy[0, subject.start : subject.stop] += noise
+    kept = []
+    hooks = [block.register_forward_hook(lambda _, __, out: kept.append(out[0].clone())) for block in model.blocks]
+    model.sequence(x)
+    for hook in hooks:
+        hook.remove()
+
+    def put(_, __, out):
+        changed = out[0].clone()
+        changed[0, place] = kept[layer][0, place]
+        return changed, *out[1:]
+
+    hook = model.blocks[layer].register_forward_hook(put) if what == "vector" else None
+    logs = model.head(model.sequence(noisy)[0])[0].log_softmax(-1)[len(prompt) - 1 :]
+    if hook is not None:
+        hook.remove()
+    return float(logs[torch.arange(len(answer)), torch.tensor(answer)].sum())
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@torch.no_grad()
+def test_every_vector_that_is_put_back_has_the_effect_of_a_whole_pass(version):
+    model, prompt, answer, subject = build(version), TOKENS[:7], TOKENS[7:9], range(2, 4)
+    spread = model.emb(torch.tensor(prompt)).std()
+    g = torch.Generator().manual_seed(5)
+    noise = 3.0 * spread * torch.randn(2, 16, generator=g).double()
+    found = trace(model, prompt, answer, subject, samples=1, seed=5)
+    assert found.corrupted == pytest.approx(by_hand(model, prompt, answer, subject, noise), abs=1e-5)
+    for layer in range(3):
+        for place in range(2, 7):
+            wanted = by_hand(model, prompt, answer, subject, noise, "vector", layer, place)
+            assert float(found.hidden[layer, place]) == pytest.approx(wanted, abs=1e-5)
+            if place < 6:
+                wanted = with_memory(model, prompt, answer, subject, noise, layer, place)
+                assert float(found.memory[layer, place]) == pytest.approx(wanted, abs=1e-5)
+
+
+def with_memory(model, prompt, answer, subject, noise, layer, place):
+    """The same with one layer's state after `place` put back."""
+    x = model.emb(torch.tensor([[*prompt, *answer][:-1]]))
+    noisy = x.clone()
+    noisy[0, subject.start : subject.stop] += noise
+    clean, state = (model.sequence(row[:, : place + 1])[1] for row in (x, noisy))
+    for name in state:
+        state[name][layer] = clean[name][layer]
+    y, _ = model.sequence(noisy[:, place + 1 :], state)
+    logs = model.head(y)[0].log_softmax(-1)[-len(answer) :]
+    return float(logs[torch.arange(len(answer)), torch.tensor(answer)].sum())
+
+
 def test_a_report_is_pictures_numbers_and_one_page_without_a_network(tmp_path):
     pytest.importorskip("matplotlib")
     model, tok = build("7", 257).float(), tokenizer("byte")
