@@ -58,18 +58,18 @@ def test_expressions_have_the_value_that_is_asked_for():
 
 def test_as_many_draws_are_expressions_as_were_counted():
     """By the published rules 8 % of draws at depth 10 have 500 to 2,000 tokens, about 1,055 in the mean, 17 % nines."""
-    tokens, targets = ListOps().examples(150, rng())
+    tokens, targets = ListOps().examples(60, rng())
     lengths = (tokens != PADDING).sum(1)
     assert lengths.min() > 500
-    assert lengths.mean() == pytest.approx(1055, abs=100)
+    assert lengths.mean() == pytest.approx(1055, abs=150)
     answers = targets.max(1)
-    assert (answers == 9).mean() + (answers == 0).mean() == pytest.approx(0.344, abs=0.12)
+    assert (answers == 9).mean() + (answers == 0).mean() == pytest.approx(0.344, abs=0.18)
 
 
 def test_many_rows_are_the_same_as_few(monkeypatch):
     """What several processes make does not depend on how many there are, but for where pieces end."""
     task = ListOps(40, 5, 4)
-    whole = classify._listops_rows(task, 20, 7) + classify._listops_rows(task, 20, 8) + classify._listops_rows(task, 5, 9)
+    whole = sum((classify._listops_rows(task, n, seed) for n, seed in ((20, 7), (20, 8), (5, 9))), [])
     monkeypatch.setattr(classify, "PIECE", 20)
     tokens, targets = classify._listops.__wrapped__(task, 45, 7)
     assert [value(row[row != PADDING]) for row in tokens] == [answer for _, answer in whole]
@@ -151,7 +151,12 @@ def test_mnist_files_are_read_plain_and_packed(tmp_path):
 
 # Questions -----------------------------------------------------------------------------------------------------------
 
-STORY = "1 Mary went to the {place}.\n2 John sat.\n3 Where is Mary?\t{place}\t1\n4 Mary ran to the yard.\n5 Where is Mary?\tyard\t4\n"
+STORY = """1 Mary went to the {place}.
+2 John sat.
+3 Where is Mary?\t{place}\t1
+4 Mary ran to the yard.
+5 Where is Mary?\tyard\t4
+"""
 
 
 @pytest.fixture

@@ -212,7 +212,9 @@ choice = ["pairs.jsonl"]
 limit = 5
 
 """
-LONG = ["".join(f"{i} plus {j} is {i + j}. " for j in range(n)) for i, n in ((1, 12), (2, 40), (3, 2), (4, 12), (5, 12))]
+LONG = [
+    "".join(f"{i} plus {j} is {i + j}. " for j in range(n)) for i, n in ((1, 12), (2, 40), (3, 2), (4, 12), (5, 12))
+]
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +267,7 @@ def test_loss_by_position_is_that_of_a_pass_over_each_document(asked):
     pieces = long_loss(config, found.long, first=50, chunk=7)
     assert pieces["end"] == [50, 100, 150]
     assert sum(pieces["bits"]) / 3 == pytest.approx(float(nats.mean()) / math.log(2), rel=1e-4)
-    with pytest.raises(ConfigError, match="lower long.tokens"):
+    with pytest.raises(ConfigError, match=r"lower long\.tokens"):
         long_loss(config, type(found.long)(found.long.text, 2000))
 
 
@@ -291,7 +293,7 @@ def test_tasks_are_scored_as_eval_scores_them(asked):
 
 
 def test_without_ln0_the_size_of_an_embedding_is_not_lost():
-    """ln0 makes vectors of any size alike; without it twice the embedding is another input, and nothing else is gone."""
+    """ln0 makes vectors of any size alike; without it a larger embedding is another input, and nothing else is gone."""
     from receptance.models import apply_recipe
     from receptance.training.ablation import freeze
 

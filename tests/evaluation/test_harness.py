@@ -135,7 +135,7 @@ def test_unknown_settings_of_a_task_are_refused():
 LIKE_LAMBADA = [
     "The dog ran to the old tree and sat down under the tree",
     "Lily had a red ball. She gave it to Tom, and Tom said thank you for the ball",
-    "\"Where is the key?\" asked Ben. His mother looked in her bag, on the table, and behind the door for the key",
+    '"Where is the key?" asked Ben. His mother looked in her bag, on the table, and behind the door for the key',
     "It was raining. Sam put on his boots, took his umbrella and went out into the rain",
 ]
 LIKE_BLIMP = [

@@ -120,7 +120,9 @@ def test_a_ladder_has_every_size_with_every_budget(tmp_path):
     (tmp_path / "ladder.toml").write_text(LADDER)
     comparison, ladder = read_ladder(tmp_path / "ladder.toml")
     assert comparison.out == tmp_path / "out"
-    configs = {(family, entry.config.model.parameters, entry.config.run.tokens): entry.config for family, entry in ladder}
+    configs = {
+        (family, entry.config.model.parameters, entry.config.run.tokens): entry.config for family, entry in ladder
+    }
     assert len(configs) == len(ladder) == 8
     assert len({config.run.out for config in configs.values()}) == 8
     work = [entry.config.model.parameters * entry.config.run.tokens for _, entry in ladder]

@@ -1,13 +1,14 @@
 """Looking inside: every number against the operators' own results, in float64."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
 
 from receptance.errors import ConfigError
-from receptance.inspection import measures
-from receptance.inspection.attribution import attribute, reads
+from receptance.inspection import attribution, measures
+from receptance.inspection.attribution import attribute, distance, reads
 from receptance.inspection.record import record
 from receptance.inspection.report import Fact, positions, write_report
 from receptance.inspection.trace import trace
@@ -87,6 +88,35 @@ def test_the_state_that_is_measured_is_the_models(version):
             wanted = state["wkv"][i, 0].norm(dim=(-1, -2))
             assert torch.all((found.rank >= 1) & (found.rank <= 8))
         assert torch.allclose(found.norm[-1], wanted, rtol=1e-9)
+
+
+def test_reach_is_the_distance_of_what_is_read():
+    """One head reads its own token alone, the other always the token two before, of twice the size at the end."""
+    coefficients = torch.zeros(6, 2, 6)
+    for t in range(6):
+        coefficients[t, 0, t] = -3
+        if t >= 2:
+            coefficients[t, 1, t - 2] = 1
+    assert distance(coefficients, torch.ones(6, 2, 4)).tolist() == [0, 2]
+    coefficients[5, 1, 5], coefficients[5, 1, 3] = 1, 0  # three reads from two before, one of its own
+    values = torch.ones(6, 2, 4)
+    values[5] = 3  # which counts three times
+    assert distance(coefficients, values)[1] == pytest.approx(3 * 2 / (3 + 3))
+
+
+def test_everything_is_measured_once(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    counts: dict[str, int] = {}
+
+    def counted(name, made, *given):
+        counts[name] = counts.get(name, 0) + 1
+        return made(*given)
+
+    for module, name in ((attribution, "reads"), (measures, "held"), (measures, "strengths"), (measures, "logit_lens")):
+        monkeypatch.setattr(module, name, partial(counted, name, getattr(module, name)))
+    model = build("7", 257).float()
+    write_report(model, tokenizer("byte"), "a fox", tmp_path, "model")
+    assert counts == {"reads": 3, "held": 3, "strengths": 3, "logit_lens": 1}  # three layers
 
 
 def test_a_state_of_one_write_has_rank_one():

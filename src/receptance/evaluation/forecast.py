@@ -194,7 +194,10 @@ class Patches(nn.Module):
             self.body: nn.Module = nn.TransformerEncoder(layer, model.n_layer, enable_nested_tensor=False)
         else:
             shape = ModelConfig(
-                version=model.version, n_layer=model.n_layer, n_embd=model.n_embd, head_size=min(64, model.n_embd, model.head_size)
+                version=model.version,
+                n_layer=model.n_layer,
+                n_embd=model.n_embd,
+                head_size=min(64, model.n_embd, model.head_size),
             )
             self.body = new_model(TrainConfig(model=shape, run=RunConfig(ctx_len=0)), 2)
             self.body.dropout = model.dropout

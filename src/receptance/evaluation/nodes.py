@@ -170,9 +170,7 @@ def rings(graph: Graph, node: int, hops: int) -> list[Ids]:
     return found
 
 
-def sequences(
-    all_rings: Sequence[list[Ids]], near: int, rng: np.random.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
+def sequences(all_rings: Sequence[list[Ids]], near: int, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Nodes [B, T], their distances [B, T] and lengths [B]: at most `near` of each ring, drawn, in random order, the
     farthest first and the node itself last."""
     rows = []
