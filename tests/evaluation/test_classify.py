@@ -69,7 +69,8 @@ def test_as_many_draws_are_expressions_as_were_counted():
 def test_many_rows_are_the_same_as_few(monkeypatch):
     """What several processes make does not depend on how many there are, but for where pieces end."""
     task = ListOps(40, 5, 4)
-    whole = sum((classify._listops_rows(task, n, seed) for n, seed in ((20, 7), (20, 8), (5, 9))), [])
+    pieces = [classify._listops_rows(task, n, seed) for n, seed in ((20, 7), (20, 8), (5, 9))]
+    whole = [row for piece in pieces for row in piece]
     monkeypatch.setattr(classify, "PIECE", 20)
     tokens, targets = classify._listops.__wrapped__(task, 45, 7)
     assert [value(row[row != PADDING]) for row in tokens] == [answer for _, answer in whole]
