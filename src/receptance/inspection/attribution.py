@@ -92,7 +92,7 @@ def _through(layer: Layer, mix: object, aim: Tensor) -> tuple[Tensor, Tensor, Te
 
 
 def distance(coefficients: Tensor, values: Tensor) -> Tensor:
-    """The mean distance in tokens of what each head reads, [H], weighted by |coefficient| [T, H, T] × |value| [T, H, N]."""
+    """Mean distance in tokens of what each head reads, [H]: weighed by |coefficient| [T, H, T] × |value| [T, H, N]."""
     weights = coefficients.abs() * values.norm(dim=-1).T  # [T, H, T]
     at = torch.arange(len(values), device=weights.device)
     back = (at[:, None] - at).clamp(min=0)[:, None]
