@@ -238,6 +238,12 @@ class Program:
         return kernel
 
 
+def aligned(x: Tensor) -> Tensor:
+    """Contiguous, from a multiple of 16 bytes on, by which kernels copy."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
 @cache
 def _load(source: Path, device: int, defines: tuple[tuple[str, object], ...]) -> Program:
     major, minor = torch.cuda.get_device_capability(device)
