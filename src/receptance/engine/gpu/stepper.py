@@ -50,8 +50,7 @@ class Stepper:
     """Gives each of some sequences a token and draws the next.
 
     The graph for each bucket of rows is captured at its first step (a fraction of a second); rows beyond the batch work
-    on the pool's last row, and take the largest logit. For few rows the step has two forms, of which the one that is
-    faster on this GPU is kept.
+    on the pool's last row, and take the largest logit.
     """
 
     def __init__(self, model: GpuModel, sampler: GpuSampler):
@@ -104,41 +103,25 @@ class Stepper:
         assert step.logits is not None
         return step.drawn[:n], step.logits[:n]
 
-    def _launch(self, step: Step, chained: bool = False) -> Tensor:
+    def _launch(self, step: Step) -> Tensor:
         table, tokens, slots = step.parts(step.inputs)
-        logits = self.model.decode(tokens, slots, chained=chained)
+        logits = self.model.decode(tokens, slots)
         self.sampler.launch(logits, table, step.drawn, again=tokens)
         return logits
 
     def _prepare(self, size: int) -> Step:
-        """Captures the step on the pool's last row alone: the faster of its forms, which give the same bits."""
+        """Before it is captured, the step runs once, on the pool's last row alone: to load kernels and make buffers."""
         step = Step.of(size, self.model.device)
         if self.model.device.type != "cuda":
             return step
         step.parts(step.inputs)[2].fill_(self.model.slots)
-        forms = [False] if self.model.int8 or not self.model.can_chain(size) else [False, True]
-        found = [self._capture(step, chained) for chained in forms]
-        _, step.graph, step.logits = min(found, key=lambda x: x[0])
-        step.sent = torch.cuda.Event()
-        return step
-
-    def _capture(self, step: Step, chained: bool) -> tuple[float, torch.cuda.CUDAGraph, Tensor]:
-        """Milliseconds, graph, logits. It runs once before that: to load kernels and make buffers."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self._launch(step, chained)
+            self._launch(step)
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            logits = self._launch(step, chained)
-        times = []
-        for _ in range(5):
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end))
-        return min(times), graph, logits
+        step.graph, step.sent = torch.cuda.CUDAGraph(), torch.cuda.Event()
+        with torch.cuda.graph(step.graph, stream=stream):
+            step.logits = self._launch(step)
+        return step
