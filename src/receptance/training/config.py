@@ -117,6 +117,7 @@ class RunConfig:
 
     tokens: length of the run. batch_size: rows of ctx_len tokens per step, over `accumulate` passes.
     device, precision: "auto" takes a GPU with bfloat16 matrix products when there is one, else the CPU in float32.
+    weights: "bfloat16" beside float32 masters in the optimiser, "float32", or "auto": the former where it can be.
     cuda_graph: "auto", "on", "off": whether the GPU replays the whole step instead of being told each kernel.
     valid_tokens: upper bound per validation file (0: all of it). keep: finished checkpoints left on disk.
     early_stop: looks at the validation texts without an improvement after which the run ends (0: never).
@@ -133,6 +134,7 @@ class RunConfig:
     seed: int = 1
     device: str = free("auto")
     precision: str = "auto"
+    weights: str = free("auto")
     activation_checkpointing: bool = False
     segment_len: int = 0
     segment_gradients: str = "exact"
@@ -245,6 +247,7 @@ def check(config: TrainConfig) -> None:
         ("run.accumulate", config.run.accumulate, config.run.accumulate >= 1
          and config.run.batch_size % config.run.accumulate == 0),
         ("run.precision", config.run.precision, config.run.precision in ("auto", "float32", "bfloat16")),
+        ("run.weights", config.run.weights, config.run.weights in ("auto", "float32", "bfloat16")),
         ("run.cuda_graph", config.run.cuda_graph, config.run.cuda_graph in ("auto", "on", "off")),
         ("run.save_dtype", config.run.save_dtype, config.run.save_dtype in ("float32", "bfloat16", "float16")),
         ("run.seed", config.run.seed, config.run.seed >= 0),
