@@ -1,4 +1,4 @@
-"""The experiments at a size for two CPU cores: each runs from its file in under five minutes, with what it is to show."""
+"""The experiments at a size for two CPU cores: each runs from its file in under five minutes and shows something."""
 
 import json
 import time

@@ -54,8 +54,8 @@ class Nodes:
 
     file: an .npz with feat_row, feat_col and shape (binary features), labels, edges [E, 2], train_idx, valid_idx and
     test_idx. hops, near: so far and so many nodes of each distance at most, drawn anew in each step. draws: sequences
-    of a node whose answers are averaged when it is judged. patience: looks, each after `every` steps, without a better
-    validation loss.
+    of a node whose answers are averaged in the end. patience: looks at the validation nodes, each after `every` steps,
+    without a lower loss.
     """
 
     file: str
@@ -286,10 +286,9 @@ def learn(plan: Nodes, model: Reader, seed: int, device: torch.device, tell: Cal
     wanted = labels[graph.parts["train"]]
     best, best_state, stale, steps = math.inf, copy.deepcopy(net.state_dict()), 0, 0
 
-    def judge(part: str) -> tuple[float, float]:
+    def judge(part: str, drawn: int) -> tuple[float, float]:
         net.eval()
         same = np.random.default_rng(0)  # the same sequences at every look
-        drawn = 1 if hops == 0 else plan.draws
         with torch.no_grad():
             chances = sum(
                 net(features, *(x.to(device) for x in sequences(around[part], plan.near, same))).softmax(-1)
@@ -309,13 +308,14 @@ def learn(plan: Nodes, model: Reader, seed: int, device: torch.device, tell: Cal
         optimizer.step()
         steps += 1
         if steps % plan.every == 0 or steps == plan.steps:
-            found, _ = judge("valid")
+            found, _ = judge("valid", 1)
             if found < best:
                 best, best_state, stale = found, copy.deepcopy(net.state_dict()), 0
             else:
                 stale += 1
     net.load_state_dict(best_state)
-    (_, valid), (_, test) = judge("valid"), judge("test")
+    draws = 1 if hops == 0 else plan.draws
+    (_, valid), (_, test) = judge("valid", draws), judge("test", draws)
     seconds = time.perf_counter() - start
     tell(f"{model.name}, seed {seed}: accuracy {test:.3f} after {steps} steps, {seconds:.0f} s")
     size = sum(p.numel() for p in net.parameters())
