@@ -80,12 +80,12 @@ def test_a_sequence_goes_from_far_to_the_node_itself(chain):
     assert lengths.tolist() == [3, 4, 5, 4, 3, 1]
 
 
-@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize(("bidirectional", "read"), [(False, "own"), (True, "mean")])
 @pytest.mark.parametrize("version", RIVALS)
 @torch.no_grad()
-def test_padding_is_not_read_and_neighbours_are(chain, version, bidirectional):
+def test_padding_is_not_read_and_neighbours_are(chain, version, bidirectional, read):
     graph = read_graph(chain)
-    net = new_reader(replace(SMALL, version=version, bidirectional=bidirectional), graph, 2, 1).eval()
+    net = new_reader(replace(SMALL, version=version, bidirectional=bidirectional, read=read), graph, 2, 1).eval()
     for parameter in net.parameters():
         parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())))
     nodes, hops, lengths = sequences([rings(graph, i, 2) for i in (5, 2)], 9, np.random.default_rng(0))
@@ -151,7 +151,7 @@ def test_one_command_gives_a_table_and_runs_nothing_twice(stars):
 
 @pytest.mark.parametrize(("old", "new", "match"), [
     ('"mean"\nversion = "mean"', '"m"\nversion = "sum"', "sum"), ("hops = 1", "hops = -1", "hops"),
-    ("steps = 2", "step = 2", "step"),
+    ("steps = 2", "step = 2", "step"), ("bidirectional = true", 'read = "first"', "first"),
 ])  # fmt: skip
 def test_wrong_settings_are_named(tmp_path, old, new, match):
     (tmp_path / "x.toml").write_text(CONFIG.replace(old, new))

@@ -35,11 +35,13 @@ Ids = NDArray[np.int64]
 @dataclass(frozen=True)
 class Reader:
     """version: of RWKV, or "own" (the node's features alone), "mean" (of the sequence), "transformer", or "gcn" (Kipf
-    and Welling, 2017: two layers over the whole graph). bidirectional: of RWKV; else the node itself is read last."""
+    and Welling, 2017: two layers over the whole graph). bidirectional: of RWKV; else the node itself is read last.
+    read: where a sequence's answer is read, at the node's "own" place or from the "mean" of all."""
 
     name: str
     version: str = "7"
     bidirectional: bool = False
+    read: str = "own"
     n_layer: int = 1
     n_embd: int = 64
     head_size: int = 32
@@ -80,6 +82,8 @@ def read_nodes(path: Path, overrides: Mapping[str, str] = {}) -> Nodes:
     for model in found.models:
         if model.version not in (*VERSIONS, *SIMPLE):
             raise ConfigError(f"{path}: unknown version {model.version!r}; there are {', '.join((*VERSIONS, *SIMPLE))}")
+        if model.read not in ("own", "mean"):
+            raise ConfigError(f"{path}: model {model.name}: read must be own or mean, found {model.read!r}")
     if not found.models or found.hops < 0 or found.near < 1:
         raise ConfigError(f"{path}: needs [[models]], hops from 0 and near from 1")
     return found
@@ -188,11 +192,11 @@ def sequences(all_rings: Sequence[list[Ids]], near: int, rng: np.random.Generato
 
 
 class SequenceReader(nn.Module):
-    """Features → C, plus the distance; a sequence model; the answer is read at the node itself, the last one."""
+    """Features → C, plus the distance; a sequence model; the answer is read at the node itself, the last, or overall."""
 
     def __init__(self, model: Reader, graph: Graph, hops: int):
         super().__init__()
-        self.kind, self.bidirectional = model.version, model.bidirectional
+        self.bidirectional, self.overall = model.bidirectional, "mean" in (model.version, model.read)
         self.drop = nn.Dropout(model.dropout)
         self.embed = nn.Linear(graph.features.shape[1], model.n_embd, bias=False)
         nn.init.xavier_uniform_(self.embed.weight)
@@ -225,7 +229,7 @@ class SequenceReader(nn.Module):
                 x, _ = self.body.sequence(x, lengths=lengths)
         elif self.body is not None:
             x = self.body(x, src_key_padding_mask=~here)
-        if self.kind == "mean":
+        if self.overall:
             x = (x * here[..., None]).sum(1) / lengths[:, None]
         else:
             x = x[torch.arange(len(x), device=x.device), lengths - 1]
