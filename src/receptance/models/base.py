@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,11 @@ from torch.utils.checkpoint import checkpoint
 
 from receptance.models.state import State
 from receptance.ops import Operators, form_of
+from receptance.ops.ffn import relu_square
 from receptance.ops.head_loss import head_loss, module_loss
 from receptance.ops.norm import add_norm, layer_norm
-from receptance.ops.pieces import upcast
+from receptance.ops.pieces import compute_dtype, upcast, uses_triton
+from receptance.ops.products import relu_square_products
 from receptance.ops.recompute import Recompute
 from receptance.ops.shift import norm_mix, shift_mix
 
@@ -88,9 +90,19 @@ class Call:
         return x, normed
 
     def enter(
-        self, x: Tensor, delta: Tensor | None, norm: nn.LayerNorm, last: Tensor, mixes: Sequence[Tensor]
+        self,
+        x: Tensor,
+        delta: Tensor | None,
+        norm: nn.LayerNorm,
+        last: Tensor,
+        mixes: Sequence[Tensor],
+        *,
+        keep: bool = False,
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """The way into half a block: x + delta, what the next call's token shift needs, the mixes of the sum's norm."""
+        """The way into half a block: x + delta, what the next call's token shift needs, the mixes of the sum's norm.
+
+        keep: the mixes, for the backward pass; otherwise it makes them again.
+        """
         hand_over = getattr(self.backend, "shift", None)  # of rows that are cut over ranks: the vector before the piece
         if hand_over is not None or self.lengths is not None or self.dropout:
             x, normed = (x, self.norm(x, norm)) if delta is None else self.add(x, delta, norm)
@@ -102,9 +114,27 @@ class Call:
         again = partial(norm_mix, resets=self.resets, backend=self.form)
         vectors = norm.weight, norm.bias, norm.eps, last, mixes
         x, end, mixed = again(x, delta, *vectors)
-        if self.recompute is not None:
+        if self.recompute is not None and not keep:
             self.recompute.remember(mixed, _third(again), x, None, *vectors)
         return x, end, mixed
+
+    def joins_maps(self, x: Tensor) -> bool:
+        """Whether `shifted_maps` saves time for inputs like x [B, T, C]: in training, on a GPU, in half precision."""
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or self.lengths is not None:
+            return False
+        is_cut = (
+            getattr(self.backend, "shift", None) is not None
+        )  # over ranks: the vector before the piece is elsewhere
+        return (
+            not is_cut and compute_dtype(x) in (torch.bfloat16, torch.float16) and uses_triton("low_rank", x, self.form)
+        )
+
+    def channels(self, x: Tensor, key: nn.Module, value: nn.Module) -> Tensor:
+        """value(max(key(x), 0)²); modules that were replaced, wrapped or given hooks are called as they are."""
+        if _is_plain(key) and _is_plain(value):
+            return relu_square_products(x, key.weight, value.weight, backend=self.form)
+        out: Tensor = value(relu_square(key(x), backend=self.form))
+        return out
 
     def drop(self, x: Tensor) -> Tensor:
         return nn.functional.dropout(x, self.dropout) if self.dropout else x
@@ -417,10 +447,10 @@ class RWKV(nn.Module):
         return resets.to(self.device)
 
 
-def _is_plain(head: nn.Module) -> bool:
-    """Whether calling the head is a product with its weight and no more."""
-    hooks = head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks
-    return type(head) is nn.Linear and head.bias is None and not any(hooks)
+def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether calling it is a product with its weight and no more."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return type(module) is nn.Linear and module.bias is None and not any(hooks)
 
 
 def fingerprint(version: str, tensors: dict[str, Tensor]) -> str:
