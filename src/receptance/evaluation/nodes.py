@@ -192,7 +192,7 @@ def sequences(all_rings: Sequence[list[Ids]], near: int, rng: np.random.Generato
 
 
 class SequenceReader(nn.Module):
-    """Features → C, plus the distance; a sequence model; the answer is read at the node itself, the last, or overall."""
+    """Features → C, plus the distance; a sequence model; the answer is read at the node itself (last), or overall."""
 
     def __init__(self, model: Reader, graph: Graph, hops: int):
         super().__init__()
