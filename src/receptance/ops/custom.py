@@ -87,8 +87,9 @@ def custom_operator(
 
     operator.register_autograd(differentiate, setup_context=keep)
 
-    functions = {"forward": run, "setup_context": keep, "backward": differentiate}
-    members = {method: staticmethod(function) for method, function in functions.items()}
+    members: dict[str, Any] = {}
+    for method, function in (("forward", run), ("setup_context", keep), ("backward", differentiate)):
+        members[method] = staticmethod(function)  # type: ignore[arg-type]
     direct = type(f"{name}_direct", (torch.autograd.Function,), members)
 
     def call(*arguments: Any) -> Outputs:
