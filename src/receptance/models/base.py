@@ -334,26 +334,75 @@ class RWKV(nn.Module):
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
         backend: str | Operators = "auto",
+        end_norms: bool = True,
     ) -> tuple[Tensor, State]:
-        """ln0, the blocks and ln_out: vectors of anything [B, T, C] → [B, T, C], and the state."""
+        """ln0, the blocks and ln_out: vectors of anything [B, T, C] → [B, T, C], and the state.
+
+        end_norms: False leaves out ln0 and ln_out, so that the size of the vectors is not lost.
+        """
         state = self.zero_state(len(x)) if state is None else state
-        recompute = self._recompute(x.is_cuda)
-        call = Call(lengths, backend, self.dropout if self.training else 0.0, resets, recompute)
-        x = call.drop(self.blocks[0].ln0(x))  # type: ignore[operator]
+        call = self._call(x, lengths, resets, backend)
+        x = call.drop(self.blocks[0].ln0(x) if end_norms else x)  # type: ignore[operator]
         v_first: Tensor | None = None
         after = []
         for i, block in enumerate(self.blocks):
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x, v_first, new = checkpoint(
-                    block, x, v_first, state.layer(i), call, use_reentrant=False, preserve_rng_state=call.dropout > 0
-                )
-            elif recompute is not None:
-                with recompute:
-                    x, v_first, new = block(x, v_first, state.layer(i), call)
-            else:
-                x, v_first, new = block(x, v_first, state.layer(i), call)
+            x, v_first, new = self._block(block, x, v_first, state.layer(i), call)
             after.append(new)
-        return call.norm(x, self.ln_out), State({name: torch.stack([n[name] for n in after]) for name in state})
+        x = call.norm(x, self.ln_out) if end_norms else x
+        return x, State({name: torch.stack([n[name] for n in after]) for name in state})
+
+    def bidirectional(
+        self,
+        x: Tensor,
+        *,
+        lengths: Tensor | None = None,
+        backend: str | Operators = "auto",
+        end_norms: bool = True,
+    ) -> Tensor:
+        """`sequence` with every block run from both ends: each position sees the whole row, [B, T, C] → [B, T, C].
+
+        A block reads the row and the row turned round, with the same weights, from empty states; the mean of the two is
+        what it adds. A row turned round gives its result turned round. lengths [B]: padding at the end is not read.
+        """
+        batch, t, _ = x.shape
+        if lengths is not None:
+            lengths = torch.as_tensor(lengths, device=x.device)
+            place = torch.arange(t, device=x.device)
+            place = torch.where(place < lengths[:, None], lengths[:, None] - 1 - place, place)[..., None]  # [B, T, 1]
+            both = torch.cat([lengths, lengths])
+        else:
+            place, both = None, None
+
+        def turned(x: Tensor) -> Tensor:
+            return x.flip(1) if place is None else x.gather(1, place.expand_as(x))
+
+        state, call = self.zero_state(2 * batch), self._call(x, both, None, backend)
+        x = call.drop(self.blocks[0].ln0(x) if end_norms else x)  # type: ignore[operator]
+        v_first: Tensor | None = None
+        for i, block in enumerate(self.blocks):
+            made, v_first, _ = self._block(block, torch.cat([x, turned(x)]), v_first, state.layer(i), call)
+            ahead, back = made.split(batch)
+            x = (ahead + turned(back)) / 2
+        return call.norm(x, self.ln_out) if end_norms else x
+
+    def _call(
+        self, x: Tensor, lengths: Tensor | None, resets: Tensor | None, backend: str | Operators = "auto"
+    ) -> Call:
+        return Call(lengths, backend, self.dropout if self.training else 0.0, resets, self._recompute(x.is_cuda))
+
+    def _block(
+        self, block: nn.Module, x: Tensor, v_first: Tensor | None, state: dict[str, Tensor], call: Call
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """One block, with what is kept for its backward pass as the model's settings have it."""
+        found: tuple[Tensor, Tensor | None, dict[str, Tensor]]
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            found = checkpoint(block, x, v_first, state, call, use_reentrant=False, preserve_rng_state=call.dropout > 0)
+        elif call.recompute is not None:
+            with call.recompute:
+                found = block(x, v_first, state, call)
+        else:
+            found = block(x, v_first, state, call)
+        return found
 
     def _recompute(self, on_gpu: bool) -> Recompute | None:
         """None where nothing is kept for a backward pass, or others decide what is."""
