@@ -15,7 +15,7 @@ from torch import Tensor
 MOST = 6
 SPAN = 16  # rows of a program; the one before them is read twice
 CHANNELS = 256  # of a warp of the backward pass
-PROGRAMS = 528  # of the backward pass, each with its share of the gradients of vectors: four per multiprocessor
+PROGRAMS = 1056  # of the backward pass, each with its share of the gradients of vectors: eight per multiprocessor
 
 
 @triton.jit
