@@ -216,18 +216,26 @@ def test_a_model_of_blocks_is_the_model_of_their_numbers(repack, version, format
     for token in ids:
         logits, state = fast.forward([token], state)
         by_token.append(logits[0])
-    expected = logits_of_rounded_inputs(model, weights, ids, engine)
-    for found in (fast.forward(ids)[0], np.stack(by_token)):
+    for found, many in ((fast.forward(ids)[0], True), (np.stack(by_token), False)):
+        sums_units = () if many or not repack else ("Q8_0", "Q4_0")
+        expected = logits_of_rounded_inputs(model, weights, ids, engine, sums_units)
         # root mean square: an activation at the edge between two of its 255 steps may fall to either side
         assert np.sqrt(np.mean((found - expected) ** 2)) <= 0.01 * np.sqrt(np.mean(expected**2))
 
 
-def logits_of_rounded_inputs(model: RWKV, weights: Weights, ids: list[int], engine: str) -> Array:
-    """With the torch model, whose inputs of products are rounded as `engine` does; NumPy rounds nothing."""
+def logits_of_rounded_inputs(
+    model: RWKV, weights: Weights, ids: list[int], engine: str, sums_units: tuple[str, ...]
+) -> Array:
+    """With the torch model, whose inputs of products are rounded as `engine` does; NumPy rounds nothing.
+
+    sums_units: formats of a channel mix's value matrix whose sum over hidden units takes them in float32.
+    """
     hooks = []
     for name, module in model.named_modules():
         blocks = weights.get(f"{name}.weight")
         if isinstance(blocks, Blocks) and engine != "numpy" and isinstance(module, torch.nn.Linear):
+            if name.endswith("ffn.value") and blocks.format in sums_units:
+                continue
             steps = 127 * 256 if is_wide(blocks.format, engine) else 127
 
             def rounded(_: torch.nn.Module, inputs: tuple[torch.Tensor], steps: int = steps) -> torch.Tensor:

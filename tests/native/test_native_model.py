@@ -60,8 +60,12 @@ def test_narrow_weights_are_used_exactly(dtype, engine):
     """Weights of 16 bits widen exactly: the logits are those of the same numbers in float32."""
     model = random_model("7", dtype=dtype, **WIDE)
     ids = tokens(150, 300)  # more than one chunk
-    logits, _ = native(model, engine_name=engine).forward(ids)
-    assert_close(logits, torch_logits(model.float(), ids), 1e-4)
+    logits, _ = native(model, engine_name=engine, dtype="float32").forward(ids)
+    fast, _ = native(model, engine_name=engine).forward(ids)
+    expected = torch_logits(model.float(), ids)
+    assert_close(logits, expected, 1e-4)
+    # AVX-512 takes prompts as integers of 14 bits; inputs rounded to float16 would cost 1.6e-3
+    assert_close(fast, expected, 1e-3 if engine == "avx512" else 1e-4)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -222,13 +226,16 @@ def matrices(model: RWKV) -> dict[str, torch.Tensor]:
     }
 
 
-def quantised(model: RWKV, dtype: str, engine: str) -> RWKV:
-    """The torch model with all matrices, and the inputs of all but one, rounded as the native engine does."""
+def quantised(model: RWKV, dtype: str, engine: str, *, many: bool) -> RWKV:
+    """The torch model with all matrices and their inputs rounded as the native engine does.
+
+    many: tokens at once. A single token's sum over hidden units of the channel mix takes them in float32.
+    """
     for name, x in matrices(model).items():
         bits = "int8" if name == "head.weight" else dtype
-        x.copy_(block_rounded(x.T, bits).T if name.endswith("ffn.value.weight") else block_rounded(x, bits))
+        x.copy_(block_rounded(x, bits))
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and not name.endswith("ffn.value"):  # it sums rows, in float32
+        if isinstance(module, torch.nn.Linear) and (many or not name.endswith("ffn.value")):
             # beside weights of 8 bits, where the processor has no dot products of bytes
             is_wide = engine in ("avx2", "portable") and (dtype == "int8" or name == "head")
             bits = "int16x" if is_wide else "int8x"
@@ -252,13 +259,13 @@ def assert_rounded(found: np.ndarray, expected: np.ndarray, bound: float = ROUND
 def test_quantised_weights_are_those_of_their_blocks(version, dtype, engine):
     ids = tokens(20, 300)
     fast = native(wide_model(version), dtype=dtype, engine_name=engine)
-    expected = torch_logits(quantised(wide_model(version), dtype, engine), ids)
-    assert_rounded(fast.forward(ids)[0], expected)
+    one, many = (torch_logits(quantised(wide_model(version), dtype, engine, many=x), ids) for x in (False, True))
+    assert_rounded(fast.forward(ids)[0], many)
     state, by_token = None, []
     for token in ids:
         logits, state = fast.forward([token], state)
         by_token.append(logits[0])
-    assert_rounded(np.stack(by_token), expected)
+    assert_rounded(np.stack(by_token), one)
     assert fast.active_fraction is not None
     assert 0.3 < fast.active_fraction < 0.7  # half of random hidden units
 
@@ -275,11 +282,12 @@ def test_sizes_that_do_not_divide_into_blocks_stay_as_they_are(version):
 @needs_core
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_wide_weights_can_be_rounded_to_16_bits(dtype):
-    found, _ = native(wide_model("6"), dtype=dtype).forward(tokens(9, 300))
+    fast = native(wide_model("6"), dtype=dtype)
+    found, _ = fast.forward(tokens(9, 300))
     model = wide_model("6")
     for x in matrices(model).values():
         x.copy_(x.to(getattr(torch, dtype)))
-    assert_close(found, torch_logits(model, tokens(9, 300)), 1e-4)
+    assert_close(found, torch_logits(model, tokens(9, 300)), 1e-3 if fast.engine_name == "avx512" else 1e-4)
 
 
 # Without the core, and wrong input ------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ PACKED_BLOCKS = {
     "Q6_K": 3360,
 }  # bytes of a block of 16 rows, packed
 LINE_BLOCK_BYTES = {"int8": 2 + BLOCK, "int4": 2 + BLOCK // 2, "float32": 4 * BLOCK}  # the others: 2 * BLOCK
+BANDS = {"int8": "band Q8_0", "int4": "band Q4_0", "Q8_0": "band Q8_0", "Q4_0": "band Q4_0"}
 LARGE = 1 << 30  # bytes
 TYPE_NAMES = {number: name for name, number in TYPES.items()}
 MATRICES = ("receptance", "key", "value", "gate", "output", "w1", "w2", "a1", "a2", "v1", "v2", "g1", "g2", "maa1")
@@ -52,7 +53,7 @@ def type_name(x: Weight) -> str:
 
 def matrix_bytes(matrix: Matrix) -> int:
     """Of a matrix in any type; 0 when it is absent."""
-    name = TYPE_NAMES[matrix.type].removeprefix("panel ")
+    name = TYPE_NAMES[matrix.type].removeprefix("panel ").removeprefix("band ")
     if name.startswith("packed "):
         name = name.removeprefix("packed ")
         return int(matrix.rows * matrix.cols // FORMATS[name][0] * PACKED_BLOCKS[name] // GROUP)
@@ -86,6 +87,7 @@ class Binding:
         self.weights = weights
         self.config = config
         self.dtype = dtype
+        self.repack = repack
         blocks = sum(x.nbytes for x in weights.values() if isinstance(x, Blocks))
         in_place = () if blocks <= LARGE else ("Q8_0",)
         self.in_place = in_place if repack is None else () if repack else tuple(FORMATS)
@@ -196,7 +198,8 @@ class Binding:
     def bytes_per_token(self, active: float) -> int:
         """Of matrices that one token reads; `active`: the share of lines read of a transposed value matrix."""
         values = [ffn.value for layer in self.layers for ffn in (layer.ffn, layer.ffn_pre)]
-        lines = sum(matrix_bytes(value) for value in values if value.type <= TYPES["int4"])
+        by_units = [TYPES[name] for name in (*NUMPY_TYPES, *BANDS.values())]
+        lines = sum(matrix_bytes(value) for value in values if value.type in by_units)
         return sum(map(matrix_bytes, self.matrices())) - int(lines * (1 - active))
 
     # Where numbers come to lie ----------------------------------------------------------------------------------------
@@ -216,7 +219,7 @@ class Binding:
             x = to_float(x)
         x = np.ascontiguousarray(x)
         self.kept.append(x)
-        return Matrix(x.shape[0], x.shape[1], x.ctypes.data, TYPES[type_name(x)])
+        return Matrix(x.shape[0], x.shape[1], x.ctypes.data, TYPES[type_name(x)], self.dtype == "float32")
 
     def plain(self, name: str) -> Matrix:
         return self.stored(self.weights[name])
@@ -264,24 +267,42 @@ class Binding:
         return Matrix(rows, cols, memory.ctypes.data, kind)
 
     def lines(self, name: str, dtype: str | None) -> Matrix:
-        """The value matrix of a channel mix, [C, F], transposed."""
+        """The value matrix of a channel mix, [C, F], transposed; in bands where it has blocks of 8 or 4 bits."""
         x = self.weights[name]
+        channels, hidden = x.shape
+        whole = not channels % BLOCK and not hidden % BLOCK
         if isinstance(x, Blocks) and dtype not in PACKED_BYTES:
-            return self.matrix(name, dtype)  # not transposed
-        own = type_name(x)
-        if dtype is None or (dtype == "float32" and own != "float32") or (dtype in PACKED_BYTES and x.shape[0] % BLOCK):
+            in_place = self.repack is False
+            return self.bands(x, BANDS[x.format]) if x.format in BANDS and whole and not in_place else self.matrix(name, dtype)
+        if dtype in PACKED_BYTES and whole:
+            return self.bands(x, BANDS[dtype])
+        own = "float32" if isinstance(x, Blocks) else type_name(x)
+        if dtype is None or dtype in PACKED_BYTES or (dtype == "float32" and own != "float32"):
             dtype = own
         return self.repacked(x, dtype, transpose=True)
+
+    def bands(self, x: Weight, kind: str) -> Matrix:
+        """[F, C]: 32 hidden units after the other, the same numbers as in blocks of 32 hidden units of each channel."""
+        channels, hidden = x.shape
+        same = isinstance(x, Blocks) and BANDS.get(x.format) == kind
+        source = Matrix(channels, hidden, x.data.ctypes.data, TYPES[x.format]) if same else self.temporary(x)
+        memory = aligned(channels * hidden // BLOCK * LINE_BLOCK_BYTES["int8" if kind == "band Q8_0" else "int4"])
+        self.pack_lines(source, memory, TYPES[kind], transpose=True)
+        if isinstance(x, Blocks):
+            let_go(x.data)
+        return Matrix(hidden, channels, memory.ctypes.data, TYPES[kind])
 
     def repacked(self, x: Weight, dtype: str, *, transpose: bool) -> Matrix:
         rows, cols = x.shape[::-1] if transpose else x.shape
         memory = aligned(rows * cols * LINE_BLOCK_BYTES.get(dtype, 2 * BLOCK) // BLOCK)
-        source = self.temporary(x)
+        self.pack_lines(self.temporary(x), memory, TYPES[dtype], transpose=transpose)
+        return Matrix(rows, cols, memory.ctypes.data, TYPES[dtype], self.dtype == "float32")
+
+    def pack_lines(self, source: Matrix, memory: NDArray[np.uint8], kind: int, *, transpose: bool) -> None:
         self.core.library.receptance_pack_lines(
-            self.core.engine, self.team, ctypes.byref(source), transpose, memory.ctypes.data, TYPES[dtype]
+            self.core.engine, self.team, ctypes.byref(source), transpose, memory.ctypes.data, kind
         )
         self.kept.append(memory)
-        return Matrix(rows, cols, memory.ctypes.data, TYPES[dtype])
 
     def temporary(self, x: Weight) -> Matrix:
         """A matrix that is only read now: nothing of it is kept."""

@@ -15,6 +15,7 @@ TYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3, "int4": 4}  # enu
 TYPES |= {"Q8_0": 5, "Q4_0": 6, "Q4_K": 7, "Q5_K": 8, "Q6_K": 9}
 TYPES |= {"packed Q8_0": 10, "packed Q4_0": 11, "packed Q4_K": 12, "packed Q5_K": 13, "packed Q6_K": 14}
 TYPES |= {"panel float32": 15, "panel float16": 16, "panel bfloat16": 17}
+TYPES |= {"band Q8_0": 18, "band Q4_0": 19}
 INPUTS = ("r", "w", "k", "v", "a", "g")  # enum Mix
 FLOATS = POINTER(c_float)
 
@@ -24,7 +25,7 @@ def _floats(*names: str) -> list[tuple[str, type]]:
 
 
 class Matrix(ctypes.Structure):
-    _fields_ = [("rows", c_int64), ("cols", c_int64), ("data", c_void_p), ("type", c_int32)]
+    _fields_ = [("rows", c_int64), ("cols", c_int64), ("data", c_void_p), ("type", c_int32), ("exact", c_int32)]
 
 
 class ChannelMix(ctypes.Structure):

@@ -8,12 +8,13 @@
 namespace receptance {
 
 // How a matrix is stored. The first three are row by row, as in checkpoints. Q8 and Q4 hold blocks of 32 numbers with one
-// half-precision scale each: "packed" interleaves 16 rows for dot products, "lines" keeps rows whole for sums of rows. The
+// half-precision scale each, 16 rows interleaved for dot products ("packed"). The
 // next five are row by row in the block formats of GGUF files (blocks.h), read where they lie, and the five after them the same
-// numbers and scales packed. Panels hold plain numbers of 16 rows column by column: low-rank maps, whose rows are short.
+// numbers and scales packed. Panels hold plain numbers of 16 rows column by column: low-rank maps, whose rows are short. Bands
+// hold the numbers and scales of Q8_0 and Q4_0 so that hidden units of a value matrix can be left out (bands.h).
 enum Type : int32_t {
   F32 = 0, F16, BF16, Q8, Q4, Q8_0, Q4_0, Q4_K, Q5_K, Q6_K, PACKED_Q8_0, PACKED_Q4_0, PACKED_Q4_K, PACKED_Q5_K, PACKED_Q6_K,
-  PANEL_F32, PANEL_F16, PANEL_BF16
+  PANEL_F32, PANEL_F16, PANEL_BF16, BAND_Q8_0, BAND_Q4_0
 };
 
 constexpr int BLOCK = 32;  // numbers that share a scale
@@ -38,10 +39,11 @@ struct Matrix {
   int64_t rows, cols;
   const void* data;  // null: absent
   int32_t type;
+  int32_t exact;  // 16-bit numbers meet x as float32 always, not as integers where that is faster
 };
 
-// Channel mix. `value` is stored transposed, [F, C], so that the rows of inactive hidden units need not be read; but in the
-// formats of GGUF files as it is there, [C, F].
+// Channel mix. `value` is stored transposed, [F, C], in a plain type or in bands, so that the rows of inactive hidden units need
+// not be read; but in the other formats of GGUF files as it is there, [C, F].
 struct ChannelMix {
   const float *mix_k, *mix_r;  // weights of (previous - current)
   Matrix key, receptance, value;
@@ -149,13 +151,14 @@ const Engine* engine_neon();
 
 constexpr bool is_blocks(int32_t type) { return type >= Q8_0 && type <= Q6_K; }
 constexpr bool is_quantised(int32_t type) { return type >= Q8 && type < PANEL_F32; }
-constexpr bool has_rows_of_outputs(int32_t type) { return type >= Q8_0; }  // a value matrix that is not transposed
+constexpr bool is_bands(int32_t type) { return type >= BAND_Q8_0; }
+constexpr bool has_rows_of_outputs(int32_t type) { return type >= Q8_0 && !is_bands(type); }  // of a value matrix
 
-constexpr int64_t line_bytes(int32_t type, int64_t cols) {  // of one row of a matrix in lines, or in a type that has rows
+constexpr int64_t line_bytes(int32_t type, int64_t cols) {  // of one row of a matrix in a type that has rows; else on average
   switch (type) {
     case F32: case PANEL_F32: return cols * 4;
-    case Q8: case Q8_0: return cols / BLOCK * (2 + BLOCK);
-    case Q4: case Q4_0: return cols / BLOCK * (2 + BLOCK / 2);
+    case Q8: case Q8_0: case BAND_Q8_0: return cols / BLOCK * (2 + BLOCK);
+    case Q4: case Q4_0: case BAND_Q4_0: return cols / BLOCK * (2 + BLOCK / 2);
     case Q4_K: return cols / 256 * 144;
     case Q5_K: return cols / 256 * 176;
     case Q6_K: return cols / 256 * 210;

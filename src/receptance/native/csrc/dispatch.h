@@ -1,15 +1,53 @@
-// Products of every type. Included by each isa_*.cpp after panels.h, inside its own namespace.
+// Products of every type. Included by each isa_*.cpp after tiles.h, inside its own namespace.
 
 template <int T>
 void packed_product(const Product& p, int64_t first, int64_t last, int64_t rows, float* panel) {
-  rows == 1 ? packed_row<T>(p, first, last) : many_packed_rows<T>(p, first, last, rows, panel);
+  if (rows == 1) return packed_row<T>(p, first, last);
+#if defined(ISA_AVX512)
+  if (rows >= TILED) return tiled_packed<T>(p, first, last, rows, panel);
+#endif
+  many_packed_rows<T>(p, first, last, rows, panel);
 }
 
 template <int T>
 void plain_product(const Product& p, int64_t first, int64_t last, int64_t rows, float* panel) {
+#if defined(ISA_AVX512)
+  if constexpr (T != F32) {
+    if (p.q && by_words(*p.w, rows)) return tiled_plain<T>(p, first, last, rows, panel);
+  }
+#endif
   if (rows == 1) one_row<T>(p, first, last);
   else if (rows <= FEW) few_rows<T>(p, first, last, rows, panel);
   else many_rows<T>(p, first, last, rows, panel);
+}
+
+// Rows in a block format: packed on the way
+template <int T>
+void many_block_rows(const Product& p, int64_t first, int64_t last, int64_t rows, float* local) {
+  constexpr int KERNEL = T == Q8_0 ? Q8 : T == Q4_0 ? Q4 : T, NUMBERS = Block<T>::numbers;
+  const int64_t cols = p.w->cols, size = line_bytes(T, cols), whole = (last - first) / PANEL * PANEL;
+#if defined(ISA_AVX512)
+  if (rows >= TILED) tiled_blocks<T>(p, first, first + whole, rows, local);
+  else
+#endif
+  each_panel(p, first, first + whole, rows, local + PANEL * DEPTH, [&](int64_t n, int64_t group, float* sums) {
+    const uint8_t* w = (const uint8_t*)p.w->data + n * size + group * DEPTH / NUMBERS * Block<T>::size;
+    uint8_t* panel = (uint8_t*)local;
+    const int64_t blocks = blocks_of_group(cols, group), units = blocks * BLOCK / NUMBERS;
+    for (int64_t u = 0; u < units; u++) repack<T>(w + u * Block<T>::size, size, panel + u * Packed<KERNEL>::size);
+    packed_tiles<KERNEL>(panel, blocks, p.q + group, groups_of(cols), rows, sums);
+  });
+  for (int64_t m = 0; m < rows && first + whole < last; m++) {
+    Product one = p;
+    one.q += m * groups_of(cols), one.y += m * p.ldy, one.gate += m * p.ldy;
+    block_rows<T>(one, first + whole, last);
+  }
+}
+
+template <int T>
+void block_product(const Product& p, int64_t first, int64_t last, int64_t rows, float* panel) {
+  if (rows == 1) block_rows<T>(p, first, last);
+  else many_block_rows<T>(p, first, last, rows, panel);
 }
 
 void product_part(const Product& p, int64_t first, int64_t last, int64_t rows, float* panel) {
@@ -27,11 +65,11 @@ void product_part(const Product& p, int64_t first, int64_t last, int64_t rows, f
     case PACKED_Q4_K: packed_product<Q4_K>(p, first, last, rows, panel); break;
     case PACKED_Q5_K: packed_product<Q5_K>(p, first, last, rows, panel); break;
     case PACKED_Q6_K: packed_product<Q6_K>(p, first, last, rows, panel); break;
-    case Q8_0: rows == 1 ? block_rows<Q8_0>(p, first, last) : many_block_rows<Q8_0>(p, first, last, rows, panel); break;
-    case Q4_0: rows == 1 ? block_rows<Q4_0>(p, first, last) : many_block_rows<Q4_0>(p, first, last, rows, panel); break;
-    case Q4_K: rows == 1 ? block_rows<Q4_K>(p, first, last) : many_block_rows<Q4_K>(p, first, last, rows, panel); break;
-    case Q5_K: rows == 1 ? block_rows<Q5_K>(p, first, last) : many_block_rows<Q5_K>(p, first, last, rows, panel); break;
-    case Q6_K: rows == 1 ? block_rows<Q6_K>(p, first, last) : many_block_rows<Q6_K>(p, first, last, rows, panel); break;
+    case Q8_0: block_product<Q8_0>(p, first, last, rows, panel); break;
+    case Q4_0: block_product<Q4_0>(p, first, last, rows, panel); break;
+    case Q4_K: block_product<Q4_K>(p, first, last, rows, panel); break;
+    case Q5_K: block_product<Q5_K>(p, first, last, rows, panel); break;
+    case Q6_K: block_product<Q6_K>(p, first, last, rows, panel); break;
   }
 }
 

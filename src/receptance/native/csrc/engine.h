@@ -32,9 +32,9 @@ struct Run {
   XGroup *y_quantised, *hidden_quantised;
   float *hidden, *gate;       // [rows, F], [rows, C]
   float *last_att, *last_ffn; // [B, C]: what the next call's shift needs
-  float* partial;             // [threads, C]: parts of the sparse product, to be added to x
-  const float* pending;       // null: nothing to add; else the gate of the partial sums (or x itself: no gate)
-  bool has_pending;
+  float* partial;             // [pieces, C]: parts of the sparse product, to be added to x
+  const float* pending;       // null, or the gate of the partial sums
+  int64_t pieces;             // of partial sums that are still to be added to x
   char* local;                // of each thread
   int64_t local_bytes;
 };
@@ -111,10 +111,10 @@ void mix(const float* x, const float* previous, const float* weight, int64_t n, 
 // x += the parts of the sparse product that the threads have summed
 void add_pending(Run& run) {
   const int64_t c = run.model->n_embd;
-  for (int t = 1; t < run.threads; t++) {
-    const float* part = run.partial + t * c;
+  for (int64_t i = 1; i < run.pieces; i++) {
+    const float* part = run.partial + i * c;
 #pragma omp simd
-    for (int64_t i = 0; i < c; i++) run.partial[i] += part[i];
+    for (int64_t j = 0; j < c; j++) run.partial[j] += part[j];
   }
 #pragma omp simd
   for (int64_t i = 0; i < c; i++) run.x[i] += run.pending ? run.pending[i] * run.partial[i] : run.partial[i];
@@ -130,7 +130,7 @@ void normed_rows(Run& run, int thread, const float* weight, const float* bias, c
   block = block < 1 ? 1 : block > 16 ? 16 : block;
   float* lines[2] = {panel_of(run, thread), panel_of(run, thread) + c};
   each(run, (run.rows + block - 1) / block, [&](int64_t ticket) {
-    if (run.has_pending) add_pending(run);  // one row, so one ticket
+    if (run.pieces) add_pending(run);  // one row, so one ticket
     const int64_t first = ticket * block, end = first + block < run.rows ? first + block : run.rows;
     for (int64_t m = first; m < end; m++) {
       float *now = lines[m & 1], *before = lines[(m & 1) ^ 1];
@@ -143,7 +143,7 @@ void normed_rows(Run& run, int thread, const float* weight, const float* bias, c
       if (time == run.seq_rows[seq] - 1) __builtin_memcpy(last + seq * c, now, c * sizeof(float));
     }
   });
-  run.has_pending = false;
+  run.pieces = 0;
 }
 
 // After the stage of normed_rows: the shift that the next call needs
@@ -155,9 +155,9 @@ void keep_shift(Run& run, int thread, const float* last, float* shift) {
   }
 }
 
-inline void quantise_for(Run& run, const Matrix& w, int input, int64_t m) {
+inline void quantise_for(Run& run, const Matrix& w, int input, int64_t m, int64_t rows) {
   const int64_t c = w.cols;
-  if (is_quantised(w.type)) quantise(run.mixed[input] + m * c, c, run.quantised[input] + m * groups_of(c));
+  if (takes_blocks(w, rows)) quantise(run.mixed[input] + m * c, c, run.quantised[input] + m * groups_of(c));
 }
 
 // Channel mix ----------------------------------------------------------------------------------------------------------
@@ -169,19 +169,21 @@ void channel_mix(Run& run, int thread, const ChannelMix& ffn, const float* weigh
   const bool gated = ffn.receptance.data != nullptr;
   normed_rows(run, thread, weight, bias, shift_in, run.last_ffn, [&](int64_t m, const float* x, const float* previous) {
     mix(x, previous, ffn.mix_k, c, run.mixed[IN_K] + m * c);
-    quantise_for(run, ffn.key, IN_K, m);
+    quantise_for(run, ffn.key, IN_K, m, rows);
     if (gated) {
       mix(x, previous, ffn.mix_r, c, run.mixed[IN_R] + m * c);
-      quantise_for(run, ffn.receptance, IN_R, m);
+      quantise_for(run, ffn.receptance, IN_R, m, rows);
     }
   });
   keep_shift(run, thread, run.last_ffn, shift_out);
   Product list[2] = {make(ffn.key, run.mixed[IN_K], run.quantised[IN_K], run.hidden, RELU2)};
   if (gated) list[1] = make(ffn.receptance, run.mixed[IN_R], run.quantised[IN_R], run.gate, SIGMOID);
-  if (has_rows_of_outputs(ffn.value.type)) list[0].y_quantised = run.hidden_quantised;
+  const bool by_outputs = has_rows_of_outputs(ffn.value.type);
+  const bool in_blocks = rows > 1 && (is_bands(ffn.value.type) || lines_by_words(ffn.value, rows));
+  if (by_outputs || in_blocks) list[0].y_quantised = run.hidden_quantised;
   products(run, thread, list, gated ? 2 : 1, rows);
 
-  if (has_rows_of_outputs(ffn.value.type)) {  // its rows are channels: all hidden units are read
+  if (by_outputs) {  // its rows are channels: all hidden units are read
     list[0] = make(ffn.value, run.hidden, run.hidden_quantised, run.x, gated ? GATED_ADD : ADD);
     list[0].gate = run.gate;
     products(run, thread, list, 1, rows);
@@ -189,20 +191,32 @@ void channel_mix(Run& run, int thread, const ChannelMix& ffn, const float* weigh
   }
 
   if (rows == 1) {  // only the lines of hidden units that are not zero
-    float* sum = run.partial + thread * c;
-    __builtin_memset(sum, 0, c * sizeof(float));
-    int32_t* index = (int32_t*)panel_of(run, thread);
-    int64_t step = (f / (run.threads * 4) + 31) / 32 * 32, active = 0;
-    if (step > PANEL * DEPTH / 2) step = PANEL * DEPTH / 2;
-    float* values = panel_of(run, thread) + step;
-    each(run, (f + step - 1) / step, [&](int64_t ticket) {
-      int64_t first = ticket * step, last = first + step < f ? first + step : f;
-      active += add_active_lines(ffn.value, run.hidden, first, last, index, values, sum);
+    const int64_t step = piece_of(f);
+    const uint8_t** line = (const uint8_t**)panel_of(run, thread);
+    float* values = (float*)(line + MOST_HIDDEN);
+    int64_t active = 0;
+    each(run, pieces_of(f), [&](int64_t piece) {
+      const int64_t first = piece * step, last = first + step < f ? first + step : f;
+      float* sum = run.partial + piece * c;
+      __builtin_memset(sum, 0, c * sizeof(float));
+      if (ffn.value.type == BAND_Q8_0) active += add_bands<BAND_Q8_0>(ffn.value, run.hidden, first, last, line, values, sum);
+      else if (ffn.value.type == BAND_Q4_0) active += add_bands<BAND_Q4_0>(ffn.value, run.hidden, first, last, line, values, sum);
+      else active += add_active_lines(ffn.value, run.hidden, first, last, (int32_t*)line, values, sum);
     });
     __atomic_fetch_add(&run.request->active, active, __ATOMIC_RELAXED);
     if (thread == 0) run.request->hidden += f;
-    run.has_pending = true;
+    run.pieces = pieces_of(f);
     run.pending = gated ? run.gate : nullptr;
+    return;
+  }
+  if (in_blocks) {
+    const Matrix turned = {c, f, ffn.value.data, ffn.value.type, 0};
+    Product p = make(turned, run.hidden, run.hidden_quantised, run.x, gated ? GATED_ADD : ADD);
+    p.gate = run.gate;
+    each(run, (c + MOST_ROWS - 1) / MOST_ROWS, [&](int64_t ticket) {
+      const int64_t first = ticket * MOST_ROWS, last = first + MOST_ROWS < c ? first + MOST_ROWS : c;
+      turned_product(p, first, last, rows, panel_of(run, thread));
+    });
     return;
   }
   each(run, (c + STRIP - 1) / STRIP, [&](int64_t ticket) {
@@ -230,8 +244,14 @@ inline void heads(Run& run, int64_t width, F work) {
   });
 }
 
+// A head, which quantises its own outputs, must have whole blocks of them
+inline bool output_in_blocks(const Run& run, const Matrix& output) {
+  const bool whole = run.model->version == 4 || run.model->head_size % BLOCK == 0;
+  return is_quantised(output.type) || (whole && by_words(output, run.rows));
+}
+
 inline void quantise_output(Run& run, const Matrix& output, int64_t row, int64_t t, int64_t channel, int64_t n) {
-  if (!is_quantised(output.type)) return;
+  if (!output_in_blocks(run, output)) return;
   const int64_t a = output.cols;
   for (int64_t m = row; m < row + t; m++) {
     quantise(run.y + m * a + channel, n, run.y_quantised + m * groups_of(a), channel / BLOCK);
@@ -239,7 +259,8 @@ inline void quantise_output(Run& run, const Matrix& output, int64_t row, int64_t
 }
 
 void output_product(Run& run, int thread, const Layer& layer) {
-  Product list[1] = {make(layer.output, run.y, run.y_quantised, run.x, ADD)};
+  const XGroup* q = output_in_blocks(run, layer.output) ? run.y_quantised : nullptr;
+  Product list[1] = {make(layer.output, run.y, q, run.x, ADD)};
   products(run, thread, list, 1, run.rows);
 }
 
@@ -252,7 +273,7 @@ void time_mix4(Run& run, int thread, int64_t index) {
               [&](int64_t m, const float* x, const float* previous) {
                 for (int i : RKV) {
                   mix(x, previous, layer.mix[i], c, run.mixed[i] + m * c);
-                  quantise_for(run, *by[i], i, m);
+                  quantise_for(run, *by[i], i, m, run.rows);
                 }
               });
   keep_shift(run, thread, run.last_att, run.request->out->att_shift + at * c);
@@ -303,7 +324,7 @@ void time_mix5(Run& run, int thread, int64_t index) {
                 for (int i : RKVG) {
                   if (i == IN_G && !model.has_gate) continue;
                   mix(x, previous, layer.mix[i], c, run.mixed[i] + m * c);
-                  quantise_for(run, *by[i], i, m);
+                  quantise_for(run, *by[i], i, m, run.rows);
                 }
               });
   keep_shift(run, thread, run.last_att, run.request->out->att_shift + at * c);
@@ -351,7 +372,7 @@ void time_mix6(Run& run, int thread, int64_t index) {
     const float* weight = layer.mix[i];
 #pragma omp simd
     for (int64_t j = 0; j < c; j++) y[j] = x[j] + (previous[j] - x[j]) * (weight[j] + y[j]);
-    quantise_for(run, *by[i], i, m);
+    quantise_for(run, *by[i], i, m, run.rows);
   });
 
   Product list[5] = {make(layer.receptance, run.mixed[IN_R], run.quantised[IN_R], run.r),
@@ -417,7 +438,7 @@ void time_mix7(Run& run, int thread, int64_t index) {
               [&](int64_t m, const float* x, const float* previous) {
                 for (int i = 0; i < MIXES; i++) {
                   mix(x, previous, layer.mix[i], c, run.mixed[i] + m * c);
-                  quantise_for(run, *by[i], i, m);
+                  quantise_for(run, *by[i], i, m, run.rows);
                 }
               });
   keep_shift(run, thread, run.last_att, run.request->out->att_shift + at * c);
@@ -498,9 +519,9 @@ void head(Run& run, int thread) {
   const Model& model = *run.model;
   Request& request = *run.request;
   const int64_t c = model.n_embd;
-  if (run.has_pending) {
+  if (run.pieces) {
     each(run, 1, [&](int64_t) { add_pending(run); });
-    run.has_pending = false;
+    run.pieces = 0;
   }
   for (int64_t s = 0; s < run.batch;) {
     // a run of rows of x: all rows of one sequence, or the last rows of following sequences that end here
@@ -519,7 +540,7 @@ void head(Run& run, int thread) {
       const int64_t m = request.last_only ? run.seq_first[first + i] + run.seq_rows[first + i] - 1
                                           : run.seq_first[first] + i;
       layer_norm(run.x + m * c, model.lnout_weight, model.lnout_bias, c, run.mixed[IN_R] + i * c);
-      quantise_for(run, model.head, IN_R, i);
+      quantise_for(run, model.head, IN_R, i, count);
     });
     Product list[1] = {make(model.head, run.mixed[IN_R], run.quantised[IN_R], request.logits + target * model.vocab)};
     products(run, thread, list, 1, count);
@@ -587,7 +608,7 @@ void lay_out(Run& run, Slab& slab, const Model& model, int64_t rows, int64_t bat
   run.gate = slab.take<float>(rows * c);
   run.last_att = slab.take<float>(batch * c);
   run.last_ffn = slab.take<float>(batch * c);
-  run.partial = slab.take<float>(threads * c);
+  run.partial = slab.take<float>(pieces_of(f) * c);
   int64_t local = local_floats(rows);
   if (2 * c > local) local = 2 * c;
   run.local_bytes = (local * (int64_t)sizeof(float) + 63) / 64 * 64;
@@ -660,7 +681,7 @@ void multiply_thread(void* context, int thread) {
   const Multiply& job = *(const Multiply*)context;
   const Product& p = *job.product;
   const int64_t groups = groups_of(p.w->cols);
-  if (is_quantised(p.w->type)) {
+  if (takes_blocks(*p.w, job.rows)) {
     for (int64_t m; (m = team_next(job.team)) < job.rows;) quantise(p.x + m * p.ldx, p.w->cols, job.q + m * groups);
     team_barrier(job.team);
   }

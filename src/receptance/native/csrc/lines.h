@@ -1,42 +1,29 @@
-// The sparse channel mix: sums of lines of a matrix that is stored transposed.
+// The sparse channel mix: sums of lines of a matrix that is stored transposed, in a plain type.
 // Included by each isa_*.cpp after products.h, inside its own namespace.
 
-// Sums of lines: y[c] += sum over i of h[i] w[index[i]][c] ----------------------------------------------------------------
+// One row leaves out hidden units that are zero. Its sum is made of so many parts, whatever the number of threads, and these are
+// added in order: the same on each run.
+constexpr int64_t PIECES = 16, MOST_HIDDEN = 1024;
 
-template <int T>
-inline vf line_part(const char* line, int64_t cols, int64_t c) {  // W numbers of a quantised line, without their scale
-  const char* q = line + cols / BLOCK * 2;
-  if (T == Q8) return bytes((const int8_t*)q + c);
-  int64_t at = c / BLOCK * 16 + c % 16;
-  return c % BLOCK < 16 ? nibbles<0>((const uint8_t*)q + at) : nibbles<4>((const uint8_t*)q + at);
+inline int64_t piece_of(int64_t hidden) {  // hidden units, whole bands
+  const int64_t fair = (hidden / PIECES + BLOCK - 1) / BLOCK * BLOCK;
+  return fair < BLOCK ? BLOCK : fair < MOST_HIDDEN ? fair : MOST_HIDDEN;
 }
+inline int64_t pieces_of(int64_t hidden) { return (hidden + piece_of(hidden) - 1) / piece_of(hidden); }
+
+// Sums of lines: y[c] += sum over i of h[i] w[index[i]][c] ----------------------------------------------------------------
 
 template <int T, int R>
 inline void add_lines(const char* const* line, const float* h, int64_t cols, float* y) {
   int64_t c = 0;
-  if (T == Q8 || T == Q4) {
-    for (; c < cols; c += BLOCK) {
-      float scale[R];
-      for (int r = 0; r < R; r++) {
-        scale[r] = h[r] * half_to_float(read<uint16_t>(line[r] + c / BLOCK * 2));
-        if (c % 64 == 0) __builtin_prefetch(line[r] + cols / BLOCK * 2 + (T == Q8 ? c : c / 2) + 512);
-      }
-      for (int u = 0; u < BLOCK; u += W) {
-        vf acc = load(y + c + u);
-        for (int r = 0; r < R; r++) acc += line_part<T>(line[r], cols, c + u) * scale[r];
-        store(y + c + u, acc);
-      }
-    }
-    return;
-  }
-  constexpr int PLAIN = T == Q8 || T == Q4 ? F32 : T;
   for (; c + W <= cols; c += W) {
+    for (int r = 0; ROW_AHEAD && c % (2 * W) == 0 && r < R; r++) __builtin_prefetch(line[r] + offset<T>(c) + ROW_AHEAD);
     vf acc = load(y + c);
-    for (int r = 0; r < R; r++) acc += elements<PLAIN>(line[r], c) * h[r];
+    for (int r = 0; r < R; r++) acc += elements<T>(line[r], c) * h[r];
     store(y + c, acc);
   }
   for (; c < cols; c++) {
-    for (int r = 0; r < R; r++) y[c] += element<PLAIN>(line[r], c) * h[r];
+    for (int r = 0; r < R; r++) y[c] += element<T>(line[r], c) * h[r];
   }
 }
 
@@ -68,8 +55,6 @@ int64_t add_active_lines(const Matrix& w, const float* h, int64_t first, int64_t
     case F32: add_active<F32>(w, index, values, count, y); break;
     case F16: add_active<F16>(w, index, values, count, y); break;
     case BF16: add_active<BF16>(w, index, values, count, y); break;
-    case Q8: add_active<Q8>(w, index, values, count, y); break;
-    case Q4: add_active<Q4>(w, index, values, count, y); break;
   }
   return count;
 }
@@ -81,15 +66,9 @@ inline void strip_of_lines(const Matrix& w, int64_t f, int64_t count, int64_t fi
   const int64_t cols = w.cols, width = cols - first < STRIP ? cols - first : STRIP, size = line_bytes(T, cols);
   for (int64_t i = 0; i < count; i++, strip += STRIP) {
     const char* line = (const char*)w.data + (f + i) * size;
-    if (T == Q8 || T == Q4) {
-      float scale = half_to_float(read<uint16_t>(line + first / BLOCK * 2));
-      for (int u = 0; u < STRIP; u += W) store(strip + u, line_part<T>(line, cols, first + u) * scale);
-      continue;
-    }
-    constexpr int PLAIN = T == Q8 || T == Q4 ? F32 : T;
-    int64_t u = 0;
-    for (; u + W <= width; u += W) store(strip + u, elements<PLAIN>(line, first + u));
-    for (; u < width; u++) strip[u] = element<PLAIN>(line, first + u);
+      int64_t u = 0;
+    for (; u + W <= width; u += W) store(strip + u, elements<T>(line, first + u));
+    for (; u < width; u++) strip[u] = element<T>(line, first + u);
     for (; u < STRIP; u++) strip[u] = 0;
   }
 }
@@ -103,8 +82,6 @@ void strip_product(const Matrix& w, const float* h, int64_t rows, int64_t first,
       case F32: strip_of_lines<F32>(w, f, count, first, strip); break;
       case F16: strip_of_lines<F16>(w, f, count, first, strip); break;
       case BF16: strip_of_lines<BF16>(w, f, count, first, strip); break;
-      case Q8: strip_of_lines<Q8>(w, f, count, first, strip); break;
-      case Q4: strip_of_lines<Q4>(w, f, count, first, strip); break;
     }
     for (int u = 0; u < STRIP; u += V * W) {
       int64_t m = 0;

@@ -1,5 +1,5 @@
-// Quantising at load: from plain rows into packed groups or into lines.
-// Included by each isa_*.cpp after products.h, inside its own namespace.
+// Quantising at load: from plain rows into packed groups, lines or bands.
+// Included by each isa_*.cpp after bands.h, inside its own namespace.
 
 inline void plain_row(const Matrix& w, int64_t row, int64_t first, int64_t count, float* out) {
   const char* p = (const char*)w.data + (row * w.cols + first) * (w.type == F32 ? 4 : 2);
@@ -68,22 +68,8 @@ void pack(const Matrix& from, void* to, int32_t type, int64_t first_group, int64
   }
 }
 
-void encode_line(const float* x, int64_t cols, int32_t type, char* line) {
-  int32_t q[BLOCK];
-  uint8_t* numbers = (uint8_t*)line + cols / BLOCK * 2;
-  for (int64_t b = 0; b < cols / BLOCK; b++) {
-    uint16_t scale = encode(x + b * BLOCK, type, q);
-    __builtin_memcpy(line + 2 * b, &scale, 2);
-    if (type == Q8) {
-      for (int i = 0; i < BLOCK; i++) numbers[b * BLOCK + i] = (uint8_t)q[i];
-    } else {
-      for (int i = 0; i < 16; i++) numbers[b * 16 + i] = (uint8_t)(q[i] | q[i + 16] << 4);
-    }
-  }
-}
-
 // Lines first..last of the result: rows of `from`, or its columns when it is to be transposed
-void pack_lines(const Matrix& from, bool transpose, void* to, int32_t type, int64_t first, int64_t last) {
+void pack_plain_lines(const Matrix& from, bool transpose, void* to, int32_t type, int64_t first, int64_t last) {
   const int64_t cols = transpose ? from.rows : from.cols, size = line_bytes(type, cols);
   constexpr int WIDE = 16;
   char* out = (char*)to;
@@ -111,10 +97,6 @@ void pack_lines(const Matrix& from, bool transpose, void* to, int32_t type, int6
       float* line = lines + i * cols;
       if (!transpose) plain_row(from, f + i, 0, cols, line);
       char* at = out + (f + i) * size;
-      if (type == Q8 || type == Q4) {
-        encode_line(line, cols, type, at);
-        continue;
-      }
       for (int64_t c = 0; c < cols; c++) {
         uint32_t x = bits<uint32_t>(line[c]);
         uint16_t half = type == F16 ? float_to_half(line[c]) : (uint16_t)((x + 0x7fff + ((x >> 16) & 1)) >> 16);
@@ -124,4 +106,37 @@ void pack_lines(const Matrix& from, bool transpose, void* to, int32_t type, int6
     }
   }
   __builtin_free(lines);
+}
+
+inline void put_band_number(uint8_t* line, int32_t type, int64_t c, int32_t q) {
+  if (type == BAND_Q8_0) {
+    line[c] = (uint8_t)q;
+    return;
+  }
+  uint8_t& both = line[c / BLOCK * 16 + c % 16];
+  both = (uint8_t)(c % BLOCK < 16 ? q : both | q << 4);  // the lower channel comes first
+}
+
+// Bands first..last of plain numbers [channels, hidden units], quantised
+void bands_of_plain(const Matrix& from, uint8_t* to, int32_t type, int64_t first, int64_t last) {
+  const int64_t channels = from.rows, size = type == BAND_Q8_0 ? channels : channels / 2, bytes = 2 * channels + BLOCK * size;
+  float x[BLOCK];
+  int32_t q[BLOCK];
+  for (int64_t b = first; b < last; b++) {
+    uint8_t* band = to + b * bytes;
+    for (int64_t c = 0; c < channels; c++) {
+      plain_row(from, c, b * BLOCK, BLOCK, x);
+      const uint16_t scale = encode(x, type == BAND_Q8_0 ? Q8 : Q4, q);
+      __builtin_memcpy(band + 2 * c, &scale, 2);
+      for (int k = 0; k < BLOCK; k++) put_band_number(band + 2 * channels + k * size, type, c, q[k]);
+    }
+  }
+}
+
+// The same of all types; in bands, whole ones of a matrix that is to be transposed
+void pack_lines(const Matrix& from, bool transpose, void* to, int32_t type, int64_t first, int64_t last) {
+  if (!is_bands(type)) return pack_plain_lines(from, transpose, to, type, first, last);
+  if (from.type == Q8_0) return bands_of_blocks<Q8_0>(from, (uint8_t*)to, first / BLOCK, last / BLOCK);
+  if (from.type == Q4_0) return bands_of_blocks<Q4_0>(from, (uint8_t*)to, first / BLOCK, last / BLOCK);
+  bands_of_plain(from, (uint8_t*)to, type, first / BLOCK, last / BLOCK);
 }

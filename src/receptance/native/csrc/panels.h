@@ -18,7 +18,13 @@ constexpr int TILE = 2;
 
 constexpr int64_t MOST_ROWS = 64;  // of w in one call of `product` with many rows of x
 
-inline int64_t local_floats(int64_t rows) { return PANEL * DEPTH + rows * MOST_ROWS; }  // of each thread: panel, sums
+#if defined(ISA_AVX512)
+constexpr int64_t PANEL_FLOATS = 5376;  // two panels, widened (tiles.h)
+#else
+constexpr int64_t PANEL_FLOATS = PANEL * DEPTH;
+#endif
+
+inline int64_t local_floats(int64_t rows) { return PANEL_FLOATS + rows * MOST_ROWS; }  // of each thread: panel, sums
 
 // Calls work(n, group, sums) for each panel of 16 rows (n the first) and each group of 256 columns: sums [rows, 16] += ...
 // Groups are the outer loop, because the rows of x do not fit into the second-level cache, but 256 columns of them do.
@@ -206,23 +212,4 @@ void many_packed_rows(const Product& p, int64_t first, int64_t last, int64_t row
     const uint8_t* w = (const uint8_t*)p.w->data + n / GROUP * bytes + group * step;
     packed_tiles<T>(w, blocks_of_group(cols, group), p.q + group, groups_of(cols), rows, sums);
   });
-}
-
-// Rows in a block format: packed on the way
-template <int T>
-void many_block_rows(const Product& p, int64_t first, int64_t last, int64_t rows, float* local) {
-  constexpr int KERNEL = T == Q8_0 ? Q8 : T == Q4_0 ? Q4 : T, NUMBERS = Block<T>::numbers;
-  const int64_t cols = p.w->cols, size = line_bytes(T, cols), whole = (last - first) / PANEL * PANEL;
-  each_panel(p, first, first + whole, rows, local + PANEL * DEPTH, [&](int64_t n, int64_t group, float* sums) {
-    const uint8_t* w = (const uint8_t*)p.w->data + n * size + group * DEPTH / NUMBERS * Block<T>::size;
-    uint8_t* panel = (uint8_t*)local;
-    const int64_t blocks = blocks_of_group(cols, group), units = blocks * BLOCK / NUMBERS;
-    for (int64_t u = 0; u < units; u++) repack<T>(w + u * Block<T>::size, size, panel + u * Packed<KERNEL>::size);
-    packed_tiles<KERNEL>(panel, blocks, p.q + group, groups_of(cols), rows, sums);
-  });
-  for (int64_t m = 0; m < rows && first + whole < last; m++) {
-    Product one = p;
-    one.q += m * groups_of(cols), one.y += m * p.ldy, one.gate += m * p.ldy;
-    block_rows<T>(one, first + whole, last);
-  }
 }

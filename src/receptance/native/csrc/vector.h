@@ -139,20 +139,20 @@ inline vf bytes(const int8_t* p) {
 #endif
 }
 
-// The low (shift 0) or high (4) halves of W bytes, less 8, as floats
+// The low (shift 0) or high (4) halves of W bytes as floats
 template <int SHIFT>
 inline vf nibbles(const uint8_t* p) {
 #if defined(ISA_AVX512)
   __m512i q = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
   q = SHIFT ? _mm512_srli_epi32(q, 4) : _mm512_and_si512(q, _mm512_set1_epi32(15));
-  return (vf)_mm512_cvtepi32_ps(_mm512_sub_epi32(q, _mm512_set1_epi32(8)));
+  return (vf)_mm512_cvtepi32_ps(q);
 #elif defined(ISA_AVX2)
   __m256i q = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
   q = SHIFT ? _mm256_srli_epi32(q, 4) : _mm256_and_si256(q, _mm256_set1_epi32(15));
-  return (vf)_mm256_cvtepi32_ps(_mm256_sub_epi32(q, _mm256_set1_epi32(8)));
+  return (vf)_mm256_cvtepi32_ps(q);
 #else
   vf v;
-  for (int j = 0; j < W; j++) v[j] = (float)(((p[j] >> SHIFT) & 15) - 8);
+  for (int j = 0; j < W; j++) v[j] = (float)((p[j] >> SHIFT) & 15);
   return v;
 #endif
 }

@@ -25,6 +25,53 @@ void wkv7_rows(int64_t t, int64_t ld, const float* r, const float* w, const floa
   }
 }
 
+#if defined(ISA_AVX512)
+// Sums of four vectors
+inline __m128 sum4(vf a, vf b, vf c, vf d) {
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps((__m512)a, (__m512)b), _mm512_unpackhi_ps((__m512)a, (__m512)b));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps((__m512)c, (__m512)d), _mm512_unpackhi_ps((__m512)c, (__m512)d));
+  const __m512 all = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+// The same, four rows of the state at a time: they share what is loaded, and their sums across vectors are made together
+void wkv7_rows4(int64_t t, int64_t ld, const float* r, const float* w, const float* k, const float* v, const float* a,
+                const float* b, float* y, const float* in, float* out) {
+  constexpr int64_t V = 4, n = V * W;
+  for (int64_t row = 0; row < n; row += 4) {
+    vf s[4][V];
+    for (int q = 0; q < 4; q++) {
+      for (int j = 0; j < V; j++) s[q][j] = load(in + (row + q) * n + j * W);
+    }
+    for (int64_t i = 0; i < t; i++) {
+      const int64_t o = i * ld;
+      vf dot[4] = {};
+      for (int j = 0; j < V; j++) {
+        const vf as = load(a + o + j * W);
+        for (int q = 0; q < 4; q++) dot[q] += s[q][j] * as;
+      }
+      float held[4];
+      _mm_storeu_ps(held, sum4(dot[0], dot[1], dot[2], dot[3]));
+      vf read_out[4] = {};
+      for (int j = 0; j < V; j++) {
+        const vf ws = load(w + o + j * W), bs = load(b + o + j * W), ks = load(k + o + j * W), rs = load(r + o + j * W);
+        for (int q = 0; q < 4; q++) {
+          s[q][j] = s[q][j] * ws + splat(held[q]) * bs + splat(v[o + row + q]) * ks;
+          read_out[q] += s[q][j] * rs;
+        }
+      }
+      _mm_storeu_ps(y + o + row, sum4(read_out[0], read_out[1], read_out[2], read_out[3]));
+    }
+    for (int q = 0; q < 4; q++) {
+      for (int j = 0; j < V; j++) store(out + (row + q) * n + j * W, s[q][j]);
+    }
+  }
+}
+#else
+constexpr auto wkv7_rows4 = wkv7_rows<64 / W>;
+#endif
+
 void wkv7_any(int64_t n, int64_t t, int64_t ld, const float* r, const float* w, const float* k, const float* v,
               const float* a, const float* b, float* y, const float* in, float* out) {
   for (int64_t row = 0; row < n; row++) {
@@ -46,7 +93,7 @@ void wkv7(int64_t n, int64_t t, int64_t ld, const float* r, const float* w, cons
           const float* a, const float* b, float* y, const float* in, float* out) {
   for (int64_t i = 0; i < t; i += SPAN, in = out) {
     const int64_t o = i * ld, m = t - i < SPAN ? t - i : SPAN;
-    if (n == 64) wkv7_rows<64 / W>(m, ld, r + o, w + o, k + o, v + o, a + o, b + o, y + o, in, out);
+    if (n == 64) wkv7_rows4(m, ld, r + o, w + o, k + o, v + o, a + o, b + o, y + o, in, out);
     else wkv7_any(n, m, ld, r + o, w + o, k + o, v + o, a + o, b + o, y + o, in, out);
   }
 }
