@@ -38,7 +38,8 @@ def collect(folders: Iterable[Path], gpu: str) -> None:
     for name, rows in found.items():
         path = RESULTS / f"{name}.json"
         old = json.loads(path.read_text()) if path.exists() else {}
-        path.write_text(json.dumps({**old, **{stem: slim(row) for stem, row in rows.items()}}, sort_keys=True))
+        merged = {**old, **{stem: slim(row) for stem, row in rows.items()}}
+        path.write_text(json.dumps(dict(sorted(merged.items()))))
         print(f"{path.relative_to(ROOT)}: {len(rows)} results, {path.stat().st_size / 1e3:.0f} kB")
 
 
@@ -299,6 +300,8 @@ def by_model(name: str) -> list[Row]:
 SCALE = ("RWKV-7", "RWKV-4", "Transformer", "LSTM")
 MAKERS: dict[str, Callable[[], str]] = {
     "bytes": lambda: loss_table("bytes"),
+    "bytes-more": lambda: loss_table("bytes-more"),
+    "warm-up": lambda: loss_table("warm-up"),
     "speed": lambda: speed_table("speed"),
     "positions": lambda: long_table("bytes"),
     "bpe": lambda: tasks_table("bpe"),
@@ -317,6 +320,7 @@ MAKERS: dict[str, Callable[[], str]] = {
 DRAWERS: dict[str, Callable[[Path], None]] = {
     "bytes": lambda path: plots.draw_comparison(by_model("bytes"), path),
     "positions": lambda path: plots.draw_long(by_model("bytes"), path),
+    "warm-up": lambda path: plots.draw_comparison(by_model("warm-up"), path),
     "bpe": lambda path: plots.draw_comparison(by_model("bpe"), path),
     "ablation": lambda path: draw_ablation(rows_of("ablation"), path),
     "recall": lambda path: draw_recall(rows_of("recall"), path),
@@ -335,7 +339,9 @@ def page(text: str) -> str:
     """The page with its tables made anew."""
 
     def made(match: re.Match[str]) -> str:
-        return f"<!-- made: {match[1]} -->\n{MAKERS[match[1]]()}\n<!-- end -->"
+        name = match[1]
+        there = (RESULTS / f"{SOURCES.get(name, name)}.json").exists()
+        return f"<!-- made: {name} -->\n{MAKERS[name]() if there else 'Not run.'}\n<!-- end -->"
 
     return re.sub(r"<!-- made: (\S+) -->\n.*?<!-- end -->", made, text, flags=re.DOTALL)
 
