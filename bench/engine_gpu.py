@@ -169,10 +169,17 @@ def main() -> None:
             error = logit_error(model, fast)
             plain = plain_error(model) if error >= WORST else 0.0
         if not error < max(WORST, plain):
-            raise SystemExit(f"{name}: logits differ by {error:.1e} from float32, plain torch's by {plain:.1e}; no figures")
+            raise SystemExit(
+                f"{name}: logits differ by {error:.1e} from float32, plain torch's by {plain:.1e}; no figures"
+            )
         del model
         torch.cuda.empty_cache()
-        rows = report["models"][name] = {"logit_error": round(error, 6), "plain_error": round(plain, 6), "decode": {}, "prefill": {}}
+        rows = report["models"][name] = {
+            "logit_error": round(error, 6),
+            "plain_error": round(plain, 6),
+            "decode": {},
+            "prefill": {},
+        }
         print(name, f"logit error {error:.2e} (plain torch {plain:.1e})", flush=True)
         for batch in batches:
             rows["decode"][batch] = decoding(fast, batch, speed, args.profile)

@@ -79,6 +79,7 @@ def mean(values: Sequence[float], digits: int = 3) -> str:
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
+ALONE = ("RWKV-4", "RWKV-7", "LSTM")
 MODELS = ("RWKV-4", "RWKV-5.2", "RWKV-6", "RWKV-7", "Transformer", "Transformer with token shift", "LSTM")
 
 
@@ -95,11 +96,29 @@ def loss_table(name: str) -> str:
     return table([*head, "rate (short runs: bits per byte)"], out)
 
 
-def speed_table(name: str) -> str:
+def speeds() -> list[Row]:
+    """Runs alone on a GPU: of speed.toml, and of bytes-40m.toml for the models that had one to themselves there."""
+    alone = rows_of("speed", MODELS)
+    names = {row["name"] for row in alone}
+    return sorted([*alone, *(r for r in rows_of("bytes") if r["name"] in ALONE and r["name"] not in names)],
+                  key=lambda row: MODELS.index(row["name"]))  # fmt: skip
+
+
+def speed_table() -> str:
     return table(
         ["model", "tokens/s", "memory, GiB"],
-        ([r["name"], f"{r['tokens_per_second']:,.0f}", f"{r['memory_gib']:.1f}"] for r in rows_of(name, MODELS)),
+        ([r["name"], f"{r['tokens_per_second']:,.0f}", f"{r['memory_gib']:.1f}"] for r in speeds()),
     )
+
+
+def timed(rows: Sequence[Row]) -> list[Row]:
+    """With the time that they take alone: some runs shared their GPU."""
+    rate = {row["name"]: row["tokens_per_second"] for row in speeds()}
+    return [
+        row | {"curve": [point | {"seconds": point["tokens"] / rate[row["name"]]} for point in row["curve"]]}
+        for row in rows
+        if row["name"] in rate
+    ]
 
 
 def long_table(name: str) -> str:
@@ -302,7 +321,7 @@ MAKERS: dict[str, Callable[[], str]] = {
     "bytes": lambda: loss_table("bytes"),
     "bytes-more": lambda: loss_table("bytes-more"),
     "warm-up": lambda: loss_table("warm-up"),
-    "speed": lambda: speed_table("speed"),
+    "speed": speed_table,
     "positions": lambda: long_table("bytes"),
     "bpe": lambda: tasks_table("bpe"),
     "ablation": lambda: ablation_table("ablation"),
@@ -318,7 +337,7 @@ MAKERS: dict[str, Callable[[], str]] = {
     "etth1": lambda: forecast_table("etth1"),
 }
 DRAWERS: dict[str, Callable[[Path], None]] = {
-    "bytes": lambda path: plots.draw_comparison(by_model("bytes"), path),
+    "bytes": lambda path: plots.draw_comparison(timed(by_model("bytes")), path),
     "positions": lambda path: plots.draw_long(by_model("bytes"), path),
     "warm-up": lambda path: plots.draw_comparison(by_model("warm-up"), path),
     "bpe": lambda path: plots.draw_comparison(by_model("bpe"), path),
