@@ -179,7 +179,7 @@ def ablation_table(name: str) -> str:
     """Training loss early on (averages of some steps around), and held-out bits at the end; means of seeds."""
     rows = rows_of(name)
     names = list(dict.fromkeys(row["name"] for row in rows))
-    ends = [1.5e6, 3e6, 6e6]
+    ends = [1e6, 2e6, 4e6]
     body = []
     for model in sorted(names, key=lambda n: (n.startswith("RWKV-4"), n != "whole recipe", n)):
         mine = [row for row in rows if row["name"] == model]
@@ -227,6 +227,16 @@ def costs_table(name: str) -> str:
                      f"{t['time_exponent']:.2f}", grown, f"{t['memory_exponent']:.2f}"])  # fmt: skip
     return table(["model", "ms a token, first", "last", "time ∝ n^", "state, MiB", "peak beside weights, MiB",
                   "training on one longest row, s", "time ∝ n^", "memory, GiB", "memory ∝ n^"], body)  # fmt: skip
+
+
+def scaling_table(name: str) -> str:
+    """The laws; of too few runs for one, the runs."""
+    if laws := scaling_laws(name):
+        return scaling.report(laws).split("\n\n")[0]
+    runs = sorted(rows_of(name), key=lambda row: (row["name"], row["parameters_without_embedding"], row["tokens"]))
+    body = [[row["name"].split(",")[0], f"{row['parameters_without_embedding'] / 1e6:.1f}", f"{row['tokens'] / 1e6:.1f}",
+             f"{next(iter(row['validation'].values())):.4f}"] for row in runs]  # fmt: skip
+    return table(["model", "parameters, million", "tokens, million", "bits per byte"], body)
 
 
 def scaling_laws(name: str) -> list[Row]:
@@ -293,9 +303,10 @@ def needle_panels(names: dict[str, str]) -> dict[str, dict[str, list[tuple[int, 
 
 def draw_ablation(rows: Sequence[Row], path: Path) -> None:
     """Training loss against tokens, means of seeds, RWKV-7 and RWKV-4 apart."""
-    kinds = {"RWKV-7": [r for r in rows if r["version"] == "7"], "RWKV-4": [r for r in rows if r["version"] == "4"]}
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4))
-    for (title, mine), axes in zip(kinds.items(), panels):
+    versions = [v for v in ("7", "4") if any(row["version"] == v for row in rows)]
+    figure, panels = plt.subplots(1, len(versions), figsize=(1 + 5 * len(versions), 4), squeeze=False)
+    for version, axes in zip(versions, panels[0]):
+        title, mine = f"RWKV-{version}", [row for row in rows if row["version"] == version]
         names = sorted({r["name"] for r in mine}, key=lambda n: (n not in ("whole recipe", "RWKV-4"), n))
         for name in names:
             curves = [[(p["tokens"], p["loss"]) for p in r["curve"]] for r in mine if r["name"] == name]
@@ -330,7 +341,7 @@ MAKERS: dict[str, Callable[[], str]] = {
     "needle": lambda: scores_table("needle"),
     "needle-1024": lambda: scores_table("needle-1024"),
     "costs": lambda: costs_table("costs"),
-    "scaling": lambda: scaling.report(scaling_laws("scaling")).split("\n\n")[0],
+    "scaling": lambda: scaling_table("scaling"),
     "questions": lambda: scores_table("questions"),
     "digits": lambda: scores_table("digits"),
     "listops": lambda: scores_table("listops"),
@@ -340,7 +351,6 @@ DRAWERS: dict[str, Callable[[Path], None]] = {
     "bytes": lambda path: plots.draw_comparison(timed(by_model("bytes")), path),
     "positions": lambda path: plots.draw_long(by_model("bytes"), path),
     "warm-up": lambda path: plots.draw_comparison(by_model("warm-up"), path),
-    "bpe": lambda path: plots.draw_comparison(by_model("bpe"), path),
     "ablation": lambda path: draw_ablation(rows_of("ablation"), path),
     "recall": lambda path: draw_recall(rows_of("recall"), path),
     "groups": lambda path: draw_lengths(group_panels("groups"), path, "elements"),
@@ -378,7 +388,7 @@ def main() -> None:
         return
     PAGE.write_text(page(PAGE.read_text()))
     for name, draw in DRAWERS.items():
-        if (RESULTS / f"{SOURCES.get(name, name)}.json").exists():
+        if (RESULTS / f"{SOURCES.get(name, name)}.json").exists() and (name != "scaling" or scaling_laws(name)):
             draw(PICTURES / f"evidence-{name}")
             (PICTURES / f"evidence-{name}.svg").unlink()  # large; the tables have the numbers
 
