@@ -6,8 +6,9 @@ On GPUs (NCCL): RWKV-7 with 24 layers of 1,024 channels, vocabulary 65,536, 8 ro
 small model, on CPUs (gloo) or anywhere. The trainer's own passes, optimiser and clipping. First a small model takes a
 few steps in one process and in all of them; losses must agree, or there is no report. Then the timed steps: one process
 alone with its own rows, while the others wait, and all together with as many each. Efficiency is the speed over that of
-one times the number of processes. With `context` every row is cut into as many pieces as there are processes, and is as
-many times longer. A table, then one line of JSON.
+one, with weights of the same type (run.weights), times the number of processes. With `context` every row is cut into as
+many pieces as there are processes, and is as many times longer. Progress goes to the standard error; then a table and
+one line of JSON.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,15 +27,18 @@ import torch
 import torch.distributed as dist
 from measure import lively_model, machine, rounded
 from torch import Tensor
+from train_step import build
 
 from receptance.models import VERSIONS
 from receptance.training.batch import Batch
 from receptance.training.config import ParallelConfig, RunConfig, TrainConfig
 from receptance.training.distributed import Parallel
-from receptance.training.loop import autocast
+from receptance.training.loop import autocast, has_masters
+from receptance.training.master import MasterAdamW
 from receptance.training.optim import build_optimizer, set_learning_rate
 from receptance.training.passes import Passes
 
+START = time.perf_counter()
 WAYS = ("ddp", "fsdp", "context")
 CHECKED = {"n_layer": 3, "n_embd": 128, "vocab": 500, "rows": 4, "tokens": 96, "steps": 5}
 SAME = {"cpu": 1e-5, "cuda": 1e-4}  # of each loss, relative: float32 summed in another order, on a GPU in tf32 besides
@@ -44,27 +48,38 @@ class Trainer:
     """A model with the trainer's passes and optimiser, in this process alone or in all of them ("ddp", …)."""
 
     def __init__(self, way: str, options: argparse.Namespace, sizes: tuple[int, int, int], rows: int, tokens: int,
-                 precision: str):  # fmt: skip
+                 precision: str, weights: str = "auto"):  # fmt: skip
         vocab, n_layer, n_embd = sizes
         kind = ParallelConfig(
             "fsdp" if way == "fsdp" else "ddp", context=dist.get_world_size() if way == "context" else 1
         )
-        run = RunConfig(batch_size=rows, ctx_len=tokens, precision=precision, cuda_graph="off")
+        run = RunConfig(batch_size=rows, ctx_len=tokens, precision=precision, weights=weights, cuda_graph="off")
         config = TrainConfig(run=run, parallel=kind)
         config = replace(config, optim=replace(config.optim, eps=1e-8))  # 1e-18 makes weights of rounding noise
         self.parallel = Parallel(config, torch.device(options.device))
         self.device = self.parallel.device
-        self.model = self.parallel.shard(lively_model(options.version, vocab, n_layer, n_embd).train())
+        torch.manual_seed(0)
+        if n_embd < 1024:
+            model = lively_model(options.version, vocab, n_layer, n_embd).train()
+        else:  # orthogonal matrices of this size take minutes
+            model = build(options.version, (options.version, n_layer, n_embd), vocab, torch.float32, str(self.device))
+        self.model = self.parallel.shard(model)
         recipe = VERSIONS[options.version].recipe(self.model.config)  # type: ignore[arg-type]
-        self.optimizer = build_optimizer(self.model, recipe, config.optim)
+        masters = has_masters(config, self.parallel, self.model)
+        self.optimizer = build_optimizer(self.model, recipe, config.optim, masters=masters)
         set_learning_rate(self.optimizer, 1e-3)
-        self.passes = Passes(config, self.model, self.parallel, lambda: autocast(config, self.device))
+        cast = nullcontext if masters else lambda: autocast(config, self.device)
+        self.passes = Passes(config, self.model, self.parallel, cast)
+        self.weights = "bfloat16" if masters else "float32"
         text = torch.randint(vocab, (rows, tokens + 1), generator=torch.Generator().manual_seed(2)).to(self.device)
         self.batch = self.parallel.share(Batch.of(text[:, :-1], text[:, 1:], None))
 
     def step(self) -> Tensor:
         loss = self.parallel.mean(self.passes.backward(self.batch, last=True))
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        if isinstance(self.optimizer, MasterAdamW):
+            self.optimizer.collect()
+        else:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss
@@ -80,11 +95,18 @@ def alone() -> Iterator[None]:
         os.environ["WORLD_SIZE"] = size
 
 
+def say(text: str) -> None:
+    """What happens, and after how many seconds: NCCL waits in silence for a process that does not come."""
+    if dist.get_rank() == 0:
+        print(f"[{time.perf_counter() - START:6.1f} s] {text}", file=sys.stderr, flush=True)
+
+
 def check(ways: list[str], options: argparse.Namespace) -> dict[str, float]:
     """The largest relative difference of a loss to that of one process; no report when too large."""
     sizes = CHECKED["vocab"], CHECKED["n_layer"], CHECKED["n_embd"]
 
     def losses(way: str) -> Tensor:
+        say(f"small model: {way}")
         trainer = Trainer(way, options, sizes, CHECKED["rows"] * dist.get_world_size(), CHECKED["tokens"], "float32")
         return torch.stack([trainer.step() for _ in range(CHECKED["steps"])])
 
@@ -117,7 +139,7 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def clean(make: Callable[[], dict[str, float]], device: str) -> dict[str, float]:
+def clean(make: Callable[[], dict[str, Any]], device: str) -> dict[str, Any]:
     """What `make` returns, measured from an empty device memory."""
     if device == "cuda":
         torch.cuda.empty_cache()
@@ -129,23 +151,32 @@ def measure(ways: list[str], options: argparse.Namespace) -> dict[str, Any]:
     size, rows, tokens = dist.get_world_size(), options.rows, options.tokens
     sizes = (512, 2, 64) if options.toy else (65_536, 24, 1024)
     results: dict[str, Any] = {}
+
+    def timed(way: str, shape: tuple[int, int], weights: str = "auto") -> tuple[str, dict[str, Any]]:
+        say(f"{way}: {shape[0]} rows of {shape[1]:,} tokens")
+
+        def run() -> dict[str, Any]:
+            trainer = Trainer(way, options, sizes, *shape, "auto", weights)
+            return {"weights": trainer.weights, **speed(trainer, shape[0] * shape[1], options.rounds)}
+
+        found = clean(run, options.device)
+        say(f"{way}: {found['tokens_per_s']:,.0f} tokens/s, weights in {found['weights']}")
+        return found["weights"], found
+
+    alone_by_weights: dict[str, float] = {}
     if dist.get_rank() == 0:
-        with alone():
-            results["alone"] = clean(
-                lambda: speed(Trainer("alone", options, sizes, rows, tokens, "auto"), rows * tokens, options.rounds),
-                options.device,
-            )
+        for kind in ("auto", "float32"):
+            with alone():
+                weights, found = timed("alone", (rows, tokens), kind)
+            if weights not in alone_by_weights:
+                alone_by_weights[weights] = found["tokens_per_s"]
+                results[f"alone, {weights}"] = found
     dist.barrier()
     for way in ways:
         shape = (rows, tokens * size) if way == "context" else (rows * size, tokens)
-        results[way] = clean(
-            lambda way=way, shape=shape: speed(  # type: ignore[misc]
-                Trainer(way, options, sizes, *shape, "auto"), shape[0] * shape[1], options.rounds
-            ),
-            options.device,
-        )
+        weights, results[way] = timed(way, shape)
         if dist.get_rank() == 0:
-            results[way]["efficiency"] = results[way]["tokens_per_s"] / (size * results["alone"]["tokens_per_s"])
+            results[way]["efficiency"] = results[way]["tokens_per_s"] / (size * alone_by_weights[weights])
     return results
 
 
@@ -180,7 +211,7 @@ def main() -> None:
         gpu = torch.cuda.get_device_name() if options.device == "cuda" else None
         for way, row in results.items():
             more = f"{row['efficiency']:7.0%}  loss within {differences[way]:.0e}" if way in differences else ""
-            print(f"{way:8}{row['tokens_per_s']:12,.0f} tokens/s{row['peak_GB']:7.1f} GB a GPU{more}")
+            print(f"{way:16}{row['tokens_per_s']:12,.0f} tokens/s{row['peak_GB']:7.1f} GB a GPU{more}")
         record = {"bench": "distributed", "unit": "tokens/s", "machine": {**machine("triton"), "gpu": gpu},
                   "processes": dist.get_world_size(), "version": options.version, "toy": options.toy,
                   "rows_a_process": options.rows, "tokens": options.tokens, "loss_difference": rounded(differences),

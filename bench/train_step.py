@@ -1,4 +1,4 @@
-"""A whole training step on a GPU: forward, loss, backward, clipping and fused AdamW, at 32,768 tokens a step.
+"""A whole training step on a GPU: forward, loss, backward, clipping and the trainer's AdamW, at 32,768 tokens a step.
 
     PYTHONPATH=src python bench/train_step.py [--models v7-0.4B v7-0.1B v4-0.17B] [--out FILE]
 
@@ -24,51 +24,24 @@ from typing import Any
 
 import torch
 from measure import Row, lively_model, machine, matrix_elements, rounded
-from torch import Tensor, nn
+from torch import Tensor
+from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
 
 from receptance.models import RWKV, VERSIONS
 from receptance.ops import BACKENDS
 from receptance.ops.pieces import CUDA, PIECES
-from receptance.training.optim import param_groups
+from receptance.training.config import OptimConfig
+from receptance.training.master import MasterAdamW
+from receptance.training.optim import build_optimizer, set_learning_rate
 
 VOCAB = 65_536
 PEAK_FLOPS = 989e12  # dense bfloat16 of an H100 or H200
 MODELS = {"v7-0.4B": ("7", 24, 1024), "v7-0.1B": ("7", 12, 768), "v4-0.17B": ("4", 12, 768)}
 SHAPES = [(8, 4096), (32, 1024)]
 TOY = {"v7-toy": ("7", 2, 64), "v4-toy": ("4", 2, 64)}
-LOGIT_PENALTY = 1e-4
+LOGIT_PENALTY, CLIP = 1e-4, 1.0
 TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}  # of loss and gradients (by their joint norm) against float32 on a CPU
-
-
-class MasterAdamW:
-    """Fused AdamW over float32 copies of the parameters, copied back after each step."""
-
-    def __init__(self, model: RWKV):
-        recipe = type(model).recipe(model.config)  # type: ignore[attr-defined]
-        groups: list[dict[str, Any]] = param_groups(model, recipe, weight_decay=0.1)
-        self.parameters = [p for group in groups for p in group["params"]]
-        self.masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in self.parameters]
-        masters = iter(self.masters)
-        for group in groups:
-            group["params"] = [next(masters) for _ in group["params"]]
-            group["lr"] = torch.tensor(1e-4 * group["lr_scale"], device=model.device)
-        cuda = model.device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), eps=1e-18, fused=True, capturable=cuda)
-
-    def step(self) -> None:
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
-        copies = [(master, p) for master, p in zip(self.masters, self.parameters) if master is not p]
-        given = [(master, p.grad) for master, p in copies if p.grad is not None]
-        for master, _ in given:
-            master.grad = torch.empty_like(master)
-        if given:
-            torch._foreach_copy_([master.grad for master, _ in given], [grad for _, grad in given])
-        self.optimizer.step()
-        if copies:
-            torch._foreach_copy_([p.detach() for _, p in copies], [master.detach() for master, _ in copies])
-        for p in (*self.parameters, *self.masters):
-            p.grad = None
 
 
 @dataclass
@@ -76,7 +49,7 @@ class Step:
     """One training step on a fixed batch."""
 
     model: RWKV
-    optimizer: MasterAdamW
+    optimizer: Optimizer
     inputs: Tensor
     targets: Tensor
     autocast: bool
@@ -87,8 +60,23 @@ class Step:
         with torch.autocast(device, torch.bfloat16, enabled=self.autocast):
             loss, _ = self.model.loss(self.inputs, self.targets, logit_penalty=LOGIT_PENALTY, backend=self.backend)
         loss.backward()  # type: ignore[no-untyped-call]
+        if isinstance(self.optimizer, MasterAdamW):
+            self.optimizer.collect()
+        else:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP, foreach=True)
         self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
+
+
+def optimizer_of(model: RWKV, masters: bool) -> Optimizer:
+    """The trainer's."""
+    recipe = type(model).recipe(model.config)  # type: ignore[attr-defined]
+    optimizer = build_optimizer(model, recipe, OptimConfig(grad_clip=CLIP), masters=masters)
+    set_learning_rate(optimizer, 1e-4)
+    for group in optimizer.param_groups:
+        group["capturable"] = model.device.type == "cuda"
+    return optimizer
 
 
 @torch.no_grad()
@@ -153,7 +141,7 @@ def timed(function: Callable[[], object], device: str, rounds: int) -> list[floa
 
 def kernel_groups() -> dict[str, str]:
     """Name of a kernel of ours → group."""
-    groups = {}
+    groups, special = {}, {"head_loss": "loss", "adamw": "optimiser", "products": "GEMM"}
     for path in CUDA.values():
         source = Path(str(import_module(path).SOURCE)).read_text()
         groups |= dict.fromkeys(re.findall(r"__global__ void(?: __launch_bounds__\(.*?\))?\s+(\w+)\(", source), "WKV")
@@ -162,7 +150,7 @@ def kernel_groups() -> dict[str, str]:
     import triton
 
     for piece, path in PIECES.items():
-        group = "WKV" if piece in BACKENDS else "loss" if piece == "head_loss" else "fused"
+        group = "WKV" if piece in BACKENDS else special.get(piece, "fused")
         for value in vars(import_module(path)).values():
             if isinstance(value, triton.runtime.JITFunction):
                 groups[value.fn.__name__] = group
@@ -175,7 +163,7 @@ def group_of(kernel: str, ours: dict[str, str]) -> str:
     low = kernel.lower()
     if any(word in low for word in ("gemm", "nvjet", "cutlass", "xmma", "splitk", "addmm", "aten::mm", "aten::bmm")):
         return "GEMM"
-    if any(word in low for word in ("adam", "multi_tensor", "foreach", "lpnorm")):
+    if any(word in low for word in ("adam", "_update", "multi_tensor", "foreach", "lpnorm")):
         return "optimiser"
     return "other"
 
@@ -217,12 +205,13 @@ def measure(name: str, sizes: tuple[str, int, int], batch: int, t: int, options:
     device, vocab = options.device, options.vocab
     result: dict[str, Any] = {}
     for precision in options.precision:
-        dtype = torch.bfloat16 if precision == "master" else torch.float32
-        model = build(name, sizes, vocab, dtype, device)
+        model = build(name, sizes, vocab, torch.float32, device)
         model.recompute = None if options.recompute == "auto" else options.recompute == "on"
         tokens = torch.randint(vocab, (batch, t + 1), device=device)
         inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-        step = Step(model, MasterAdamW(model), inputs, targets, precision == "autocast", options.backend)
+        optimizer = optimizer_of(model, precision == "master")
+        step = Step(model, optimizer, inputs, targets, precision == "autocast", options.backend)
+        del optimizer
         first = float(step())
         timed(step, device, 2)
         if device == "cuda":

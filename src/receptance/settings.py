@@ -33,6 +33,22 @@ def build(cls: type[T], raw: Mapping[str, object], where: str) -> T:
     return cls(**values)
 
 
+def put(raw: dict[str, Any], text: str, example: str) -> None:
+    """`section.key=value` from a command line into the tables of a TOML file: a TOML value; a bare word is a string."""
+    name, equals, value = text.removeprefix("--").partition("=")
+    *path, key = name.split(".")
+    if not (equals and path and all(path) and key):
+        raise ConfigError(f"override {text!r}: expected section.key=value, for example {example}")
+    for step in path:
+        raw = raw.setdefault(step, {})
+        if not isinstance(raw, dict):
+            raise ConfigError(f"override {text!r}: {step} is a value, not a section")
+    try:
+        raw[key] = tomllib.loads(f"x = {value}")["x"]
+    except tomllib.TOMLDecodeError:
+        raw[key] = value
+
+
 def _convert(kind: object, value: object, where: str) -> object:
     if is_dataclass(kind) and isinstance(kind, type):
         if not isinstance(value, Mapping):

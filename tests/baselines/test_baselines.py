@@ -97,7 +97,7 @@ def test_a_document_sees_nothing_before_it(kind):
     assert_close(model(more, after)[0][1], model(torch.cat([inputs[1, 8:], more[1]]))[0][4:])
 
 
-@pytest.mark.parametrize("kind", ["transformer", "window", "lstm", "gru"])
+@pytest.mark.parametrize("kind", ["transformer", "window", "shift", "lstm", "gru"])
 def test_padded_rows_equal_rows_alone(kind):
     model, inputs = build(kind), tokens(3, 9)
     lengths = torch.tensor([4, 9, 0])

@@ -1,6 +1,7 @@
 """Comparisons: everything trained alike, one report."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -8,7 +9,18 @@ from typer.testing import CliRunner
 
 from receptance.cli import build
 from receptance.errors import ConfigError
-from receptance.evaluation.compare import Comparison, compare, positions, read_comparison, summary
+from receptance.evaluation import tasks
+from receptance.evaluation.compare import (
+    Comparison,
+    compare,
+    long_loss,
+    positions,
+    read_comparison,
+    report,
+    summary,
+    trained,
+)
+from receptance.evaluation.score import PlainScorer
 from receptance.training import read_config
 from receptance.training.loop import new_model, recipe_of
 from receptance.training.report import Silent
@@ -180,3 +192,129 @@ def test_a_run_that_was_made_otherwise_is_no_result(config):
     assert summary(found.entries[1])["tokens"] == 512
     with pytest.raises(ConfigError, match=r"run\.tokens"):
         compare(read_comparison(config), Silent())
+
+
+# What a comparison can ask besides -----------------------------------------------------------------------------------
+
+MORE = """
+[search]
+lr = [1e-7, 3e-3]
+tokens = 1024
+
+[long]
+text = "long.jsonl"
+tokens = 150
+rows = 2
+
+[tasks]
+lambada = "words.jsonl"
+choice = ["pairs.jsonl"]
+limit = 5
+
+"""
+LONG = [
+    "".join(f"{i} plus {j} is {i + j}. " for j in range(n)) for i, n in ((1, 12), (2, 40), (3, 2), (4, 12), (5, 12))
+]
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory):
+    """One small RWKV at the better of two rates, with its losses by position and its tasks."""
+    folder = tmp_path_factory.mktemp("asked")
+    (folder / "text.txt").write_text("\n".join(f"{i} plus {j} is {i + j}." for i in range(20) for j in range(20)))
+    words = [{"text": f"{i} plus 2 is {i + 2}"} for i in range(9)]
+    pairs = [{"sentence_good": f"{i} plus 1 is {i + 1}.", "sentence_bad": f"plus {i} is"} for i in range(9)]
+    for name, rows in (("long", [{"text": text} for text in LONG]), ("words", words), ("pairs", pairs)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = CONFIG.replace("generation = 12\n", "").replace("[[models]]", MORE + "[[models]]", 1)
+    (folder / "compare.toml").write_text(text)
+    found = read_comparison(folder / "compare.toml", [f"data.root={folder}"])
+    found = Comparison(found.out, found.entries[:1], search=found.search, long=found.long, tasks=found.tasks)
+    compare(found, Silent())
+    (row,) = json.loads((found.out / "compare.json").read_text())["models"]
+    return found, row
+
+
+def test_the_better_of_the_rates_is_taken(asked):
+    found, row = asked
+    slow, fast = row["search"]
+    assert (slow["lr"], fast["lr"]) == (1e-7, 3e-3)
+    assert fast["bits"] < slow["bits"] - 0.5  # one learns nothing in so few steps
+    assert row["lr"] == 3e-3
+    made = json.loads((found.out / "RWKV-7/model/training.json").read_text())
+    assert made["config"]["optim"]["lr"] == 3e-3
+    assert made["config"]["optim"]["lr_final"] == pytest.approx(3e-4)  # which falls as far
+    assert row["tokens"] == 2048
+    assert not list((found.out / "RWKV-7").glob("search-*"))  # short runs leave nothing but their results
+    assert len(list((found.out / "cells/search").glob("*.json"))) == 2
+
+
+def test_loss_by_position_is_that_of_a_pass_over_each_document(asked):
+    """Three documents have 150 tokens, two of them are taken; rates and lengths are in bytes here."""
+    found, row = asked
+    config = made_config(found, row)
+    model, tok = trained(config)
+    nats = torch.zeros(2, 150)
+    with torch.no_grad():
+        for place, text in enumerate([LONG[0], LONG[1]]):
+            ids = tok.encode(text)[:150]
+            logits, _ = model(torch.tensor([tok.eos_id, *ids[:-1]]))
+            nats[place] = torch.nn.functional.cross_entropy(logits.float(), torch.tensor(ids), reduction="none")
+    assert row["long"]["end"] == [64, 128, 150]
+    assert row["long"]["documents"] == 2
+    wanted = [float(nats[:, a:b].mean()) / math.log(2) for a, b in ((0, 64), (64, 128), (128, 150))]
+    assert row["long"]["bits"] == pytest.approx(wanted, rel=1e-4)
+    pieces = long_loss(config, found.long, first=50, chunk=7)
+    assert pieces["end"] == [50, 100, 150]
+    assert sum(pieces["bits"]) / 3 == pytest.approx(float(nats.mean()) / math.log(2), rel=1e-4)
+    with pytest.raises(ConfigError, match=r"lower long\.tokens"):
+        long_loss(config, type(found.long)(found.long.text, 2000))
+
+
+def made_config(found, row):
+    from receptance.evaluation.compare import at_rate
+
+    return at_rate(found.entries[0].config, row["lr"])
+
+
+def test_tasks_are_scored_as_eval_scores_them(asked):
+    found, row = asked
+    model, tok = trained(made_config(found, row))
+    scorer, root = PlainScorer(model, tok), found.out.parent
+    words = tasks.lambada(scorer, tok, tasks.sample(list(tasks.read_rows(root / "words.jsonl")), 5))
+    assert row["tasks"]["LAMBADA"]["n"] == row["tasks"]["pairs"]["n"] == 5
+    assert row["tasks"]["LAMBADA"]["perplexity"] == pytest.approx(words.perplexity, rel=1e-4)
+    questions = [tasks.choice_of(x) for x in tasks.sample(list(tasks.read_rows(root / "pairs.jsonl")), 5)]
+    wanted = tasks.multiple_choice(scorer, tok, questions)
+    assert row["tasks"]["pairs"]["accuracy"] == pytest.approx(wanted.accuracy)
+    text = report([row])
+    assert f"| RWKV 7 | {row['tasks']['LAMBADA']['accuracy']:.4f} |" in text
+    assert f"| {row['long']['bits'][0]:.3f} |" in text
+
+
+def test_without_ln0_the_size_of_an_embedding_is_not_lost():
+    """ln0 makes vectors of any size alike; without it a larger embedding is another input, and nothing else is gone."""
+    from receptance.models import apply_recipe
+    from receptance.training.ablation import freeze
+
+    whole, model = build_without("7", "ln0")
+    apply_recipe(model, whole, torch.Generator().manual_seed(0))
+    count = sum(p.numel() for p in model.parameters())
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            torch.nn.init.normal_(module.weight, std=0.3, generator=torch.Generator().manual_seed(1))
+
+    def moved():
+        with torch.no_grad():
+            before = model([1, 2, 3])[0]
+            model.emb.weight *= 1000
+            return float((model([1, 2, 3])[0] - before).abs().max())
+
+    model.emb.weight.data.normal_(generator=torch.Generator().manual_seed(2))
+    assert moved() < 1e-3
+    model.emb.weight.data /= 1000
+    freeze(model, ("ln0",))
+    assert moved() > 1e-1
+    assert count - sum(p.numel() for p in model.parameters()) == 2 * 64
+    assert isinstance(model.blocks[0].ln0, torch.nn.Identity)
+    assert isinstance(model.ln_out, torch.nn.LayerNorm)

@@ -1,13 +1,14 @@
 """Looking inside: every number against the operators' own results, in float64."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
 
 from receptance.errors import ConfigError
-from receptance.inspection import measures
-from receptance.inspection.attribution import attribute, reads
+from receptance.inspection import attribution, measures
+from receptance.inspection.attribution import attribute, distance, reads
 from receptance.inspection.record import record
 from receptance.inspection.report import Fact, positions, write_report
 from receptance.inspection.trace import trace
@@ -89,6 +90,35 @@ def test_the_state_that_is_measured_is_the_models(version):
         assert torch.allclose(found.norm[-1], wanted, rtol=1e-9)
 
 
+def test_reach_is_the_distance_of_what_is_read():
+    """One head reads its own token alone, the other always the token two before, of twice the size at the end."""
+    coefficients = torch.zeros(6, 2, 6)
+    for t in range(6):
+        coefficients[t, 0, t] = -3
+        if t >= 2:
+            coefficients[t, 1, t - 2] = 1
+    assert distance(coefficients, torch.ones(6, 2, 4)).tolist() == [0, 2]
+    coefficients[5, 1, 5], coefficients[5, 1, 3] = 1, 0  # three reads from two before, one of its own
+    values = torch.ones(6, 2, 4)
+    values[5] = 3  # which counts three times
+    assert distance(coefficients, values)[1] == pytest.approx(3 * 2 / (3 + 3))
+
+
+def test_everything_is_measured_once(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    counts: dict[str, int] = {}
+
+    def counted(name, made, *given):
+        counts[name] = counts.get(name, 0) + 1
+        return made(*given)
+
+    for module, name in ((attribution, "reads"), (measures, "held"), (measures, "strengths"), (measures, "logit_lens")):
+        monkeypatch.setattr(module, name, partial(counted, name, getattr(module, name)))
+    model = build("7", 257).float()
+    write_report(model, tokenizer("byte"), "a fox", tmp_path, "model")
+    assert counts == {"reads": 3, "held": 3, "strengths": 3, "logit_lens": 1}  # three layers
+
+
 def test_a_state_of_one_write_has_rank_one():
     layer = record(build("7"), TOKENS[:1]).layers[0]
     assert torch.allclose(measures.held(layer).rank, torch.ones(1, 2, dtype=torch.float64), atol=1e-6)
@@ -138,6 +168,61 @@ def test_tracing_puts_things_back(version):
     assert found.memory.shape == (3, 7)
     assert not model.emb._forward_hooks
     assert not model.blocks[0]._forward_hooks
+
+
+def by_hand(model, prompt, answer, subject, noise, what=None, layer=0, place=0):
+    """Log-probability of the answer with noise on the subject, and one vector put back, in whole passes; no states."""
+    tokens = [*prompt, *answer][:-1]
+    x = model.emb(torch.tensor([tokens]))
+    noisy = x.clone()
+    noisy[0, subject.start : subject.stop] += noise
+    kept = []
+    hooks = [block.register_forward_hook(lambda _, __, out: kept.append(out[0].clone())) for block in model.blocks]
+    model.sequence(x)
+    for hook in hooks:
+        hook.remove()
+
+    def put(_, __, out):
+        changed = out[0].clone()
+        changed[0, place] = kept[layer][0, place]
+        return changed, *out[1:]
+
+    hook = model.blocks[layer].register_forward_hook(put) if what == "vector" else None
+    logs = model.head(model.sequence(noisy)[0])[0].log_softmax(-1)[len(prompt) - 1 :]
+    if hook is not None:
+        hook.remove()
+    return float(logs[torch.arange(len(answer)), torch.tensor(answer)].sum())
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@torch.no_grad()
+def test_every_vector_that_is_put_back_has_the_effect_of_a_whole_pass(version):
+    model, prompt, answer, subject = build(version), TOKENS[:7], TOKENS[7:9], range(2, 4)
+    spread = model.emb(torch.tensor(prompt)).std()
+    g = torch.Generator().manual_seed(5)
+    noise = 3.0 * spread * torch.randn(2, 16, generator=g).double()
+    found = trace(model, prompt, answer, subject, samples=1, seed=5)
+    assert found.corrupted == pytest.approx(by_hand(model, prompt, answer, subject, noise), abs=1e-5)
+    for layer in range(3):
+        for place in range(2, 7):
+            wanted = by_hand(model, prompt, answer, subject, noise, "vector", layer, place)
+            assert float(found.hidden[layer, place]) == pytest.approx(wanted, abs=1e-5)
+            if place < 6:
+                wanted = with_memory(model, prompt, answer, subject, noise, layer, place)
+                assert float(found.memory[layer, place]) == pytest.approx(wanted, abs=1e-5)
+
+
+def with_memory(model, prompt, answer, subject, noise, layer, place):
+    """The same with one layer's state after `place` put back."""
+    x = model.emb(torch.tensor([[*prompt, *answer][:-1]]))
+    noisy = x.clone()
+    noisy[0, subject.start : subject.stop] += noise
+    clean, state = (model.sequence(row[:, : place + 1])[1] for row in (x, noisy))
+    for name in state:
+        state[name][layer] = clean[name][layer]
+    y, _ = model.sequence(noisy[:, place + 1 :], state)
+    logs = model.head(y)[0].log_softmax(-1)[-len(answer) :]
+    return float(logs[torch.arange(len(answer)), torch.tensor(answer)].sum())
 
 
 def test_a_report_is_pictures_numbers_and_one_page_without_a_network(tmp_path):

@@ -12,6 +12,7 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 from receptance.models import RWKV, VERSIONS, apply_recipe
+from receptance.models.base import Call
 from receptance.ops import BACKENDS
 from receptance.ops.pieces import PIECES
 
@@ -42,6 +43,23 @@ def learn(model: RWKV, tokens: Tensor, lengths: Tensor | None) -> dict[str, Tens
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {"loss": loss.detach(), **{f"state {k}": x.detach() for k, x in end.items()}, **gradients}
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_joined_maps_learn_the_same(recompute, monkeypatch):
+    """RWKV-7's low-rank maps as one product; otherwise they are in half precision alone."""
+    tokens = torch.randint(60, (2, 41), generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    model = lively("7").to(DEVICE)
+    model.recompute = recompute
+    exact = learn(lively("7").double().to(DEVICE), tokens, None)
+    for piece in PIECES.keys() - BACKENDS.keys():
+        monkeypatch.setattr(import_module(f"receptance.ops.{piece}"), "uses_triton", lambda *_: True)
+    monkeypatch.setattr(Call, "joins_maps", lambda *_: True)
+    got = learn(model, tokens, None)
+    assert got.keys() == exact.keys()
+    for name, reference in exact.items():
+        error = (got[name].double() - reference).norm() / reference.norm().clamp(min=1e-12)
+        assert error < TOLERANCE, f"{name}: relative error {error:.1e}"
 
 
 @pytest.mark.parametrize("recompute", [False, True])

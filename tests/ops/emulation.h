@@ -48,16 +48,21 @@ struct Thread {
     ucontext_t context;
     std::vector<char> stack;
     bool done = false;
-    int waits = -1;  // for which barrier: 0 the block's, 1 + i warp i's, 64 + i of the i-th 128 threads
+    int waits = -1;  // for which barrier: 0 the block's, 1 + i warp i's, 64 + i team i's
 };
 inline std::vector<Thread> threads;
 inline ucontext_t scheduler;
 inline int current;
 inline std::function<void()> body;
 inline void start() { body(); threads[current].done = true; swapcontext(&threads[current].context, &scheduler); }
+inline unsigned team_size = 128;
 inline void wait(int barrier) { threads[current].waits = barrier; swapcontext(&threads[current].context, &scheduler); }
 
+// teams of one size at a time
+inline void wait_in_team(unsigned size) { team_size = size, wait(64 + threadIdx.x / size); }
+
 inline void block(unsigned n) {
+    team_size = 128;
     if (threads.size() < n) threads.resize(n);
     for (unsigned i = 0; i < n; i++) {
         Thread& t = threads[i];
@@ -81,10 +86,11 @@ inline void block(unsigned n) {
             for (unsigned i = warp * 32; i < std::min(n, warp * 32 + 32); i++) all &= threads[i].waits == (int)warp + 1;
             if (all) for (unsigned i = warp * 32; i < std::min(n, warp * 32 + 32); i++) threads[i].waits = -1, progress = true;
         }
-        for (unsigned team = 0; team < n / 128; team++) {
+        for (unsigned team = 0; team < n / team_size; team++) {
+            const unsigned first = team * team_size, end = first + team_size;
             bool all = true;
-            for (unsigned i = team * 128; i < team * 128 + 128; i++) all &= threads[i].waits == (int)team + 64;
-            if (all) for (unsigned i = team * 128; i < team * 128 + 128; i++) threads[i].waits = -1, progress = true;
+            for (unsigned i = first; i < end; i++) all &= threads[i].waits == (int)team + 64;
+            if (all) for (unsigned i = first; i < end; i++) threads[i].waits = -1, progress = true;
         }
         bool all = true, some = false;
         for (unsigned i = 0; i < n; i++) all &= threads[i].done || threads[i].waits == 0, some |= !threads[i].done, left |= !threads[i].done;

@@ -14,11 +14,13 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, so before ours is imported
 pytest.importorskip("triton")
 
-from receptance.ops import ffn, heads, norm, pieces, prepare, shift
+from receptance.ops import ffn, heads, low_rank, norm, pieces, prepare, products, shift
 from receptance.ops.ffn import triton as ffn_kernels
 from receptance.ops.heads import triton as heads_kernels
+from receptance.ops.low_rank import triton as low_rank_kernels
 from receptance.ops.norm import triton as norm_kernels
 from receptance.ops.prepare import triton as prepare_kernels
+from receptance.ops.products import triton as product_kernels
 from receptance.ops.shift import triton as shift_kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -63,6 +65,23 @@ def test_token_shift_and_mixes(shape, present, dtype):
     kernel = lambda x, last, *mixes: shift_kernels.shift_mix(x, last, mixes, present=present)
     plain = lambda x, last, *mixes: shift.shift_mix(x, last, mixes, present=present)
     check(kernel, plain, inputs, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 64), (2, 37, 64), (3, 40, 100)])
+def test_low_rank_maps_with_the_shift_behind_the_product(shape, dtype):
+    b, t, c = shape
+    resets = torch.zeros(b, t, dtype=torch.bool, device=DEVICE)
+    resets[0, [0, t // 2, t - 1]] = t > 1
+    ranks, activations = (8, 96, 33), ("none", "tanh", "sigmoid")
+    mixes, maps = [rand(1, 1, c, seed=j) for j in range(3)], [rand(c, r) / c**0.5 for r in ranks]
+    for cut in (None, resets):
+
+        def call(function, cut=cut):
+            return lambda x, last, *rest: function(x, last, rest[:3], rest[3:], activations, resets=cut)
+
+        inputs = [rand(*shape), rand(b, c), *mixes, *maps]
+        check(call(low_rank_kernels.shifted_maps), call(low_rank.shifted_maps), inputs, dtype)
 
 
 @pytest.mark.parametrize("own", [False, True])
@@ -182,6 +201,34 @@ def test_layer_norm_gradients_add_up_over_many_programs(monkeypatch):
 def test_channel_mix_activations(shape, dtype):
     check(ffn_kernels.relu_square, ffn.relu_square, [rand(*shape)], dtype)
     check(ffn_kernels.sigmoid_gate, ffn.sigmoid_gate, [rand(*shape), rand(*shape, seed=1)], dtype)
+
+
+HALF = DTYPES[1]
+
+
+@pytest.mark.parametrize("rows, c, f, d", [(1, 8, 8, 8), (130, 72, 264, 40), (300, 64, 512, 64)])
+def test_products_with_squared_relu_between_them(rows, c, f, d):
+    inputs = [rand(rows, c), rand(f, c) / c**0.5, rand(d, f) / f**0.5]
+    check(product_kernels.relu_square_products, products.relu_square_products, inputs, HALF)
+    check(
+        product_kernels.relu_square_products,
+        products.relu_square_products,
+        [inputs[0].view(1, rows, c), *inputs[1:]],
+        HALF,
+    )
+
+
+def test_squares_are_those_of_the_unrounded_product():
+    a, b = (x.to(HALF).to(DEVICE) for x in (rand(130, 64), rand(264, 64)))
+    exact = (a.double() @ b.double().T).relu().square()
+    ulp = (product_kernels._run(a, b, None).double() - exact).abs() / exact.clamp(min=1e-3)
+    assert ulp.max() < 1.01 * torch.finfo(HALF).eps / (2 if torch.cuda.is_available() else 1)  # one rounding
+
+
+def test_products_keep_nan():
+    x, key = torch.ones(3, 8, dtype=HALF, device=DEVICE), torch.ones(8, 8, dtype=HALF, device=DEVICE)
+    x[1, 2] = float("nan")
+    assert product_kernels.relu_square_products(x, key, key).isnan().any(1).tolist() == [False, True, False]
 
 
 def operators() -> dict[str, tuple[object, ...]]:

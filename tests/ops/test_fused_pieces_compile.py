@@ -6,9 +6,11 @@ import sys
 
 import pytest
 
-PLAIN_NUMBERS = {"rows": "i32", "T": "i32", "C": "i32", "H": "i32", "N": "i32", "n": "i32", "V": "i32", "SPAN": "i32",
-                 "eps": "fp32", "penalty": "fp32"}  # fmt: skip
-EXACT = {"partial_ptr", "mean_ptr", "inverse_ptr", "weights_ptr", "loss_ptr"}  # float32 in any call
+PLAIN_NUMBERS = {**dict.fromkeys(("rows", "T", "C", "H", "N", "n", "V", "SPAN", "R", "OFFSET", "WIDTH"), "i32"),
+                 **dict.fromkeys(("eps", "penalty", "beta1", "rest1", "beta2", "rest2"), "fp32")}  # fmt: skip
+# float32 in any call
+EXACT = {"partial_ptr", "mean_ptr", "inverse_ptr", "weights_ptr", "loss_ptr", "statistics_ptr", "master_ptr",
+         "square_ptr", "numbers_ptr"}  # fmt: skip
 
 
 @pytest.mark.slow
@@ -24,17 +26,23 @@ def main() -> None:
     import triton
     from triton.backends.compiler import GPUTarget
 
+    from receptance.ops.adamw import triton as adamw
     from receptance.ops.ffn import triton as ffn
     from receptance.ops.head_loss import triton as loss
     from receptance.ops.heads import triton as heads
+    from receptance.ops.low_rank import triton as low_rank
     from receptance.ops.norm import triton as norm
     from receptance.ops.prepare import triton as prepare
+    from receptance.ops.products import triton as products
     from receptance.ops.shift import triton as shift
 
     tile = {"BR": 32, "BN": 64}
     limits = {"LOW": prepare.MIN_LOG_DECAY, "MIN_NORM": prepare.MIN_NORM, **tile}
+    plain = dict.fromkeys(("delta_ptr", "weight_ptr", "bias_ptr", "sum_ptr", "end_ptr", "statistics_ptr", "g_sum_ptr",
+                           "g_end_ptr"))  # fmt: skip
     alone = {"own_ptr": None, "g_own_ptr": None, "resets_ptr": None}
-    mixes = [{"M": m, "PRESENT": p, "BR": 32, "BC": 64, **more} for m, p, more in ((6, False, alone), (5, True, {}))]
+    mixes = [{"NORM": False, "M": 5, "PRESENT": True, **plain}, {"NORM": True, "M": 4, "PRESENT": False, **alone}]
+    mixes = [{**options, "BC": 1024} for options in mixes]
     gates = [{"GATE": g, "BONUS": b, **tile} for g, b in ((1, True), (2, False), (0, False))]
     rows = [{"ADD": add, "BR": 2, "BC": 1024} for add in (True, False)]
     losses = [{"WEIGHTED": w, "GRADIENT": g, "BLOCK": 8192} for w, g in ((True, True), (False, False))]
@@ -47,6 +55,10 @@ def main() -> None:
         *((getattr(ffn, name), {"BLOCK": 4096}) for name in
           ("_relu_square", "_relu_square_backward", "_gate", "_gate_backward")),
         *((loss._softmax_gradient, options) for options in losses),
+        *((kernel, {"BR": 64, "BN": 64}) for kernel in (low_rank._stack, low_rank._stack_backward)),
+        *((kernel, {"BR": 32, "BN": 64, "F": f, **more}) for kernel in (low_rank._shift, low_rank._shift_backward)
+          for f, more in ((0, {}), (1, {"resets_ptr": None}), (2, {}))),
+        (adamw._update, {"BLOCK": 2048}),
     ]  # fmt: skip
     for kernel, options in kernels:
         types = {name: "*fp32" if name in EXACT else "*i64" if name == "targets_ptr" else
@@ -58,6 +70,16 @@ def main() -> None:
         source = triton.compiler.ASTSource(kernel, types, constexprs=options)
         triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
         print("compiled", kernel.fn.__name__, options)
+    for backward in (False, True):
+        matrix = "tensordesc<bf16[64, 256]>" if backward else "tensordesc<bf16[256, 64]>"
+        types = {"a": "tensordesc<bf16[128, 64]>", "b": matrix}
+        types |= dict.fromkeys(("squares", "out"), "tensordesc<bf16[128, 128]>")
+        types |= dict.fromkeys(("M", "N", "K", "PROGRAMS"), "i32")
+        options = {"BACKWARD": backward, **{x: getattr(products, x) for x in ("BM", "BN", "BK", "GROUP")}}
+        types |= dict.fromkeys(options, "constexpr")
+        source = triton.compiler.ASTSource(products._product, types, constexprs=options)
+        triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8, "num_stages": 3})
+        print("compiled", products._product.fn.__name__, options)
 
 
 if __name__ == "__main__":

@@ -55,9 +55,22 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tiny(seed=1), tmp_path_factory.mktemp("models") / "tiny")
 
 
+Starter = Callable[..., tuple["subprocess.Popen[bytes]", httpx.Client]]
+
+
 @pytest.fixture
-def program(tmp_path: Path) -> Iterator[Callable[..., tuple["subprocess.Popen[bytes]", httpx.Client]]]:
+def program(tmp_path: Path) -> Iterator[Starter]:
     """Starts `receptance serve`, waits until it is ready, and ends it."""
+    yield from starter(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def module_program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Starter]:
+    """`program` for all tests of a module."""
+    yield from starter(tmp_path_factory.mktemp("program"))
+
+
+def starter(tmp_path: Path) -> Iterator[Starter]:
     processes: list[subprocess.Popen[bytes]] = []
 
     def start(*arguments: object) -> tuple["subprocess.Popen[bytes]", httpx.Client]:

@@ -1,6 +1,7 @@
 """Load, departures, ends and figures."""
 
 import asyncio
+import gc
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import httpx
 import pytest
 from server_helpers import listening
 
+from receptance.engine.request import Token
 from receptance.server.config import read_config
 
 STORY = [{"role": "user", "content": "Once upon a time"}]
@@ -52,7 +54,7 @@ def test_streams_at_once_are_complete_and_those_of_one_alone(server, count):
     together = run_streams(server.url, count)
     assert {(status, reason) for status, _, reason in together} == {(200, "length")}
     with server.client as client:
-        for seed in range(0, count, count // 10):
+        for seed in range(count):
             alone = client.post("/v1/chat/completions", json=chat(seed=seed, max_tokens=12, temperature=1.0)).json()
             assert together[seed][1] == alone["choices"][0]["message"]["content"]
 
@@ -93,6 +95,32 @@ def test_departed_clients_free_their_places(server):
     server.wait_until(lambda: places.texts == 0, 10)
     engine = next(iter(places)).engine
     server.wait_until(lambda: engine.load == (0, 0), 10)
+
+
+def test_nothing_of_a_finished_request_waits_for_the_garbage_collector(server, client):
+    """Or a server of long texts would hold many of them at once."""
+    id = client.post("/v1/sessions", json={}).json()["id"]
+    body = {"max_tokens": 20, "ignore_eos": True}
+    asked = [("/v1/chat/completions", chat(**body)), ("/v1/chat/completions", chat(**body, stream=True)),
+             ("/v1/chat/completions", chat(**body, session_id=id)), ("/v1/completions", {**body, "prompt": "x"}),
+             ("/v1/completions", {**body, "prompt": ["x", "y"], "stream": True}),
+             ("/v1/responses", {"input": "x", "max_output_tokens": 20, "stream": True}),
+             ("/api/chat", {"model": "rwkv7-stories", "messages": STORY, "options": {"num_predict": 20}})]  # fmt: skip
+
+    def alive():
+        return sum(type(thing) is Token for thing in gc.get_objects())
+
+    for path, fields in asked:  # what is made once
+        client.post(path, json=fields)
+    gc.collect()
+    gc.disable()
+    try:
+        before = alive()
+        for path, fields in asked * 3:
+            assert client.post(path, json=fields).status_code == 200
+        server.wait_until(lambda: alive() <= before + 20)
+    finally:
+        gc.enable()
 
 
 def test_a_request_that_takes_too_long_is_ended(config, served):
@@ -217,13 +245,33 @@ def run_cli(*arguments, stdin=""):
 def test_chat_with_a_server(server, tmp_path):
     lines = ["The fox ran.", "/fork", " Then it", "/undo", "/regenerate", "/set temperature=0", "/show",
              f"/save {tmp_path / 'fox.safetensors'}", "/load ../x", "/bye"]  # fmt: skip
-    result = run_cli("chat", "--url", server.url, "--seed", 1, "-n", 5, stdin="\n".join(lines) + "\n")
+    result = run_cli("chat", "--url", server.url, "--seed", 1, "-n", 5, "--stats", stdin="\n".join(lines) + "\n")
     assert result.exit_code == 0, result.output
     assert "took back:  Then it" in result.stderr
     assert "in the fork sess-" in result.stderr
     assert "> The fox ran." in result.stderr
     assert (tmp_path / "fox.safetensors").stat().st_size > 100_000
     assert result.stderr.count("error:") == 1  # of /load ../x
+    assert (
+        len(re.findall(r"^prompt \d+ tokens, first after \d+ ms · text 5 tokens, [\d.]+ tok/s$", result.stderr, re.M))
+        == 3
+    )
+
+
+def test_flags_of_a_model_that_is_loaded_here_are_refused_beside_a_url(server):
+    result = run_cli("chat", "--url", server.url, "--dtype", "int8")
+    assert result.exit_code == 2
+    assert "--dtype and --url exclude each other" in result.stderr
+
+
+def test_bench_serve_tells_what_the_server_says(server):
+    for arguments, said in (
+        (("--url", server.url, "--model", "nope"), "there is no model 'nope'"),
+        (("--url", "http://127.0.0.1:1"), "does not answer"),
+    ):
+        result = run_cli("bench", "serve", "--rate", 1, "--seconds", 1, *arguments)
+        assert result.exit_code == 1
+        assert said in result.stderr
 
 
 def test_chat_with_no_server_is_one_line():

@@ -1,5 +1,6 @@
 """Clients of other libraries, where they are installed, and the commands of the documentation."""
 
+import json
 import os
 import re
 import shutil
@@ -60,6 +61,31 @@ def test_litellm_chats_streams_and_embeds(server, client):
     assert len(vector.data[0]["embedding"]) > 10
     with pytest.raises(litellm.BadRequestError):
         litellm.completion(**{**common, "temperature": 0, "n": 99})
+
+
+def test_ollamas_own_package_chats_streams_and_lists(server, client):
+    ollama = pytest.importorskip("ollama", reason="needs ollama")
+    api = ollama.Client(host=server.url)
+    expected = plain(client)["content"]
+    asked = {"model": "rwkv7-stories", "messages": [{"role": "user", "content": TEXT}]}
+    options = {"temperature": 0, "num_predict": 8}
+    answer = api.chat(**asked, options=options)
+    assert answer.message.content == expected
+    assert answer.eval_count == 8
+    assert answer.done_reason == "length"
+    streamed = list(api.chat(**asked, options=options, stream=True))
+    assert "".join(part.message.content for part in streamed) == expected
+    assert [part.done for part in streamed] == [False] * (len(streamed) - 1) + [True]
+    schema = {"type": "object", "properties": {"who": {"enum": ["fox", "bear"]}}, "required": ["who"],
+              "additionalProperties": False}  # fmt: skip
+    shaped = api.chat(**asked, options={**options, "num_predict": 60}, format=schema)
+    assert json.loads(shaped.message.content)["who"] in ("fox", "bear")
+    body = {"prompt": TEXT, "temperature": 0, "max_tokens": 8}
+    text = client.post("/v1/completions", json=body).json()["choices"][0]["text"]
+    assert api.generate(model="rwkv7-stories", prompt=TEXT, options=options).response == text
+    assert [model.model for model in api.list().models] == ["rwkv7-stories"]
+    with pytest.raises(ollama.ResponseError, match="there is no model"):
+        api.chat(model="llama", messages=asked["messages"])
 
 
 def test_the_curl_commands_of_the_documentation_work(server, client):

@@ -234,7 +234,7 @@ def test_each_sigterm_lets_what_is_under_way_end(program, tiny_folder, rounds):
         assert process.wait(30) == 0
 
 
-@pytest.mark.parametrize("rounds", full(2, 50))
+@pytest.mark.parametrize("rounds", full(2, 100))
 def test_a_server_killed_under_load_loses_no_turn_and_goes_on_as_if_it_had_not_been(program, tiny_folder, rounds):
     """Eight chats are written to while `kill -9` comes. What was acknowledged is there, in order, and every turn
     is what a server that nobody killed writes."""
@@ -301,14 +301,20 @@ def resident(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-@pytest.mark.parametrize("count", full(4000, 100_000))
-def test_memory_is_flat_over_many_requests(program, tiny_folder, tmp_path, count):
-    """Chats, streams, sessions made, gone on with, forked and deleted, errors: after a warm-up, nothing is added."""
-    (tmp_path / "server.toml").write_text(
+def small(tmp_path, tiny_folder):
+    """A configuration whose caches are full soon."""
+    file = tmp_path / "server.toml"
+    file.write_text(
         f'[models.tiny]\nmodel = "{tiny_folder}"\ncache_bytes = 1_000_000\nslots = 16\n[log]\nlevel = "warning"\n'
         "[sessions]\nmemory_bytes = 1_000_000\nresponses = 200\n"
     )
-    process, client = program("--config", tmp_path / "server.toml")
+    return file
+
+
+@pytest.mark.parametrize("count", full(4000, 100_000))
+def test_memory_is_flat_over_many_requests(program, tiny_folder, tmp_path, count):
+    """Chats, streams, sessions made, gone on with, forked and deleted, errors: after a warm-up, nothing is added."""
+    process, client = program("--config", small(tmp_path, tiny_folder))
     sizes = []
 
     async def one(connection, i):
@@ -342,3 +348,23 @@ def test_memory_is_flat_over_many_requests(program, tiny_folder, tmp_path, count
         sizes.append(resident(process.pid))
     print([f"{size / 1e6:.1f}" for size in sizes], "MB")
     assert max(sizes[5:]) - sizes[4] < 4e6
+
+
+@pytest.mark.parametrize("tokens", full(20_000, 1_000_000))
+def test_memory_is_flat_over_one_very_long_session(program, tiny_folder, tmp_path, tokens):
+    """Twenty turns of a chat, however long: neither the server nor the kept state grows."""
+    settings = (f"limits.max_tokens={tokens}", "limits.request_seconds=3600")
+    process, client = program("--config", small(tmp_path, tiny_folder), *settings)
+    id = client.post("/v1/sessions", json={}).json()["id"]
+    body = {"session_id": id, "messages": STORY, "max_tokens": tokens // 20, "temperature": 1.0, "ignore_eos": True}
+    sizes, states = [], set()
+    for seed in range(20):
+        answer = client.post("/v1/chat/completions", json={**body, "seed": seed}, timeout=3600)
+        assert answer.json()["usage"]["completion_tokens"] == tokens // 20
+        sizes.append(resident(process.pid))
+        session = client.get("/v1/sessions").json()["data"][0]
+        states.add(session["bytes"])
+    assert session["tokens"] >= tokens
+    assert max(states) - min(states) < 1000  # the checksums in its header have a digit more or less
+    print([f"{size / 1e6:.1f}" for size in sizes], f"MB, {session['tokens']:,} tokens")
+    assert max(sizes[10:]) - max(sizes[5:10]) < 4e6

@@ -153,6 +153,42 @@ def test_a_stopped_turn_is_kept_as_far_as_it_came(client, server):
     assert content(ask(client, id, " Then"))
 
 
+@pytest.mark.parametrize("end", ["delete", "rewind"])
+def test_what_went_with_a_session_is_held_nowhere(config, served, end):
+    """Neither its states in memory nor the prefixes that were read after them; those of a fork stay."""
+    with listening(config(), served) as running, running.client as client:
+        held, cache = running.app.hub.conversations, served.engine._core.cache
+
+        def roots():
+            return {root for root in cache._roots if str(root).startswith("turn:")}
+
+        before = roots()
+        id = new(client)
+        for text in ("The fox ran.", " Then it", " So"):
+            content(ask(client, id, text))
+        fork = client.post(f"/v1/sessions/{id}/fork", json={"turn": 1}).json()["id"]
+        assert len(held._memory) == 3
+        assert len(roots() - before) == 2  # of the first and the second turn: nothing was read after the third
+        size = cache.nbytes
+        if end == "delete":
+            client.delete(f"/v1/sessions/{id}")
+        else:
+            client.post(f"/v1/sessions/{id}/rewind", json={"turn": 1})
+        running.wait_until(lambda: len(roots() - before) == 1)
+        assert len(held._memory) == 1
+        assert held._memory_bytes == sum(state.nbytes for state, _ in held._memory.values()) > 0
+        assert cache.nbytes < size
+        assert content(ask(client, fork, " Then it"))
+
+
+def test_a_session_keeps_the_tuned_state_that_it_began_with(client):
+    id = new(client)
+    assert ask(client, id, "The fox", state="").status_code == 200
+    answer = ask(client, id, " ran", state="pirate")
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "state"
+
+
 def test_two_turns_at_once_come_one_after_the_other(client):
     id = new(client)
     answers = []

@@ -106,7 +106,7 @@ def test_overrides_and_errors_of_the_configuration(tmp_path):
     for override, message in [
         ("optim.lrr=1", "unknown setting optim.lrr"),
         ("optim.lr=fast", "expected float, found 'fast'"),
-        ("optimizer.lr=1", "no section 'optimizer'"),
+        ("optimizer.lr=1", "unknown setting optimizer; there are data, model"),
         ("lr=1", r"expected section\.key=value"),
         ("model.version=8", r"model\.version"),
         ("model.n_layer=true", "expected int, found True"),

@@ -64,13 +64,15 @@ function Top(): VNode {
 function Messages(): VNode {
   const box = useRef<HTMLDivElement>(null);
   const stick = useRef(true);
+  const width = useRef(0);
   const [away, setAway] = useState(false);
   const session = store.current.value;
   const live = store.currentLive.value;
   const turn = store.focusTurn.value;
   const down = (): void => box.current!.scrollTo({ top: box.current!.scrollHeight });
   const scrolled = (): void => {
-    const { scrollHeight, scrollTop, clientHeight } = box.current!;
+    const { scrollHeight, scrollTop, clientHeight, clientWidth } = box.current!;
+    if (clientWidth !== width.current && stick.current) return; // the browser moved, not the reader
     stick.current = scrollHeight - scrollTop - clientHeight < 60;
     setAway(!stick.current && scrollHeight - scrollTop - clientHeight > 300);
   };
@@ -81,6 +83,16 @@ function Messages(): VNode {
   useLayoutEffect(() => {
     if (stick.current && turn === null) down();
   });
+  // a panel that opens makes lines shorter and the chat longer
+  useEffect(() => {
+    const watch = new ResizeObserver(() => {
+      width.current = box.current!.clientWidth;
+      if (stick.current) down();
+    });
+    watch.observe(box.current!);
+    watch.observe(box.current!.firstElementChild!);
+    return () => watch.disconnect();
+  }, []);
   useEffect(() => {
     if (turn === null) return;
     stick.current = false;

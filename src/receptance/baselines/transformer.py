@@ -60,10 +60,11 @@ class TransformerConfig:
 class Sight(NamedTuple):
     """What every layer shares in a call. allowed [B, 1, T, S]: who sees whom; None: all that came before."""
 
-    cos: Tensor  # [B, 1, T, N]
+    cos: Tensor  # [B, 1, T, N / 2]
     sin: Tensor
     allowed: Tensor | None
     resets: Tensor | None  # [B, T]
+    lengths: Tensor | None  # [B]
     keep: Tensor | slice  # of the S keys and values, those that go into the state: all rows alike, or [B, K]
 
     def kept(self, x: Tensor) -> Tensor:
@@ -77,7 +78,13 @@ class Sight(NamedTuple):
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [B, H, T, N] turned by its position, halves paired as in LLaMA."""
     a, b = x.chunk(2, -1)
-    return (x * cos + torch.cat([-b, a], -1) * sin).to(x.dtype)
+    return torch.cat([(a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype)], -1)
+
+
+def lowered(x: Tensor) -> Tensor:
+    """In the type that autocast would convert it to before each of several products: once is enough."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 class Attention(nn.Module):
@@ -99,8 +106,8 @@ class Attention(nn.Module):
             before = torch.cat([state["att_shift"][:, None].to(x.dtype), x[:, :-1]], 1)  # [B, T, C]
             if sight.resets is not None:
                 before = before.masked_fill(sight.resets[..., None], 0)
-            xq, xk, xv = (x + (before - x) * mix for mix in self.x_qkv)
-            after["att_shift"] = x[:, -1]
+            xq, xk, xv = (x + (before - x) * mix for mix in self.x_qkv.to(x.dtype))
+            after["att_shift"] = self._last(x, state["att_shift"], sight.lengths)
         else:
             xq = xk = xv = x
         q, k, v = (
@@ -114,6 +121,14 @@ class Attention(nn.Module):
         )
         after |= {"keys": sight.kept(k), "values": sight.kept(v)}
         return self.output(y.transpose(1, 2).reshape(b, t, c)), after
+
+    @staticmethod
+    def _last(x: Tensor, before: Tensor, lengths: Tensor | None) -> Tensor:
+        """[B, C]: each row's last token before its padding, or what was `before` where there is none."""
+        if lengths is None:
+            return x[:, -1]
+        last = x.gather(1, (lengths - 1).clamp(min=0)[:, None, None].expand(-1, 1, x.shape[2]))[:, 0]
+        return torch.where(lengths[:, None] > 0, last, before.to(x.dtype))
 
 
 class SwiGLU(nn.Module):
@@ -139,9 +154,9 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, state: dict[str, Tensor], sight: Sight, dropout: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        mixed, after = self.att(self.ln1(x), state, sight)
+        mixed, after = self.att(lowered(self.ln1(x)), state, sight)
         x = x + nn.functional.dropout(mixed, dropout)
-        return x + nn.functional.dropout(self.ffn(self.ln2(x)), dropout), after
+        return x + nn.functional.dropout(self.ffn(lowered(self.ln2(x))), dropout), after
 
 
 class Transformer(RWKV):
@@ -188,8 +203,6 @@ class Transformer(RWKV):
     ) -> tuple[Tensor, State, bool, Tensor | None]:
         """As of RWKV. backend: means nothing here."""
         tokens, single, lengths, resets = self._checked(tokens, lengths, resets)
-        if lengths is not None and self.config.token_shift and bool((lengths < tokens.shape[1]).any()):
-            raise ValueError("the Transformer with token shift takes rows of one length only")
         is_plain = state is None and lengths is None and resets is None
         state = state or self.zero_state(len(tokens))
         if state.batch != len(tokens):
@@ -244,9 +257,9 @@ class Transformer(RWKV):
             keep = (documents != PADDING).int().sort(dim=1, stable=True).indices[:, size - window :]
         half = torch.arange(0, self.config.head_size, 2, device=device, dtype=torch.float64)
         speed = self.config.rope_base ** (-half / self.config.head_size)
-        angle = (position[..., None] * speed).repeat(1, 1, 2)[:, None]  # [B, 1, T, N], in float64 for far positions
+        angle = (position[..., None] * speed)[:, None]  # [B, 1, T, N / 2], in float64 for far positions
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
-        sight = Sight(angle.cos().to(dtype), angle.sin().to(dtype), allowed, resets, keep)
+        sight = Sight(angle.cos().to(dtype), angle.sin().to(dtype), allowed, resets, lengths, keep)
         kept = [x[:, keep] if isinstance(keep, slice) else x.gather(1, keep) for x in (documents, positions)]
         return sight, {"document": kept[0][None], "position": kept[1][None]}
 

@@ -11,7 +11,7 @@ from receptance.cli.errors import guarded
 
 # A verb is a module of this package with a function `command`; its docstring is the help text.
 VERBS = (
-    "run", "chat", "serve", "eval", "memory", "compare", "scaling", "forecast", "batch", "inspect", "convert",
+    "run", "chat", "serve", "eval", "memory", "compare", "scaling", "forecast", "nodes", "batch", "inspect", "convert",
     "quantize", "pull", "list", "doctor",
 )  # fmt: skip
 GROUPS = ("data", "bench")  # a module with `app`

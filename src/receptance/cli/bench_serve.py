@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from receptance.cli import options
 from receptance.cli.errors import guarded
 from receptance.cli.terminal import write_json
 from receptance.errors import ConfigError
@@ -57,10 +58,9 @@ def command(
         numbers(prompt, int, "--prompt"),
         numbers(output, int, "--output"),
     )
-    key = None if key_file is None else key_file.read_text(encoding="utf-8").strip()
     from receptance.server.load import Load
 
-    load = Load(url.rstrip("/").removesuffix("/v1"), model, key, prompts, outputs, seed)
+    load = Load(url.rstrip("/").removesuffix("/v1"), model, options.read_key(key_file), prompts, outputs, seed)
     results = [asyncio.run(load.run(each, seconds)) for each in rates]
     if plot is not None:
         draw(plot, results)
@@ -83,10 +83,12 @@ def numbers(text: str, kind: Any, flag: str) -> list[Any]:
 def as_table(results: "Sequence[Result]") -> str:
     from receptance.server.load import PERCENTILES, percentiles
 
+    counts = f"{'rate':>8}{'answered':>10}{'refused':>9}{'failed':>8}{'tokens/s':>10}"
+    names = " ".join(f"{f'p{p}':>8}" for p in PERCENTILES)
     lines = [
-        f"{'rate':>8}{'answered':>10}{'refused':>9}{'failed':>8}{'tokens/s':>10}   first token ms, between tokens ms"
+        f"{'':{len(counts)}}   {'first token, ms':^{len(names)}}  | {'between tokens, ms':^{len(names)}}",
+        f"{counts}   {names}  | {names}",
     ]
-    lines[0] += f" (p{', p'.join(map(str, PERCENTILES))})"
     for x in results:
         parts = [
             " ".join(f"{1000 * value:8.1f}" for value in (percentiles(values) or {}).values())
@@ -104,7 +106,7 @@ def draw(path: Path, results: "Sequence[Result]") -> None:
     except ModuleNotFoundError:
         raise ConfigError("--plot needs matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     from receptance.server.load import PERCENTILES, percentiles
 
@@ -114,7 +116,10 @@ def draw(path: Path, results: "Sequence[Result]") -> None:
             found = [(x.rate, percentiles(getattr(x, pick))) for x in results]
             points = [(rate, 1000 * values[f"p{p}"]) for rate, values in found if values]
             axes.plot(*zip(*points), style, label=f"p{p}") if points else None
-        axes.set(title=title, xlabel="requests/s", ylabel="ms", yscale="log")
+        axes.set(title=title, xlabel="requests/s", ylabel="ms", yscale="log", xticks=[x.rate for x in results])
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(ticker.NullFormatter())
         axes.grid(alpha=0.3, which="both")
         axes.legend()
     figure.savefig(path, dpi=150)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from receptance.cli import options
-from receptance.cli.errors import complain
+from receptance.cli.errors import UsageError, complain
 from receptance.cli.model_source import find_model, guess_template, load_runner, load_tokenizer
 from receptance.cli.preset import find_preset
 from receptance.cli.terminal import interruptible, write
@@ -72,14 +72,19 @@ def command(
         from receptance.cli.chat_url import RemoteChat, Server
         from receptance.cli.chat_url import converse as converse_with_server
 
+        ours = {"state": state, "template": template, "tokenizer": tokenizer, "dtype": dtype, "device": device,
+                "engine": engine, "threads": threads}  # fmt: skip
+        for name, value in ours.items():
+            if value is not None:
+                raise UsageError(f"--{name} and --url exclude each other: the server has loaded its model")
         given = {
             "max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p,
-            "presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty, "seed": seed, "stop": stop,
-            "thinking": thinking,
+            "presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty,
+            "repetition_penalty": repetition_penalty, "penalty_decay": penalty_decay, "seed": seed, "stop": stop,
+            "logit_bias": dict(map(options.bias, logit_bias)) if logit_bias else None, "thinking": thinking,
         }  # fmt: skip
         fields: dict[str, object] = {name: value for name, value in given.items() if value is not None}
-        key = None if key_file is None else key_file.read_text(encoding="utf-8").strip()
-        converse_with_server(RemoteChat(Server(url, key), model, system, fields))
+        converse_with_server(RemoteChat(Server(url, options.read_key(key_file)), model, system, fields, stats))
         return
     source = find_model(model)
     preset = find_preset(source)

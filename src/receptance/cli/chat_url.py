@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -51,9 +52,10 @@ class Server:
         with self.open(method, path, body) as answer:
             return json.load(answer)
 
-    def stream(self, body: Mapping[str, object]) -> Iterator[str]:
-        """The pieces of a reply; its thoughts first, if it has any."""
-        with self.open("POST", "/v1/chat/completions", {**body, "stream": True}) as answer:
+    def stream(self, body: Mapping[str, object], usage: dict[str, Any]) -> Iterator[str]:
+        """The pieces of a reply; its thoughts first, if it has any. usage: is filled in at the end."""
+        wanted = {"stream": True, "stream_options": {"include_usage": True}}
+        with self.open("POST", "/v1/chat/completions", {**body, **wanted}) as answer:
             thinks = False
             for line in answer:
                 if not line.startswith(b"data: {"):
@@ -61,6 +63,7 @@ class Server:
                 event = json.loads(line[6:])
                 if "error" in event:
                     raise ReceptanceError(event["error"]["message"])
+                usage.update(event.get("usage") or {})
                 for choice in event["choices"]:
                     thought = choice["delta"].get("reasoning_content") or ""
                     text = choice["delta"].get("content") or ""
@@ -80,8 +83,13 @@ def _told(error: urllib.error.HTTPError) -> str:
 
 
 class RemoteChat:
-    def __init__(self, server: Server, model: str | None, system: str | None, fields: dict[str, object]):
-        self.server, self.fields = server, fields
+    """fields: of each request. stats: tell the speed of each turn."""
+
+    def __init__(
+        self, server: Server, model: str | None, system: str | None, fields: dict[str, object], stats: bool = False
+    ):
+        self.server, self.fields, self.stats = server, fields, stats
+        self._asked = 0
         self._new = {"model": model, "system": system}
         self.id = self.begin()
 
@@ -94,12 +102,28 @@ class RemoteChat:
 
     def ask(self, text: str) -> None:
         body = {**self.fields, "session_id": self.id, "messages": [{"role": "user", "content": text}]}
+        if isinstance(
+            seed := self.fields.get("seed"), int
+        ):  # of its own for every reply, or /regenerate would repeat it
+            body["seed"] = (seed + self._asked) % 2**64
+        self._asked += 1
+        began, first, usage = time.perf_counter(), 0.0, dict[str, Any]()
         with interruptible() as interrupted:
-            for piece in self.server.stream(body):
+            for piece in self.server.stream(body, usage):
+                first = first or time.perf_counter()
                 write(piece)
                 if interrupted():  # the server keeps what was said so far
                     break
         write("\n")
+        if self.stats and usage:
+            seconds = time.perf_counter() - first
+            new = usage["prompt_tokens"] - usage["prompt_tokens_details"]["cached_tokens"]
+            count = usage["completion_tokens"]
+            typer.echo(
+                f"prompt {new} tokens, first after {1000 * (first - began):.0f} ms · "
+                f"text {count} tokens, {(count - 1) / max(seconds, 1e-9):.1f} tok/s",
+                err=True,
+            )
 
     def undo(self) -> str:
         turns = self.turns
@@ -116,7 +140,7 @@ class RemoteChat:
         if word == "/fork":
             self.id = str(self.server.call("POST", f"/v1/sessions/{self.id}/fork", {})["id"])
             return f"in the fork {self.id}"
-        if word == "/new":
+        if word in ("/new", "/reset"):
             self.id = self.begin()
             return f"in the new session {self.id}"
         if word == "/load":
@@ -124,7 +148,9 @@ class RemoteChat:
             return f"in the session {self.id}, {len(self.turns)} turns"
         if word == "/list":
             found = self.server.call("GET", "/v1/sessions")["data"]
-            return "\n".join(f"{s['id']}  {s['depth']:4} turns  {s['title']}" for s in found)
+            return "\n".join(
+                f"{'>' if s['id'] == self.id else ' '} {s['id']}  {s['depth']:4} turns  {s['title']}" for s in found
+            )
         if word == "/show":
             return "\n".join(f"> {turn['user']}\n{turn['assistant']}" for turn in self.turns)
         if word == "/save":

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from receptance.cli import options
 from receptance.cli.model_source import ModelSource, fields_of, find_model, load_model, load_tokenizer
-from receptance.cli.options import TokenizerName
 from receptance.cli.terminal import write_json
 from receptance.errors import ConfigError
 
@@ -29,8 +29,8 @@ def command(
     answer: Annotated[
         str | None, typer.Option("--answer", help="How the text should go on: traced from SUBJECT.")
     ] = None,
-    tokenizer: TokenizerName = None,
-    device: Annotated[str | None, typer.Option("--device", help="cpu (default), cuda, cuda:1, ...")] = None,
+    tokenizer: options.TokenizerName = None,
+    device: options.Device = None,
 ) -> None:
     """Show a model's architecture, parameters, types and the size of its state.
 

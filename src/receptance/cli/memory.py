@@ -5,13 +5,13 @@ from typing import Annotated
 
 import typer
 
-from receptance.errors import ConfigError
+from receptance.cli import options
 
 
 def command(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file with models and tasks.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[out=…] [root=…]", show_default=False)] = None,
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")] = "cpu",
+    device: options.Place = "cpu",
 ) -> None:
     """Train small models on tests of memory and reasoning: recall, needles, groups, ListOps, digits, questions.
 
@@ -25,13 +25,5 @@ def command(
     """
     from receptance.evaluation.memory import run
 
-    out = run(config, device, lambda text: typer.echo(text, err=True), paths(overrides))
+    out = run(config, device, lambda text: typer.echo(text, err=True), options.paths(overrides))
     typer.echo((out / "report.md").read_text(encoding="utf-8"), nl=False)
-
-
-def paths(overrides: list[str] | None) -> dict[str, str]:
-    """out=FOLDER and root=FOLDER. Raises ConfigError for anything else."""
-    given = dict(pair.split("=", 1) for pair in overrides or () if "=" in pair)
-    if len(given) < len(overrides or ()) or given.keys() - {"out", "root"}:
-        raise ConfigError(f"overrides {overrides}: expected out=FOLDER or root=FOLDER")
-    return {key: str(Path(value).resolve()) for key, value in given.items()}

@@ -1,4 +1,4 @@
-"""The flags that `run` and `chat` share, and how they become SamplingParams."""
+"""Flags and arguments that several verbs share, and what becomes of them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -31,6 +31,7 @@ Dtype = Annotated[
     ),
 ]
 Device = Annotated[str | None, typer.Option("--device", help="cpu (default), cuda, cuda:1, ...")]
+Place = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
 Engine = Annotated[str | None, typer.Option("--engine", help="native (CPU, without torch; default there) or torch.")]
 Threads = Annotated[int | None, typer.Option("--threads", help="Of the native engine; default: one a core.")]
 TokenizerName = Annotated[
@@ -49,16 +50,29 @@ def sampling_params(
     """Flags win over the model's preset, which wins over the verb's defaults. `flags` that are None were not given."""
     given: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
     if logit_bias:
-        given["logit_bias"] = dict(map(_bias, logit_bias))
+        given["logit_bias"] = dict(map(bias, logit_bias))
     if stop:
         given["stop"] = [text.replace("\\n", "\n").replace("\\t", "\t") for text in stop]
     # one step each, so that an error names a value as the user wrote it
     return replace(replace(defaults, **dict[str, Any](preset)), **given)
 
 
-def _bias(text: str) -> tuple[int, float]:
+def bias(text: str) -> tuple[int, float]:
     token, _, value = text.partition("=")
     try:
         return int(token), float(value)
     except ValueError:
         raise ConfigError(f"--logit-bias is {text!r}, expected ID=VALUE, such as 42=-3 or 42=-inf") from None
+
+
+def read_key(file: Path | None) -> str | None:
+    """The API key in a file."""
+    return None if file is None else file.read_text(encoding="utf-8").strip()
+
+
+def paths(overrides: list[str] | None) -> dict[str, str]:
+    """out=FOLDER and root=FOLDER. Raises ConfigError for anything else."""
+    given = dict(pair.split("=", 1) for pair in overrides or () if "=" in pair)
+    if len(given) < len(overrides or ()) or given.keys() - {"out", "root"}:
+        raise ConfigError(f"overrides {overrides}: expected out=FOLDER or root=FOLDER")
+    return {key: str(Path(value).resolve()) for key, value in given.items()}

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from receptance.engine.request import Grammar
+from receptance.engine.request import Grammar, GrammarError
 from receptance.errors import ConfigError
 from receptance.tokenizers import Tokenizer
 
@@ -44,6 +44,14 @@ class Matcher:
         """Take a drawn token. Returns whether nothing can come after it."""
         self._matcher.consume_token(token)
         return bool(self._matcher.is_stopped())
+
+    @property
+    def error(self) -> GrammarError | None:
+        """Why it can go no further, after `mask` or `advance`: the grammar takes more work than is allowed."""
+        if not self._matcher.is_error():
+            return None
+        why = self._matcher.get_error().strip().splitlines()[0]
+        return GrammarError(f"the grammar cannot be followed any further: {why[:300]}")
 
     def fork(self) -> "Matcher":
         return Matcher(self._matcher.deep_copy(), self._mask.shape[1])

@@ -5,6 +5,7 @@ request's seed and the number of tokens drawn, and a row that is given to a sequ
 """
 
 import secrets
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -116,6 +117,7 @@ class Core:
         self.stats = Stats()
         self.drafter, self.worth, self.record = drafter, Worth(), Record()
         self._constraints: Constraints | None = None
+        self._constraints_lock = threading.Lock()
         self._free_rows: list[int] = []
         self._rows = 0
         self._ready: list[tuple[Sequence, Logits]] = []  # whose prompt others had read, with the logits after it
@@ -196,9 +198,11 @@ class Core:
         return bool(self.scheduler.running or self.scheduler.waiting)
 
     def constraint(self) -> Constraints:
-        if self._constraints is None:
-            self._constraints = Constraints(self.tokenizer, self.runner.vocab)
-        return self._constraints
+        """From any thread."""
+        with self._constraints_lock:
+            if self._constraints is None:
+                self._constraints = Constraints(self.tokenizer, self.runner.vocab)
+            return self._constraints
 
     def _take_row(self, params: SamplingParams, ids: list[int]) -> int:
         if not self._free_rows:
@@ -512,11 +516,17 @@ class Core:
     def _accept(self, sequence: Sequence, token: int, report: Report) -> bool:
         """Take a drawn token. Returns whether the text goes on."""
         job: TextJob = sequence.job
+        if job.matcher and (error := job.matcher.error) is not None:
+            self._fail(sequence, error)
+            return False
         if job.request.keep_state and sequence.pending == 0 and job.reader.is_clean:
             job.reader.mark()
             job.marked_text, job.marked_state = job.reader.passed, None
         text, reason = job.reader.accept(token)
         if job.matcher and reason is None and job.matcher.advance(token):
+            if (error := job.matcher.error) is not None:
+                self._fail(sequence, error)
+                return False
             reason, text = "stop", text + job.reader.finish()
         drawn = Token(token, text, *report)
         job.completion.tokens.append(drawn)

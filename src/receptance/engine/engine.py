@@ -123,6 +123,7 @@ class Handle:
         else:
             self._open -= 1
             if self._open == 0:
+                self._scheduled = []  # they refer to us: the texts would wait for the garbage collector
                 error = next((c.error for c in self.completions if c.error is not None), None)
                 self._finish(error)
         self._wake()
@@ -242,6 +243,10 @@ class Engine:
         """Compile it, in the caller's thread, for requests to come. Raises ConfigError for one that is wrong."""
         self._core.constraint().matcher(grammar)
 
+    def forget(self, state_key: str) -> None:
+        """Drop the prefixes that were read after the state of this name, which will not be asked for again."""
+        self._do(lambda: self._core.cache.drop_root(state_key))
+
     def submit_unchecked(self, request: Request) -> Handle:
         """`submit` without waiting for the engine to look at it: what is wrong comes with the result."""
         handle, started = self._start(request, {})
@@ -353,8 +358,8 @@ class Engine:
                 if self._closed:
                     break
                 asked, self._asked = self._asked, deque()
-            for action in asked:
-                action()
+            while asked:
+                asked.popleft()()  # nothing of it is held while the thread sleeps
             try:
                 if self._core.has_work:
                     self._core.step()

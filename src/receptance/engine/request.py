@@ -20,6 +20,10 @@ class GenerationError(ReceptanceError):
     """A prompt cannot be continued, or the model gives no usable probabilities."""
 
 
+class GrammarError(GenerationError):
+    """A grammar takes more work than is allowed; only following it shows that."""
+
+
 @dataclass(frozen=True)
 class Token:
     """One drawn token. `text` is what became certain with it: "" inside a character or a possible stop string.

@@ -103,11 +103,12 @@ class StateCache:
 
     def drop_root(self, root: str) -> None:
         """Forget all that follows this state."""
-        self._roots.pop(root, None)
-        for node in [node for node, of_root in self._used.items() if of_root == root]:
-            del self._used[node]
-            assert node.entry is not None
-            self.nbytes -= node.entry.nbytes
+        nodes = [self._roots.pop(root)] if root in self._roots else []
+        for node in nodes:
+            nodes += node.children.values()
+            if node.entry is not None:
+                del self._used[node]
+                self.nbytes -= node.entry.nbytes
 
     def _walk(self, root: str | None, tokens: list[int]) -> Iterator[tuple[Node, int]]:
         """The nodes whose whole path is a prefix of `tokens`, with the lengths of the paths."""

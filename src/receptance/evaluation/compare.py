@@ -220,7 +220,8 @@ def search(entry: Entry, wanted: Search, folder: Path, reporter: Reporter) -> li
         out = Path(entry.config.run.out) / f"search-{lr:g}"
         config = at_rate(entry.config, lr)
         run = replace(config.run, tokens=wanted.tokens, out=str(out), valid_every=1 << 30, save_every=1 << 30)
-        config = replace(config, run=run)
+        first = dict(list(config.data.valid.items())[:1])
+        config = replace(config, run=run, data=replace(config.data, valid=first))
         train(config, reporter)
         losses = json.loads((out / "model" / "training.json").read_text())["validation"]
         shutil.rmtree(out)

@@ -37,17 +37,23 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Forecaster:
-    """version: of RWKV, or "dlinear", "patch-transformer", "repeat" (the last value). The rest is what it has of it."""
+    """version: of RWKV, or "dlinear", "patch-transformer", "repeat" (the last value). The rest is what it has of it.
+
+    end_norms: RWKV's ln0 and ln_out, which lose the size of a patch. head: reads "all" patches' vectors or the "last".
+    """
 
     name: str
     version: str = "7"
     n_layer: int = 3
     n_embd: int = 64
     heads: int = 4
+    head_size: int = 64
     dropout: float = 0.2
     lr: float = 1e-3
     patch: int = 16
     stride: int = 8
+    end_norms: bool = True
+    head: str = "all"
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,8 @@ def read_forecasts(path: Path, overrides: Mapping[str, str] = {}) -> Forecasts:
     for model in found.models:
         if model.version not in (*VERSIONS, *SIMPLE):
             raise ConfigError(f"{path}: unknown version {model.version!r}; there are {', '.join((*VERSIONS, *SIMPLE))}")
+        if model.head not in ("all", "last"):
+            raise ConfigError(f"{path}: model {model.name}: head must be all or last, found {model.head!r}")
     if not found.models or found.split not in SPLITS:
         raise ConfigError(f"{path}: needs [[models]], and split must be one of {', '.join(SPLITS)}")
     return found
@@ -176,7 +184,8 @@ class Patches(nn.Module):
         count = (look_back + model.stride - model.patch) // model.stride + 1
         self.embed = nn.Linear(model.patch, model.n_embd)
         self.drop = nn.Dropout(model.dropout)
-        self.head = nn.Linear(count * model.n_embd, horizon)
+        self.last, self.end_norms = model.head == "last", model.end_norms
+        self.head = nn.Linear((1 if self.last else count) * model.n_embd, horizon)
         if model.version == "patch-transformer":
             self.place = nn.Parameter(0.02 * torch.randn(count, model.n_embd))
             layer = nn.TransformerEncoderLayer(
@@ -185,7 +194,10 @@ class Patches(nn.Module):
             self.body: nn.Module = nn.TransformerEncoder(layer, model.n_layer, enable_nested_tensor=False)
         else:
             shape = ModelConfig(
-                version=model.version, n_layer=model.n_layer, n_embd=model.n_embd, head_size=min(64, model.n_embd)
+                version=model.version,
+                n_layer=model.n_layer,
+                n_embd=model.n_embd,
+                head_size=min(64, model.n_embd, model.head_size),
             )
             self.body = new_model(TrainConfig(model=shape, run=RunConfig(ctx_len=0)), 2)
             self.body.dropout = model.dropout
@@ -196,9 +208,10 @@ class Patches(nn.Module):
         x = torch.cat([x, x[:, -1:].expand(-1, self.stride)], 1).unfold(1, self.patch, self.stride)  # [B, P, patch]
         x = self.embed(x)
         if isinstance(self.body, RWKV):
-            x, _ = self.body.sequence(x)
+            x, _ = self.body.sequence(x, end_norms=self.end_norms)
         else:
             x = self.body(self.drop(x + self.place))
+        x = x[:, -1:] if self.last else x
         out: Tensor = self.head(self.drop(x).flatten(1)).float()
         return out * deviation + mean
 

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,9 @@ class Options:
     """How to learn a task. lr: tried one after another until one learns it; the best on held-out examples counts.
 
     examples: so many, over and over (0: every step has new ones). shortest: in each step only the answers up to a
-    random place, from here to the end, count (0: all do), which makes state tracking learnable. A list of seeds is a
-    run each. precision: as run.precision of `receptance train`.
+    random place, from here to the end, count (0: all do), which makes state tracking learnable. curriculum: over this
+    share of the steps that end moves from `shortest` to the task's length. A list of seeds is a run each. precision: as
+    run.precision of `receptance train`. stop_at: accuracy of held-out examples at which learning ends (above 1: never).
     """
 
     steps: int = 1000
@@ -72,8 +74,10 @@ class Options:
     dropout: float = 0.0
     seed: int = 1
     shortest: int = 0
+    curriculum: float = 0.0
     examples: int = 0
     precision: str = "auto"
+    stop_at: float = GOOD
 
 
 def build(shape: ModelConfig, task: Task, seed: int = 1, lr: float = 1e-3) -> RWKV:
@@ -93,6 +97,12 @@ class TaskRun(Run):
         return self.examples.batch(step)
 
 
+@lru_cache(maxsize=3)  # some seeds of one task
+def pool(task: Task, n: int, seed: int) -> tuple[Ids, Ids]:
+    """Training examples; the models of a grid learn from the same ones, which can take longer to make than a model."""
+    return task.examples(n, np.random.default_rng([seed, n]))
+
+
 class Examples:
     """A task's training examples on the device: a pool in shuffled passes, or new ones for each step."""
 
@@ -101,16 +111,22 @@ class Examples:
         self._rng = np.random.default_rng(options.seed)
         self._pool = None
         if options.examples:
-            self._pool = to(device, task.examples(options.examples, self._rng), torch.int32)
+            self._pool = to(device, pool(task, options.examples, options.seed), torch.int32)
         self._order, self._at = torch.empty(0, dtype=torch.long), 0
 
     def batch(self, step: int) -> Batch:
         tokens, targets = self._next() if self._pool is not None else self._fresh()
         if self._options.shortest:
-            end = int(self._rng.integers(self._options.shortest, self._task.length + 1))
+            end = int(self._rng.integers(self._options.shortest, self._longest(step) + 1))
             targets = targets.clone()
             targets[:, end:] = IGNORE  # models are causal: the same as shorter rows
         return Batch.of(tokens, targets)
+
+    def _longest(self, step: int) -> int:
+        """That the random end of a row's answers may have."""
+        first, length = self._options.shortest, self._task.length
+        grown = (step + 1) / max(1, self._options.curriculum * self._options.steps)
+        return min(length, first + int(grown * (length - first)))
 
     def _fresh(self) -> tuple[Tensor, Tensor]:
         return to(self._device, self._task.examples(self._options.batch, self._rng))
@@ -171,7 +187,7 @@ def _learn_once(
             curve.append((done, score.last, score.accuracy))
             if done % (10 * every) == 0:
                 tell(f"{shape.version}, {task.name}: step {done}, loss {loss:.4f}, accuracy {score.accuracy:.3f}")
-            if min(score.accuracy, score.last) >= GOOD or not math.isfinite(loss):
+            if min(score.accuracy, score.last) >= options.stop_at or not math.isfinite(loss):
                 break
     seconds = time.perf_counter() - start
     scores = {}

@@ -20,7 +20,8 @@ from receptance.training.report import Reporter
 Floats = NDArray[np.float64]
 Row = dict[str, Any]
 RESAMPLED, BAND = 200, (5, 95)  # bootstrap samples; percentiles of a band
-EXPONENTS = np.arange(0.05, 1.5, 0.025)  # that the surface is searched over
+EXPONENTS = np.arange(0.05, 2.0, 0.05)  # that the surface is first searched over
+FINER = 6  # searches around the best one, each in a third of the steps
 LEAST = 6  # runs of a family that are worth a fit
 
 
@@ -125,7 +126,8 @@ def fit(rows: Sequence[Row]) -> Row | None:
 
     compute: log L = c - e log C through the runs that no cheaper run beats, with r² and a bootstrap band.
     surface: L = E + A N^-α + B D^-β through all runs (Hoffmann et al., 2022, approach 3), and the frontier that
-    follows: N ∝ C^a with a = β / (α + β). held_out: the run of most compute, predicted by the surface without it.
+    follows: N ∝ C^a with a = β / (α + β). held_out: the run of most compute, predicted by the surface without it; the
+    band is for one new run, with the noise of the others.
     """
     n = np.array([row["parameters_without_embedding"] for row in rows], float)
     d = np.array([row["tokens"] for row in rows], float)
@@ -139,16 +141,18 @@ def fit(rows: Sequence[Row]) -> Row | None:
     left = y - (slope * x + intercept)
     total = float(((y - y.mean()) ** 2).sum())
     rng = np.random.default_rng(0)
-    slopes = []
+    slopes, enlarged = [], left * math.sqrt(len(left) / max(1, len(left) - 2))
     for _ in range(RESAMPLED):  # of residuals: a few points cannot lose any
-        slopes.append(np.polyfit(x, slope * x + intercept + rng.choice(left, len(left)), 1)[0])
+        slopes.append(np.polyfit(x, slope * x + intercept + rng.choice(enlarged, len(left)), 1)[0])
     last = int(np.argmax(compute))
     rest = np.arange(len(rows)) != last
     samples = resampled(n, d, loss, rng)
     without_last = resampled(n[rest], d[rest], loss[rest], rng)
     e, a, b, alpha, beta = surface(n, d, loss)
     ranges = np.geomspace(compute.min(), compute.max(), 24)
-    predicted = at(surface(n[rest], d[rest], loss[rest]), n[last], d[last])
+    law = surface(n[rest], d[rest], loss[rest])
+    predicted, noise = at(law, n[last], d[last]), residuals(law, n[rest], d[rest], loss[rest])
+    likely = [at(s, n[last], d[last]) * math.exp(rng.choice(noise)) for s in without_last]
     optimum = [optimal(s, ranges) for s in samples]
     return {
         "family": rows[0]["family"],
@@ -160,7 +164,7 @@ def fit(rows: Sequence[Row]) -> Row | None:
         "surface": {"E": e, "A": a, "B": b, "alpha": alpha, "beta": beta, "a": beta / (alpha + beta),
                     "alpha_band": band([s[3] for s in samples]), "beta_band": band([s[4] for s in samples])},
         "held_out": {"parameters": int(n[last]), "tokens": int(d[last]), "loss": float(loss[last]),
-                     "predicted": predicted, "band": band([at(s, n[last], d[last]) for s in without_last])},
+                     "predicted": predicted, "band": band(likely)},
         "optimum": {"compute": ranges.tolist(), "parameters": optimal((e, a, b, alpha, beta), ranges).tolist(),
                     "band": np.percentile(optimum, BAND, axis=0).tolist()},
     }  # fmt: skip
@@ -184,8 +188,17 @@ def surface(n: Floats, d: Floats, loss: Floats) -> Surface:
     For each pair of exponents the rest is linear; of the seven sets of terms that may be there, the best is taken.
     """
     scale_n, scale_d = float(np.exp(np.log(n).mean())), float(np.exp(np.log(d).mean()))
-    alphas, betas = (x.ravel() for x in np.meshgrid(EXPONENTS, EXPONENTS))
-    terms = [np.ones((len(alphas), len(n))), (n / scale_n) ** -alphas[:, None], (d / scale_d) ** -betas[:, None]]
+    alphas, betas, step = EXPONENTS, EXPONENTS, EXPONENTS[1] - EXPONENTS[0]
+    for _ in range(1 + FINER):
+        e, a, b, alpha, beta = _best(*(x.ravel() for x in np.meshgrid(alphas, betas)), n / scale_n, d / scale_d, loss)
+        around = np.arange(-3, 4) * (step := step / 3)
+        alphas, betas = (np.maximum(x + around, 1e-3) for x in (alpha, beta))
+    return e, a * scale_n**alpha, b * scale_d**beta, alpha, beta
+
+
+def _best(alphas: Floats, betas: Floats, n: Floats, d: Floats, loss: Floats) -> Surface:
+    """Of these pairs of exponents."""
+    terms = [np.ones((len(alphas), len(n))), n ** -alphas[:, None], d ** -betas[:, None]]
     columns = np.stack(terms, 1) / loss  # [pairs, 3, runs]
     gram, wanted = columns @ columns.transpose(0, 2, 1) + 1e-12 * np.eye(3), columns.sum(2)
     best = math.inf, (0.0, 0.0, 0.0, 1.0, 1.0)
@@ -197,18 +210,25 @@ def surface(n: Floats, d: Floats, loss: Floats) -> Surface:
         i = int(np.argmin(errors))
         if errors[i] < best[0]:
             (e, a, b), alpha, beta = weights[i].tolist(), float(alphas[i]), float(betas[i])
-            best = float(errors[i]), (e, a * scale_n**alpha, b * scale_d**beta, alpha, beta)
+            best = float(errors[i]), (e, a, b, alpha, beta)
     return best[1]
 
 
 def resampled(
     n: Floats, d: Floats, loss: Floats, rng: np.random.Generator, count: int = RESAMPLED // 2
 ) -> list[Surface]:
-    """Surfaces through the fitted losses with residuals drawn again."""
+    """Surfaces through the fitted losses with residuals drawn again, enlarged by what the fit took of them."""
     law = surface(n, d, loss)
     fitted = np.array([at(law, *place) for place in zip(n, d)])
-    left = np.log(loss / fitted)
+    left = residuals(law, n, d, loss)
     return [surface(n, d, fitted * np.exp(rng.choice(left, len(left)))) for _ in range(count)]
+
+
+def residuals(law: Surface, n: Floats, d: Floats, loss: Floats) -> Floats:
+    """Of log losses, as large as those of new runs: the law's numbers have taken as many degrees of freedom."""
+    left = np.log(loss / np.array([at(law, *place) for place in zip(n, d)]))
+    found: Floats = left * math.sqrt(len(left) / max(1, len(left) - len(law)))
+    return found
 
 
 def at(law: Surface, n: float, d: float) -> float:

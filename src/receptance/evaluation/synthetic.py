@@ -44,7 +44,7 @@ class Task(Protocol):
 
 def choose(rng: np.random.Generator, n: int, count: int, take: int, weights: Ids | None = None) -> Ids:
     """[n, take] different numbers below `count` in each row, drawn one after another with the given odds."""
-    if weights is None and take * take <= count:  # rows are drawn again until they have no number twice: mostly once
+    if weights is None and take * take <= 4 * count:  # rows are drawn again until they have no number twice: few times
         found = rng.integers(0, count, (n, take))
         while len(again := np.flatnonzero((np.diff(np.sort(found, axis=1), axis=1) == 0).any(1))):
             found[again] = rng.integers(0, count, (len(again), take))

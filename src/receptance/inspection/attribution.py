@@ -20,6 +20,7 @@ class Attribution:
     """Parts of one logit a position, above the mean of all logits at that position.
 
     targets [T]: the token whose logit it is. past [T, L, T]: [t, l, i] came through layer l's memory from token i.
+    reach: of each layer with a matrix state, how far back each head reads, [H]: see `distance`.
     start [T, L]: from the state before the text. own [T, L]: layer l's bonus of token t and constants of its norm.
     ffn [T, L]: the channel mixes. embedding [T]. constant [T]: the final norm's bias.
     """
@@ -31,6 +32,7 @@ class Attribution:
     ffn: Tensor
     embedding: Tensor
     constant: Tensor
+    reach: dict[int, Tensor]
 
     @property
     def total(self) -> Tensor:
@@ -51,26 +53,30 @@ def attribute(recording: Recording, targets: Tensor | None = None) -> Attributio
     spread = (x.var(-1, unbiased=False, keepdim=True) + norm.eps).sqrt()
     aim = _centred(row * upcast(norm.weight)) / spread  # [T, C]: logit = Σ aim·x + constant
     parts = [_through(layer, getattr(block, "att", None), aim) for layer, block in zip(recording.layers, model.blocks)]
-    past, start, own = (torch.stack(list(found), 1) for found in zip(*parts))
+    past, start, own = (torch.stack(list(found), 1) for found in list(zip(*parts))[:3])
+    reach = {i: far for i, (_, _, _, far) in enumerate(parts) if far is not None}
     ffn = torch.stack([(upcast(layer.ffn) * aim).sum(-1) for layer in recording.layers], 1)
     embedding = (upcast(recording.embedded) * aim).sum(-1)
-    return Attribution(targets, past, start, own, ffn, embedding, row @ upcast(norm.bias))
+    return Attribution(targets, past, start, own, ffn, embedding, row @ upcast(norm.bias), reach)
 
 
 def _centred(x: Tensor) -> Tensor:
     return x - x.mean(-1, keepdim=True)
 
 
-def _through(layer: Layer, mix: object, aim: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What layer's time mix gave to aim·x: from each token [T, T], from the start state [T], as a bonus [T]."""
+def _through(layer: Layer, mix: object, aim: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """What layer's time mix gave to aim·x: from each token [T, T], from the start state [T], as a bonus [T].
+
+    And how far back its heads read, [H], for which the same coefficients are needed.
+    """
     length = len(aim)
     if layer.read is None:  # a channel mix in its place
-        return aim.new_zeros(length, length), aim.new_zeros(length), (upcast(layer.att) * aim).sum(-1)
+        return aim.new_zeros(length, length), aim.new_zeros(length), (upcast(layer.att) * aim).sum(-1), None
     z = aim @ upcast(mix.output.weight)  # type: ignore[attr-defined] # [T, A]
     z = z if layer.gate is None else z * upcast(layer.gate)
     if not layer.matrix:
         past, start = _vector_reads(layer, z)
-        return past, start, aim.new_zeros(length)
+        return past, start, aim.new_zeros(length), None
     shape = layer.read.shape
     z, norm = z.view(shape), mix.ln_x  # type: ignore[attr-defined]
     spread = (layer.read.var(-1, unbiased=False, keepdim=True) + norm.eps).sqrt()
@@ -82,7 +88,16 @@ def _through(layer: Layer, mix: object, aim: Tensor) -> tuple[Tensor, Tensor, Te
     coefficients, queries = reads(layer)
     values = torch.einsum("thn,ihn->thi", direction, layer.inputs["v"])
     start = torch.einsum("thv,hvk,thk->t", direction, layer.start, queries)
-    return (coefficients * values).sum(1), start, own
+    return (coefficients * values).sum(1), start, own, distance(coefficients, layer.inputs["v"])
+
+
+def distance(coefficients: Tensor, values: Tensor) -> Tensor:
+    """Mean distance in tokens of what each head reads, [H]: weighed by |coefficient| [T, H, T] × |value| [T, H, N]."""
+    weights = coefficients.abs() * values.norm(dim=-1).T  # [T, H, T]
+    at = torch.arange(len(values), device=weights.device)
+    back = (at[:, None] - at).clamp(min=0)[:, None]
+    found: Tensor = (weights * back).sum((0, 2)) / weights.sum((0, 2)).clamp(min=1e-30)
+    return found
 
 
 def reads(layer: Layer) -> tuple[Tensor, Tensor]:

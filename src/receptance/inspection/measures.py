@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from receptance.inspection.attribution import reads
+from receptance.inspection.attribution import Attribution
 from receptance.inspection.record import Layer, Recording
 from receptance.ops.pieces import upcast
 
@@ -23,18 +23,6 @@ def half_life(layer: Layer) -> Tensor:
     """Tokens after which half of what a channel holds has decayed, [A], erasing not counted."""
     lives: Tensor = -math.log(2) / log_decay(layer).clamp(max=-1e-12)
     return lives
-
-
-def reach(layer: Layer) -> Tensor:
-    """How far back each head reads: the mean distance in tokens, weighted by |coefficient| × |value|, [H]."""
-    if not layer.matrix:
-        return half_life(layer)[None] / math.log(2)
-    length = len(layer.inputs["r"])
-    weights = reads(layer)[0].abs() * layer.inputs["v"].norm(dim=-1).T  # [T, H, T]
-    at = torch.arange(length, device=weights.device)
-    distance = (at[:, None] - at).clamp(min=0)[:, None]
-    found: Tensor = (weights * distance).sum((0, 2)) / weights.sum((0, 2)).clamp(min=1e-30)
-    return found
 
 
 def shares_of_the_past(block: torch.nn.Module) -> dict[str, Tensor]:
@@ -139,3 +127,37 @@ def logit_lens(recording: Recording) -> Lens:
         final = logs.gather(-1, answer[:, None])[:, 0].exp()
         found.append((top.indices, top.values.exp(), final, -(logs.exp() * logs).sum(-1)))
     return Lens(*(torch.stack(list(x)) for x in zip(*found)))
+
+
+@dataclass
+class Measured:
+    """What pictures, page and report.json show, by layer; layers without a time mix are not among the keys.
+
+    decay, lives [A]: `log_decay`, `half_life`. reach [H] (RWKV-4: [1, A]): how far back heads read, or the mean age of
+    what is held. written, removed [T, H]: `strengths`.
+    """
+
+    decay: dict[int, Tensor]
+    lives: dict[int, Tensor]
+    reach: dict[int, Tensor]
+    held: dict[int, Held]
+    written: dict[int, Tensor]
+    removed: dict[int, Tensor]
+    lens: Lens
+
+
+def measure(recording: Recording, attribution: Attribution) -> Measured:
+    """Everything once."""
+    layers = {i: layer for i, layer in enumerate(recording.layers) if layer.read is not None}
+    lives = {i: half_life(layer) for i, layer in layers.items()}
+    reach = {i: attribution.reach.get(i, lives[i][None] / math.log(2)) for i in layers}
+    changes = {i: strengths(layer) for i, layer in layers.items()}
+    return Measured(
+        {i: log_decay(layer) for i, layer in layers.items()},
+        lives,
+        reach,
+        {i: held(layer) for i, layer in layers.items()},
+        {i: written for i, (written, _) in changes.items()},
+        {i: removed for i, (_, removed) in changes.items()},
+        logit_lens(recording),
+    )

@@ -10,24 +10,35 @@ from torch import Tensor
 
 from receptance.checkpoint.atomic import replacing
 from receptance.inspection.attribution import Attribution
-from receptance.inspection.measures import held, log_decay, logit_lens, reach, strengths
+from receptance.inspection.measures import Measured
 from receptance.inspection.record import Recording
 
 TEMPLATE = Path(__file__).with_name("page.html")
 
 
 def write_page(
-    path: Path, recording: Recording, attribution: Attribution, words: list[str], vocabulary: list[str], title: str
+    path: Path,
+    recording: Recording,
+    attribution: Attribution,
+    measured: Measured,
+    words: list[str],
+    vocabulary: list[str],
+    title: str,
 ) -> None:
     """words: the tokens as text; vocabulary: the text of every id."""
-    data = page_data(recording, attribution, words, vocabulary, title)
+    data = page_data(recording, attribution, measured, words, vocabulary, title)
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     with replacing(path) as file:
         file.write(TEMPLATE.read_text(encoding="utf-8").replace("/*DATA*/null", text).encode())
 
 
 def page_data(
-    recording: Recording, attribution: Attribution, words: list[str], vocabulary: list[str], title: str
+    recording: Recording,
+    attribution: Attribution,
+    measured: Measured,
+    words: list[str],
+    vocabulary: list[str],
+    title: str,
 ) -> dict[str, Any]:
     chances = recording.logits.float().softmax(-1)
     best = chances.topk(min(5, chances.shape[-1]))
@@ -41,10 +52,9 @@ def page_data(
     ]
     scale = attribution.past.abs().amax((1, 2)).clamp(min=1e-12)
     past = (attribution.past / scale[:, None, None] * 127).round().to(torch.int8).cpu()
-    lens = logit_lens(recording)
-    states = {i: layer for i, layer in enumerate(recording.layers) if layer.read is not None}
-    matrix = next(iter(states.values())).matrix
-    decays = [(i, log_decay(layer).exp().sort().values) for i, layer in states.items()]
+    lens = measured.lens
+    matrix = recording.layers[next(iter(measured.held))].matrix
+    decays = [(i, x.exp().sort().values) for i, x in measured.decay.items()]
     return {
         "title": title,
         "facts": f"RWKV-{recording.model.config.version}, {len(recording.layers)} layers of width "
@@ -70,16 +80,15 @@ def page_data(
             "words": [[vocabulary[i] for i in row] for row in lens.tokens.tolist()],
             "chances": [_numbers(row) for row in lens.chances],
         },
-        "maps": _maps(recording, states, matrix),
+        "maps": _maps(recording, measured, matrix),
         "decay": [(i, _numbers(x[:: max(1, len(x) // 128)])) for i, x in decays],
-        "reach": [(i, _numbers(reach(layer).flatten()[:256])) for i, layer in states.items()],
+        "reach": [(i, _numbers(x.flatten()[:256])) for i, x in measured.reach.items()],
     }
 
 
-def _maps(recording: Recording, states: dict[int, Any], matrix: bool) -> dict[str, Any]:
+def _maps(recording: Recording, measured: Measured, matrix: bool) -> dict[str, Any]:
     """Layer × position tables by name; a layer without a state has null."""
-    found = {i: held(layer) for i, layer in states.items()}
-    written = {i: strengths(layer) for i, layer in states.items()}
+    found = measured.held
     positions = next(iter(found.values())).positions
     every = list(range(len(recording.tokens)))
 
@@ -91,9 +100,9 @@ def _maps(recording: Recording, states: dict[int, Any], matrix: bool) -> dict[st
     if matrix:
         ranks = {i: x.rank for i, x in found.items() if x.rank is not None}
         maps["effective rank of the state"] = table(ranks, positions)
-    maps["written by each token"] = table({i: x for i, (x, _) in written.items()}, every)
+    maps["written by each token"] = table(measured.written, every)
     if matrix:
-        maps["removed at each token"] = table({i: x for i, (_, x) in written.items()}, every)
+        maps["removed at each token"] = table(measured.removed, every)
     return maps
 
 

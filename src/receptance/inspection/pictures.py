@@ -12,26 +12,20 @@ from torch import Tensor
 
 from receptance.evaluation.plots import save, tidy
 from receptance.inspection.attribution import Attribution
-from receptance.inspection.measures import (
-    half_life,
-    held,
-    log_decay,
-    logit_lens,
-    reach,
-    shares_of_the_past,
-    strengths,
-)
+from receptance.inspection.measures import Lens, Measured, shares_of_the_past
 from receptance.inspection.record import Recording
 from receptance.inspection.trace import Trace
 
 
-def draw_all(recording: Recording, attribution: Attribution, words: list[str], folder: Path) -> list[str]:
+def draw_all(
+    recording: Recording, attribution: Attribution, measured: Measured, words: list[str], folder: Path
+) -> list[str]:
     """Every picture that a recording has; the names of the files, without suffix. words: the tokens as text."""
-    draw_decay(recording, folder / "decay")
+    draw_decay(recording, measured, folder / "decay")
     draw_shift(recording, folder / "shift")
-    draw_state(recording, folder / "state")
-    draw_strengths(recording, folder / "strengths")
-    draw_lens(recording, words, folder / "lens")
+    draw_state(recording, measured, folder / "state")
+    draw_strengths(recording, measured, folder / "strengths")
+    draw_lens(measured.lens, words, folder / "lens")
     draw_attribution(attribution, words, folder / "attribution")
     return ["decay", "shift", "state", "strengths", "lens", "attribution"]
 
@@ -45,17 +39,16 @@ def _shade(i: int, n: int) -> tuple[float, ...]:
     return shade
 
 
-def draw_decay(recording: Recording, path: Path) -> None:
+def draw_decay(recording: Recording, measured: Measured, path: Path) -> None:
     """The decay spectrum of each layer, the half-lives that follow from it, and how far back its heads read."""
     figure, (spectrum, lives, far) = plt.subplots(1, 3, figsize=(13, 4))
     layers = _layers(recording)
     for i in layers:
-        layer, colour = recording.layers[i], _shade(i, len(recording.layers))
-        decay = log_decay(layer).exp().sort().values
+        colour, decay = _shade(i, len(recording.layers)), measured.decay[i].exp().sort().values
         at = torch.linspace(0, 1, len(decay))
         spectrum.plot(at, decay, color=colour, label=f"layer {i}")
-        lives.plot(at, half_life(layer).sort().values, color=colour)
-        found = reach(layer).flatten()
+        lives.plot(at, measured.lives[i].sort().values, color=colour)
+        found = measured.reach[i].flatten()
         far.scatter([i] * len(found), found, s=8 if len(found) > 64 else 18, color=colour, alpha=0.6, linewidths=0)
     lives.set_yscale("log")
     far.set_yscale("log")
@@ -97,13 +90,13 @@ def draw_shift(recording: Recording, path: Path) -> None:
     save(figure, path)
 
 
-def draw_state(recording: Recording, path: Path) -> None:
+def draw_state(recording: Recording, measured: Measured, path: Path) -> None:
     """Norm and effective rank of the state along the text, mean over heads."""
     layers = _layers(recording)
     with_rank = recording.layers[layers[0]].matrix
     figure, panels = plt.subplots(1, 2 if with_rank else 1, figsize=(10 if with_rank else 5.5, 4), squeeze=False)
     for i in layers:
-        found, colour = held(recording.layers[i]), _shade(i, len(recording.layers))
+        found, colour = measured.held[i], _shade(i, len(recording.layers))
         panels[0][0].plot(found.positions, found.norm.mean(-1), color=colour, label=f"layer {i}")
         if found.rank is not None:
             panels[0][1].plot(found.positions, found.rank.mean(-1), color=colour)
@@ -141,14 +134,13 @@ def _wide(words: list[str]) -> float:
     return min(max(6.0, 2.5 + 0.17 * len(words)), 16.0)
 
 
-def draw_strengths(recording: Recording, path: Path) -> None:
+def draw_strengths(recording: Recording, measured: Measured, path: Path) -> None:
     """How much each token writes into each layer's state and removes from it, mean over heads."""
-    layers = [recording.layers[i] for i in _layers(recording)]
-    found = [strengths(layer) for layer in layers]
-    written = torch.stack([x.mean(-1) for x, _ in found])
-    removed = torch.stack([x.mean(-1) for _, x in found])
+    written, removed = (
+        torch.stack([x.mean(-1) for x in found.values()]) for found in (measured.written, measured.removed)
+    )
     figure, (above, below) = plt.subplots(2, 1, figsize=(12, 5.5), sharex=True)
-    first = layers[0]
+    first = recording.layers[_layers(recording)[0]]
     _heat(
         above, written, "written: |key| × |value|" if first.matrix else "written: share of the new token", signed=False
     )
@@ -159,9 +151,8 @@ def draw_strengths(recording: Recording, path: Path) -> None:
     save(figure, path)
 
 
-def draw_lens(recording: Recording, words: list[str], path: Path, last: int = 24) -> None:
+def draw_lens(lens: Lens, words: list[str], path: Path, last: int = 24) -> None:
     """What each layer would answer after each of the last tokens."""
-    lens = logit_lens(recording)
     first = max(0, len(words) - last)
     figure, axes = plt.subplots(figsize=(_wide(words[first:]) + 2, 1.2 + 0.3 * len(lens.final)))
     _heat(axes, lens.final[:, first:], "logit lens: chance of the model's own answer after each layer", most=1.0)

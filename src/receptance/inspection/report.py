@@ -10,7 +10,7 @@ from receptance.checkpoint.atomic import replacing
 from receptance.errors import ConfigError
 from receptance.inspection import pictures
 from receptance.inspection.attribution import attribute
-from receptance.inspection.measures import half_life, held, reach, strengths
+from receptance.inspection.measures import Measured, measure
 from receptance.inspection.page import write_page
 from receptance.inspection.record import Recording, record
 from receptance.inspection.trace import Trace, trace
@@ -45,15 +45,16 @@ def write_report(model: RWKV, tok: Tokenizer, text: str, out: Path, title: str, 
     words = [vocabulary[i] for i in tokens]
     recording = record(model, tokens)
     attribution = attribute(recording)
-    names = pictures.draw_all(recording, attribution, words, out)
+    measured = measure(recording, attribution)
+    names = pictures.draw_all(recording, attribution, measured, words, out)
     found = None
     if fact:
         found = trace(model, tokens, tok.encode(fact.answer), subject)
         pictures.draw_trace(found, words, subject, out / "trace")
         names.append("trace")
     with replacing(out / "report.json") as file:
-        file.write(json.dumps(numbers(recording, words, found), indent=1, ensure_ascii=False).encode())
-    write_page(out / "report.html", recording, attribution, words, vocabulary, title)
+        file.write(json.dumps(numbers(recording, measured, words, found), indent=1, ensure_ascii=False).encode())
+    write_page(out / "report.html", recording, attribution, measured, words, vocabulary, title)
     return [out / "report.html", out / "report.json", *(out / f"{name}.png" for name in names)]
 
 
@@ -82,25 +83,24 @@ def positions(tok: Tokenizer, text: str, tokens: list[int], part: str) -> range:
     return range(held_by[0], held_by[-1] + 1)
 
 
-def numbers(recording: Recording, words: list[str], found: Trace | None) -> dict[str, object]:
+def numbers(recording: Recording, measured: Measured, words: list[str], found: Trace | None) -> dict[str, object]:
     """What the pictures show, layer by layer."""
     layers: list[dict[str, object]] = []
-    for i, layer in enumerate(recording.layers):
-        if layer.read is None:
+    for i in range(len(recording.layers)):
+        if i not in measured.held:
             layers.append({"layer": i, "time_mix": False})
             continue
-        lives, state = half_life(layer), held(layer)
-        written, removed = strengths(layer)
+        lives, state = measured.lives[i], measured.held[i]
         quantiles = torch.tensor([0.1, 0.5, 0.9], dtype=lives.dtype, device=lives.device)
         layers.append(
             {
                 "layer": i,
                 "half_life_tokens_10_50_90_percent": [round(x, 3) for x in lives.quantile(quantiles).tolist()],
-                "reach_tokens_mean": float(reach(layer).mean()),
+                "reach_tokens_mean": float(measured.reach[i].mean()),
                 "state_norm_at_end": float(state.norm[-1].mean()),
                 "state_rank_at_end": None if state.rank is None else float(state.rank[-1].mean()),
-                "written_mean": float(written.mean()),
-                "removed_mean": float(removed.mean()),
+                "written_mean": float(measured.written[i].mean()),
+                "removed_mean": float(measured.removed[i].mean()),
             }
         )
     report: dict[str, object] = {"tokens": words, "layers": layers}

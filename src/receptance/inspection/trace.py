@@ -29,14 +29,13 @@ class Trace:
 
 
 class _Meddler:
-    """Hooks on a model: noise on embeddings, and one layer's vectors kept or put back. Rows start at `offset`."""
+    """Hooks on a model: noise on embeddings, and the blocks' vectors kept or put back. Rows start at `offset`."""
 
     def __init__(self, model: RWKV):
         self.offset = 0
         self.noise: Tensor | None = None  # [T, C]
         self.clean: list[Tensor] = []  # per layer [T, C]
-        self.keeping = False
-        self.layer: int | None = None  # put back here: row i has position i as it was
+        self.keeping = self.putting_back = False  # the latter: in row l that of layer l, of the one token that is run
         self.hooks = [model.emb.register_forward_hook(self._embedding)]
         for i, block in enumerate(model.blocks):
             self.hooks.append(block.register_forward_hook(lambda _, __, out, i=i: self._block(i, out)))
@@ -47,10 +46,10 @@ class _Meddler:
     def _block(self, i: int, out: Any) -> Any:
         if self.keeping:
             self.clean.append(out[0][0])
-        if i != self.layer:
+        if not self.putting_back:
             return out
-        x, rows = out[0].clone(), torch.arange(len(out[0]), device=out[0].device)
-        x[rows, rows] = self.clean[i][rows]
+        x = out[0].clone()
+        x[i, 0] = self.clean[i][self.offset]
         return x, *out[1:]
 
     def remove(self) -> None:
@@ -85,23 +84,31 @@ def trace(
     try:
         start = model.forward(prompt[:first])[1] if first else model.zero_state()
         meddler.keeping = True
-        clean = float(_score(model, meddler, tokens[None], places, start)[0])
+        clean = float(_score(model, meddler, tokens, places, start)[0])
         meddler.keeping = False
-        states = _states(model, meddler, tokens[: places - 1], start)
         for _ in range(samples):
-            meddler.noise = torch.zeros(len(tokens), model.config.n_embd, device=model.device, dtype=model.dtype)
+            noises = torch.zeros(len(tokens), model.config.n_embd, device=model.device, dtype=model.dtype)
             drawn = torch.randn(len(subject), model.config.n_embd, generator=generator, device=model.device)
-            meddler.noise[: len(subject)] = (noise * spread * drawn).to(model.dtype)
-            corrupted += float(_score(model, meddler, tokens[None], places, start)[0]) / samples
-            for layer in range(layers):
-                meddler.layer = layer
-                rows = tokens.expand(places, -1)
-                hidden[layer] += _score(model, meddler, rows, places, start.select([0] * places)).cpu() / samples
-            meddler.layer = None
-            for p, state in enumerate(_states(model, meddler, tokens[: places - 1], start)):
-                after = State.cat([_with_layer(state, states[p], layer) for layer in range(layers)])
-                found = _score(model, meddler, tokens.expand(layers, -1), places, after, p + 1)
-                memory[:, p] += found.cpu() / samples
+            noises[: len(subject)] = (noise * spread * drawn).to(model.dtype)
+            meddler.noise = noises
+            corrupted += float(_score(model, meddler, tokens, places, start)[0]) / samples
+            noisy, untouched = start, start
+            for p in range(places):  # what is put back at p changes nothing before it; all goes on from there together
+                meddler.putting_back = True
+                seen, back = _run(model, meddler, tokens[p : p + 1], noisy.select([0] * layers), p)
+                meddler.putting_back = False
+                if p == places - 1:
+                    hidden[:, p] += _score(model, meddler, tokens, places, back, p + 1, seen).cpu() / samples
+                    break
+                _, noisy = _run(model, meddler, tokens[p : p + 1], noisy, p)
+                meddler.noise = None
+                _, untouched = _run(model, meddler, tokens[p : p + 1], untouched, p)
+                meddler.noise = noises
+                state = State.cat([back, *(_with_layer(noisy, untouched, layer) for layer in range(layers))])
+                found = _score(model, meddler, tokens, places, state, p + 1).cpu() / samples
+                hidden[:, p] += found[:layers]
+                memory[:, p] += found[layers:]
+            meddler.noise = None
     finally:
         meddler.remove()
         model.train(was)
@@ -116,19 +123,25 @@ def _with_layer(noisy: State, clean: State, layer: int) -> State:
     return State(tensors)
 
 
-def _states(model: RWKV, meddler: _Meddler, tokens: Tensor, state: State) -> list[State]:
-    """The state after each token."""
-    found: list[State] = []
-    for i in range(len(tokens)):
-        meddler.offset = i
-        _, state = model.forward(tokens[None, i : i + 1], state)
-        found.append(state)
-    return found
+def _run(model: RWKV, meddler: _Meddler, tokens: Tensor, state: State, offset: int) -> tuple[Tensor, State]:
+    """The last norm's vectors [rows, T, C] of tokens [T] in every row of `state`, and the states after."""
+    meddler.offset = offset
+    rows = tokens.expand(state.batch, -1)
+    x, state, _, _ = model.hidden(rows, state, lengths=None, resets=None, backend="auto")
+    return x, state
 
 
-def _score(model: RWKV, meddler: _Meddler, rows: Tensor, places: int, state: State, done: int = 0) -> Tensor:
-    """Log-probability of the answer, the tokens from `places` on, a row; `done` tokens are in the state already."""
-    meddler.offset = done
-    logits, _ = model.forward(rows[:, done:-1], state)
-    logs = logits[:, places - 1 - done :].float().log_softmax(-1)
-    return logs.gather(-1, rows[:, places:, None])[..., 0].sum(-1)
+def _score(
+    model: RWKV, meddler: _Meddler, tokens: Tensor, places: int, state: State, done: int = 0, seen: Tensor | None = None
+) -> Tensor:
+    """Log-probability of the answer, the tokens from `places` on, for each row of `state`.
+
+    done: so many tokens are in the state. seen: the last norm's vectors [rows, 1, C] of the last of them, if the answer
+    begins behind it.
+    """
+    parts = [] if seen is None else [seen]
+    if done < len(tokens) - 1:
+        x, _ = _run(model, meddler, tokens[done:-1], state, done)
+        parts.append(x[:, max(0, places - 1 - done) :])
+    logs = model.head(torch.cat(parts, 1)).float().log_softmax(-1)
+    return logs.gather(-1, tokens[places:].expand(state.batch, -1)[..., None])[..., 0].sum(-1)

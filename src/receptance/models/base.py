@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,11 @@ from torch.utils.checkpoint import checkpoint
 
 from receptance.models.state import State
 from receptance.ops import Operators, form_of
+from receptance.ops.ffn import relu_square
 from receptance.ops.head_loss import head_loss, module_loss
 from receptance.ops.norm import add_norm, layer_norm
-from receptance.ops.pieces import upcast
+from receptance.ops.pieces import compute_dtype, upcast, uses_triton
+from receptance.ops.products import relu_square_products
 from receptance.ops.recompute import Recompute
 from receptance.ops.shift import norm_mix, shift_mix
 
@@ -88,9 +90,19 @@ class Call:
         return x, normed
 
     def enter(
-        self, x: Tensor, delta: Tensor | None, norm: nn.LayerNorm, last: Tensor, mixes: Sequence[Tensor]
+        self,
+        x: Tensor,
+        delta: Tensor | None,
+        norm: nn.LayerNorm,
+        last: Tensor,
+        mixes: Sequence[Tensor],
+        *,
+        keep: bool = False,
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """The way into half a block: x + delta, what the next call's token shift needs, the mixes of the sum's norm."""
+        """The way into half a block: x + delta, what the next call's token shift needs, the mixes of the sum's norm.
+
+        keep: the mixes, for the backward pass; otherwise it makes them again.
+        """
         hand_over = getattr(self.backend, "shift", None)  # of rows that are cut over ranks: the vector before the piece
         if hand_over is not None or self.lengths is not None or self.dropout:
             x, normed = (x, self.norm(x, norm)) if delta is None else self.add(x, delta, norm)
@@ -102,9 +114,27 @@ class Call:
         again = partial(norm_mix, resets=self.resets, backend=self.form)
         vectors = norm.weight, norm.bias, norm.eps, last, mixes
         x, end, mixed = again(x, delta, *vectors)
-        if self.recompute is not None:
+        if self.recompute is not None and not keep:
             self.recompute.remember(mixed, _third(again), x, None, *vectors)
         return x, end, mixed
+
+    def joins_maps(self, x: Tensor) -> bool:
+        """Whether `shifted_maps` saves time for inputs like x [B, T, C]: in training, on a GPU, in half precision."""
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or self.lengths is not None:
+            return False
+        is_cut = (
+            getattr(self.backend, "shift", None) is not None
+        )  # over ranks: the vector before the piece is elsewhere
+        return (
+            not is_cut and compute_dtype(x) in (torch.bfloat16, torch.float16) and uses_triton("low_rank", x, self.form)
+        )
+
+    def channels(self, x: Tensor, key: nn.Module, value: nn.Module) -> Tensor:
+        """value(max(key(x), 0)²); modules that were replaced, wrapped or given hooks are called as they are."""
+        if _is_plain(key) and _is_plain(value):
+            return relu_square_products(x, key.weight, value.weight, backend=self.form)
+        out: Tensor = value(relu_square(key(x), backend=self.form))
+        return out
 
     def drop(self, x: Tensor) -> Tensor:
         return nn.functional.dropout(x, self.dropout) if self.dropout else x
@@ -304,26 +334,75 @@ class RWKV(nn.Module):
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
         backend: str | Operators = "auto",
+        end_norms: bool = True,
     ) -> tuple[Tensor, State]:
-        """ln0, the blocks and ln_out: vectors of anything [B, T, C] → [B, T, C], and the state."""
+        """ln0, the blocks and ln_out: vectors of anything [B, T, C] → [B, T, C], and the state.
+
+        end_norms: False leaves out ln0 and ln_out, so that the size of the vectors is not lost.
+        """
         state = self.zero_state(len(x)) if state is None else state
-        recompute = self._recompute(x.is_cuda)
-        call = Call(lengths, backend, self.dropout if self.training else 0.0, resets, recompute)
-        x = call.drop(self.blocks[0].ln0(x))  # type: ignore[operator]
+        call = self._call(x, lengths, resets, backend)
+        x = call.drop(self.blocks[0].ln0(x) if end_norms else x)  # type: ignore[operator]
         v_first: Tensor | None = None
         after = []
         for i, block in enumerate(self.blocks):
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x, v_first, new = checkpoint(
-                    block, x, v_first, state.layer(i), call, use_reentrant=False, preserve_rng_state=call.dropout > 0
-                )
-            elif recompute is not None:
-                with recompute:
-                    x, v_first, new = block(x, v_first, state.layer(i), call)
-            else:
-                x, v_first, new = block(x, v_first, state.layer(i), call)
+            x, v_first, new = self._block(block, x, v_first, state.layer(i), call)
             after.append(new)
-        return call.norm(x, self.ln_out), State({name: torch.stack([n[name] for n in after]) for name in state})
+        x = call.norm(x, self.ln_out) if end_norms else x
+        return x, State({name: torch.stack([n[name] for n in after]) for name in state})
+
+    def bidirectional(
+        self,
+        x: Tensor,
+        *,
+        lengths: Tensor | None = None,
+        backend: str | Operators = "auto",
+        end_norms: bool = True,
+    ) -> Tensor:
+        """`sequence` with every block run from both ends: each position sees the whole row, [B, T, C] → [B, T, C].
+
+        A block reads the row and the row turned round, with the same weights, from empty states; the mean of the two is
+        what it adds. A row turned round gives its result turned round. lengths [B]: padding at the end is not read.
+        """
+        batch, t, _ = x.shape
+        if lengths is not None:
+            lengths = torch.as_tensor(lengths, device=x.device)
+            place = torch.arange(t, device=x.device)
+            place = torch.where(place < lengths[:, None], lengths[:, None] - 1 - place, place)[..., None]  # [B, T, 1]
+            both = torch.cat([lengths, lengths])
+        else:
+            place, both = None, None
+
+        def turned(x: Tensor) -> Tensor:
+            return x.flip(1) if place is None else x.gather(1, place.expand_as(x))
+
+        state, call = self.zero_state(2 * batch), self._call(x, both, None, backend)
+        x = call.drop(self.blocks[0].ln0(x) if end_norms else x)  # type: ignore[operator]
+        v_first: Tensor | None = None
+        for i, block in enumerate(self.blocks):
+            made, v_first, _ = self._block(block, torch.cat([x, turned(x)]), v_first, state.layer(i), call)
+            ahead, back = made.split(batch)
+            x = (ahead + turned(back)) / 2
+        return call.norm(x, self.ln_out) if end_norms else x
+
+    def _call(
+        self, x: Tensor, lengths: Tensor | None, resets: Tensor | None, backend: str | Operators = "auto"
+    ) -> Call:
+        return Call(lengths, backend, self.dropout if self.training else 0.0, resets, self._recompute(x.is_cuda))
+
+    def _block(
+        self, block: nn.Module, x: Tensor, v_first: Tensor | None, state: dict[str, Tensor], call: Call
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """One block, with what is kept for its backward pass as the model's settings have it."""
+        found: tuple[Tensor, Tensor | None, dict[str, Tensor]]
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            found = checkpoint(block, x, v_first, state, call, use_reentrant=False, preserve_rng_state=call.dropout > 0)
+        elif call.recompute is not None:
+            with call.recompute:
+                found = block(x, v_first, state, call)
+        else:
+            found = block(x, v_first, state, call)
+        return found
 
     def _recompute(self, on_gpu: bool) -> Recompute | None:
         """None where nothing is kept for a backward pass, or others decide what is."""
@@ -368,10 +447,10 @@ class RWKV(nn.Module):
         return resets.to(self.device)
 
 
-def _is_plain(head: nn.Module) -> bool:
-    """Whether calling the head is a product with its weight and no more."""
-    hooks = head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks
-    return type(head) is nn.Linear and head.bias is None and not any(hooks)
+def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether calling it is a product with its weight and no more."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return type(module) is nn.Linear and module.bias is None and not any(hooks)
 
 
 def fingerprint(version: str, tensors: dict[str, Tensor]) -> str:

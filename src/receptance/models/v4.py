@@ -24,7 +24,7 @@ from receptance.models.base import (
 )
 from receptance.models.state import State
 from receptance.ops import EMPTY, wkv4
-from receptance.ops.ffn import relu_square, sigmoid_gate
+from receptance.ops.ffn import sigmoid_gate
 from receptance.ops.pieces import upcast
 
 
@@ -104,8 +104,8 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, shift: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         xk, xr = call.shift(x, shift, [self.time_mix_k, self.time_mix_r], present=True)
-        k = relu_square(self.key(xk), backend=call.form)  # [B, T, F]
-        return sigmoid_gate(self.receptance(xr), self.value(k), backend=call.form), carry(x, shift, call)
+        k = call.channels(xk, self.key, self.value)
+        return sigmoid_gate(self.receptance(xr), k, backend=call.form), carry(x, shift, call)
 
 
 class PreBlock(nn.Module):

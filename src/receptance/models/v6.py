@@ -22,7 +22,7 @@ from receptance.models.base import (
     tall_gain,
 )
 from receptance.ops import wkv6
-from receptance.ops.ffn import relu_square, sigmoid_gate
+from receptance.ops.ffn import sigmoid_gate
 from receptance.ops.heads import norm_and_gate
 from receptance.ops.pieces import upcast
 
@@ -121,8 +121,8 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, shift: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         xk, xr = call.shift(x, shift, [self.time_maa_k, self.time_maa_r])
-        k = relu_square(self.key(xk), backend=call.form)  # [B, T, F]
-        return sigmoid_gate(self.receptance(xr), self.value(k), backend=call.form), carry(x, shift, call)
+        k = call.channels(xk, self.key, self.value)
+        return sigmoid_gate(self.receptance(xr), k, backend=call.form), carry(x, shift, call)
 
 
 class RWKV6(RWKV):

@@ -22,8 +22,8 @@ from receptance.models.base import (
     tall_gain,
 )
 from receptance.ops import wkv7
-from receptance.ops.ffn import relu_square
 from receptance.ops.heads import norm_and_gate
+from receptance.ops.low_rank import shifted_maps
 from receptance.ops.prepare import decay_and_keys, value_residual_twice
 
 
@@ -138,29 +138,47 @@ class TimeMix(nn.Module):
         self.output = nn.Linear(c, c, bias=False)
         self.ln_x = nn.GroupNorm(h, c, eps=64e-5)  # for any head size
 
-    @property
-    def mixes(self) -> list[Tensor]:
-        return [self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g]
+    def mixes(self, joined: bool) -> list[Tensor]:
+        """joined: the low-rank maps mix for themselves, in `first_maps`; they need the input as it is."""
+        if joined:
+            return [self.x_r, self.x_k, self.x_v, torch.zeros_like(self.x_r)]
+        return [self.x_r, self.x_k, self.x_v, self.x_w, self.x_a, self.x_g]
+
+    def first_maps(
+        self, mixed: list[Tensor], last: Tensor, is_first: bool, joined: bool, call: Call
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """What w2, a2, g2 and, but in the first layer, v2 multiply: [B, T, rank] each."""
+        if not joined:
+            _, _, xv, xw, xa, xg = mixed
+            gate = None if is_first else xv @ self.v1
+            return torch.tanh(xw @ self.w1), xa @ self.a1, torch.sigmoid(xg @ self.g1), gate
+        mixes, maps = [self.x_w, self.x_a, self.x_g], [self.w1, self.a1, self.g1]
+        if not is_first:
+            mixes, maps = [*mixes, self.x_v], [*maps, self.v1]
+        activations = ("tanh", "none", "sigmoid", "none")[: len(maps)]
+        found = shifted_maps(mixed[-1], last, mixes, maps, activations, resets=call.resets, backend=call.form)
+        return found[0], found[1], found[2], None if is_first else found[3]
 
     def forward(
-        self, mixed: list[Tensor], v_first: Tensor | None, state: Tensor, call: Call
+        self, mixed: list[Tensor], last: Tensor, joined: bool, v_first: Tensor | None, state: Tensor, call: Call
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """mixed: [B, T, C] for each of `mixes` → ([B, T, C], the first layer's values, WKV state)."""
-        xr, xw, xk, xv, xa, xg = mixed
+        """mixed: [B, T, C] for each of `mixes(joined)` → ([B, T, C], the first layer's values, WKV state)."""
+        xr, xk, xv, *_ = mixed
         b, t, c = xr.shape
         heads = (b, t, self.n_head, c // self.n_head)
         r = self.receptance(xr)
         k = self.key(xk)
         v = self.value(xv)
+        to_w, to_a, to_g, to_gate = self.first_maps(mixed, last, v_first is None, joined, call)
         if v_first is None:
             v_first = v_again = v
         else:
-            gate = call.cheap(torch.matmul, xv @ self.v1, self.v2)
+            gate = call.cheap(torch.matmul, to_gate, self.v2)
             # kept for the backward pass: making it again moves four times as much
             v, v_again, v_first = value_residual_twice(v, v_first, gate, self.v0, backend=call.form)
-        w = call.cheap(torch.matmul, torch.tanh(xw @ self.w1), self.w2)
-        a = call.cheap(torch.matmul, xa @ self.a1, self.a2)
-        g = call.cheap(torch.matmul, torch.sigmoid(xg @ self.g1), self.g2)
+        w = call.cheap(torch.matmul, to_w, self.w2)
+        a = call.cheap(torch.matmul, to_a, self.a2)
+        g = call.cheap(torch.matmul, to_g, self.g2)
 
         r, k, v, v_again = (z.view(heads) for z in (r, k, v, v_again))
         keys = partial(decay_and_keys, twice=True)
@@ -182,9 +200,7 @@ class ChannelMix(nn.Module):
         self.value = nn.Linear(config.dim_ffn, config.n_embd, bias=False)
 
     def forward(self, xk: Tensor, call: Call) -> Tensor:
-        k = relu_square(self.key(xk), backend=call.form)  # [B, T, F]
-        out: Tensor = self.value(k)
-        return out
+        return call.channels(xk, self.key, self.value)
 
 
 class Block(nn.Module):
@@ -200,9 +216,11 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, v_first: Tensor | None, state: dict[str, Tensor], call: Call
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        x, att_shift, mixed = call.enter(x, None, self.ln1, state["att_shift"], self.att.mixes)
-        delta, v_first, wkv = self.att(mixed, v_first, state["wkv"], call)
-        x, ffn_shift, (xk,) = call.enter(x, delta, self.ln2, state["ffn_shift"], [self.ffn.x_k])
+        joined, last = self.training and call.joins_maps(x), state["att_shift"]
+        x, att_shift, mixed = call.enter(x, None, self.ln1, last, self.att.mixes(joined))
+        delta, v_first, wkv = self.att(mixed, last, joined, v_first, state["wkv"], call)
+        mixes = [self.ffn.x_k]  # kept: one of 13 numbers per token and channel, for a pass less
+        x, ffn_shift, (xk,) = call.enter(x, delta, self.ln2, state["ffn_shift"], mixes, keep=True)
         x = call.drop(x + self.ffn(xk, call))
         return x, v_first, {"att_shift": att_shift, "wkv": wkv, "ffn_shift": ffn_shift}
 

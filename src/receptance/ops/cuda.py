@@ -137,16 +137,19 @@ def layout(args: tuple[Argument, ...]) -> struct.Struct:
 class _Parameters(threading.local):
     """The memory from which the driver copies a kernel's parameters, one for each thread."""
 
-    def __init__(self, size: int):
+    def __init__(self, fields_of: struct.Struct):
+        size, kinds = fields_of.size, fields_of.format.lstrip("@")
         self.buffer, self._size = ctypes.create_string_buffer(size), ctypes.c_size_t(size)
+        offsets = [struct.calcsize("@" + kinds[: i + 1]) - struct.calcsize(kinds[i]) for i in range(len(kinds))]
+        self.places = (ctypes.c_void_p * len(offsets))(*(ctypes.addressof(self.buffer) + x for x in offsets))
         fields = 1, ctypes.addressof(self.buffer), 2, ctypes.addressof(self._size), 0  # "buffer", "its size", end
         self.extra = (ctypes.c_void_p * 5)(*fields)
 
 
 class _Attribute(ctypes.Structure):
-    """CUlaunchAttribute, of which only an int is used."""
+    """CUlaunchAttribute, of which at most three ints are used."""
 
-    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60)]
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int * 3), ("rest", ctypes.c_char * 52)]
 
 
 class _Config(ctypes.Structure):
@@ -160,7 +163,7 @@ class _Config(ctypes.Structure):
     ]
 
 
-_CHAINED = _Attribute(6, 0, 1)  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+_COOPERATIVE, _CLUSTER, _PROGRAMMATIC = 2, 4, 6  # CU_LAUNCH_ATTRIBUTE_…
 
 
 class Kernel:
@@ -175,19 +178,28 @@ class Kernel:
         self._can_chain = torch.cuda.get_device_capability(device)[0] >= 9
 
     def __call__(
-        self, grid: tuple[int, ...], threads: int, *args: Argument, shared: int = 0, chained: bool = False
+        self,
+        grid: tuple[int, ...],
+        threads: int,
+        *args: Argument,
+        shared: int = 0,
+        chained: bool = False,
+        together: bool = False,
+        cluster: int = 1,
     ) -> None:
         """Launch on the current stream of the kernel's device, which must be the current one.
 
         grid: up to three numbers of blocks; shared: bytes of dynamic shared memory per block; chained: the kernel waits
-        for the one before it by itself (griddepcontrol.wait), so that it may start earlier.
+        for the one before it by itself (griddepcontrol.wait), so that it may start earlier; together: its blocks wait
+        for each other, so all must be on the device at once, or the launch fails; cluster: so many neighbours see each
+        other's shared memory.
         """
         if shared > self._shared:
             _call("cuFuncSetAttribute", self._function, _SHARED_BYTES, shared)
             self._shared = shared
         if self._layout is None:
             fresh = layout(args)
-            self._parameters = _Parameters(fresh.size)
+            self._parameters = _Parameters(fresh)
             self._layout = fresh
         parameters = self._parameters
         self._layout.pack_into(parameters.buffer, 0, *[x.data_ptr() if isinstance(x, Tensor) else x or 0 for x in args])
@@ -195,13 +207,16 @@ class Kernel:
         stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self._device))  # the public way takes 3 µs more
         launch: tuple[object, ...] = self._function, x, y, z, threads, 1, 1, shared, stream, None, parameters.extra
         function = self._launch
-        if chained and self._can_chain:
+        attributes = [(_COOPERATIVE, 1)] if together else [(_PROGRAMMATIC, 1)] if chained and self._can_chain else []
+        attributes += [(_CLUSTER, cluster)] if cluster > 1 else []
+        if attributes:
             sizes = (ctypes.c_uint * 7)(x, y, z, threads, 1, 1, shared)
-            config = _Config(sizes, stream, ctypes.pointer(_CHAINED), 1)
-            function, launch = (
-                _driver().cuLaunchKernelEx,
-                (ctypes.byref(config), self._function, None, parameters.extra),
-            )
+            array = (_Attribute * len(attributes))(*(_Attribute(i, 0, (n, 1, 1)) for i, n in attributes))
+            config = _Config(sizes, stream, array, len(attributes))
+            function = _driver().cuLaunchKernelEx
+            # a cooperative launch is captured with single parameters only
+            given = (parameters.places, None) if together else (None, parameters.extra)
+            launch = ctypes.byref(config), self._function, *given
         code = function(*launch)
         if code == _INVALID_CONTEXT:  # a thread that has not used the device yet
             _call("cuCtxSetCurrent", self._context)
@@ -221,6 +236,12 @@ class Program:
     def __getattr__(self, name: str) -> Kernel:
         kernel = self.__dict__[name] = Kernel(self._module, name, self._device, self._context)
         return kernel
+
+
+def aligned(x: Tensor) -> Tensor:
+    """Contiguous, from a multiple of 16 bytes on, by which kernels copy."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 @cache

@@ -11,11 +11,14 @@ from torch import Tensor
 
 # Operator or fused piece → module of its Triton form, imported on first use. The plain form lies beside it.
 PIECES: dict[str, str] = {
+    "adamw": "receptance.ops.adamw.triton",
     "ffn": "receptance.ops.ffn.triton",
     "head_loss": "receptance.ops.head_loss.triton",
     "heads": "receptance.ops.heads.triton",
+    "low_rank": "receptance.ops.low_rank.triton",
     "norm": "receptance.ops.norm.triton",
     "prepare": "receptance.ops.prepare.triton",
+    "products": "receptance.ops.products.triton",
     "shift": "receptance.ops.shift.triton",
     "wkv4": "receptance.ops.wkv4.triton",
     "wkv6": "receptance.ops.wkv6.triton",

@@ -57,7 +57,7 @@ class Application(Guard):
             served.add(model)
         served.is_loaded = bool(models)
         metrics = Metrics(served)
-        kept = Conversations(store or open_store(config), config.sessions.memory_bytes)
+        kept = Conversations(store or open_store(config), config.sessions.memory_bytes, served)
         self.hub = Hub(config, served, metrics, kept)
 
         @asynccontextmanager

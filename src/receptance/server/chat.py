@@ -41,6 +41,7 @@ class Reply:
     position: conversations.Position | None = None
     keep: Callable[["Reply", Completion], Awaitable[None]] | None = None
     stack: AsyncExitStack = field(default_factory=AsyncExitStack)
+    reasoning_tokens: int = 0
     _is_kept: bool = False
     _is_released: bool = False
 
@@ -50,7 +51,9 @@ class Reply:
             if self.chat.prefix and (known := parser.push(self.chat.prefix)):
                 yield index, known, None
         async for index, token in self.generation.events():
-            yield index, self.parsers[index].push(token.text), token
+            known = self.parsers[index].push(token.text)
+            self.reasoning_tokens += self.parsers[index].is_thinking
+            yield index, known, token
         await self._keep()
         for index, parser in enumerate(self.parsers):
             yield index, parser.finish(), None
@@ -87,13 +90,13 @@ class Reply:
         made = self.generation
         prompt = made.prompt_tokens + self.before
         cached = made.cached_tokens + self.before
-        usage = {
+        return {
             "prompt_tokens": prompt,
             "completion_tokens": made.completion_tokens,
             "total_tokens": prompt + made.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": cached},
+            "completion_tokens_details": {"reasoning_tokens": self.reasoning_tokens},
         }
-        return usage
 
     def turn(self, completion: Completion) -> Turn:
         """What is kept of the first text."""
@@ -133,41 +136,59 @@ def with_stops(params: SamplingParams, model: ServedModel) -> SamplingParams:
     return replace(params, stop=tuple(dict.fromkeys((*model.template.stop, *params.stop_strings)))[:32])
 
 
-async def begin(hub: Hub, request: ChatRequest, owner: str, request_id: str) -> Reply:
+async def begin(hub: Hub, request: ChatRequest, call: http.Call) -> Reply:
     """Prepare and submit. Raises ApiError."""
     if request.session_id is not None:
-        return await begin_turn(hub, request, owner, request_id)
+        return await begin_turn(hub, request, call)
     model = hub.models[request.model]
-    chat = make_chat(request, model, hub.config.limits, model.system)
-    prompt = model.template.render(chat.messages, thinking=chat.thinking)
-    start = model.start(request.state or "")
-    key = f"state:{request.state or ''}" if start is not None else None
-    return await submit(hub, request, model, chat, prompt, request_id, state=start, state_key=key)
+    start, key = await generate.start_of(model, request)
+    chat, prompt = await written(
+        hub, request, model, call, is_begun=request.state_data is not None, system=model.system
+    )
+    return await submit(hub, request, model, chat, prompt, call.id, state=start, state_key=key)
 
 
-async def begin_turn(hub: Hub, request: ChatRequest, owner: str, request_id: str) -> Reply:
+async def written(
+    hub: Hub, request: ChatRequest, model: ServedModel, call: http.Call, *, is_begun: bool, system: str | None
+) -> tuple[Chat, str]:
+    """A chat, and the prompt that the model's template makes of it. is_begun: a state has read what came before.
+
+    system: at the beginning, unless the request has a system message. Raises ApiError.
+    """
+
+    def write() -> tuple[Chat, str]:
+        chat = make_chat(request, model, hub.config.limits, None if is_begun else system)
+        render = model.template.render_next if is_begun else model.template.render
+        return chat, render(chat.messages, thinking=chat.thinking)
+
+    return await generate.aside(call.size, write)
+
+
+async def begin_turn(hub: Hub, request: ChatRequest, call: http.Call) -> Reply:
     """A turn of a session: only the new messages are read."""
     assert request.session_id is not None
     if (request.n or 1) != 1:
         raise bad("a turn of a session has n = 1", "n")
+    if request.state_data is not None:
+        raise bad("a session goes on from its own state", "state_data")
     kept, stack = hub.conversations, AsyncExitStack()
     hub.models.check_open()
-    await stack.enter_async_context(kept.turn_of(f"{owner}/{request.session_id}"))
+    await stack.enter_async_context(kept.turn_of(f"{call.owner}/{request.session_id}"))
     try:
-        session = await kept.call(kept.store.get, owner, request.session_id)
+        session = await kept.call(kept.store.get, call.owner, request.session_id)
         model = conversations.check_model(session, request.model, lambda name: hub.models[name])
+        if request.state not in (None, session.start):
+            raise bad(f"the session began with the state {session.start!r}", "state")
         position = await kept.position(session, model)
-        chat = make_chat(
-            request, model, hub.config.limits, None if position.is_begun else session.system or model.system
+        chat, prompt = await written(
+            hub, request, model, call, is_begun=position.is_begun, system=session.system or model.system
         )
-        render = model.template.render_next if position.is_begun else model.template.render
-        prompt = render(chat.messages, thinking=chat.thinking)
 
         async def keep(reply: Reply, completion: Completion) -> None:
             await kept.keep(position, reply.turn(completion), completion, model)
 
         reply = await submit(
-            hub, request, model, chat, prompt, request_id,
+            hub, request, model, chat, prompt, call.id,
             state=position.state, state_key=position.key, unread=position.unread, keep_state=True,
         )  # fmt: skip
     except BaseException:
@@ -205,7 +226,8 @@ async def submit(
         raise bad("the messages hold no text", "messages")
     generation = await generate.start(
         hub.models, hub.metrics, limits, model, ids, params, id=request_id, state=state, state_key=state_key,
-        n=request.n or 1, priority=request.priority or 0, keep_state=keep_state, grammar=chat.grammar,
+        n=request.n or 1, priority=request.priority or 0, keep_state=keep_state or bool(request.return_state),
+        grammar=chat.grammar,
     )  # fmt: skip
     strip = bool(model.template.assistant)
     parsers = [ReplyParser(model.template.thinks, chat.calls, strip=strip) for _ in range(request.n or 1)]
@@ -248,14 +270,15 @@ async def whole(reply: Reply, request: ChatRequest) -> dict[str, Any]:
         logprobs = (
             {"content": [token_report(reply.model, t) for t in tokens], "refusal": None} if request.logprobs else None
         )
-        choices.append(
-            {
-                "index": index,
-                "message": message_of(parser),
-                "logprobs": logprobs,
-                "finish_reason": reply.finish_reason(index),
-            }
-        )
+        choice = {
+            "index": index,
+            "message": message_of(parser),
+            "logprobs": logprobs,
+            "finish_reason": reply.finish_reason(index),
+        }
+        if request.return_state:
+            choice["state_data"] = await reply.generation.state_data(index)
+        choices.append(choice)
     return {
         "id": new_id("chatcmpl"),
         "object": "chat.completion",
@@ -278,8 +301,8 @@ async def chunks(reply: Reply, request: ChatRequest) -> AsyncIterator[bytes]:
     if wants_usage:
         base["usage"] = None  # type: ignore[assignment]
 
-    def chunk(index: int, delta: dict[str, Any], reason: str | None = None, logprobs: Any = None) -> bytes:
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+    def chunk(index: int, delta: dict[str, Any], reason: str | None = None, logprobs: Any = None, **more: str) -> bytes:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason, **more}
         return http.event({**base, "choices": [choice]})
 
     try:
@@ -296,7 +319,8 @@ async def chunks(reply: Reply, request: ChatRequest) -> AsyncIterator[bytes]:
             if logprobs is not None:
                 yield chunk(index, {}, logprobs=logprobs)
         for index in range(len(reply.parsers)):
-            yield chunk(index, {}, reply.finish_reason(index))
+            more = {"state_data": await reply.generation.state_data(index)} if request.return_state else {}
+            yield chunk(index, {}, reply.finish_reason(index), **more)
         if wants_usage:
             yield http.event({**base, "choices": [], "usage": reply.usage})
         yield http.DONE
@@ -316,9 +340,9 @@ def _delta(piece: Piece, counts: list[int], index: int) -> dict[str, Any]:
 def routes(hub: Hub) -> APIRouter:
     router = APIRouter()
 
-    @router.post("/v1/chat/completions")
+    @router.post("/v1/chat/completions", responses=http.streams(http.EVENTS))
     async def complete(body: ChatRequest, request: Request) -> Response:
-        reply = await http.unless_left(request, begin(hub, body, http.owner(request), http.request_id(request)))
+        reply = await http.unless_left(request, begin(hub, body, await http.call_of(request)))
         if body.stream:
             return http.Stream(request, chunks(reply, body), reply.release)
         return http.answer(await http.unless_left(request, whole(reply, body)))

@@ -65,7 +65,7 @@ def split(prompt: str | Ids | list[str] | list[Ids], most: int, param: str) -> l
     return prompts
 
 
-async def begin(hub: Hub, request: CompletionRequest, request_id: str) -> Texts:
+async def begin(hub: Hub, request: CompletionRequest, call: http.Call) -> Texts:
     """Raises ApiError."""
     model, limits = hub.models[request.model], hub.config.limits
     n, best_of = request.n or 1, request.best_of
@@ -83,7 +83,7 @@ async def begin(hub: Hub, request: CompletionRequest, request_id: str) -> Texts:
         request, default, limits, model.model.config.vocab_size, max_tokens=max_tokens, logprobs=request.logprobs
     )
     form = form_of(request, request.response_format, limits)
-    start = model.start(request.state or "")
+    start, key = await generate.start_of(model, request)
     texts = Texts(model)
     async with AsyncExitStack() as stack:
         stack.push_async_callback(texts.release)
@@ -104,9 +104,9 @@ async def begin(hub: Hub, request: CompletionRequest, request_id: str) -> Texts:
             else:
                 logprobs = None
             generation = await generate.start(
-                hub.models, hub.metrics, limits, model, ids, params, id=f"{request_id}-{i}", state=start,
-                state_key=f"state:{request.state or ''}" if start is not None else None, n=n,
-                priority=request.priority or 0, grammar=form.after("") if form else None,
+                hub.models, hub.metrics, limits, model, ids, params, id=f"{call.id}-{i}", state=start, state_key=key,
+                n=n, priority=request.priority or 0, keep_state=bool(request.return_state),
+                grammar=form.after("") if form else None,
             )  # fmt: skip
             texts.running.append(Running(ids, text, generation, logprobs))
         stack.pop_all()
@@ -165,6 +165,8 @@ async def whole(texts: Texts, request: CompletionRequest) -> dict[str, Any]:
         for one in texts.running:
             for made in await one.generation.finish():
                 choices.append(_choice(texts, request, len(choices), one, made))
+                if request.return_state:
+                    choices[-1]["state_data"] = await one.generation.state_data(made.index)
     finally:
         await texts.release()
     return {**_base(texts), "choices": choices, "usage": texts.usage}
@@ -174,10 +176,9 @@ async def chunks(texts: Texts, request: CompletionRequest) -> AsyncIterator[byte
     """All texts at once, as their tokens come."""
     base, n = _base(texts), request.n or 1
 
-    def chunk(number: int, text: str, reason: str | None = None, logprobs: Any = None) -> bytes:
-        return http.event(
-            {**base, "choices": [{"index": number, "text": text, "logprobs": logprobs, "finish_reason": reason}]}
-        )
+    def chunk(number: int, text: str, reason: str | None = None, logprobs: Any = None, **more: str) -> bytes:
+        choice = {"index": number, "text": text, "logprobs": logprobs, "finish_reason": reason, **more}
+        return http.event({**base, "choices": [choice]})
 
     queue: asyncio.Queue[bytes | BaseException | None] = asyncio.Queue(64)
 
@@ -191,7 +192,8 @@ async def chunks(texts: Texts, request: CompletionRequest) -> AsyncIterator[byte
                 if token.text or report:
                     await queue.put(chunk(i * n + index, token.text, None, report.body if report else None))
             for made in one.generation.completions:
-                await queue.put(chunk(i * n + made.index, "", made.finish_reason))
+                more = {"state_data": await one.generation.state_data(made.index)} if request.return_state else {}
+                await queue.put(chunk(i * n + made.index, "", made.finish_reason, **more))
             await queue.put(None)
         except Exception as error:
             await queue.put(error)
@@ -225,9 +227,9 @@ async def chunks(texts: Texts, request: CompletionRequest) -> AsyncIterator[byte
 def routes(hub: Hub) -> APIRouter:
     router = APIRouter()
 
-    @router.post("/v1/completions")
+    @router.post("/v1/completions", responses=http.streams(http.EVENTS))
     async def complete(body: CompletionRequest, request: Request) -> Response:
-        texts = await http.unless_left(request, begin(hub, body, http.request_id(request)))
+        texts = await http.unless_left(request, begin(hub, body, await http.call_of(request)))
         if body.stream:
             return http.Stream(request, chunks(texts, body), texts.release)
         return http.answer(await http.unless_left(request, whole(texts, body)))

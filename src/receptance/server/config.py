@@ -1,7 +1,6 @@
 """The server's configuration: frozen dataclasses, TOML on disk, dotted overrides on the command line."""
 
 import ipaddress
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 from receptance.errors import ConfigError
 from receptance.server.names import NAME
-from receptance.settings import build, read_toml
+from receptance.settings import build, put, read_toml
 
 DEFAULT_CONFIG_FOLDER = Path.home() / ".local" / "state" / "receptance" / "server"
 
@@ -145,26 +144,10 @@ def read_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Serve
     if path is not None:
         raw = read_toml(Path(path))
     for text in overrides:
-        _put(raw, text)
+        put(raw, text, "listen.port=9000")
     config = build(ServerConfig, raw, "")
     check(config)
     return config
-
-
-def _put(raw: dict[str, Any], text: str) -> None:
-    name, equals, value = text.removeprefix("--").partition("=")
-    *path, key = name.split(".")
-    if not (equals and path and all(path) and key):
-        raise ConfigError(f"override {text!r}: expected section.key=value, for example listen.port=9000")
-    table = raw
-    for step in path:
-        table = table.setdefault(step, {})
-        if not isinstance(table, dict):
-            raise ConfigError(f"override {text!r}: {step} is a value, not a section")
-    try:
-        table[key] = tomllib.loads(f"x = {value}")["x"]
-    except tomllib.TOMLDecodeError:
-        table[key] = value
 
 
 def is_loopback(host: str) -> bool:

@@ -3,14 +3,15 @@
 import asyncio
 import json
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from receptance.engine.engine import EngineError
 from receptance.engine.request import Completion
 from receptance.errors import CheckpointError
 from receptance.server import codec
@@ -39,8 +40,10 @@ class Position:
 
 
 class Conversations:
-    def __init__(self, store: Store, memory_bytes: int):
-        self.store = store
+    """models: those whose caches forget what went with a session."""
+
+    def __init__(self, store: Store, memory_bytes: int, models: Iterable[ServedModel] = ()):
+        self.store, self._models = store, models
         self._memory: OrderedDict[str, Any] = OrderedDict()  # states by turn, the least recently used first
         self._memory_bytes, self._most_bytes = 0, memory_bytes
         self._threads = ThreadPoolExecutor(4, "receptance-store")
@@ -56,6 +59,18 @@ class Conversations:
             raise ApiError(409, str(error), code="session_changed") from None
         except Full as error:
             raise ApiError(429, str(error), code="too_many_sessions", retry_after=60) from None
+        finally:
+            self._forget()
+
+    def _forget(self) -> None:
+        """What is held in memory of turns that went."""
+        while self.store.removed:
+            turn = self.store.removed.popleft()
+            state, _ = self._memory.pop(turn, (None, None))
+            self._memory_bytes -= 0 if state is None else state.nbytes
+            for model in self._models:
+                with suppress(EngineError):
+                    model.engine.forget(f"turn:{turn}")
 
     def close(self) -> None:
         self._threads.shutdown()
@@ -172,7 +187,7 @@ class Conversations:
             "state": session.start,
             "turns": [{name: getattr(turn, name) for name in names} for turn in turns],
         }
-        return await asyncio.to_thread(codec.encode, state, model.model, session=json.dumps(about))
+        return await asyncio.to_thread(lambda: codec.encode(state, model.model, session=json.dumps(about)))
 
     async def read_file(self, data: bytes, owner: str, find: Callable[[str], ServedModel]) -> Session:
         """A new session from an exported file. Raises ApiError for anything that is none, or of another model."""

@@ -1,22 +1,26 @@
 """One request's way through the engine: tokenised and compiled off the event loop, timed, counted, cancelled."""
 
 import asyncio
+import base64
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from receptance.engine.engine import EngineError, Handle
 from receptance.engine.params import SamplingParams
-from receptance.engine.request import Completion, Grammar, Request, Token
-from receptance.errors import ReceptanceError
+from receptance.engine.request import Completion, Grammar, GrammarError, Request, Token
+from receptance.errors import CheckpointError, ReceptanceError
+from receptance.server import codec
 from receptance.server.config import LimitConfig
 from receptance.server.errors import ApiError, bad
 from receptance.server.metrics import Metrics
+from receptance.server.schemas import Sampling
 from receptance.server.served import Models, Place, ServedModel
 
-INLINE_CHARS = 2000  # a text so short is tokenised at once: a thread would take longer
+T = TypeVar("T")
+INLINE = 4000  # bytes of a request, or characters of a text, that are dealt with at once: a thread would take longer
 
 
 @dataclass(eq=False)
@@ -66,6 +70,8 @@ class Generation:
             raise ApiError(504, "the request took longer than this server allows", code="timeout") from None
         except EngineError:
             raise ApiError(503, "the server is shutting down", code="shutting_down", retry_after=5) from None
+        except GrammarError as error:
+            raise bad(str(error), code="grammar_too_complex") from None
         except ReceptanceError as error:
             raise ApiError(500, str(error), code="model_failed") from None
         finally:
@@ -75,6 +81,11 @@ class Generation:
         async for _ in self.events():
             pass
         return self.completions
+
+    async def state_data(self, index: int) -> str:
+        """The state after a finished text, as `state_data` takes it."""
+        data = await asyncio.to_thread(codec.encode, self.completions[index].state, self.model.model)
+        return base64.b64encode(data).decode()
 
     async def cancel(self) -> list[Completion]:
         """End the texts where they are, and wait until their states are there."""
@@ -97,16 +108,43 @@ class Generation:
         )  # fmt: skip
 
 
+async def aside(size: int, work: Callable[..., T], *arguments: Any) -> T:
+    """What `work` gives, off the event loop where it will take long. size: of what it works on, in bytes."""
+    return work(*arguments) if size <= INLINE else await asyncio.to_thread(work, *arguments)
+
+
 async def tokenize(model: ServedModel, text: str, limits: LimitConfig) -> list[int]:
     """The ids of a prompt. Raises ApiError for one that is too long."""
     if len(text) > limits.prompt_bytes:
         raise bad(f"the prompt has {len(text):,} characters, at most {limits.prompt_bytes:,} are allowed", "prompt")
     try:
-        if len(text) <= INLINE_CHARS:
-            return model.tokenizer.encode(text)
-        return await asyncio.to_thread(model.tokenizer.encode, text)
+        return await aside(len(text), model.tokenizer.encode, text)
     except ReceptanceError as error:
         raise bad(str(error)) from None
+
+
+async def start_of(model: ServedModel, request: Sampling) -> tuple[Any, str | None]:
+    """The state that a request begins with (None: nothing was read), and its name for the cache of prefixes.
+
+    Raises ApiError for a state that is not there, and for one that was sent and is none of this model's.
+    """
+    if request.state_data is None:
+        name = request.state or ""
+        state = model.start(name)
+        return state, None if state is None else f"state:{name}"
+    if request.state:
+        raise bad("give state or state_data", "state_data")
+
+    def read(text: str) -> Any:
+        state = codec.decode(base64.b64decode(text, validate=True), model.model)
+        if state is None:
+            raise CheckpointError("it holds no tensors")
+        return state
+
+    try:
+        return await asyncio.to_thread(read, request.state_data), None
+    except (CheckpointError, ValueError) as error:
+        raise bad(f"state_data: {error}", "state_data", "invalid_state") from None
 
 
 def check_ids(model: ServedModel, ids: Sequence[int], limits: LimitConfig) -> list[int]:

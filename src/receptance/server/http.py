@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import orjson
@@ -13,6 +14,12 @@ from receptance.server.errors import ApiError
 
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
+EVENTS, LINES = "text/event-stream", "application/x-ndjson"
+
+
+def streams(kind: str) -> dict[int | str, dict[str, Any]]:
+    """For a route's description: it also answers with a stream."""
+    return {200: {"description": "The answer, or a stream of it", "content": {kind: {}}}}
 
 
 def dump(body: Any) -> bytes:
@@ -44,8 +51,17 @@ def owner(request: Request) -> str:
     return str(request.scope["state"].get("owner", ""))
 
 
-def request_id(request: Request) -> str:
-    return str(request.scope["state"]["request_id"])
+@dataclass(frozen=True)
+class Call:
+    """Who asks, and how much. id: of the request. size: of its body, in bytes."""
+
+    owner: str
+    id: str
+    size: int
+
+
+async def call_of(request: Request) -> Call:
+    return Call(owner(request), str(request.scope["state"]["request_id"]), len(await request.body()))
 
 
 async def left(request: Request) -> None:
@@ -81,7 +97,7 @@ class Stream(Response):
         release: Callable[[], Awaitable[None]],
         *,
         failed: Callable[[ApiError], bytes] = lambda error: event(error.body),
-        kind: str = "text/event-stream",
+        kind: str = EVENTS,
     ):
         super().__init__(media_type=kind, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]

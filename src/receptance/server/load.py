@@ -64,12 +64,7 @@ class Load:
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=1000)
         async with httpx.AsyncClient(base_url=self.url, headers=headers, timeout=600, limits=limits) as client:
-            try:
-                answer = await client.get("/v1/models")
-                answer.raise_for_status()
-            except httpx.HTTPError as error:
-                raise ReceptanceError(f"{self.url} does not answer ({error})") from None
-            vocabulary = await self._words(client, rng)
+            vocabulary = await self._words(client)
             began = time.perf_counter()
             due = began
             while (due := due + rng.expovariate(rate)) < began + seconds:
@@ -87,14 +82,21 @@ class Load:
             result.seconds = time.perf_counter() - began
         return result
 
-    async def _words(self, client: httpx.AsyncClient, rng: random.Random) -> list[int]:
-        """Token ids of plain text."""
+    async def _words(self, client: httpx.AsyncClient) -> list[int]:
+        """Token ids of plain text. Raises ReceptanceError with what the server says against it."""
         text = (
             "The old king went to the sea with a fox, and there they met a bear who had lost his way home in the snow."
         )
-        answer = await client.post("/tokenize", json={"model": self.model, "prompt": text})
-        answer.raise_for_status()
-        return list(answer.json()["tokens"])
+        try:
+            answer = await client.post("/tokenize", json={"model": self.model, "prompt": text})
+            told = answer.json()
+            if answer.is_success:
+                return list(told["tokens"])
+            raise ReceptanceError(f"{self.url}: {told['error']['message']}")
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise ReceptanceError(f"{self.url} does not answer ({error})") from None
+        except (ValueError, LookupError, TypeError):
+            raise ReceptanceError(f"{self.url} is no server of ours ({answer.status_code})") from None
 
     async def _request(self, client: httpx.AsyncClient, body: dict[str, Any], due: float, result: Result) -> None:
         """Times count from when the request was due, however late this program was."""

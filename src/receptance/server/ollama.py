@@ -26,7 +26,6 @@ OPTIONS = {
     "presence_penalty": "presence_penalty",
     "frequency_penalty": "frequency_penalty",
 }
-KIND = "application/x-ndjson"
 
 
 def fields_of(body: OllamaRequest) -> dict[str, Any]:
@@ -89,14 +88,14 @@ def routes(hub: Hub, version: str) -> APIRouter:
                            "digest": model.model.fingerprint, "details": details})  # fmt: skip
         return http.answer({"models": models})
 
-    @router.post("/chat")
+    @router.post("/chat", responses=http.streams(http.LINES))
     async def talk(body: OllamaChat, request: Request) -> Response:
         began, fields = time.perf_counter(), fields_of(body)
         if body.think is not None and hub.models[body.model].template.thinks:
             fields["thinking"] = "on" if body.think else "off"
         messages = [message.model_dump() for message in body.messages]
         asked = checked(ChatRequest, {**fields, "messages": messages or [{"role": "user", "content": ""}]})
-        reply = await http.unless_left(request, chat.begin(hub, asked, http.owner(request), http.request_id(request)))
+        reply = await http.unless_left(request, chat.begin(hub, asked, await http.call_of(request)))
         name = reply.model.name
 
         def end() -> dict[str, Any]:
@@ -119,9 +118,9 @@ def routes(hub: Hub, version: str) -> APIRouter:
                     yield http.line({"model": name, "created_at": now(), "message": message, "done": False})
             yield http.line({**end(), "message": {"role": "assistant", "content": ""}})
 
-        return http.Stream(request, chunks(), reply.release, failed=failed, kind=KIND)
+        return http.Stream(request, chunks(), reply.release, failed=failed, kind=http.LINES)
 
-    @router.post("/generate")
+    @router.post("/generate", responses=http.streams(http.LINES))
     async def go_on(body: OllamaGenerate, request: Request) -> Response:
         """Ollama puts the prompt into the model's template, unless `raw`."""
         began, model, fields = time.perf_counter(), hub.models[body.model], fields_of(body)
@@ -133,7 +132,7 @@ def routes(hub: Hub, version: str) -> APIRouter:
             fields["stop"] = [*model.template.stop, *([stops] if isinstance(stops, str) else stops)]
         fields.setdefault("max_tokens", min(model.sampling.max_tokens, hub.config.limits.max_tokens))
         asked = checked(CompletionRequest, {**fields, "prompt": prompt})
-        texts = await http.unless_left(request, completions.begin(hub, asked, http.request_id(request)))
+        texts = await http.unless_left(request, completions.begin(hub, asked, await http.call_of(request)))
         one = texts.running[0].generation
         strips = bool(model.template.assistant) and not body.raw  # the blank after "Assistant:"
 
@@ -155,6 +154,6 @@ def routes(hub: Hub, version: str) -> APIRouter:
                     yield http.line({"model": model.name, "created_at": now(), "response": text, "done": False})
             yield http.line({**end(), "response": ""})
 
-        return http.Stream(request, chunks(), texts.release, failed=failed, kind=KIND)
+        return http.Stream(request, chunks(), texts.release, failed=failed, kind=http.LINES)
 
     return router

@@ -31,6 +31,11 @@ class ReplyParser:
         self._began = False  # something of the present part was given
         self.reasoning, self.content, self.calls = "", "", list[dict[str, Any]]()
 
+    @property
+    def is_thinking(self) -> bool:
+        """Whether what comes next belongs to the thoughts."""
+        return self._where == "thought"
+
     def push(self, text: str) -> list[Piece]:
         self._held += text
         pieces: list[Piece] = []

@@ -6,6 +6,7 @@ what a folder gives. Changes are transactions that are tried again when another 
 
 import json
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any, TypeVar
@@ -28,6 +29,7 @@ class RedisStore:
         except ModuleNotFoundError:
             raise ConfigError("sessions.redis needs the package redis: pip install 'receptance[redis]'") from None
         self._library = redis
+        self.removed: deque[str] = deque()
         self.state_bytes, self.most = state_bytes, {"session": sessions, "response": responses}
         try:
             self._redis: Any = redis.Redis.from_url(url, socket_timeout=30, health_check_interval=30)
@@ -318,6 +320,7 @@ class Plan:
             del self._refs[id]
             self._writes.append(lambda key=key: self._pipe.delete(key))  # type: ignore[misc]
             self.drop_state(id)
+            self._store.removed.append(id)
             id = turn.parent
 
     def add_state(self, id: str | None, state: bytes | None) -> None:

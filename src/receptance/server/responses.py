@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -16,7 +16,6 @@ from receptance.server.chat import Reply
 from receptance.server.errors import ApiError, bad
 from receptance.server.hub import Hub
 from receptance.server.names import new_id
-from receptance.server.prompt import make_chat
 from receptance.server.schemas import ChatRequest, ResponsesRequest
 from receptance.server.store import Session
 
@@ -68,23 +67,22 @@ def _message(item: dict[str, Any]) -> dict[str, Any]:
     raise bad(f"input has an item of type {str(kind)[:100]!r}, which is not supported", "input")
 
 
-async def begin(hub: Hub, body: ResponsesRequest, owner: str, request_id: str, id: str) -> Reply:
+async def begin(hub: Hub, body: ResponsesRequest, call: http.Call, id: str) -> Reply:
     """Prepare and submit; the finished response is kept under `id`. Raises ApiError."""
     request, kept = chat_request(body), hub.conversations
     if body.previous_response_id is None:
         model = hub.models[request.model]
-        session = Session(owner, model.name, kind="response")
+        session = Session(call.owner, model.name, kind="response")
     else:
         hub.models.check_open()
         try:
-            session = await kept.call(kept.store.get, owner, body.previous_response_id, "response")
+            session = await kept.call(kept.store.get, call.owner, body.previous_response_id, "response")
         except ApiError as error:
             error.param = "previous_response_id"
             raise
         model = conversations.check_model(session, request.model, lambda name: hub.models[name])
     position = await kept.position(session, model)
-    made = make_chat(request, model, hub.config.limits, None if position.is_begun else model.system)
-    render = model.template.render_next if position.is_begun else model.template.render
+    made, prompt = await chat.written(hub, request, model, call, is_begun=position.is_begun, system=model.system)
 
     async def keep(reply: Reply, completion: Completion) -> None:
         report = response_of(reply, body, id, "completed")
@@ -93,7 +91,7 @@ async def begin(hub: Hub, body: ResponsesRequest, owner: str, request_id: str, i
         await kept.keep_response(new, reply.turn(completion), completion, model)
 
     reply = await chat.submit(
-        hub, request, model, made, render(made.messages, thinking=made.thinking), request_id,
+        hub, request, model, made, prompt, call.id,
         state=position.state, state_key=position.key, unread=position.unread, keep_state=body.store,
     )  # fmt: skip
     reply.position, reply.before = position, 0 if position.unread else session.tokens
@@ -149,10 +147,16 @@ def response_of(reply: Reply, body: ResponsesRequest, id: str, status: str) -> d
         "input_tokens": usage["prompt_tokens"],
         "input_tokens_details": usage["prompt_tokens_details"],
         "output_tokens": usage["completion_tokens"],
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": usage["completion_tokens_details"],
         "total_tokens": usage["total_tokens"],
     }
     return report
+
+
+# of a piece of a reply: the type of its item, the prefix of the item's id, the type of the item's part
+PARTS = {"reasoning": ("reasoning", "rs", "reasoning_text"), "content": ("message", "msg", "output_text")}
+EXTRA: dict[str, dict[str, Any]] = {"reasoning": {}, "content": {"annotations": []}}
+LOGPROBS: dict[str, dict[str, Any]] = {"reasoning": {}, "content": {"logprobs": []}}
 
 
 async def chunks(reply: Reply, body: ResponsesRequest, id: str) -> AsyncIterator[bytes]:
@@ -165,60 +169,67 @@ async def chunks(reply: Reply, body: ResponsesRequest, id: str) -> AsyncIterator
         count += 1
         return f"event: {kind}\n".encode() + data
 
-    item = {"id": f"msg_{id}", "type": "message", "role": "assistant", "status": "in_progress", "content": []}
-    part = {"type": "output_text", "text": "", "annotations": []}
-    place: dict[str, Any] = {"item_id": item["id"], "output_index": 0, "content_index": 0}
-    opened, index = False, 0
+    def opening(kind: str) -> Iterator[bytes]:
+        type, prefix, part = PARTS[kind]
+        more: dict[str, Any] = {"summary": []} if kind == "reasoning" else {"role": "assistant"}
+        item = {"id": f"{prefix}_{id}", "type": type, "status": "in_progress", "content": [], **more}
+        yield send("response.output_item.added", output_index=number, item=item)
+        place.update(item_id=item["id"], output_index=number)
+        yield send("response.content_part.added", **place, part={"type": part, "text": "", **EXTRA[kind]})
+
+    def closing(kind: str) -> Iterator[bytes]:
+        item = output_of(reply, id)[number]
+        (part,) = item["content"]
+        yield send(f"response.{PARTS[kind][2]}.done", **place, text=part["text"], **LOGPROBS[kind])
+        yield send("response.content_part.done", **place, part=part)
+        yield send("response.output_item.done", output_index=number, item=item)
+
+    place: dict[str, Any] = {"content_index": 0}
+    number, now = -1, ""  # the item that is being written, and its kind
     begun = response_of(reply, body, id, "in_progress")
     yield send("response.created", response=begun)
     yield send("response.in_progress", response=begun)
     async for _, pieces, _ in reply.pieces():
         for piece in pieces:
-            if piece.kind != "content":
+            if piece.kind == "call":  # told whole, at the end
                 continue
-            if not opened:
-                opened = True
-                index = 1 if reply.parsers[0].reasoning.strip() else 0
-                place["output_index"] = index
-                yield send("response.output_item.added", output_index=index, item=item)
-                yield send("response.content_part.added", **place, part=part)
-            yield send("response.output_text.delta", **place, delta=piece.text, logprobs=[])
+            if piece.kind != now:
+                for event in closing(now) if now else ():
+                    yield event
+                number, now = number + 1, piece.kind
+                for event in opening(now):
+                    yield event
+            yield send(f"response.{PARTS[now][2]}.delta", **place, delta=piece.text, **LOGPROBS[now])
+    for event in closing(now) if now else ():
+        yield event
     finished = response_of(reply, body, id, "completed")
-    for number, done in enumerate(finished["output"]):
-        if done["type"] == "message" and opened:
-            text = done["content"][0]["text"]
-            yield send("response.output_text.done", **place, text=text, logprobs=[])
-            yield send("response.content_part.done", **place, part=done["content"][0])
-        else:
-            yield send("response.output_item.added", output_index=number, item=done)
-        if done["type"] == "function_call":
-            where = {"item_id": done["id"], "output_index": number}
-            yield send("response.function_call_arguments.delta", **where, delta=done["arguments"])
-            yield send("response.function_call_arguments.done", **where, arguments=done["arguments"])
-        yield send("response.output_item.done", output_index=number, item=done)
+    for index, item in enumerate(finished["output"][number + 1 :], number + 1):
+        yield send("response.output_item.added", output_index=index, item=item)
+        if item["type"] == "function_call":
+            where = {"item_id": item["id"], "output_index": index}
+            yield send("response.function_call_arguments.delta", **where, delta=item["arguments"])
+            yield send("response.function_call_arguments.done", **where, arguments=item["arguments"])
+        yield send("response.output_item.done", output_index=index, item=item)
     kind = "response.incomplete" if finished["status"] == "incomplete" else "response.completed"
     yield send(kind, response=finished)
 
 
-def failed() -> Callable[[ApiError], bytes]:
-    def report(error: ApiError) -> bytes:
-        body = {"type": "error", "code": error.code, "message": error.message, "param": error.param}
-        return b"event: error\n" + http.event(body)
-
-    return report
+def failed(error: ApiError) -> bytes:
+    body = {"type": "error", "code": error.code, "message": error.message, "param": error.param}
+    return b"event: error\n" + http.event(body)
 
 
 def routes(hub: Hub) -> APIRouter:
     router = APIRouter(prefix="/v1/responses")
     kept = hub.conversations
 
-    @router.post("")
+    @router.post("", responses=http.streams(http.EVENTS))
     async def create(body: ResponsesRequest, request: Request) -> Response:
         id = new_id("resp").replace("-", "_")
-        starting = begin(hub, body, http.owner(request), http.request_id(request), id)
+        starting = begin(hub, body, await http.call_of(request), id)
         reply = await http.unless_left(request, starting)
         if body.stream:
-            return http.Stream(request, chunks(reply, body, id), reply.release, failed=failed())
+            return http.Stream(request, chunks(reply, body, id), reply.release, failed=failed)
 
         async def whole() -> dict[str, Any]:
             try:

@@ -1,5 +1,6 @@
 """From a configuration to a server that loads, listens, and ends without losing what is under way."""
 
+import gc
 import json
 import logging
 import sys
@@ -88,6 +89,8 @@ def load_all(hub: Hub, loaders: Sequence[Loader], failed: Callable[[], None]) ->
 def serve(config: ServerConfig, loaders: Sequence[Loader]) -> int:
     """Listen until told to end. Returns the exit code. Raises ConfigError."""
     set_up_logs(config.log.level)
+    sys.setswitchinterval(0.0005)  # a thread that reads a long prompt must not make others wait 5 ms for each token
+    gc.set_threshold(10_000, 10, 10)  # a body of a million lists would be looked through hundreds of times
     server: Server
 
     def failed() -> None:

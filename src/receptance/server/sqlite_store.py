@@ -10,6 +10,7 @@ import os
 import sqlite3
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import fields, replace
@@ -66,6 +67,7 @@ class SqliteStore:
             ) from None
         self._local = threading.local()
         self._open: list[sqlite3.Connection] = []
+        self.removed: deque[str] = deque()
         self._used: dict[str, float] = {}  # states that were read since the last write
         self._writing = threading.Lock()
         try:
@@ -345,6 +347,7 @@ class SqliteStore:
                 return
             db.execute("DELETE FROM turns WHERE id = ?", (turn,))
             self._drop_state(db, turn, gone)
+            self.removed.append(turn)
             turn = row["parent"]
 
     def _session(self, db: sqlite3.Connection, owner: str, id: str, kind: str = "session") -> Session:

@@ -7,6 +7,7 @@ room: the texts of the turns are then read again.
 """
 
 import time
+from collections import deque
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
@@ -80,7 +81,12 @@ def after(parent: Turn | None, turn: Turn) -> Turn:
 
 
 class Store(Protocol):
-    """Calls block until what they changed is on disk (or with Redis). Safe to call from several threads."""
+    """Calls block until what they changed is on disk (or with Redis). Safe to call from several threads.
+
+    removed: turns that went (or would have, in a change that failed), for whoever holds something of them to take out.
+    """
+
+    removed: deque[str]
 
     def create(self, session: Session, turns: list[Turn] | None = None, state: bytes | None = None) -> Session:
         """A new session, with turns of its own and the state after them. Raises Full, and Missing for its head."""

@@ -59,7 +59,8 @@ class BPETokenizer(Tokenizer):
 
     def encode(self, text: str | bytes) -> list[int]:
         """The ids of `text`. Raises TokenizerError for bytes that are not UTF-8: this kind works on characters."""
-        return self._inner.encode(_to_str(text), add_special_tokens=False).ids
+        # encode() would hold the interpreter's lock, for seconds where a text is long; encode_batch() lets go of it
+        return self._inner.encode_batch([_to_str(text)], add_special_tokens=False)[0].ids
 
     def encode_batch(self, texts: Iterable[str | bytes]) -> list[list[int]]:
         """`encode` for many texts, on all processor cores."""

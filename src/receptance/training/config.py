@@ -2,14 +2,13 @@
 
 import json
 import math
-import tomllib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TypeVar, get_type_hints
 
 from receptance.errors import ConfigError
-from receptance.settings import build, read_toml
+from receptance.settings import build, put, read_toml
 
 T = TypeVar("T")
 
@@ -118,6 +117,7 @@ class RunConfig:
 
     tokens: length of the run. batch_size: rows of ctx_len tokens per step, over `accumulate` passes.
     device, precision: "auto" takes a GPU with bfloat16 matrix products when there is one, else the CPU in float32.
+    weights: "bfloat16" beside float32 masters in the optimiser, "float32", or "auto": the former where it can be.
     cuda_graph: "auto", "on", "off": whether the GPU replays the whole step instead of being told each kernel.
     valid_tokens: upper bound per validation file (0: all of it). keep: finished checkpoints left on disk.
     early_stop: looks at the validation texts without an improvement after which the run ends (0: never).
@@ -134,6 +134,7 @@ class RunConfig:
     seed: int = 1
     device: str = free("auto")
     precision: str = "auto"
+    weights: str = free("auto")
     activation_checkpointing: bool = False
     segment_len: int = 0
     segment_gradients: str = "exact"
@@ -186,33 +187,15 @@ def read_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Train
 
     Raises ConfigError naming the unknown key, or the value's found and expected type.
     """
-    raw: dict[str, object] = {}
-    folder = Path.cwd()
-    if path is not None:
-        raw = read_toml(Path(path))
-        folder = Path(path).resolve().parent
-    config = build(TrainConfig, raw, "")
-    config = replace(config, data=replace(config.data, root=str(folder / config.data.root)))
+    raw = {} if path is None else read_toml(Path(path))
+    folder = Path.cwd() if path is None else Path(path).resolve().parent
+    root = folder / build(TrainConfig, raw, "").data.root  # that of an override is relative to where the user is
+    put(raw, f"data.root={json.dumps(str(root))}", "")
     for override in overrides:
-        config = _override(config, override)
+        put(raw, override, "optim.lr=1e-3")
+    config = build(TrainConfig, raw, "")
     check(config)
     return config
-
-
-def _override(config: TrainConfig, text: str) -> TrainConfig:
-    name, equals, value = text.removeprefix("--").partition("=")
-    section, dot, key = name.partition(".")
-    if not (equals and dot):
-        raise ConfigError(f"override {text!r}: expected section.key=value, for example optim.lr=1e-3")
-    try:
-        parsed = tomllib.loads(f"x = {value}")["x"]
-    except tomllib.TOMLDecodeError:
-        parsed = value
-    if not hasattr(config, section):
-        raise ConfigError(f"override {text!r}: no section {section!r}; there are {[f.name for f in fields(config)]}")
-    old = getattr(config, section)
-    new = build(type(old), {**asdict(old), key: parsed}, section + ".")
-    return replace(config, **{section: new})
 
 
 def check(config: TrainConfig) -> None:
@@ -264,6 +247,7 @@ def check(config: TrainConfig) -> None:
         ("run.accumulate", config.run.accumulate, config.run.accumulate >= 1
          and config.run.batch_size % config.run.accumulate == 0),
         ("run.precision", config.run.precision, config.run.precision in ("auto", "float32", "bfloat16")),
+        ("run.weights", config.run.weights, config.run.weights in ("auto", "float32", "bfloat16")),
         ("run.cuda_graph", config.run.cuda_graph, config.run.cuda_graph in ("auto", "on", "off")),
         ("run.save_dtype", config.run.save_dtype, config.run.save_dtype in ("float32", "bfloat16", "float16")),
         ("run.seed", config.run.seed, config.run.seed >= 0),

@@ -28,6 +28,7 @@ from receptance.training.config import HEADLESS, TrainConfig, fixed_settings, to
 from receptance.training.data import TrainingData, is_token_file, open_data, source_path
 from receptance.training.distributed import Parallel
 from receptance.training.evaluate import Loss
+from receptance.training.master import MasterAdamW, widen
 from receptance.training.memory import plan_memory
 from receptance.training.optim import averaged, build_optimizer
 from receptance.training.passes import Passes
@@ -69,7 +70,8 @@ class Run:
         return precision(self.config, self.device)
 
     def autocast(self) -> AbstractContextManager[object]:
-        return autocast(self.config, self.device)
+        """For passes of the model, whose weights are of the products' type or are cast to it."""
+        return nullcontext() if self.model.dtype == torch.bfloat16 else autocast(self.config, self.device)
 
     def batch(self, step: int) -> Batch:
         """All of one step, on the device."""
@@ -92,6 +94,28 @@ def precision(config: TrainConfig, device: torch.device) -> str:
 def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager[object]:
     in_half = precision(config, device) == "bfloat16"
     return torch.autocast(device.type, torch.bfloat16) if in_half else nullcontext()
+
+
+def has_masters(config: TrainConfig, parallel: Parallel, model: RWKV) -> bool:
+    """Whether weights are bfloat16 beside float32 masters. Raises ConfigError when that is asked for and cannot be.
+
+    bfloat16 gradients must not be added up over many passes, where what comes late would be rounded away.
+    """
+    wish, run = config.run.weights, config.run
+    reasons = {
+        "run.precision = 'float32'": precision(config, parallel.device) == "float32",
+        "optim.optimizer = 'muon'": config.optim.optimizer == "muon",
+        "run.accumulate > 1": run.accumulate > 1,
+        "run.segment_len": bool(run.segment_len),
+        "parallel.kind = 'fsdp'": parallel.is_sharded,
+        "parallel.context > 1": config.parallel.context > 1,
+        f"model.version = {config.model.version!r}": config.model.version in BASELINES,
+        "weights that are not trained": not all(p.requires_grad for p in model.parameters()),
+    }
+    if wish == "bfloat16" and any(reasons.values()):
+        found = ", ".join(reason for reason, holds in reasons.items() if holds)
+        raise ConfigError(f"run.weights = 'bfloat16' does not go with {found}; use 'auto' or 'float32'")
+    return wish == "bfloat16" or (wish == "auto" and parallel.device.type == "cuda" and not any(reasons.values()))
 
 
 def train(config: TrainConfig, reporter: Reporter, sampler: Sampler | None = None) -> Path:
@@ -244,7 +268,7 @@ def set_up(config: TrainConfig, reporter: Reporter) -> Run:
     optim = config.optim
     freeze(model, config.model.without)
     recipe = recipe_of(model, config)
-    optimizer = build_optimizer(model, recipe, optim)
+    optimizer = build_optimizer(model, recipe, optim, masters=has_masters(config, parallel, model))
     size = sum(p.numel() for p in model.parameters())
     version = model.config.version
     kind = version if version in BASELINES else f"RWKV-{version}"
@@ -254,13 +278,16 @@ def set_up(config: TrainConfig, reporter: Reporter) -> Run:
     )
     for line in data.report(config.steps * config.run.batch_size):
         reporter.message(line)
-    passes = Passes(config, model, parallel, autocast=lambda: autocast(config, device))
+    in_half = model.dtype == torch.bfloat16
+    passes = Passes(config, model, parallel, autocast=lambda: nullcontext() if in_half else autocast(config, device))
     model.train()
     return Run(config, out, device, tokenizer, data, valid, model, optimizer, parallel, passes)
 
 
 def finish(run: Run, steps: int, log: Log, reporter: Reporter, sampler: Sampler | None) -> Path:
     """Write the model's folder, and that of the averaged weights if there are any, `out`/model-ema."""
+    if isinstance(run.optimizer, MasterAdamW):
+        widen(run.model, run.optimizer)
     if run.config.optim.ema:
         with averaged(run.optimizer, run.config.optim.ema, steps):
             release(run, run.out / "model-ema", steps, "_ema", log, reporter)

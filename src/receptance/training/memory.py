@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from receptance.ops.head_loss import BLOCK, head_loss
+from receptance.training.master import MasterAdamW
 from receptance.training.metrics import free_memory
 
 if TYPE_CHECKING:
@@ -52,6 +53,8 @@ def plan_memory(run: "Run") -> MemoryPlan:
     What a graph's memory pool or the allocator's rounding add is not in it.
     """
     state = [x for entry in run.optimizer.state.values() for x in entry.values()]
+    if isinstance(run.optimizer, MasterAdamW):
+        state += run.optimizer.masters().values()
     model, rows = run.model, run.config.run.batch_size // run.config.run.accumulate
     body, loss = _kept(run, rows)
     was = model.activation_checkpointing, model.recompute
@@ -60,7 +63,7 @@ def plan_memory(run: "Run") -> MemoryPlan:
     model.activation_checkpointing, model.recompute = was
     layer = everything // len(model.blocks)
     return MemoryPlan(
-        weights=sum(p.untyped_storage().nbytes() for p in model.parameters()),
+        weights=sum(p.numel() * p.element_size() for p in model.parameters()),
         gradients=sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad),
         optimizer=sum(x.numel() * x.element_size() for x in state),
         activations=body,

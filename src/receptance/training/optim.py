@@ -12,6 +12,7 @@ from receptance.errors import ConfigError
 from receptance.models import RWKV, Rule
 from receptance.training.config import OptimConfig
 from receptance.training.guard import new_statistics
+from receptance.training.master import MasterAdamW
 from receptance.training.muon import MuonAdamW
 
 
@@ -37,8 +38,10 @@ def param_groups(
     return [groups[key] for key in sorted(groups)]
 
 
-def build_optimizer(model: RWKV, recipe: dict[str, Rule], config: OptimConfig) -> AdamW:
+def build_optimizer(model: RWKV, recipe: dict[str, Rule], config: OptimConfig, *, masters: bool = False) -> AdamW:
     """AdamW, with Muon for the hidden matrices if wanted, over the recipe's groups.
+
+    masters: the model becomes one of bfloat16 weights, and what is optimised are float32 copies of them.
 
     Learning rates are set at each step; on CUDA they are tensors on the device, so that a graph can hold the update.
     All state exists from the start: moments, the average of the weights (`ema`), and beside the first parameter's the
@@ -46,18 +49,21 @@ def build_optimizer(model: RWKV, recipe: dict[str, Rule], config: OptimConfig) -
     """
     groups = param_groups(model, recipe, config.weight_decay, muon=config.optimizer == "muon")
     betas = (config.beta1, config.beta2)
-    if config.optimizer == "muon":
+    if masters:
+        optimizer: AdamW = MasterAdamW(groups, betas=betas, eps=config.eps, clip=config.grad_clip, ema=config.ema > 0)
+        model.to(torch.bfloat16)  # what is not trained
+    elif config.optimizer == "muon":
         if any(hasattr(p, "device_mesh") for p in model.parameters()):
             raise ConfigError("optim.optimizer = 'muon' needs whole matrices on each process; shard with adamw only")
         for group in groups:
             group["muon_momentum"] = config.muon_momentum
-        optimizer: AdamW = MuonAdamW(groups, lr=0.0, betas=betas, eps=config.eps, fused=True)
+        optimizer = MuonAdamW(groups, lr=0.0, betas=betas, eps=config.eps, fused=True)
     else:
         optimizer = AdamW(groups, lr=0.0, betas=betas, eps=config.eps, fused=True)
     for group in optimizer.param_groups:
         if model.device.type == "cuda":
             group["lr"] = torch.zeros((), device=model.device)
-        for parameter in group["params"]:
+        for parameter in () if masters else group["params"]:
             optimizer.state[parameter] = _first_state(parameter, group["muon"], config.ema > 0)
     first = optimizer.param_groups[0]["params"][0]
     optimizer.state[first]["guard"] = new_statistics(model.device)
@@ -110,8 +116,16 @@ def averaged(optimizer: Optimizer, decay: float, steps: int) -> Iterator[None]:
     weights = [p.detach().clone() for p in params]
     for parameter in params:
         parameter.copy_(optimizer.state[parameter]["ema"] / (1 - decay**steps))
+    publish(optimizer)
     try:
         yield
     finally:
         for parameter, weight in zip(params, weights):
             parameter.copy_(weight)
+        publish(optimizer)
+
+
+def publish(optimizer: Optimizer) -> None:
+    """Bring the model's weights up to date where the optimiser's parameters are not the model's own."""
+    if isinstance(optimizer, MasterAdamW):
+        optimizer.publish()

@@ -28,6 +28,8 @@ from receptance.checkpoint.safetensors import write_safetensors
 from receptance.errors import CheckpointError
 from receptance.models import RWKV
 from receptance.training.distributed import Parallel
+from receptance.training.master import MasterAdamW
+from receptance.training.optim import publish
 from receptance.training.shards import read_shards, shard_names, write_shards
 
 MANIFEST, SHARDS = "manifest.json", "shards"
@@ -78,7 +80,7 @@ class Checkpoints:
         sharded = self._parallel.is_sharded
         tensors: dict[str, Tensor] = {}
         if sharded or self._parallel.is_first:
-            tensors = {f"model/{name}": x for name, x in model.state_dict().items()}
+            tensors = {f"model/{name}": x for name, x in _model_tensors(model, optimizer).items()}
             tensors |= {f"optimizer/{name}": x for name, x in _optimizer_tensors(optimizer).items()}
             tensors = {name: _in_memory(x, copy=self._writer is not None) for name, x in tensors.items()}
         about = {"step": step, "score": score, "notes": dict(notes or {}), "config": json.loads(config)}
@@ -122,8 +124,9 @@ class Checkpoints:
         else:
             wanted = {f"model/{name}": x for name, x in load_file(found / "model.safetensors").items()}
             wanted |= {f"optimizer/{name}": x for name, x in load_file(found / "optimizer.safetensors").items()}
-        _restore_model(model, _of_kind("model", wanted))
+        _restore_model(_model_tensors(model, optimizer), _of_kind("model", wanted))
         _restore_optimizer(optimizer, _of_kind("optimizer", wanted))
+        publish(optimizer)
         step, notes = manifest["step"], manifest["notes"]
         assert isinstance(step, int)
         assert isinstance(notes, dict)
@@ -280,6 +283,12 @@ def _named(optimizer: Optimizer) -> list[tuple[str, Tensor]]:
     return [(name, p) for group in optimizer.param_groups for name, p in zip(group["names"], group["params"])]
 
 
+def _model_tensors(model: RWKV, optimizer: Optimizer) -> dict[str, Tensor]:
+    """The model's, in float32 where the optimiser has them so: a checkpoint does not depend on run.weights."""
+    tensors = model.state_dict()
+    return {**tensors, **optimizer.masters()} if isinstance(optimizer, MasterAdamW) else tensors
+
+
 def _optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
     return {
         f"{key}/{name}": value
@@ -290,7 +299,7 @@ def _optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
 
 def _templates(shards: Path, model: RWKV, optimizer: Optimizer) -> dict[str, Tensor]:
     """Empty tensors for everything a sharded checkpoint holds; those as large as a parameter, sharded as it is now."""
-    parameters = {f"model/{name}": x for name, x in model.state_dict().items()}
+    parameters = {f"model/{name}": x for name, x in _model_tensors(model, optimizer).items()}
     owner = dict(_named(optimizer))
     templates = {}
     for name, (shape, dtype) in shard_names(shards).items():
@@ -310,8 +319,7 @@ def _like(x: Tensor, parameter: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _restore_model(model: RWKV, tensors: dict[str, Tensor]) -> None:
-    current = model.state_dict()
+def _restore_model(current: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
     if current.keys() != tensors.keys():
         wrong = sorted(current.keys() ^ tensors.keys())
         raise CheckpointError(f"the checkpoint's tensors are not this model's: {', '.join(wrong[:5])}")
@@ -325,7 +333,11 @@ def _restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None
         kind, name = key.split("/", 1)
         kept.setdefault(name, {})[kind] = x
     for name, parameter in _named(optimizer):
-        optimizer.state[parameter] = {kind: _like(x, parameter) for kind, x in kept.get(name, {}).items()}
+        old = optimizer.state.get(parameter, {})
+        state = {kind: _like(x, parameter) for kind, x in kept.get(name, {}).items()}
+        if isinstance(optimizer, MasterAdamW):  # whose tensors stay where they are
+            state = {kind: old[kind].copy_(x) if kind in old else x for kind, x in state.items()}
+        optimizer.state[parameter] = state
 
 
 def _sync(path: Path) -> None:

@@ -11,6 +11,7 @@ from receptance.errors import ConfigError
 from receptance.training.batch import Batch
 from receptance.training.distributed import local
 from receptance.training.guard import judge
+from receptance.training.master import MasterAdamW
 from receptance.training.optim import guard_statistics, set_learning_rate, set_weight_decay, update_average
 from receptance.training.schedule import learning_rate, progress, weight_decay
 
@@ -69,11 +70,7 @@ def compute(run: "Run", batch: Batch) -> Tensor:
     """
     optim, optimizer = run.config.optim, run.optimizer
     loss = accumulate(run, batch)
-    params = [p for p in run.model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in params])  # type: ignore[misc]
-    if optim.grad_clip:
-        torch.nn.utils.clip_grads_with_norm_(params, optim.grad_clip, norm)
-    norm = local(norm)
+    norm = clip(run)
     statistics = guard_statistics(optimizer)
     bad = judge(statistics, loss, norm, optim)
     optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # the update is skipped where this is 1
@@ -82,6 +79,17 @@ def compute(run: "Run", batch: Batch) -> Tensor:
     if optim.ema:
         update_average(optimizer, optim.ema)
     return torch.stack([loss, norm, *statistics[-2:]])
+
+
+def clip(run: "Run") -> Tensor:
+    """Bound the gradients' norm; returns the one they had."""
+    if isinstance(run.optimizer, MasterAdamW):
+        return run.optimizer.collect()  # it clips as it updates
+    params = [p for p in run.model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in params])  # type: ignore[misc]
+    if run.config.optim.grad_clip:
+        torch.nn.utils.clip_grads_with_norm_(params, run.config.optim.grad_clip, norm)
+    return local(norm)
 
 
 def accumulate(run: "Run", batch: Batch) -> Tensor:

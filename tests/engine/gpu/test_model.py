@@ -118,8 +118,7 @@ def test_other_heads_of_older_versions(version, head):
 
 @pytest.mark.parametrize("version", OLDER)
 def test_many_rows_of_older_versions(version, monkeypatch):
-    monkeypatch.setattr(gpu, "GEMV_ROWS", 2)
-    monkeypatch.setattr(gpu, "FEW_ROWS", 2)
+    many(monkeypatch)
     check_decoding(older(version, heads=3), 5)
 
 
@@ -128,10 +127,21 @@ def test_older_versions_with_some_rows(monkeypatch):
     check_decoding(older("6"), 9)
 
 
-def test_many_rows_take_other_products(monkeypatch):
+def many(monkeypatch) -> None:
+    """Makes a few rows take what many do."""
+    monkeypatch.setattr(gpu, "CHAIN_ROWS", 0)
     monkeypatch.setattr(gpu, "GEMV_ROWS", 2)
     monkeypatch.setattr(gpu, "FEW_ROWS", 2)
+
+
+def test_many_rows_take_other_products(monkeypatch):
+    many(monkeypatch)
     check_decoding(make(layers=3), 5)
+
+
+def test_many_rows_with_a_half_precision_state(monkeypatch):
+    many(monkeypatch)
+    check_decoding(make(), 4, bound=8e-3, state_dtype=torch.float16)
 
 
 def test_some_rows_apply_the_low_rank_maps_apart(monkeypatch):

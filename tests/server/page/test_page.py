@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -466,6 +467,30 @@ def test_the_state_view_shows_what_is_stored_and_how_it_moved(
     assert [path for path in calls(fake, "GET") if "state" in path] == [
         f"/v1/sessions/s-0001/state?turn={turn}" for turn in (3, 1)
     ]
+
+
+def test_a_panel_that_opens_leaves_a_reader_at_the_end_of_the_chat(fake: FakeServer, open_page: Any) -> None:
+    session = fake.session(title="Long")
+    for i in range(6):
+        fake.turn(session, f"question {i}", "many words that fill their line and more, " * 20)
+    page = open_page(f"{fake.url}/#/s/{session['id']}")
+    expect(page.get_by_role("article", name="Answer")).to_have_count(6)
+    chat = page.locator(".scroll")
+
+    def left() -> float:
+        return float(chat.evaluate("x => x.scrollHeight - x.scrollTop - x.clientHeight"))
+
+    def until(true: Callable[[], bool]) -> None:
+        for _ in range(200):
+            if true():
+                return
+            page.wait_for_timeout(50)
+        raise AssertionError(f"{left()} pixels are left")
+
+    until(lambda: left() < 2)
+    height = chat.evaluate("x => x.scrollHeight")
+    page.get_by_role("button", name="Settings").first.click()
+    until(lambda: chat.evaluate("x => x.scrollHeight") > height and left() < 2)
 
 
 def test_a_phone_shows_everything_without_scrolling_sideways(fake: FakeServer, open_page: Any) -> None:

@@ -45,6 +45,13 @@ DEVICE u16 load_fresh(const u16* p) {
 }
 template <int N> DEVICE void await_all_but() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }  // groups of copies
 DEVICE void bring_to_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+template <int TEAM> DEVICE void team_sync() { asm volatile("bar.sync %0, %1;" ::"r"(1 + threadIdx.x / TEAM), "n"(TEAM) : "memory"); }
+DEVICE void add_released(u32* p) { asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(p) : "memory"); }
+DEVICE void wait_until(const u32* p, u32 n) {
+    u32 x;
+    do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
+    while (x < n);
+}
 #else
 inline void wait_for_previous() {}
 inline void let_next_start() {}
@@ -54,7 +61,15 @@ inline float load_fresh(const float* p) { return *p; }
 inline u16 load_fresh(const u16* p) { return *p; }
 template <int N> void await_all_but() {}
 inline void bring_to_l2(const void*) {}
+template <int TEAM> void team_sync() { emulation::wait_in_team(TEAM); }
+inline void add_released(u32* p) { ++*p; }
+inline void wait_until(const u32* p, u32 n) {
+    if (*p < n) fprintf(stderr, "emulation: a block waits for a later one\n"), abort();
+}
 #endif
+
+/// Threads of a block that have something of their own to do: TEAM side by side, a multiple of 32.
+template <int TEAM> DEVICE int team_thread() { return threadIdx.x % TEAM; }
 
 DEVICE float sigmoid(float x) { return rcp(1.f + ex2(-LOG2_E * x)); }
 

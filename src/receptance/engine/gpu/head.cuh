@@ -2,15 +2,18 @@
 #pragma once
 #include "gpu.cuh"
 
-constexpr int N = HEAD, THREADS = 4 * N, WARPS = THREADS / 32;
+constexpr int N = HEAD, THREADS = 4 * N, WARPS = THREADS / 32;  // of a team, which has one head's state
+
+DEVICE int thread_of_head() { return team_thread<THREADS>(); }
+DEVICE void sync_head() { team_sync<THREADS>(); }
 
 DEVICE float wide_at(const u16* p) { return E::wide(*p); }
 
 /// Sum over the first N threads of two values at once; every thread of the block calls it.
 DEVICE float2 sum_of_head(float x, float y, float2* shared) {
     x = sum_of_warp(x), y = sum_of_warp(y);
-    if (threadIdx.x % 32 == 0 && threadIdx.x < N) shared[threadIdx.x / 32] = make_float2(x, y);
-    __syncthreads();
+    if (thread_of_head() % 32 == 0 && thread_of_head() < N) shared[thread_of_head() / 32] = make_float2(x, y);
+    sync_head();
     float2 sum = make_float2(0.f, 0.f);
 #pragma unroll
     for (int i = 0; i < N / 32; ++i) sum.x += shared[i].x, sum.y += shared[i].y;
@@ -34,7 +37,7 @@ template <int STRIDE, int... RANKS> struct LowRank {
         return map;
     }
     DEVICE LowRank(const u16* weight, int c, int first) {
-        const u16* from = weight + (i64)(threadIdx.x / GROUPS) * c + first + threadIdx.x % GROUPS * 8;
+        const u16* from = weight + (i64)(thread_of_head() / GROUPS) * c + first + thread_of_head() % GROUPS * 8;
 #pragma unroll
         for (int i = 0; i < EACH; ++i) w[i] = load_weights(from + (i64)(map_of(i) * STRIDE + i * 32 - first_of(map_of(i))) * c);
     }
@@ -42,7 +45,7 @@ template <int STRIDE, int... RANKS> struct LowRank {
         float sums[MAPS][8] = {};
 #pragma unroll
         for (int i = 0; i < EACH; ++i) {
-            const float h = E::wide(load_fresh(hidden + i * 32 + threadIdx.x / GROUPS));
+            const float h = E::wide(load_fresh(hidden + i * 32 + thread_of_head() / GROUPS));
             const Eight x(w[i]);
             const int map = map_of(i);
 #pragma unroll
@@ -54,22 +57,22 @@ template <int STRIDE, int... RANKS> struct LowRank {
             for (int j = 0; j < 8; ++j) {
 #pragma unroll
                 for (int mask = GROUPS; mask < 32; mask *= 2) sums[map][j] += __shfl_xor_sync(~0u, sums[map][j], mask);
-                if (threadIdx.x % 32 < GROUPS) shared[threadIdx.x / 32][map][threadIdx.x % 32 * 8 + j] = sums[map][j];
+                if (thread_of_head() % 32 < GROUPS) shared[thread_of_head() / 32][map][thread_of_head() % 32 * 8 + j] = sums[map][j];
             }
-        __syncthreads();
-        for (int i = threadIdx.x; i < MAPS * N; i += THREADS) {
+        sync_head();
+        for (int i = thread_of_head(); i < MAPS * N; i += THREADS) {
             float sum = 0.f;
 #pragma unroll
             for (int warp = 0; warp < WARPS; ++warp) sum += shared[warp][i / N][i % N];
             low[i / N][i % N] = sum;
         }
-        __syncthreads();
+        sync_head();
     }
 };
 
 /// GroupNorm(y) of one head, y in shared memory: what the n-th channel becomes.
-DEVICE float normed(const float (&y)[N], int n, int channel, float eps, const u16* weight, const u16* bias) {
-    const int lane = threadIdx.x % 32;
+DEVICE float normed(const float (&y)[N], int n, float eps, float weight, float bias) {
+    const int lane = thread_of_head() % 32;
     float sum = 0.f, squares = 0.f;
 #pragma unroll
     for (int i = 0; i < N; i += 32) sum += y[i + lane];
@@ -77,7 +80,7 @@ DEVICE float normed(const float (&y)[N], int n, int channel, float eps, const u1
 #pragma unroll
     for (int i = 0; i < N; i += 32) squares += (y[i + lane] - mean) * (y[i + lane] - mean);
     const float scale = 1.f / sqrtf(sum_of_warp(squares) / N + eps);
-    return (y[n] - mean) * scale * wide_at(weight + channel) + wide_at(bias + channel);
+    return (y[n] - mean) * scale * weight + bias;
 }
 
 #ifdef HALF_STATE
@@ -110,6 +113,14 @@ struct StateRow {
         }
     }
 };
+/// Where the thread's part of a head's state begins, in [slots, heads, N, N] (value x key).
+DEVICE Kept* state_of(Kept* state, int slot, int head, int heads) {
+    return state + (((i64)slot * heads + head) * N + thread_of_head() / 4) * N + thread_of_head() % 4 * GROUP;
+}
+DEVICE void bring_state(const Kept* mine) {
+#pragma unroll
+    for (int i = 0; i < PARTS; ++i) bring_to_l2(mine + 4 * GROUP * i);
+}
 DEVICE void store_state(Kept* to, const float (&s)[GROUP]) {
 #ifdef HALF_STATE
     *(uint4*)to = packed(s);

@@ -5,7 +5,8 @@ included | its output | norm + shift + mixes | key (and receptance) | value. Onl
 `TimeMix`. Up to a few dozen rows the products are `gemv`'s; beyond, they are cuBLAS's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -15,15 +16,29 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from receptance.engine.gpu.chain import Chain, TimePart
+from receptance.engine.gpu.gemv import (
+    ADD,
+    DEPTH,
+    GATED,
+    LOGITS,
+    NONE,
+    RELU_SQUARE,
+    SIGMOID,
+    WARPS,
+    WRITE,
+    ring_bytes,
+    sums_bytes,
+)
 from receptance.models import RWKV
 from receptance.ops import cuda
 
 HERE = Path(__file__).parent
-NONE, TANH, SIGMOID, RELU_SQUARE = range(4)
-WRITE, ADD, LOGITS, GATED = range(4)
 SHARED_BYTES = 227 * 1024  # of a multiprocessor
-NORM_THREADS, WARPS, DEPTH = 256, 16, 4
+NORM_THREADS = 256
+STEP_THREADS = 768  # of a multiprocessor, that step states of many rows; their registers fill it
 FEW_ROWS = 16  # for which the time mix applies low-rank maps itself
+CHAIN_ROWS = 8  # for which the whole step is one launch
 GEMV_ROWS = 32  # up to which products are made by `gemv`
 MOST_TOKENS = 16384  # of one prefill call; offsets within a buffer are 32-bit
 
@@ -77,6 +92,9 @@ class TimeMix(Protocol):
 
     def prefill(self, index: int, layer: "Layer", prompts: "Prompts") -> None:
         """The same for the tokens of prompts."""
+
+    def chain(self) -> TimePart:
+        """What a whole step in one launch needs."""
 
 
 @dataclass(frozen=True)
@@ -202,7 +220,11 @@ class GpuModel:
         self.norm = self.load("norm.cu", WIDTH=self.c)
         self._gemv = {x: self._load_gemv(*x) for x in ((1, 1), (1, 2), (1, 4), (1, 8), (2, 2), (2, 4))}
         on_gpu = self.device.type == "cuda"
-        self._processors = torch.cuda.get_device_properties(self.device).multi_processor_count if on_gpu else 1
+        device: Any = torch.cuda.get_device_properties(self.device) if on_gpu else None
+        self.processors: int = device.multi_processor_count if device else 1
+        self.shared_bytes: int = getattr(device, "shared_memory_per_block_optin", SHARED_BYTES)
+        self._side = torch.cuda.Stream(self.device) if on_gpu else None
+        self._chains: dict[int, Chain | None] = {}
         self._tables: dict[tuple[Projection, int], Tensor] = {}
 
     def _layer(self, block: Any, cast: Cast) -> Layer:
@@ -230,11 +252,12 @@ class GpuModel:
 
     def _load_gemv(self, row_tiles: int, batch_tiles: int) -> tuple[cuda.Kernel, int]:
         """The kernel and the bytes of shared memory that it needs."""
-        ring, sums = WARPS * DEPTH * row_tiles * 1024, WARPS * row_tiles * 16 * (8 * batch_tiles + 1) * 4
+        ring, sums = ring_bytes(DEPTH, row_tiles), sums_bytes(batch_tiles, row_tiles)
         program = self.load(
-            "gemv.cu", WARPS=WARPS, ROW_TILES=row_tiles, BATCH_TILES=batch_tiles, DEPTH=DEPTH, SHARED_BYTES=ring + sums
-        )
-        return program.gemv, ring + sums
+            "gemv.cu", GEMV_WARPS=WARPS, ROW_TILES=row_tiles, BATCH_TILES=batch_tiles, DEPTH=DEPTH,
+            IS_CHAIN=0, SHARED_BYTES=ring + sums,
+        )  # fmt: skip
+        return program.gemv_product, ring + sums
 
     def _state_dtype(self, name: str, wkv: torch.dtype) -> torch.dtype:
         if name in ("num", "den", "exp"):
@@ -248,10 +271,29 @@ class GpuModel:
             x[:, slot] = self.empty[name][:, 0]
 
     @cached_property
-    def _rows(self) -> Buffers:
+    def rows(self) -> Buffers:
         return Buffers(self, self.most_rows)
 
-    def _tasks(self, projection: Projection, tile: int) -> Tensor:
+    def shares(self, rows: int, heads: int, threads: int) -> int:
+        """Into how many equal shares the rows go, so that blocks of `heads` times these fit on the GPU at once."""
+        most = max(1, self.processors * (STEP_THREADS // threads) // heads)
+        return -(-rows // -(-rows // most))
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """What is launched inside runs beside what comes after, until `join`."""
+        if self._side is None:
+            yield
+            return
+        self._side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._side):
+            yield
+
+    def join(self) -> None:
+        if self._side is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._side)
+
+    def tasks(self, projection: Projection, tile: int) -> Tensor:
         """What each tile of rows of the matrix does, see Task in gemv.cu: [tasks, 5] of 64 bits."""
         if (projection, tile) not in self._tables:
             c, rows = self.c, self.most_rows
@@ -279,11 +321,11 @@ class GpuModel:
             activation, projection, out = part.activation, None, out.view(-1, part.rows)
         batch_tiles = next((n for n in (1, 2, 4) if batch <= 8 * n), 8)
         is_even = rows % 32 == 0 and (projection is None or all(x.rows % 32 == 0 for x in projection.parts))
-        row_tiles = 2 if batch_tiles in (2, 4) and is_even and rows // 32 >= 2 * self._processors else 1
+        row_tiles = 2 if batch_tiles in (2, 4) and is_even and rows // 32 >= 2 * self.processors else 1
         kernel, shared = self._gemv[row_tiles, batch_tiles]
-        tasks = None if projection is None else self._tasks(projection, 16 * row_tiles)
+        tasks = None if projection is None else self.tasks(projection, 16 * row_tiles)
         tiles = rows // (16 * row_tiles) if tasks is None else len(tasks)
-        blocks = min(tiles, self._processors * (SHARED_BYTES // (shared + 1024)))
+        blocks = min(tiles, self.processors * (SHARED_BYTES // (shared + 1024)))
         kernel(
             (blocks, -(-batch // (8 * batch_tiles))), 32 * WARPS, weight, tasks, weight.shape[-1], activation, x,
             x.stride(0), out, out.stride(0), gate, batch, mode, tiles, shared=shared, chained=True,
@@ -313,7 +355,11 @@ class GpuModel:
         batch = len(tokens)
         if not 1 <= batch <= self.most_rows:
             raise ValueError(f"decode takes 1 to {self.most_rows} rows, found {batch}; GpuModel(most_rows=…) sets it")
-        b = self._rows
+        if batch <= CHAIN_ROWS:
+            chain = self._chain(batch)
+            if chain is not None:
+                return chain.run(tokens, slots)
+        b = self.rows
         own = self.invariant or batch <= GEMV_ROWS  # our products; else cuBLAS
         is_few = self.invariant or batch <= FEW_ROWS
         x, att, delta, key = b.x[:batch], b.att[:batch], b.delta[:batch], b.key[:batch]
@@ -342,6 +388,14 @@ class GpuModel:
         normed = b.normed[:batch]
         self.normalise(x, x, self.ln_out, normed, added=pending)
         return self._head(normed, own)
+
+    def _chain(self, rows: int) -> Chain | None:
+        """The whole step for so many rows in one launch; None where its ring would be too short on this GPU."""
+        tiles = next(n for n in (1, 2, 4) if rows <= 8 * n)
+        if tiles not in self._chains:
+            made = Chain(self, self.time.chain(), tiles)
+            self._chains[tiles] = made if made.fits else None
+        return self._chains[tiles]
 
     def _channel(self, layer: Layer, b: Buffers, rows: int) -> Added:
         """The channel mix by cuBLAS: what is to be added to x."""

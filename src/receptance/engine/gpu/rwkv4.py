@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from receptance.engine.gpu.chain import Product, TimePart
+from receptance.engine.gpu.gemv import ADD, WRITE
 from receptance.engine.gpu.model import (
-    WRITE,
     Buffers,
     Cast,
     GpuModel,
@@ -43,6 +44,17 @@ class TimeMix4:
         inputs = torch.cat([att.key.weight, att.value.weight, att.receptance.weight])
         own = Weights(-vector(att.time_decay).exp(), vector(att.time_first))
         return TimeLayer(cast(torch.cat(mixes)), cast(inputs), cast(att.output.weight), own)
+
+    def chain(self) -> TimePart:
+        gpu, b = self.gpu, self.gpu.rows
+        tasks = gpu.tasks(self.projection, 16)
+        products, layers = [], []
+        for i, layer in enumerate(gpu.layers):
+            time, own = layer.time, layer.time.own
+            inputs = Product(time.inputs, b.mixed[0], b.time.flat, WRITE, tasks=tasks)
+            products.append([inputs, Product(time.output, b.att, b.x, ADD)])
+            layers.append([own.decay, own.bonus, *(gpu.state[name][i] for name in ("num", "den", "exp"))])
+        return TimePart("chain4.cu", {}, products, layers, [*b.time.regions, b.att], b"", 64)
 
     def buffers(self, rows: int) -> None:
         return None

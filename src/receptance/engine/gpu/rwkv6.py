@@ -3,15 +3,18 @@
 RWKV-6's mixes depend on the token: before the projections, a low-rank map of one mix makes the other five.
 """
 
+import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from receptance.engine.gpu.chain import Product, TimePart
+from receptance.engine.gpu.gemv import ADD, TANH, WARPS, WRITE
 from receptance.engine.gpu.model import (
-    TANH,
-    WRITE,
+    STEP_THREADS,
     Buffers,
     Cast,
     GpuModel,
@@ -65,8 +68,9 @@ class TimeMix5:
 
     def _load(self) -> None:
         half = {} if self.gpu.state_dtype == torch.float32 else {"HALF_STATE": 1}
-        ranks = {"RANK_MIX": self.mix_rank or 32, "RANK_DECAY": self.decay_rank or 32}
-        self._kernels = self.gpu.load("wkv6.cu", HEAD=self.n, **ranks, **half)
+        sizes = {"RANK_MIX": self.mix_rank or 32, "RANK_DECAY": self.decay_rank or 32, "STEP_THREADS": STEP_THREADS}
+        self.macros = {"HEAD": self.n, **sizes, **half, **({"HAS_MIX": 1} if self.mix_rank else {})}
+        self._kernels = self.gpu.load("wkv6.cu", **self.macros)
         self.heads_eps = 64e-5
 
     def _stack(self, att: Any) -> list[Tensor]:
@@ -89,6 +93,31 @@ class TimeMix5:
         inputs = cast(torch.cat(self._stack(att)))
         return TimeLayer(cast(mixes), inputs, cast(att.output.weight), self._weights(att, cast, inputs))
 
+    def chain(self) -> TimePart:
+        gpu, b = self.gpu, self.gpu.rows
+        tasks = gpu.tasks(self.projection, 16)
+        products, layers = [], []
+        for layer, state in zip(gpu.layers, gpu.state["wkv"]):
+            time, own = layer.time, layer.time.own
+            inputs = Product(time.inputs, b.mixed[0], b.time.flat, WRITE, tasks=tasks)
+            products.append([*self._chain_mix(own, b), inputs, Product(time.output, b.att, b.x, ADD)])
+            layers.append([own.decay, own.bonus, *own.norm, *self._chain_weights(own), state])
+        tensors = [*b.time.regions[:3], self._gate(b), *self._chain_tensors(b), b.att]
+        numbers = struct.pack("if", self.h, self.heads_eps)
+        team = (self.n // 8 + 1) * 5 * self.n * 4 + 64  # the mixes' sums: Mix, which is larger than StepOfFew
+        shared = 32 * WARPS // (4 * self.n) * team
+        return TimePart("chain6.cu", self.macros, products, layers, tensors, numbers, shared)
+
+    def _chain_mix(self, own: Any, b: Buffers) -> list[Product]:
+        """The product that comes before the mixes."""
+        return []
+
+    def _chain_weights(self, own: Any) -> Sequence[Tensor | None]:
+        return None, None, None
+
+    def _chain_tensors(self, b: Buffers) -> Sequence[Tensor | None]:
+        return None, None
+
     def buffers(self, rows: int) -> Any:
         return None
 
@@ -104,20 +133,30 @@ class TimeMix5:
         batch, own = len(slots), layer.time.own
         if is_few:
             self.gpu.project(layer.time.inputs, b.mixed[0, :batch], b.time.flat, WRITE, projection=self.projection)
+            self._step(index, own, b, slots)
         else:
             self._project(layer, b, batch)
-        self._step(index, own, b, slots)
+            self._step_many(index, own, b, slots)
+
+    def _step_inputs(self, index: int, own: Weights, b: Buffers, slots: Tensor) -> tuple[Any, ...]:
+        state = self.gpu.state["wkv"][index]
+        return (
+            *b.time.regions[:3], self._gate(b), state, slots, own.decay, own.bonus, *own.norm, self.heads_eps, b.att,
+        )  # fmt: skip
 
     def _step(
-        self, index: int, own: Weights, b: Buffers, slots: Tensor, low: Tensor | None = None,
-        hidden: Tensor | None = None, weight: Tensor | None = None,
+        self, index: int, own: Weights, b: Buffers, slots: Tensor, hidden: Tensor | None = None,
+        weight: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """low [B, C]: what is added to `decay`, or hidden [B, Q] and weight [Q, C], of which it is the product."""
-        state = self.gpu.state["wkv"][index]
-        self._kernels.wkv6_step(
-            (self.h, len(slots)), 4 * self.n, *b.time.regions[:3], self._gate(b), hidden, weight, low, state,
-            slots, own.decay, own.bonus, *own.norm, self.heads_eps, b.att, chained=True,
-        )  # fmt: skip
+        """hidden [B, Q] and weight [Q, C]: their product is added to `decay`."""
+        inputs = self._step_inputs(index, own, b, slots)
+        self._kernels.wkv6_step((self.h, len(slots)), 4 * self.n, *inputs, hidden, weight, chained=True)
+
+    def _step_many(self, index: int, own: Weights, b: Buffers, slots: Tensor, low: Tensor | None = None) -> None:
+        """low [B, C]: what is added to `decay`."""
+        rows, threads = len(slots), 4 * self.n
+        grid = self.h, self.gpu.shares(rows, self.h, threads)
+        self._kernels.wkv6_step_many(grid, threads, *self._step_inputs(index, own, b, slots), low, rows)
 
     def prefill(self, index: int, layer: Layer, prompts: Prompts) -> None:
         self._project(layer, prompts.b, prompts.b.rows)
@@ -190,6 +229,15 @@ class TimeMix6(TimeMix5):
 
         return empty(rows, 5 * self.mix_rank), empty(5, rows, self.c), empty(rows, self.c)
 
+    def _chain_mix(self, own: Any, b: Buffers) -> list[Product]:
+        return [Product(own.mix_in, b.mixed[MIXED], b.own[0], WRITE, TANH)]
+
+    def _chain_weights(self, own: Any) -> Sequence[Tensor | None]:
+        return own.mix_out, own.mix_base, own.decay_out
+
+    def _chain_tensors(self, b: Buffers) -> Sequence[Tensor | None]:
+        return b.own[0], b.time.regions[4]
+
     def _mix(self, own: Weights6, b: Buffers, rows: int) -> None:
         """b.mixed[R:] by cuBLAS."""
         inner, low, _ = b.own
@@ -211,8 +259,11 @@ class TimeMix6(TimeMix5):
         batch, own, gpu = len(slots), layer.time.own, self.gpu
         if not is_few:
             self._mix(own, b, batch)
+            with gpu.beside():
+                low = self._low_decay(own, b, batch)
             self._project(layer, b, batch)
-            self._step(index, own, b, slots, self._low_decay(own, b, batch))
+            gpu.join()
+            self._step_many(index, own, b, slots, low)
             return
         inner = b.own[0][:batch]
         gpu.project(own.mix_in, b.mixed[MIXED, :batch], inner, WRITE, activation=TANH)
@@ -220,7 +271,7 @@ class TimeMix6(TimeMix5):
             (self.h, batch), 4 * self.n, inner, own.mix_out, own.mix_base, b.mixed, b.rows * self.c, chained=True
         )
         gpu.project(layer.time.inputs, b.mixed[0, :batch], b.time.flat, WRITE, projection=self.projection)
-        self._step(index, own, b, slots, hidden=b.time.regions[4], weight=own.decay_out)
+        self._step(index, own, b, slots, b.time.regions[4], own.decay_out)
 
     def prefill(self, index: int, layer: Layer, prompts: Prompts) -> None:
         b, own = prompts.b, layer.time.own

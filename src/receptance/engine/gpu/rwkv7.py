@@ -4,17 +4,17 @@ r, k, v and the low-rank maps' inner vectors are one product; the maps' second h
 the state, group norm, bonus and gate are one kernel.
 """
 
+import struct
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from receptance.engine.gpu.chain import Product, TimePart
+from receptance.engine.gpu.gemv import ADD, NONE, SIGMOID, TANH, WARPS, WRITE
 from receptance.engine.gpu.model import (
-    NONE,
-    SIGMOID,
-    TANH,
-    WRITE,
+    STEP_THREADS,
     Buffers,
     Cast,
     GpuModel,
@@ -65,9 +65,10 @@ class TimeMix7:
             parts.append(Part(rank, mix, 3, activation, first, max(self.ranks)))
             first += rank
         self.projection = Projection(tuple(parts), (self.c, self.c, self.c, sum(self.ranks)))
-        names = "RANK_V", "RANK_W", "RANK_A", "RANK_G", "RANK_ROWS"
+        names = "RANK_V", "RANK_W", "RANK_A", "RANK_G", "RANK_ROWS", "STEP_THREADS"
         half = {} if gpu.state_dtype == torch.float32 else {"HALF_STATE": 1}
-        self._kernels = gpu.load("wkv7.cu", HEAD=self.n, **dict(zip(names, (*self.ranks, max(self.ranks)))), **half)
+        self.macros = {"HEAD": self.n, **dict(zip(names, (*self.ranks, max(self.ranks), STEP_THREADS))), **half}
+        self._kernels = gpu.load("wkv7.cu", **self.macros)
         self.heads_eps = 64e-5
 
     def layer(self, block: Any, cast: Cast) -> TimeLayer:
@@ -102,15 +103,34 @@ class TimeMix7:
         state = gpu.state["wkv"][index]
         rkv = b.time.flat[: 3 * b.rows * c].view(3, b.rows, c)
         rest = b.own.v_first, int(index == 0), state, slots, *own.vectors, self.heads_eps, b.att
-        grid, threads = (self.h, batch), 4 * self.n
+        threads = 4 * self.n
         if is_few:
             gpu.project(time.inputs, b.mixed[0, :batch], b.time.flat, WRITE, projection=self.projection)
             hidden = b.time.regions[3]
+            grid = self.h, batch
             self._kernels.wkv7_step(grid, threads, rkv, b.rows * c, hidden, own.low_rank, *rest, chained=True)
         else:
+            with gpu.beside():
+                self._low_rank(own, b, batch)
             torch.bmm(b.mixed[: V + 1, :batch], own.rkv, out=rkv[:, :batch])
-            self._low_rank(own, b, batch)
-            self._kernels.wkv7_step_many(grid, threads, rkv, b.rows * c, b.own.low, b.rows * c, *rest, chained=True)
+            gpu.join()
+            grid = self.h, gpu.shares(batch, self.h, threads)
+            self._kernels.wkv7_step_many(grid, threads, rkv, b.rows * c, b.own.low, b.rows * c, *rest, batch)
+
+    def chain(self) -> TimePart:
+        gpu, b = self.gpu, self.gpu.rows
+        tasks = gpu.tasks(self.projection, 16)
+        products, layers = [], []
+        for layer, state in zip(gpu.layers, gpu.state["wkv"]):
+            time, own = layer.time, layer.time.own
+            inputs = Product(time.inputs, b.mixed[0], b.time.flat, WRITE, tasks=tasks)
+            products.append([inputs, Product(time.output, b.att, b.x, ADD)])
+            layers.append([own.low_rank, *own.vectors, state])
+        tensors = b.time.flat, b.time.regions[3], b.own.v_first, b.att
+        numbers = struct.pack("if", self.h, self.heads_eps)
+        team = (self.n // 8 * 4 + 24) * self.n * 4 + 64  # parts of sums, vectors and channels of a head: StepOfFew
+        shared = (32 * WARPS // (4 * self.n)) * team
+        return TimePart("chain7.cu", self.macros, products, layers, tensors, numbers, shared)
 
     def _low_rank(self, own: Weights, b: Buffers, rows: int) -> None:
         """b.own.low: the low-rank maps of the last four mixes."""

@@ -12,8 +12,10 @@ from torch import Tensor
 from receptance.engine.table_sampler import TableSampler
 from receptance.ops import cuda
 
-THREADS, BINS = 1024, 2048
-SHARED_BYTES = BINS * 12 + THREADS // 32 * 16 + 32
+THREADS, BINS, LIST = 1024, 2048, 4096
+SHARED_BYTES = BINS * 12 + LIST * 4 + THREADS // 32 * 16 + 64
+
+CLUSTERS = (16, 8), (48, 4), (96, 2)  # up to how many rows so many blocks share one
 
 
 class GpuSampler(TableSampler):
@@ -29,8 +31,16 @@ class GpuSampler(TableSampler):
     ):
         super().__init__(vocab, eos_id, weight)
         self.vocab, self.device, self.dtype = vocab, device, dtype
-        macros = {"BFLOAT16": 1} if dtype == torch.bfloat16 else {}
-        self._kernel = cuda.load(Path(__file__).with_name("sampler.cu"), **macros).sample
+        self._kernels: dict[int, cuda.Kernel] = {}
+        self._can_share = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+    def _kernel(self, cluster: int) -> cuda.Kernel:
+        """A row's logits go to `cluster` blocks."""
+        if cluster not in self._kernels:
+            macros = {"BFLOAT16": 1} if self.dtype == torch.bfloat16 else {}
+            program = cuda.load(Path(__file__).with_name("sampler.cu"), CLUSTER=cluster, **macros)
+            self._kernels[cluster] = program.sample
+        return self._kernels[cluster]
 
     def _place(self, array: NDArray[Any]) -> tuple[Any, int]:
         there = torch.from_numpy(array.view(np.uint8)).to(self.device, copy=True)
@@ -56,9 +66,10 @@ class GpuSampler(TableSampler):
                 f"rows of logits lie {stride} apart; the sampler needs a multiple of 4, at least {self.vocab}"
             )
         is_wide = logits.dtype == torch.float32
-        self._kernel(
-            (rows,), THREADS, logits if is_wide else None, None if is_wide else logits, self.vocab, stride, table,
-            tokens, again, shared=SHARED_BYTES, chained=True,
+        cluster = next((n for most, n in CLUSTERS if rows <= most), 1) if self._can_share else 1
+        self._kernel(cluster)(
+            (cluster * rows,), THREADS, logits if is_wide else None, None if is_wide else logits, self.vocab, stride, table,
+            tokens, again, shared=SHARED_BYTES, chained=True, cluster=cluster,
         )  # fmt: skip
 
     @torch.inference_mode()

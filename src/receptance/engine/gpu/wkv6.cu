@@ -1,29 +1,15 @@
-// RWKV-5's and 6's time mix around the projections: RWKV-6's mixes, and what one token does to the state of one head.
-// -DHEAD (N); -DRANK_MIX, -DRANK_DECAY: of RWKV-6's low-rank maps, multiples of 32.
-#include "head.cuh"
+// RWKV-5's and 6's time mix around the projections, see wkv6.cuh. -DSTEP_THREADS of a multiprocessor in wkv6_step_many.
+#include "wkv6.cuh"
 
-constexpr int MIXES = 5;
-enum { SAME, BEFORE = 2, FIRST };  // rows of `mixed`: the token's norm, the previous one's, the first of five mixes
-typedef LowRank<RANK_MIX, RANK_MIX, RANK_MIX, RANK_MIX, RANK_MIX, RANK_MIX> MixMaps;
-typedef LowRank<RANK_DECAY, RANK_DECAY> DecayMap;
-
-/// mixed [8][stride] of [rows, C]: mixed[FIRST + j] = same + (before - same) (base[j] + hidden[j] weight[j]). Blocks (head, row);
-/// hidden [rows, MIXES · RANK_MIX]; weight [MIXES, RANK_MIX, C]; base [MIXES, C].
+/// See mix. Blocks (head, row).
 extern "C" __global__ void __launch_bounds__(THREADS) wkv6_mix(
     const u16* hidden, const u16* weight, const u16* base, u16* mixed, int stride) {
-    __shared__ float lows[MIXES][N];
-    __shared__ MixMaps::Parts parts;
+    __shared__ Mix memory;
     const int C = gridDim.x * N, first = blockIdx.x * N;
     const MixMaps maps(weight, C, first);
     let_next_start();
     wait_for_previous();
-    maps.apply(hidden + (i64)blockIdx.y * MIXES * RANK_MIX, lows, parts);
-    for (int i = threadIdx.x; i < MIXES * N; i += THREADS) {
-        const int j = i / N, channel = first + i % N;
-        const i64 at = (i64)blockIdx.y * C + channel;
-        const float same = E::wide(load_fresh(mixed + SAME * (i64)stride + at)), before = E::wide(load_fresh(mixed + BEFORE * (i64)stride + at));
-        mixed[(i64)(FIRST + j) * stride + at] = narrow(same + (before - same) * (wide_at(base + j * C + channel) + lows[j][i % N]));
-    }
+    mix(memory, maps, hidden + (i64)blockIdx.y * MIXES * RANK_MIX, base, C, first, mixed, stride, (i64)blockIdx.y * C + first);
 }
 /// The same where the maps are applied already: low [MIXES][stride] of [rows, C]. Blocks (·, mix); a thread for eight channels.
 extern "C" __global__ void __launch_bounds__(256) wkv6_mix_many(
@@ -40,71 +26,64 @@ extern "C" __global__ void __launch_bounds__(256) wkv6_mix_many(
     *(uint4*)(mixed + (i64)(FIRST + j) * stride + at) = packed(x);
 }
 
-/// e^(-e^x): a step's decay.
-DEVICE float decay_of(float x) { return ex2(-LOG2_E * ex2(LOG2_E * x)); }
-DEVICE float silu(float x) { return x * sigmoid(x); }
+#define STEP_PARAMETERS                                                                                                        \
+    const u16 *r, const u16 *k, const u16 *v, const u16 *gate, Kept *state, const int *slots, const float *base, const float *bonus, \
+        const u16 *norm_weight, const u16 *norm_bias, float eps, u16 *out
 
-struct Step {
-    float r[N], decay[N], k[N], v[N], y[N], bonus;
-    float2 sums[N / 32];
-    float low[1][N];
-    DecayMap::Parts parts;
-};
-
-/// One token for each row and head, in place on state [slots, H, N, N] (value x key). Blocks (head, row); r, k, v, gate
-/// [rows, C], gate null: none. Added to `base` before it becomes a decay: low [rows, C], or hidden [rows, RANK_DECAY] times
-/// weight [RANK_DECAY, C], or nothing.
-extern "C" __global__ void __launch_bounds__(THREADS) wkv6_step(
-    const u16* r, const u16* k, const u16* v, const u16* gate, const u16* hidden, const u16* weight, const u16* low, Kept* state,
-    const int* slots, const float* base, const float* bonus, const u16* norm_weight, const u16* norm_bias, float eps, u16* out) {
-    __shared__ Step m;
+/// State [slots, H, N, N] (value x key). Blocks (head, row); r, k, v, gate [rows, C], gate null: none. Added to `base` before it
+/// becomes a decay: hidden [rows, RANK_DECAY] times weight [RANK_DECAY, C]; or nothing, where these are null.
+extern "C" __global__ void __launch_bounds__(THREADS) wkv6_step(STEP_PARAMETERS, const u16* hidden, const u16* weight) {
+    __shared__ StepOfFew m;
     const int head = blockIdx.x, row = blockIdx.y, H = gridDim.x, C = H * N, n = threadIdx.x;
-    const int value = threadIdx.x / 4, quarter = threadIdx.x % 4, channel = head * N + n;
-    const i64 at = (i64)row * C + channel;  // of the first N threads
-    const bool mine = n < N;
-    Kept* row_of_state = state + (((i64)slots[row] * H + head) * N + value) * N + quarter * GROUP;
+    const i64 at = (i64)row * C + head * N + n;  // of the first N threads
+    Kept* mine = state_of(state, slots[row], head, H);
+    StateRow kept;
+    Given x;
+    float more = 0.f;
+    load_vectors(m.step, {base, bonus, norm_weight, norm_bias}, head);
     if (hidden) {
         const DecayMap map(weight, C, head * N);
         let_next_start();
         wait_for_previous();
+        kept.load(mine);
+        x = load_given(r, k, v, gate, at);
         map.apply(hidden + (i64)row * RANK_DECAY, m.low, m.parts);
+        if (n < N) more = m.low[0][n];
     } else {
         let_next_start();
         wait_for_previous();
+        kept.load(mine);
+        x = load_given(r, k, v, gate, at);
     }
-    StateRow kept;
-    kept.load(row_of_state);
-    float product = 0.f;
-    if (mine) {
-        const float more = hidden ? m.low[0][n] : low ? E::wide(load_fresh(low + at)) : 0.f;
-        m.r[n] = E::wide(load_fresh(r + at)), m.k[n] = E::wide(load_fresh(k + at)), m.v[n] = E::wide(load_fresh(v + at));
-        m.decay[n] = decay_of(base[channel] + more);
-        product = m.r[n] * m.k[n] * bonus[channel];
-    }
-    const float2 sums = sum_of_head(product, 0.f, m.sums);
-    if (n == 0) m.bonus = sums.x;
-    __syncthreads();
-
-    float s[PARTS][GROUP], sum = 0.f;
-    kept.unpack(s);
-    const float mine_v = m.v[value];
-#pragma unroll
-    for (int i = 0; i < PARTS; ++i) {
-#pragma unroll
-        for (int j = 0; j < GROUP; ++j) {
-            const int key = (4 * i + quarter) * GROUP + j;
-            sum += s[i][j] * m.r[key];
-            s[i][j] = s[i][j] * m.decay[key] + mine_v * m.k[key];
+    step(m.step, x, more, kept, mine, gate, eps, out, at);
+}
+/// The same where the map is applied already, low [rows, C], or null; blocks (head, ·), each for some of the rows: a row's state
+/// is on its way while the one before it is stepped.
+extern "C" __global__ void __launch_bounds__(THREADS, STEP_THREADS / THREADS) wkv6_step_many(STEP_PARAMETERS, const u16* low, int rows) {
+    __shared__ Step memory;
+    const int head = blockIdx.x, H = gridDim.x;
+    const i64 C = (i64)H * N, from = head * N + threadIdx.x;  // of the first N threads
+    load_vectors(memory, {base, bonus, norm_weight, norm_bias}, head);
+    let_next_start();
+    wait_for_previous();
+    int row = blockIdx.y, after = row + gridDim.y;
+    Kept* mine = state_of(state, slots[row], head, H);
+    int slot = after < rows ? slots[after] : 0;
+    StateRow kept, next_kept;
+    kept.load(mine);
+    Given x = load_given(r, k, v, gate, row * C + from), next = {};
+    u16 more = 0, next_more = 0;
+    if (low && threadIdx.x < N) more = load_fresh(low + row * C + from);
+    for (; row < rows; row = after, after += gridDim.y) {
+        Kept* other = state_of(state, slot, head, H);
+        if (after < rows) {
+            next_kept.load(other);
+            next = load_given(r, k, v, gate, after * C + from);
+            if (low && threadIdx.x < N) next_more = load_fresh(low + after * C + from);
+            if (after + gridDim.y < rows) slot = slots[after + gridDim.y];
         }
-        store_state(row_of_state + 4 * GROUP * i, s[i]);
-    }
-    sum += __shfl_xor_sync(~0u, sum, 1);
-    sum += __shfl_xor_sync(~0u, sum, 2);
-    if (quarter == 0) m.y[value] = sum + m.bonus * mine_v;
-    __syncthreads();
-    if (mine) {
-        const float x = normed(m.y, n, channel, eps, norm_weight, norm_bias);
-        out[at] = narrow(gate ? x * silu(E::wide(load_fresh(gate + at))) : x);
+        step(memory, x, E::wide(more), kept, mine, gate, eps, out, row * C + from);
+        kept = next_kept, x = next, more = next_more, mine = other;
     }
 }
 

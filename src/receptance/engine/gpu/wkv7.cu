@@ -1,124 +1,61 @@
-// RWKV-7's time mix between the projections: what one token does to the state of one head, and what comes of it.
-// -DHEAD (N); -DRANK_V, RANK_W, RANK_A, RANK_G: multiples of 32; -DRANK_ROWS: rows between two maps' weights.
-#include "head.cuh"
-
-enum { LOW_V, LOW_W, LOW_A, LOW_G };  // order of the low-rank maps
-typedef LowRank<RANK_ROWS, RANK_V, RANK_W, RANK_A, RANK_G> Maps;
-constexpr float MIN_LOG2_DECAY = -0.6065306597126334f * LOG2_E;
-
-/// Per-layer vectors of C elements.
-struct Vectors { const u16 *w0, *a0, *v0, *k_k, *k_a, *r_k, *norm_weight, *norm_bias; };
-
-/// What a head's channels turn into before the state sees them.
-struct Channels { float r[N], decay[N], k[N], v[N], erase[N], write[N], gate[N], bonus; };
-
-/// rkv [3][rkv_stride] of [rows, C]; low: the low-rank maps' outputs for this channel; the first layer's
-/// values are kept in v_first [rows, C], and mixed into those of others. Returns when `to` is complete.
-DEVICE void prepare(Channels& to, const u16* rkv, int rkv_stride, const float (&low)[4], u16* v_first, bool is_first, i64 at,
-                    int channel, const Vectors& vectors, float2* shared) {
-    const bool mine = threadIdx.x < N;
-    const int n = threadIdx.x;
-    float r = 0.f, k = 0.f, key = 0.f, rate = 0.f, v = 0.f;
-    if (mine) {
-        r = E::wide(load_fresh(rkv + at)), k = E::wide(load_fresh(rkv + rkv_stride + at));
-        v = E::wide(load_fresh(rkv + 2ll * rkv_stride + at));
-        rate = sigmoid(wide_at(vectors.a0 + channel) + low[LOW_A]);
-        key = k * wide_at(vectors.k_k + channel);
-        k *= 1.f + (rate - 1.f) * wide_at(vectors.k_a + channel);
-        if (is_first) v_first[at] = narrow(v);
-        else v += (E::wide(load_fresh(v_first + at)) - v) * sigmoid(wide_at(vectors.v0 + channel) + low[LOW_V]);
-    }
-    const float2 sums = sum_of_head(key * key, mine ? r * k * wide_at(vectors.r_k + channel) : 0.f, shared);
-    if (mine) {
-        const float norm = sqrtf(sums.x);
-        key /= norm > 1e-12f ? norm : 1e-12f;
-        to.r[n] = r, to.k[n] = k, to.v[n] = v, to.erase[n] = -key, to.write[n] = key * rate, to.gate[n] = low[LOW_G];
-        to.decay[n] = ex2(MIN_LOG2_DECAY * sigmoid(wide_at(vectors.w0 + channel) + low[LOW_W]));
-        if (n == 0) to.bonus = sums.y;
-    }
-    __syncthreads();
-}
-
-struct Step {
-    Channels channels;
-    float2 sums[N / 32];
-    float y[N];
-};
-/// One token for one row and head, in place on state [slots, H, N, N] (value x key). low(): the low-rank maps' outputs for
-/// the channel of each of the first N threads, called when the previous kernel's results are there.
-template <class Low>
-DEVICE void step(Step& memory, const u16* rkv, int rkv_stride, u16* v_first, int is_first, Kept* state, const int* slots,
-                 const Vectors& vectors, float eps, u16* out, Low low) {
-    Channels& m = memory.channels;
-    float(&y)[N] = memory.y;
-    const int head = blockIdx.x, row = blockIdx.y, H = gridDim.x, C = H * N;
-    const int value = threadIdx.x / 4, quarter = threadIdx.x % 4;
-    Kept* mine = state + (((i64)slots[row] * H + head) * N + value) * N + quarter * GROUP;
-    const i64 at = (i64)row * C + head * N + threadIdx.x;  // of the first N threads
-    let_next_start();
-    wait_for_previous();
-    StateRow kept;
-    kept.load(mine);
-    float low_mine[4] = {};
-    low(low_mine, at);
-    prepare(m, rkv, rkv_stride, low_mine, v_first, is_first, at, head * N + threadIdx.x, vectors, memory.sums);
-
-    float s[PARTS][GROUP], erased = 0.f, sum = 0.f;
-    kept.unpack(s);
-#pragma unroll
-    for (int i = 0; i < PARTS; ++i)
-#pragma unroll
-        for (int j = 0; j < GROUP; ++j) erased += s[i][j] * m.erase[(4 * i + quarter) * GROUP + j];
-    erased += __shfl_xor_sync(~0u, erased, 1);
-    erased += __shfl_xor_sync(~0u, erased, 2);
-    const float v = m.v[value];
-#pragma unroll
-    for (int i = 0; i < PARTS; ++i) {
-#pragma unroll
-        for (int j = 0; j < GROUP; ++j) {
-            const int key = (4 * i + quarter) * GROUP + j;
-            s[i][j] = s[i][j] * m.decay[key] + (erased * m.write[key] + v * m.k[key]);
-            sum += s[i][j] * m.r[key];
-        }
-        store_state(mine + 4 * GROUP * i, s[i]);
-    }
-    sum += __shfl_xor_sync(~0u, sum, 1);
-    sum += __shfl_xor_sync(~0u, sum, 2);
-    if (quarter == 0) y[value] = sum;
-    __syncthreads();
-    if (threadIdx.x < N) {
-        const int n = threadIdx.x, channel = head * N + n;
-        out[at] = narrow((normed(y, n, channel, eps, vectors.norm_weight, vectors.norm_bias) + m.bonus * m.v[n]) * m.gate[n]);
-    }
-}
+// RWKV-7's time mix between the projections, see wkv7.cuh. -DSTEP_THREADS of a multiprocessor in wkv7_step_many.
+#include "wkv7.cuh"
 
 #define STEP_PARAMETERS                                                                                                     \
     u16 *v_first, int is_first, Kept *state, const int *slots, const u16 *w0, const u16 *a0, const u16 *v0, const u16 *k_k, \
         const u16 *k_a, const u16 *r_k, const u16 *norm_weight, const u16 *norm_bias, float eps, u16 *out
 
-/// Blocks (head, row). hidden [rows, sum of ranks]; low_rank [4, RANK_ROWS, C]; rkv [3][rkv_stride] of [rows, C].
+/// State [slots, H, N, N]. Blocks (head, row). hidden [rows, sum of ranks]; low_rank [4, RANK_ROWS, C].
 extern "C" __global__ void __launch_bounds__(THREADS) wkv7_step(
     const u16* rkv, int rkv_stride, const u16* hidden, const u16* low_rank, STEP_PARAMETERS) {
-    __shared__ Step memory;
-    __shared__ float lows[4][N];
-    __shared__ Maps::Parts parts;
+    __shared__ StepOfFew memory;
+    const int row = blockIdx.y;
+    const i64 at = (i64)row * gridDim.x * N + blockIdx.x * N + threadIdx.x;  // of the first N threads
     const Maps maps(low_rank, gridDim.x * N, blockIdx.x * N);
-    const Vectors vectors = {w0, a0, v0, k_k, k_a, r_k, norm_weight, norm_bias};
-    step(memory, rkv, rkv_stride, v_first, is_first, state, slots, vectors, eps, out, [&](float(&low)[4], i64) {
-        maps.apply(hidden + (i64)blockIdx.y * Maps::EACH * 32, lows, parts);
-        if (threadIdx.x < N)
-            for (int i = 0; i < 4; ++i) low[i] = lows[i][threadIdx.x];
-    });
+    load_vectors(memory.step, {w0, a0, v0, k_k, k_a, r_k, norm_weight, norm_bias}, blockIdx.x);
+    let_next_start();
+    wait_for_previous();
+    Kept* mine = state_of(state, slots[row], blockIdx.x, gridDim.x);
+    step_of_few(
+        memory, maps, rkv, rkv_stride, hidden + (i64)row * Maps::EACH * 32, v_first, is_first, mine, at, eps, out);
 }
-/// The same where the maps are applied already: given [4][low_stride] of [rows, C].
-extern "C" __global__ void __launch_bounds__(THREADS, 1280 / THREADS) wkv7_step_many(
-    const u16* rkv, int rkv_stride, const u16* given, int low_stride, STEP_PARAMETERS) {
+/// The same where the maps are applied already, given [4][low_stride] of [rows, C]; blocks (head, ·), each for some of the
+/// rows: a row's state is on its way while the one before it is stepped.
+extern "C" __global__ void __launch_bounds__(THREADS, STEP_THREADS / THREADS) wkv7_step_many(
+    const u16* rkv, int rkv_stride, const u16* given, int low_stride, STEP_PARAMETERS, int rows) {
     __shared__ Step memory;
-    const Vectors vectors = {w0, a0, v0, k_k, k_a, r_k, norm_weight, norm_bias};
-    step(memory, rkv, rkv_stride, v_first, is_first, state, slots, vectors, eps, out, [&](float(&low)[4], i64 at) {
-        if (threadIdx.x < N)
-            for (int i = is_first; i < 4; ++i) low[i] = E::wide(load_fresh(given + (i64)i * low_stride + at));
-    });
+    const i64 C = (i64)gridDim.x * N, from = blockIdx.x * N + threadIdx.x;  // of the first N threads
+    load_vectors(memory, {w0, a0, v0, k_k, k_a, r_k, norm_weight, norm_bias}, blockIdx.x);
+    let_next_start();
+    wait_for_previous();
+    const auto load = [&](Given& x, i64 at) {
+        if (threadIdx.x >= N) return;
+        load_given(x, rkv, rkv_stride, v_first, is_first, at);
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            if (i >= is_first) x.low[i] = load_fresh(given + (i64)i * low_stride + at);
+    };
+    int row = blockIdx.y, after = row + gridDim.y;
+    Kept* mine = state_of(state, slots[row], blockIdx.x, gridDim.x);
+    int slot = after < rows ? slots[after] : 0;
+    Given x = {}, next = {};
+    StateRow kept, next_kept;
+    kept.load(mine);
+    load(x, row * C + from);
+    for (; row < rows; row = after, after += gridDim.y) {
+        Kept* other = state_of(state, slot, blockIdx.x, gridDim.x);
+        if (after < rows) {
+            next_kept.load(other);
+            load(next, after * C + from);
+            if (after + gridDim.y < rows) slot = slots[after + gridDim.y];
+        }
+        float low[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) low[i] = E::wide(x.low[i]);
+        prepare(memory, x, low, v_first, is_first, row * C + from);
+        step(memory, kept, mine, eps, out, row * C + from);
+        kept = next_kept, x = next, mine = other;
+    }
 }
 
 /// place[token]: its place in the operator's tensors [batch, T, H, N]: six of them, r, log decay, k, v, a, b.

@@ -1,5 +1,7 @@
 """Head and training loss in one: cross entropy and logit penalty in blocks of rows, never holding [B·T, V]."""
 
+from functools import cache
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -127,8 +129,27 @@ def _head_loss(
             if x_learns:
                 torch.mm(logits, matrix, out=gx[block])
             if weight_learns:  # float32: a sum over blocks in bfloat16 would drop what later blocks add
-                gw += logits.T @ part
+                _add_product_(gw, logits.T, part)
         return losses.sum(), gx, gw
+
+
+def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b; on a GPU in one pass over `total`, without rounding the product to a's precision first."""
+    if total.is_cuda and total.dtype == torch.float32 and a.dtype != torch.float32 and _products_in_float32(a.dtype):
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)  # type: ignore[call-overload]
+    else:
+        total += a @ b
+
+
+@cache
+def _products_in_float32(dtype: torch.dtype) -> bool:
+    """Whether this torch multiplies half-precision matrices into a float32 sum (from 2.8 on)."""
+    a, total = torch.ones(16, 16, dtype=dtype, device="cuda"), torch.ones(16, 16, device="cuda")
+    try:
+        torch.addmm(total, a, a, out_dtype=torch.float32, out=total)  # type: ignore[call-overload]
+    except (TypeError, RuntimeError):
+        return False
+    return bool(total[0, 0] == 17)
 
 
 @_head_loss.register_fake

@@ -33,16 +33,12 @@ def fits(r: Tensor) -> bool:
     return getattr(properties, "shared_memory_per_block_optin", 0) >= WIDEST_SHARED  # not in older torch
 
 
-def _aligned(x: Tensor) -> Tensor:
-    return x if x.data_ptr() % 16 == 0 else x.clone()  # copies go by 16 bytes
-
-
 class _Run:
     """What the kernels of one call share."""
 
     def __init__(self, r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, gy: Tensor | None, resets: Tensor | None):
-        r, w, k, v = (_aligned(x) for x in (r, w, k, v))
-        gy = None if gy is None else _aligned(gy)
+        r, w, k, v = (cuda.aligned(x) for x in (r, w, k, v))
+        gy = None if gy is None else cuda.aligned(gy)
         batch, t, h, n = r.shape
         length = max(SHORTEST_SEGMENT, -(-t // (max(1, BLOCKS // (batch * h)) * CHUNK)) * CHUNK)
         self.segments = -(-t // length)

@@ -145,11 +145,6 @@ def fits(k: Tensor) -> bool:
     return k.dtype in (torch.bfloat16, torch.float16) and k.shape[-1] == HEAD
 
 
-def _aligned(x: Tensor, dtype: torch.dtype) -> Tensor:
-    x = x.to(dtype).contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()
-
-
 def wkv7(
     r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, resets: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -162,7 +157,7 @@ def wkv7(
             f"the CUDA form of wkv7 takes half precision and heads of {HEAD}, found {k.dtype} and heads of "
             f"{k.shape[-1]}; use backend='triton' or 'chunk'"
         )
-    inputs = [_aligned(x, k.dtype) for x in (r, w, k, v, a, b)]
+    inputs = [cuda.aligned(x.to(k.dtype)) for x in (r, w, k, v, a, b)]
     resets = None if resets is None else resets.contiguous()
     y, end = _operator(*inputs, state.float().contiguous(), resets)[:2]
     return y, end

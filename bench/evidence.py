@@ -1,0 +1,362 @@
+"""The tables and pictures of docs/evidence.md, made from the results of the commands that it prints.
+
+    python bench/evidence.py collect RUNS [RUNS …] --gpu "3 x NVIDIA H200"   # folders of runs → bench/results/evidence/
+    python bench/evidence.py page                                            # → docs/evidence.md, docs/pictures/
+
+A run's folder is RUNS/NAME with `cells`, as the commands leave it; names are those of MAKERS below. In the page, what
+stands between `<!-- made: NAME -->` and `<!-- end -->` is replaced; the rest is written by people.
+"""
+
+import argparse
+import json
+import re
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+
+from receptance.evaluation import memory, plots, scaling
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, PAGE, PICTURES = ROOT / "bench/results/evidence", ROOT / "docs/evidence.md", ROOT / "docs/pictures"
+Row = dict[str, Any]
+
+
+# Collecting -----------------------------------------------------------------------------------------------------------
+
+
+def collect(folders: Iterable[Path], gpu: str) -> None:
+    """Every cell of every run, later folders over earlier ones, one file a run."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    found: dict[str, dict[str, Row]] = {}
+    for folder in folders:
+        for cells in sorted(folder.glob("**/cells")):
+            for file in sorted(cells.glob("*.json")):
+                found.setdefault(cells.parent.name, {})[file.stem] = json.loads(file.read_text()) | {"gpu": gpu}
+    for name, rows in found.items():
+        path = RESULTS / f"{name}.json"
+        old = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps({**old, **{stem: slim(row) for stem, row in rows.items()}}, sort_keys=True))
+        print(f"{path.relative_to(ROOT)}: {len(rows)} results, {path.stat().st_size / 1e3:.0f} kB")
+
+
+def slim(row: Row) -> Row:
+    """Six digits are enough of a number."""
+
+    def short(x: Any) -> Any:
+        if isinstance(x, float):
+            return float(f"{x:.6g}")
+        if isinstance(x, dict):
+            return {key: short(y) for key, y in x.items()}
+        return [short(y) for y in x] if isinstance(x, list) else x
+
+    return {key: short(x) for key, x in row.items()}
+
+
+def rows_of(name: str, order: Sequence[str] = ()) -> list[Row]:
+    path = RESULTS / f"{name}.json"
+    rows = list(json.loads(path.read_text()).values()) if path.exists() else []
+    place = {model: i for i, model in enumerate(order)}
+    return sorted(rows, key=lambda row: (place.get(row["name"], 99), row["name"], row.get("seed", 1)))
+
+
+# Tables ---------------------------------------------------------------------------------------------------------------
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def mean(values: Sequence[float], digits: int = 3) -> str:
+    """Of seeds, with their standard deviation."""
+    if not values:
+        return "–"
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
+MODELS = ("RWKV-4", "RWKV-5.2", "RWKV-6", "RWKV-7", "Transformer", "Transformer with token shift", "LSTM")
+
+
+def loss_table(name: str) -> str:
+    rows = rows_of(name, MODELS)
+    out, texts = [], list(rows[0]["validation"])
+    for row in rows:
+        rate = f"{row['lr']:g}"
+        if tried := row.get("search"):
+            rate += " (" + ", ".join(f"{x['lr']:g}: {x['bits']:.3f}" for x in tried) + ")"
+        out.append([row["name"], f"{row['parameters_without_embedding'] / 1e6:.2f}", f"{row['tokens'] / 1e6:.1f}",
+                    *(f"{row['validation'][text]:.4f}" for text in texts), rate])  # fmt: skip
+    head = ["model", "parameters, million", "tokens, million", *(f"{x}, bits per byte" for x in texts)]
+    return table([*head, "rate (short runs: bits per byte)"], out)
+
+
+def speed_table(name: str) -> str:
+    return table(
+        ["model", "tokens/s", "memory, GiB"],
+        ([r["name"], f"{r['tokens_per_second']:,.0f}", f"{r['memory_gib']:.1f}"] for r in rows_of(name, MODELS)),
+    )
+
+
+def long_table(name: str) -> str:
+    rows = [row for row in rows_of(name, MODELS) if "long" in row]
+    head = ["model", *(f"to {end:,}" for end in rows[0]["long"]["end"])]
+    return table(head, ([row["name"], *(f"{x:.3f}" for x in row["long"]["bits"])] for row in rows))
+
+
+def scores_table(name: str) -> str:
+    """Models down, tests across."""
+    rows = rows_of(name, MODELS)
+    tests = sorted({test for row in rows for test in row["scores"]}, key=natural)
+    models = list(dict.fromkeys(row["name"] for row in rows))
+    state = {row["name"]: f"{row['state_bytes']:,}" for row in rows}
+    body = [[m, state[m], *(mean(memory.accuracies(rows, m, test)) for test in tests)] for m in models]
+    return table(["model", "state, bytes", *tests], body)
+
+
+def natural(text: str) -> list[Any]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text)]
+
+
+GROUPS = ("Z2", "S3", "A5", "S5")
+FOLLOWERS = ("RWKV-7, rate to 1 + w", "RWKV-7, rate to 1 + w, 1 layer", "RWKV-7, rate to 1 + w, 4 layers",
+             "RWKV-7, rate to 1", "RWKV-6", "RWKV-4", "Transformer", "LSTM, 1 layer")  # fmt: skip
+
+
+def groups_table(name: str) -> str:
+    tables = []
+    rows = rows_of(name, FOLLOWERS)
+    for group in GROUPS:
+        mine = [row for row in rows if row["task"].startswith(group + " ")]
+        tests = sorted({test for row in mine for test in row["scores"]}, key=natural)
+        body = []
+        for row in mine:
+            last = (f"{row['scores'][test]['last']:.3f}" for test in tests)
+            body.append([row["name"], *last, f"{row['lr']:g}", f"{row['steps']:,}"])
+        if mine:
+            tables.append(table([group, *(test.split()[-1] for test in tests), "rate", "steps"], body))
+    return "\n\n".join(tables)
+
+
+def recall_table(name: str) -> str:
+    rows = rows_of(name)
+    tests = sorted({row["task"] for row in rows}, key=natural)
+    widths = sorted({int(row["name"].rsplit(" D", 1)[1]) for row in rows})
+    found = {(row["name"], row["task"]): row["scores"][row["task"]]["accuracy"] for row in rows}
+    body = []
+    for model in MODELS:
+        cells = [found.get((f"{model} D{width}", test)) for test in tests for width in widths]
+        if any(cell is not None for cell in cells):
+            body.append([model, *("–" if cell is None else f"{cell:.3f}" for cell in cells)])
+    short = [re.sub(r"recall of (\d+) pairs in (\d+)", r"\1 in \2", test) for test in tests]
+    return table(["model", *(f"{test}, D{width}" for test in short for width in widths)], body)
+
+
+def ablation_table(name: str) -> str:
+    """Training loss early on (averages of some steps around), and held-out bits at the end; means of seeds."""
+    rows = rows_of(name)
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    ends = [1.5e6, 3e6, 6e6]
+    body = []
+    for model in sorted(names, key=lambda n: (n.startswith("RWKV-4"), n != "whole recipe", n)):
+        mine = [row for row in rows if row["name"] == model]
+        early = [mean([around(row["curve"], end) for row in mine]) for end in ends]
+        body.append([model, *early, mean([next(iter(row["validation"].values())) for row in mine], 4), str(len(mine))])
+    head = ["model", *(f"loss at {end / 1e6:g}M" for end in ends), "bits per byte, held out", "seeds"]
+    return table(head, body)
+
+
+def around(curve: Sequence[Row], tokens: float, room: float = 0.15) -> float:
+    """The mean training loss within 15 % of so many tokens; the nearest one if there is none."""
+    near = [point["loss"] for point in curve if abs(point["tokens"] / tokens - 1) < room]
+    return statistics.mean(near) if near else min(curve, key=lambda p: abs(p["tokens"] - tokens))["loss"]
+
+
+def forecast_table(name: str) -> str:
+    rows = rows_of(name)
+    horizons = sorted({row["horizon"] for row in rows})
+    body = []
+    for model in dict.fromkeys(row["name"] for row in rows):
+        by = [[r["mse"] for r in rows if r["name"] == model and r["horizon"] == h] for h in horizons]
+        whole = f"{statistics.mean(statistics.mean(x) for x in by):.3f}" if all(by) else "–"
+        body.append([model, *(mean(x) for x in by), whole])
+    return table(["mean squared error", *map(str, horizons), "mean"], body)
+
+
+def tasks_table(name: str) -> str:
+    rows = [row for row in rows_of(name, MODELS) if "tasks" in row]
+    texts, tasks = list(rows[0]["validation"]), list(rows[0]["tasks"])
+    body = [[row["name"], f"{row['parameters'] / 1e6:.1f}", *(f"{row['validation'][t]:.3f}" for t in texts),
+             *(f"{row['tasks'][t]['accuracy']:.3f}" for t in tasks),
+             *(f"{row['tasks'][t]['perplexity']:,.0f}" for t in tasks if t == "LAMBADA")] for row in rows]  # fmt: skip
+    head = ["model", "parameters, million", *(f"{t}, bits per byte" for t in texts), *(f"{t}, accuracy" for t in tasks)]
+    return table(head + [f"{t}, perplexity" for t in tasks if t == "LAMBADA"], body)
+
+
+def costs_table(name: str) -> str:
+    body = []
+    for row in rows_of(name, MODELS):
+        g, t = row["generation"], row["training"]
+        peak = f"{g['peak_bytes'][-1] / 2**20:,.0f}" if g["peak_bytes"] else "–"
+        grown = f"{t['peak_bytes'][-1] / 2**30:.1f}" if t["peak_bytes"] else "–"
+        body.append([row["name"], f"{g['milliseconds'][0]:.2f}", f"{g['milliseconds'][-1]:.2f}", f"{g['exponent']:.2f}",
+                     f"{g['state_bytes'][-1] / 2**20:,.1f}", peak, f"{t['seconds'][-1]:.2f}",
+                     f"{t['time_exponent']:.2f}", grown, f"{t['memory_exponent']:.2f}"])  # fmt: skip
+    return table(["model", "ms a token, first", "last", "time ∝ n^", "state, MiB", "peak beside weights, MiB",
+                  "training on one longest row, s", "time ∝ n^", "memory, GiB", "memory ∝ n^"], body)  # fmt: skip
+
+
+def scaling_laws(name: str) -> list[Row]:
+    rows = rows_of(name)
+    families = list(dict.fromkeys(row["name"] for row in rows))
+    laws = [scaling.fit([row | {"family": family} for row in rows if row["name"] == family]) for family in families]
+    return [law for law in laws if law is not None]
+
+
+# Pictures -------------------------------------------------------------------------------------------------------------
+
+
+def draw_recall(rows: Sequence[Row], path: Path) -> None:
+    """Accuracy against the number of pairs, a panel for each width."""
+    widths = sorted({int(row["name"].rsplit(" D", 1)[1]) for row in rows})
+    figure, panels = plt.subplots(1, len(widths), figsize=(2.4 + 3.2 * len(widths), 3.6), sharey=True, squeeze=False)
+    for width, axes in zip(widths, panels[0]):
+        for model in MODELS:
+            mine = [r for r in rows if r["name"] == f"{model} D{width}"]
+            points = sorted((int(r["task"].split()[2]), r["scores"][r["task"]]["accuracy"]) for r in mine)
+            if points:
+                axes.plot(*zip(*points), label=model, markersize=5, **plots.style(model, MODELS))
+        axes.set_xscale("log", base=2)
+        axes.set_ylim(-0.03, 1.03)
+        plots.tidy(axes, "pairs", "accuracy" if width == widths[0] else "", f"width {width}")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="center right", frameon=False, fontsize=9)
+    figure.tight_layout(rect=(0, 0, 1 - 1.4 / figure.get_figwidth(), 1))
+    plots.save(figure, path)
+
+
+def draw_lengths(panels: dict[str, dict[str, list[tuple[int, float]]]], path: Path, label: str) -> None:
+    """panels: title → model → (length, accuracy)."""
+    names = list(dict.fromkeys(name for panel in panels.values() for name in panel))
+    figure, axes_of = plt.subplots(1, len(panels), figsize=(2.8 + 3.1 * len(panels), 3.6), sharey=True, squeeze=False)
+    for (title, curves), axes in zip(panels.items(), axes_of[0]):
+        for name, points in curves.items():
+            axes.plot(*zip(*sorted(points)), label=name, markersize=5, **plots.style(name, names))
+        axes.set_xscale("log", base=2)
+        axes.set_ylim(-0.03, 1.03)
+        plots.tidy(axes, label, "accuracy" if axes is axes_of[0][0] else "", title)
+    found = {name: h for axes in axes_of[0] for h, name in zip(*axes.get_legend_handles_labels())}
+    figure.legend(found.values(), found.keys(), loc="center right", frameon=False, fontsize=9)
+    figure.tight_layout(rect=(0, 0, 1 - 2.5 / figure.get_figwidth(), 1))
+    plots.save(figure, path)
+
+
+def group_panels(name: str) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for row in rows_of(name, FOLLOWERS):
+        points = [(int(test.split()[-1]), score["last"]) for test, score in row["scores"].items()]
+        panels.setdefault(row["task"].split()[0], {})[row["name"]] = points
+    return {group: panels[group] for group in GROUPS if group in panels}
+
+
+def needle_panels(names: dict[str, str]) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for name, title in names.items():
+        for row in rows_of(name, MODELS):
+            points = [(int(test.split()[-1]), score["accuracy"]) for test, score in row["scores"].items()]
+            panels.setdefault(title, {})[row["name"]] = points
+    return panels
+
+
+def draw_ablation(rows: Sequence[Row], path: Path) -> None:
+    """Training loss against tokens, means of seeds, RWKV-7 and RWKV-4 apart."""
+    kinds = {"RWKV-7": [r for r in rows if r["version"] == "7"], "RWKV-4": [r for r in rows if r["version"] == "4"]}
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4))
+    for (title, mine), axes in zip(kinds.items(), panels):
+        names = sorted({r["name"] for r in mine}, key=lambda n: (n not in ("whole recipe", "RWKV-4"), n))
+        for name in names:
+            curves = [[(p["tokens"], p["loss"]) for p in r["curve"]] for r in mine if r["name"] == name]
+            tokens, loss = plots.mean_curve(curves)
+            look = plots.style(name, names) | {"marker": None}
+            axes.plot([t / 1e6 for t in tokens], plots.smooth(loss, 0.6), label=name, **look)
+        plots.focus(axes, 0.12)
+        plots.tidy(axes, "million tokens", "training loss, nats", title)
+        axes.legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    plots.save(figure, path)
+
+
+def by_model(name: str) -> list[Row]:
+    """One row a model and seed, in the page's order."""
+    return rows_of(name, MODELS)
+
+
+# The page -------------------------------------------------------------------------------------------------------------
+
+SCALE = ("RWKV-7", "RWKV-4", "Transformer", "LSTM")
+MAKERS: dict[str, Callable[[], str]] = {
+    "bytes": lambda: loss_table("bytes"),
+    "speed": lambda: speed_table("speed"),
+    "positions": lambda: long_table("bytes"),
+    "bpe": lambda: tasks_table("bpe"),
+    "ablation": lambda: ablation_table("ablation"),
+    "recall": lambda: recall_table("recall"),
+    "groups": lambda: groups_table("groups"),
+    "needle": lambda: scores_table("needle"),
+    "needle-1024": lambda: scores_table("needle-1024"),
+    "costs": lambda: costs_table("costs"),
+    "scaling": lambda: scaling.report(scaling_laws("scaling")).split("\n\n")[0],
+    "questions": lambda: scores_table("questions"),
+    "digits": lambda: scores_table("digits"),
+    "listops": lambda: scores_table("listops"),
+    "etth1": lambda: forecast_table("etth1"),
+}
+DRAWERS: dict[str, Callable[[Path], None]] = {
+    "bytes": lambda path: plots.draw_comparison(by_model("bytes"), path),
+    "positions": lambda path: plots.draw_long(by_model("bytes"), path),
+    "bpe": lambda path: plots.draw_comparison(by_model("bpe"), path),
+    "ablation": lambda path: draw_ablation(rows_of("ablation"), path),
+    "recall": lambda path: draw_recall(rows_of("recall"), path),
+    "groups": lambda path: draw_lengths(group_panels("groups"), path, "elements"),
+    "needle": lambda path: draw_lengths(
+        needle_panels({"needle": "trained on 256", "needle-1024": "trained on 1,024"}), path, "tokens"
+    ),
+    "generation": lambda path: plots.draw_positions(by_model("costs"), path),
+    "training": lambda path: plots.draw_training(by_model("costs"), path),
+    "scaling": lambda path: plots.draw_scaling(scaling_laws("scaling"), path),
+}
+SOURCES = {"positions": "bytes", "generation": "costs", "training": "costs"}  # results of another name
+
+
+def page(text: str) -> str:
+    """The page with its tables made anew."""
+
+    def made(match: re.Match[str]) -> str:
+        return f"<!-- made: {match[1]} -->\n{MAKERS[match[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- made: (\S+) -->\n.*?<!-- end -->", made, text, flags=re.DOTALL)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    gather = commands.add_parser("collect")
+    gather.add_argument("runs", nargs="+", type=Path)
+    gather.add_argument("--gpu", required=True)
+    commands.add_parser("page")
+    given = parser.parse_args()
+    if given.command == "collect":
+        collect(given.runs, given.gpu)
+        return
+    PAGE.write_text(page(PAGE.read_text()))
+    for name, draw in DRAWERS.items():
+        if (RESULTS / f"{SOURCES.get(name, name)}.json").exists():
+            draw(PICTURES / f"evidence-{name}")
+            (PICTURES / f"evidence-{name}.svg").unlink()  # large; the tables have the numbers
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""Two products with squared ReLU between them: the channel mix without its gate."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from receptance.ops.ffn import relu_square
+from receptance.ops.pieces import compute_dtype, uses_triton
+
+
+def relu_square_products(x: Tensor, key: Tensor, value: Tensor, *, backend: str = "auto") -> Tensor:
+    """max(x keyᵀ, 0)² valueᵀ, [..., C] → [..., D], with key [F, C] and value [D, F].
+
+    The kernels square a product while it is still in float32, so that it is rounded once, not twice; the same goes for
+    the gradient behind it. They need a Hopper GPU, half precision and many rows, and torch.compile, which cannot look
+    into them, does not get them.
+    """
+    if uses_triton("products", x, backend) and not torch.compiler.is_compiling():
+        from receptance.ops.products.triton import fits
+        from receptance.ops.products.triton import relu_square_products as kernel
+
+        dtype = compute_dtype(x)
+        if fits(x, key, dtype):
+            return kernel(x.to(dtype), key.to(dtype), value.to(dtype))
+    return linear(relu_square(linear(x, key), backend=backend), value)
