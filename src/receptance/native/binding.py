@@ -274,7 +274,11 @@ class Binding:
         whole = not channels % BLOCK and not hidden % BLOCK
         if isinstance(x, Blocks) and dtype not in PACKED_BYTES:
             in_place = self.repack is False
-            return self.bands(x, BANDS[x.format]) if x.format in BANDS and whole and not in_place else self.matrix(name, dtype)
+            return (
+                self.bands(x, BANDS[x.format])
+                if x.format in BANDS and whole and not in_place
+                else self.matrix(name, dtype)
+            )
         if dtype in PACKED_BYTES and whole:
             return self.bands(x, BANDS[dtype])
         own = "float32" if isinstance(x, Blocks) else type_name(x)
@@ -285,8 +289,10 @@ class Binding:
     def bands(self, x: Weight, kind: str) -> Matrix:
         """[F, C]: 32 hidden units after the other, the same numbers as in blocks of 32 hidden units of each channel."""
         channels, hidden = x.shape
-        same = isinstance(x, Blocks) and BANDS.get(x.format) == kind
-        source = Matrix(channels, hidden, x.data.ctypes.data, TYPES[x.format]) if same else self.temporary(x)
+        if isinstance(x, Blocks) and BANDS.get(x.format) == kind:
+            source = Matrix(channels, hidden, x.data.ctypes.data, TYPES[x.format])
+        else:
+            source = self.temporary(x)
         memory = aligned(channels * hidden // BLOCK * LINE_BLOCK_BYTES["int8" if kind == "band Q8_0" else "int4"])
         self.pack_lines(source, memory, TYPES[kind], transpose=True)
         let_go(x.data if isinstance(x, Blocks) else x)
