@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from receptance.cli.memory import paths
+from receptance.cli.options import paths
 
 
 def command(
