@@ -30,7 +30,7 @@ from receptance.ops.heads import norm_and_gate
 from receptance.ops.heads import triton as heads_kernels
 from receptance.ops.norm import add_norm, layer_norm
 from receptance.ops.norm import triton as norm_kernels
-from receptance.ops.prepare import decay_and_keys, value_residual
+from receptance.ops.prepare import decay_and_keys, keys_and_bonus, value_residual
 from receptance.ops.prepare import triton as prepare_kernels
 from receptance.ops.shift import norm_mix, shift_mix
 from receptance.ops.shift import triton as shift_kernels
@@ -76,7 +76,7 @@ def plain(function: Function) -> Function:
     return partial(function, backend="chunk")
 
 
-# btc: [B, T, C]; bthn: [B, T, H, N]; btf: [B, T, 4C]; bc: [B, C]; c: [C]; hn: [H, N]
+# btc: [B, T, C]; bthn: [B, T, H, N]; btf: [B, T, 4C]; bc: [B, C]; c: [C]; hn: [H, N]; bth: [B, T, H]
 PIECES = {
     "shift_mix 6": Piece(mix(shift_kernels.shift_mix), mix(plain(shift_mix)), "btc bc c c c c c c", 7, 8),
     "shift_mix 1": Piece(mix(shift_kernels.shift_mix), mix(plain(shift_mix)), "btc bc c", 2, 3),
@@ -87,9 +87,12 @@ PIECES = {
         norm_mixes(shift_kernels.norm_mix, True), norm_mixes(plain(norm_mix), True), "btc c c bc c btc", 4, 4
     ),
     "decay_and_keys": Piece(prepare_kernels.decay_and_keys, plain(decay_and_keys), "btc bthn btc c c c c", 7, 10),
+    "keys_and_bonus": Piece(
+        prepare_kernels.keys_and_bonus, plain(keys_and_bonus), "btc bthn btc bthn c c c c hn", 8, 13
+    ),
     "value_residual": Piece(prepare_kernels.value_residual, plain(value_residual), "btc btc btc c", 4, 7),
     "norm_and_gate": Piece(
-        gate(heads_kernels.norm_and_gate), gate(plain(norm_and_gate)), "bthn c c btc bthn bthn bthn hn", 6, 11
+        gate(heads_kernels.norm_and_gate), gate(plain(norm_and_gate)), "bthn c c btc bth bthn", 4, 7
     ),
     "layer_norm": Piece(
         partial(norm_kernels.layer_norm, eps=EPS), plain(partial(layer_norm, eps=EPS)), "btc c c", 2, 3
@@ -103,7 +106,7 @@ PIECES = {
 def draw(shapes: str, batch: int, t: int, c: int, dtype: torch.dtype, device: str) -> list[Tensor]:
     sizes = {
         "btc": (batch, t, c), "bthn": (batch, t, c // HEAD, HEAD), "btf": (batch, t, 4 * c), "bc": (batch, c),
-        "c": (c,), "hn": (c // HEAD, HEAD),
+        "c": (c,), "hn": (c // HEAD, HEAD), "bth": (batch, t, c // HEAD),
     }  # fmt: skip
     g = torch.Generator(device).manual_seed(0)
     return [torch.randn(sizes[name], generator=g, device=device).to(dtype) for name in shapes.split()]

@@ -3,7 +3,6 @@
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import pytest
 import torch
@@ -135,9 +134,19 @@ def test_decay_and_keys(b, t, h, n, dtype):
     c = h * n
     vectors = [rand(1, 1, c, seed=j) for j in range(4)]
     inputs = [rand(b, t, c), rand(b, t, h, n), rand(b, t, c, seed=1), *vectors]
-    for twice in (False, True):
-        kernel, plain = (partial(x.decay_and_keys, twice=twice) for x in (prepare_kernels, prepare))
-        check(kernel, plain, inputs, dtype)
+    check(prepare_kernels.decay_and_keys, prepare.decay_and_keys, inputs, dtype)
+
+    def typed(function):
+        """The bonus is of float32 whatever the rest is."""
+
+        def call(r, r_k, w, k, a, *vectors):
+            *outs, bonus = function(w, k, a, r, *vectors, r_k)
+            return *outs, bonus.to(k.dtype)
+
+        return call
+
+    inputs = [rand(b, t, h, n, seed=7), rand(h, n, seed=8), *inputs]
+    check(typed(prepare_kernels.keys_and_bonus), typed(prepare.keys_and_bonus), inputs, dtype)
 
 
 def test_a_removal_key_of_zeros_has_a_finite_gradient():
@@ -162,7 +171,7 @@ def test_value_residual(shape, dtype):
 def test_group_norm_bonus_and_gate(b, t, h, n, bonus, activation, dtype):
     inputs = [rand(b, t, h, n), rand(h * n), rand(h * n, seed=1)]
     inputs += [] if activation == "none" else [rand(b, t, h * n)]
-    inputs += [*(rand(b, t, h, n, seed=j) for j in (1, 2, 3)), rand(h, n)] if bonus else []
+    inputs += [rand(b, t, h, seed=1), rand(b, t, h, n, seed=2)] if bonus else []
 
     def split(rest: Sequence[Tensor]) -> tuple[Tensor | None, tuple[Tensor, ...] | None]:
         gate, rest = (None, rest) if activation == "none" else (rest[0], rest[1:])
@@ -240,8 +249,7 @@ def operators() -> dict[str, tuple[object, ...]]:
         "shift_mix": (flat, x(1, 32), x(3, 32), x(3, 1, 5, 32), None, False, torch.float32),
         "decay_and_keys": (flat, head, x(1, 5, 32, seed=1), v(), v(1), v(2), v(3)),
         "value_residual": (flat, x(1, 5, 32, seed=1), x(1, 5, 32, seed=2), v()),
-        "norm_and_gate": (head, v(), v(1), flat, x(1, 5, 2, 16, seed=1), x(1, 5, 2, 16, seed=2),
-                          x(1, 5, 2, 16, seed=3), x(2, 16), 1e-5, "plain", True),
+        "norm_and_gate": (head, v(), v(1), flat, x(1, 5, 2), x(1, 5, 2, 16, seed=2), 1e-5, "plain", True),
         "layer_norm": (flat, v(), v(1), 1e-5, torch.float32),
         "add_norm": (flat, x(1, 5, 32, seed=1), v(), v(1), 1e-5, torch.float32),
         "relu_square": (flat,),
@@ -273,10 +281,11 @@ def test_plain_forms_compile_without_a_graph_break():
     def block(x, last, mu, weight, bias, r_k):
         call, by_head = Call(), (*x.shape[:2], *r_k.shape)
         a, b, c = call.fused(shift.shift_mix, x, last, [mu, 1 - mu, mu * mu])
-        w, k, erase, write = call.fused(prepare.decay_and_keys, a, b.view(by_head), c, mu, mu, weight, bias)
+        keys = a, b.view(by_head), c, a.view(by_head), mu, mu, weight, bias, r_k
+        w, k, erase, write, _, u = call.fused(prepare.keys_and_bonus, *keys)
         v = call.fused(prepare.value_residual, a, b, c, mu)
         y = w * erase + write
-        y = call.fused(heads.norm_and_gate, y, weight, bias, 1e-5, a, "silu", (k, k, y, r_k))
+        y = call.fused(heads.norm_and_gate, y, weight, bias, 1e-5, a, "silu", (u, k))
         total, normed = call.fused(norm.add_norm, v, ffn.relu_square(y), weight, bias)
         return call.fused(norm.layer_norm, ffn.sigmoid_gate(total, normed), weight, bias)
 
@@ -297,10 +306,12 @@ def test_every_output_is_written(monkeypatch):
     cases: list[tuple[Function, list[Tensor]]] = [
         (lambda x, last, own, a, b: shift_kernels.shift_mix(x, last, [a, b], own), [x(), last, own, v, v]),
         (prepare_kernels.decay_and_keys, [x(), head(0), x(1), v, v, v, v]),
+        (lambda w, k, a, v, u: prepare_kernels.keys_and_bonus(w, k, a, k, v, v, v, v, u),
+         [x(), head(0), x(1), v, rand(2, 48)]),
         (prepare_kernels.value_residual, [x(), x(1), x(2), v]),
         (lambda y, g: heads_kernels.norm_and_gate(y, g[0, 0], g[0, 1], 1e-5, g), [head(0), x()]),
-        (lambda y, g, k, u: heads_kernels.norm_and_gate(y, g[0, 0], g[0, 1], 1e-5, g, "silu", (y, k, k, u)),
-         [head(0), x(), head(1), rand(2, 48)]),
+        (lambda y, g, k, u: heads_kernels.norm_and_gate(y, g[0, 0], g[0, 1], 1e-5, g, "silu", (u, k)),
+         [head(0), x(), head(1), rand(2, 37, 2)]),
         (lambda a, b, w: norm_kernels.add_norm(a, b, w, w, 1e-5), [x(), x(1), v]),
         (lambda a, w: norm_kernels.layer_norm(a, w, w, 1e-5), [x(), v]),
         (ffn_kernels.relu_square, [x()]),

@@ -10,7 +10,7 @@ PLAIN_NUMBERS = {**dict.fromkeys(("rows", "T", "C", "H", "N", "n", "V", "SPAN", 
                  **dict.fromkeys(("eps", "penalty", "beta1", "rest1", "beta2", "rest2"), "fp32")}  # fmt: skip
 # float32 in any call
 EXACT = {"partial_ptr", "mean_ptr", "inverse_ptr", "weights_ptr", "loss_ptr", "statistics_ptr", "master_ptr",
-         "square_ptr", "numbers_ptr"}  # fmt: skip
+         "square_ptr", "numbers_ptr", "bonus_ptr", "g_bonus_ptr", "u_ptr", "gu_ptr"}  # fmt: skip
 
 
 @pytest.mark.slow
@@ -48,7 +48,8 @@ def main() -> None:
     losses = [{"WEIGHTED": w, "GRADIENT": g, "BLOCK": 8192} for w, g in ((True, True), (False, False))]
     kernels = [
         *((kernel, options) for kernel in (shift._mix, shift._mix_backward) for options in mixes),
-        *((kernel, limits) for kernel in (prepare._keys, prepare._keys_backward)),
+        *((kernel, {**limits, **more}) for kernel in (prepare._keys, prepare._keys_backward)
+          for more in ({}, dict.fromkeys(("r_ptr", "rk_ptr", "bonus_ptr", "gr_ptr", "g_bonus_ptr", "out_r")))),
         *((kernel, tile) for kernel in (prepare._residual, prepare._residual_backward)),
         *((kernel, options) for kernel in (heads._gate_heads, heads._gate_heads_backward) for options in gates),
         *((kernel, options) for kernel in (norm._normalise_rows, norm._normalise_rows_backward) for options in rows),

@@ -1,8 +1,10 @@
 """bfloat16 weights beside float32 masters: the update against torch's AdamW, and whole runs."""
 
+import gc
 import json
 import os
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -191,3 +193,17 @@ def test_weights_in_half_that_cannot_be_are_refused(tmp_path, setting, named):
         set_up(configure(tmp_path, *IN_HALF, setting), Listener())
     run = set_up(configure(tmp_path, IN_HALF[0], setting), Listener())
     assert run.model.dtype == torch.float32
+
+
+def test_an_optimizer_that_nobody_holds_gives_its_memory_back_at_once():
+    MasterAdamW(
+        groups(), betas=(0.9, 0.99), eps=1e-18
+    )  # torch's first optimiser of a process stays, in a frame it keeps
+    gc.disable()
+    try:
+        optimizer = MasterAdamW(groups(), betas=(0.9, 0.99), eps=1e-18)
+        there = weakref.ref(optimizer)
+        del optimizer
+        assert there() is None
+    finally:
+        gc.enable()

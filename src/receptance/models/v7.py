@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 import torch
@@ -24,7 +23,7 @@ from receptance.models.base import (
 from receptance.ops import wkv7
 from receptance.ops.heads import norm_and_gate
 from receptance.ops.low_rank import shifted_maps
-from receptance.ops.prepare import decay_and_keys, value_residual_twice
+from receptance.ops.prepare import keys_and_bonus, value_residual_twice
 
 
 def rank(x: float) -> int:
@@ -181,14 +180,14 @@ class TimeMix(nn.Module):
         g = call.cheap(torch.matmul, to_g, self.g2)
 
         r, k, v, v_again = (z.view(heads) for z in (r, k, v, v_again))
-        keys = partial(decay_and_keys, twice=True)
-        w, k, erase, write, k_again = call.fused(keys, w, k, a, self.w0, self.a0, self.k_k, self.k_a)
+        vectors = self.w0, self.a0, self.k_k, self.k_a, self.r_k
+        w, k, erase, write, r, bonus = call.fused(keys_and_bonus, w, k, a, r, *vectors)
         if self.wide_rate:
             write = (write * (1 + self.rate_span * w.exp())).to(write.dtype)
         y, wkv = wkv7(r, w, k, v, erase, write, state, lengths=call.lengths, resets=call.resets, backend=call.backend)
         norm = self.ln_x
-        bonus = r, k_again, v_again, self.r_k
-        out = norm_and_gate(y, norm.weight, norm.bias, norm.eps, g, "plain", bonus, backend=call.form)  # kept too
+        also = bonus, v_again
+        out = norm_and_gate(y, norm.weight, norm.bias, norm.eps, g, "plain", also, backend=call.form)  # kept too
         return self.output(out), v_first, wkv
 
 

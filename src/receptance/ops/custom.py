@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ def custom_operator(
         ctx.tensors, ctx.others = tensors, [None if isinstance(x, Tensor) else x for x in inputs[:-1]]
         ctx.like = [(x.shape, x.dtype) for x in output[:n_outputs]]
 
-    def differentiate(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+    def differentiate(through: Callable[..., Outputs], ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         arguments, saved = list(ctx.others), ctx.saved_tensors
         for i, x in zip(ctx.tensors, saved):
             arguments[i] = x
@@ -81,14 +82,17 @@ def custom_operator(
             saved[0].new_zeros(shape, dtype=dtype) if g is None else g.contiguous()
             for g, (shape, dtype) in zip(gradients, ctx.like)
         ]
-        # the operator knows that it has no gradient of its own, and says so where somebody wants one
-        through = operator_backward if torch.compiler.is_compiling() or torch.is_grad_enabled() else run_backward
         return *through(*given, *arguments, *saved[len(ctx.tensors) :]), *[None] * (n_others + 1)
 
-    operator.register_autograd(differentiate, setup_context=keep)
+    def differentiate_directly(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        # the operator knows that it has no gradient of its own, and says so where somebody wants one
+        return differentiate(operator_backward if torch.is_grad_enabled() else run_backward, ctx, *gradients)
 
-    functions = {"forward": run, "setup_context": keep, "backward": differentiate}
-    members = {method: staticmethod(function) for method, function in functions.items()}
+    operator.register_autograd(partial(differentiate, operator_backward), setup_context=keep)
+
+    members: dict[str, Any] = {}
+    for method, function in (("forward", run), ("setup_context", keep), ("backward", differentiate_directly)):
+        members[method] = staticmethod(function)  # type: ignore[arg-type]
     direct = type(f"{name}_direct", (torch.autograd.Function,), members)
 
     def call(*arguments: Any) -> Outputs:

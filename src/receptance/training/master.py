@@ -41,10 +41,7 @@ class MasterAdamW(AdamW):
                 size += -(-p.numel() // ALIGNED) * ALIGNED
             self._spans.append((begin, size))
 
-        def views(flat: Tensor) -> list[Tensor]:
-            return [flat[start : start + p.numel()].view(p.shape) for start, p in zip(starts, self.weights)]
-
-        self._views = views
+        self._starts, views = starts, self._views
         kinds = ("exp_avg", "exp_avg_sq", "ema") if ema else ("exp_avg", "exp_avg_sq")
         self._state = {kind: torch.zeros(size, device=device) for kind in kinds}
         self._masters, self._rounded = torch.zeros(size, device=device), torch.zeros(size, dtype=dtype, device=device)
@@ -70,6 +67,10 @@ class MasterAdamW(AdamW):
         for weight, rounded in zip(self.weights, views(self._rounded)):
             weight.data = rounded
         self.publish()
+
+    def _views(self, flat: Tensor) -> list[Tensor]:
+        """Each weight's part of a buffer, in its shape."""
+        return [flat[start : start + p.numel()].view(p.shape) for start, p in zip(self._starts, self.weights)]
 
     @torch.no_grad()
     def publish(self) -> None:

@@ -17,14 +17,14 @@ def norm_and_gate(
     eps: float,
     gate: Tensor | None = None,
     activation: Gate = "plain",
-    bonus: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    bonus: tuple[Tensor, Tensor] | None = None,
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """(GroupNorm(y) + (r·(k∘r_k)) v) ∘ gate, [B, T, C], in y's dtype.
+    """(GroupNorm(y) + bonus) ∘ gate, [B, T, C], in y's dtype.
 
     y [B, T, H, N], normalised per head in float32 at least; weight, bias of C elements; gate [B, T, C], taken as it is
-    or through silu; bonus (r, k, v, r_k): [B, T, H, N] three times and [H, N]. The kernels keep only their inputs.
+    or through silu; bonus (u, v): u·v with u [B, T, H] and v [B, T, H, N]. The kernels keep only their inputs.
     """
     if uses_triton("heads", y, backend):
         from receptance.ops.heads.triton import norm_and_gate as kernel
@@ -34,8 +34,7 @@ def norm_and_gate(
     flat = upcast(y).reshape(b * t, h * n)
     out = torch.nn.functional.group_norm(flat, h, upcast(weight), upcast(bias), eps).view(b, t, h * n).to(y.dtype)
     if bonus is not None:
-        r, k, v, r_k = bonus
-        out = out + ((r * k * r_k).sum(-1, keepdim=True) * v).flatten(2)  # after the norm
+        out = out + (bonus[0].unsqueeze(-1) * bonus[1]).flatten(2).to(out.dtype)  # after the norm
     if gate is None:
         return out
     return out * (torch.nn.functional.silu(gate) if activation == "silu" else gate)

@@ -20,30 +20,50 @@ def decay_and_keys(
     k_k: Tensor,
     k_a: Tensor,
     *,
-    twice: bool = False,
     backend: str = "auto",
-) -> tuple[Tensor, ...]:
-    """The operator's (w, k, a, b) of shape [B, T, H, N] (Goose paper, eqs. 3 to 12); with `twice`, k again after them.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The operator's (w, k, a, b) of shape [B, T, H, N] (Goose paper, eqs. 3 to 12).
 
     k [B, T, H, N] keys; w, a [B, T, C] the low-rank maps' outputs for decay and in-context rate, w0 and a0 what is
     added to them; k_k, k_a scale the removal key and the rate's pull on k. In torch w comes back in float32 at
-    least; the kernels write everything in k's dtype, and keep only their inputs for the backward pass. A tensor that
-    comes twice is for two readers: where kernels run, their gradients are added on the way.
+    least; the kernels write everything in k's dtype, and keep only their inputs for the backward pass.
     """
     if uses_triton("prepare", k, backend):
         from receptance.ops.prepare.triton import decay_and_keys as kernel
 
-        twice_there = twice and not torch.compiler.is_compiling()  # it takes no two results in one memory
-        outs = kernel(w, k, a, w0, a0, k_k, k_a, twice_there)
-        return (*outs, outs[1]) if twice and not twice_there else outs
+        return kernel(w, k, a, w0, a0, k_k, k_a)
     heads = k.shape
     w = MIN_LOG_DECAY * torch.sigmoid(upcast(w0) + upcast(w))  # log-decay; the chunked form relies on its bound
     rate = torch.sigmoid(a0 + a)  # in-context learning rate
     k = k.flatten(2)
     kk = torch.nn.functional.normalize(upcast(k * k_k).view(heads), dim=-1, eps=MIN_NORM)  # from k before its rescaling
     k = (k * (1 + (rate - 1) * k_a)).view(heads)
-    outs = w.view(heads), k, -kk, kk * rate.view(heads)
-    return (*outs, k) if twice else outs
+    return w.view(heads), k, -kk, kk * rate.view(heads)
+
+
+def keys_and_bonus(
+    w: Tensor,
+    k: Tensor,
+    a: Tensor,
+    r: Tensor,
+    w0: Tensor,
+    a0: Tensor,
+    k_k: Tensor,
+    k_a: Tensor,
+    r_k: Tensor,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, ...]:
+    """(w, k, a, b) of `decay_and_keys`; r [B, T, H, N] as it is; the bonus r·(k∘r_k) [B, T, H] with r_k [H, N].
+
+    The operator should read r from here: the kernels then add both gradients of r, and of k, on the way.
+    """
+    if uses_triton("prepare", k, backend) and not torch.compiler.is_compiling():
+        from receptance.ops.prepare.triton import keys_and_bonus as kernel
+
+        return kernel(w, k, a, r, w0, a0, k_k, k_a, r_k)
+    outs = decay_and_keys(w, k, a, w0, a0, k_k, k_a, backend=backend)
+    return *outs, r, (r * outs[1] * r_k).sum(-1)
 
 
 def value_residual(v: Tensor, first: Tensor, gate: Tensor, v0: Tensor, *, backend: str = "auto") -> Tensor:

@@ -48,24 +48,37 @@ def _keys_of(w_ptr, k_ptr, a_ptr, w0_ptr, a0_ptr, kk_ptr, ka_ptr, c, at, inside,
 
 
 @triton.jit
-def _keys(w_ptr, k_ptr, a_ptr, w0_ptr, a0_ptr, kk_ptr, ka_ptr, out_w, out_k, out_a, out_b, rows, C, N,
+def _by_head(i, rows, C, N, BR: tl.constexpr):
+    """Offsets and mask of the i-th BR rows of a head in [rows, C / N]."""
+    row = i * BR + tl.arange(0, BR)
+    return row * (C // N) + tl.program_id(1), row < rows
+
+
+@triton.jit
+def _keys(w_ptr, k_ptr, a_ptr, r_ptr, w0_ptr, a0_ptr, kk_ptr, ka_ptr, rk_ptr, out_w, out_k, out_a, out_b, bonus_ptr,
+          rows, C, N,
           LOW: tl.constexpr, MIN_NORM: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     c, at, inside, mask = _tile(tl.program_id(0), rows, C, N, BR, BN)
     decay, k, rate, _, k_a, _, _, kk = _keys_of(
         w_ptr, k_ptr, a_ptr, w0_ptr, a0_ptr, kk_ptr, ka_ptr, c, at, inside, mask, MIN_NORM
     )
     _store(out_w, at, LOW * decay, mask)
-    _store(out_k, at, k * (1.0 + (rate - 1.0) * k_a), mask)
+    k *= 1.0 + (rate - 1.0) * k_a
+    _store(out_k, at, k, mask)
     _store(out_a, at, -kk, mask)
     _store(out_b, at, kk * rate, mask)
+    if r_ptr is not None:
+        place, valid = _by_head(tl.program_id(0), rows, C, N, BR)
+        _store(bonus_ptr, place, tl.sum(_load(r_ptr, at, mask) * k * _load(rk_ptr, c, inside)[None, :], 1), valid)
 
 
 @triton.jit
-def _keys_backward(w_ptr, k_ptr, a_ptr, w0_ptr, a0_ptr, kk_ptr, ka_ptr, gw_ptr, gk_ptr, ga_ptr, gb_ptr, more_ptr,
-                   out_w, out_k, out_a, partial_ptr, rows, C, N, SPAN,
+def _keys_backward(w_ptr, k_ptr, a_ptr, r_ptr, w0_ptr, a0_ptr, kk_ptr, ka_ptr, rk_ptr, gw_ptr, gk_ptr, ga_ptr, gb_ptr,
+                   gr_ptr, g_bonus_ptr, out_w, out_k, out_a, out_r, partial_ptr, rows, C, N, SPAN,
                    LOW: tl.constexpr, MIN_NORM: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     sum_w, sum_a = tl.zeros((BR, BN), tl.float32), tl.zeros((BR, BN), tl.float32)
     sum_kk, sum_ka = tl.zeros((BR, BN), tl.float32), tl.zeros((BR, BN), tl.float32)
+    sum_rk = tl.zeros((BR, BN), tl.float32)
     for i in range(SPAN):
         c, at, inside, mask = _tile(tl.program_id(0) * SPAN + i, rows, C, N, BR, BN)
         decay, k, rate, k_k, k_a, inverse, counts, kk = _keys_of(
@@ -73,8 +86,14 @@ def _keys_backward(w_ptr, k_ptr, a_ptr, w0_ptr, a0_ptr, kk_ptr, ka_ptr, gw_ptr, 
         )
         g_decay = _load(gw_ptr, at, mask) * LOW * decay * (1.0 - decay)
         gk, gb = _load(gk_ptr, at, mask), _load(gb_ptr, at, mask)
-        if more_ptr is not None:
-            gk += _load(more_ptr, at, mask)
+        if r_ptr is not None:
+            place, valid = _by_head(tl.program_id(0) * SPAN + i, rows, C, N, BR)
+            g_bonus = _load(g_bonus_ptr, place, valid)[:, None]
+            r, scaled = _load(r_ptr, at, mask), g_bonus * _load(rk_ptr, c, inside)[None, :]
+            new_k = k * (1.0 + (rate - 1.0) * k_a)
+            _store(out_r, at, _load(gr_ptr, at, mask) + scaled * new_k, mask)
+            gk += scaled * r
+            sum_rk += g_bonus * r * new_k
         g_kk = gb * rate - _load(ga_ptr, at, mask)
         g_rate = (gb * kk + gk * k * k_a) * rate * (1.0 - rate)
         along = tl.where(counts, tl.sum(kk * g_kk, 1)[:, None], 0.0)
@@ -87,11 +106,12 @@ def _keys_backward(w_ptr, k_ptr, a_ptr, w0_ptr, a0_ptr, kk_ptr, ka_ptr, gw_ptr, 
         sum_kk += g_key * k
         sum_ka += gk * k * (rate - 1.0)
     c, _, inside, _ = _tile(0, rows, C, N, BR, BN)
-    partial_ptr += tl.program_id(0) * 4 * C + c
+    partial_ptr += tl.program_id(0) * 5 * C + c
     tl.store(partial_ptr, tl.sum(sum_w, 0), mask=inside)
     tl.store(partial_ptr + C, tl.sum(sum_a, 0), mask=inside)
     tl.store(partial_ptr + 2 * C, tl.sum(sum_kk, 0), mask=inside)
     tl.store(partial_ptr + 3 * C, tl.sum(sum_ka, 0), mask=inside)
+    tl.store(partial_ptr + 4 * C, tl.sum(sum_rk, 0), mask=inside)
 
 
 @triton.jit
@@ -142,29 +162,52 @@ def _launch_backward(rows: int, c: int, n: int) -> tuple[tuple[int, int], dict[s
 _LIMITS = {"LOW": MIN_LOG_DECAY, "MIN_NORM": MIN_NORM}
 
 
+Reading = tuple[Tensor, Tensor] | None  # r [B, T, H, N] and r_k [H, N]
+
+
+def _run_keys(
+    w: Tensor, k: Tensor, a: Tensor, vectors: tuple[Tensor, ...], reading: Reading
+) -> tuple[list[Tensor], Tensor | None]:
+    """w, k, a, b, and the bonus [B, T, H]."""
+    b, t, h, n = k.shape
+    outs = [torch.empty_like(k) for _ in range(4)]
+    r, r_k = reading or (None, None)
+    bonus = None if r is None else torch.empty(b, t, h, dtype=torch.float32, device=k.device)
+    grid, meta = _launch(b * t, h * n, n)
+    _keys[grid](w, k, a, r, *vectors, r_k, *outs, bonus, b * t, h * n, n, **_LIMITS, **meta)
+    return outs, bonus
+
+
+def _run_keys_backward(
+    grads: tuple[Tensor, ...], w: Tensor, k: Tensor, a: Tensor, vectors: tuple[Tensor, ...], reading: Reading,
+    g_reading: Reading,
+) -> tuple[list[Tensor], Tensor | None, Tensor]:  # fmt: skip
+    """Gradients of w, k, a; of r; [5, C]: of the vectors and r_k. g_reading: those of r so far, and of the bonus."""
+    b, t, h, n = k.shape
+    outs = [torch.empty_like(x) for x in (w, k, a)]
+    r, r_k = reading or (None, None)
+    out_r = None if r is None else torch.empty_like(r)
+    grid, meta = _launch_backward(b * t, h * n, n)
+    partial = torch.empty(grid[0], 5, h * n, dtype=torch.float32, device=k.device)
+    _keys_backward[grid](w, k, a, r, *vectors, r_k, *grads, *(g_reading or (None, None)), *outs, out_r, partial,
+                         b * t, h * n, n, **_LIMITS, **meta)  # fmt: skip
+    return outs, out_r, partial.sum(0)
+
+
 def _make_keys(
     w: Tensor, k: Tensor, a: Tensor, w0: Tensor, a0: Tensor, k_k: Tensor, k_a: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    b, t, h, n = k.shape
-    outs = [torch.empty_like(k) for _ in range(4)]
-    grid, meta = _launch(b * t, h * n, n)
-    _keys[grid](w, k, a, w0, a0, k_k, k_a, *outs, b * t, h * n, n, **_LIMITS, **meta)
+    outs, _ = _run_keys(w, k, a, (w0, a0, k_k, k_a), None)
     return outs[0], outs[1], outs[2], outs[3]
 
 
 def _key_gradients(
     gw: Tensor, gk: Tensor, ga: Tensor, gb: Tensor,
-    w: Tensor, k: Tensor, a: Tensor, w0: Tensor, a0: Tensor, k_k: Tensor, k_a: Tensor, more: Tensor | None = None,
+    w: Tensor, k: Tensor, a: Tensor, w0: Tensor, a0: Tensor, k_k: Tensor, k_a: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of w, k, a, and [4, C]: of the vectors. more: what else reached the new k."""
-    b, t, h, n = k.shape
-    outs = [torch.empty_like(x) for x in (w, k, a)]
-    grid, meta = _launch_backward(b * t, h * n, n)
-    partial = torch.empty(grid[0], 4, h * n, dtype=torch.float32, device=k.device)
-    _keys_backward[grid](
-        w, k, a, w0, a0, k_k, k_a, gw, gk, ga, gb, more, *outs, partial, b * t, h * n, n, **_LIMITS, **meta
-    )
-    return outs[0], outs[1], outs[2], partial.sum(0)
+    """Gradients of w, k, a, and [4, C]: of the vectors."""
+    outs, _, sums = _run_keys_backward((gw, gk, ga, gb), w, k, a, (w0, a0, k_k, k_a), None, None)
+    return outs[0], outs[1], outs[2], sums[:4].clone()
 
 
 _decay_and_keys = torch.library.custom_op("receptance::decay_and_keys", _make_keys, mutates_args=())
@@ -179,7 +222,7 @@ def _(w, k, a, w0, a0, k_k, k_a):
 
 
 @_decay_and_keys_backward.register_fake
-def _(gw, gk, ga, gb, w, k, a, w0, a0, k_k, k_a, more=None):
+def _(gw, gk, ga, gb, w, k, a, w0, a0, k_k, k_a):
     partial = torch.empty(4, k.shape[2] * k.shape[3], dtype=torch.float32, device=k.device)
     return torch.empty_like(w), torch.empty_like(k), torch.empty_like(a), partial
 
@@ -197,24 +240,28 @@ def _differentiate_keys(ctx, *grads):
 _decay_and_keys.register_autograd(_differentiate_keys, setup_context=_keep)
 
 
-class _KeysTwice(torch.autograd.Function):
-    """Not an operator of torch.library: the new k comes twice, so that the kernel adds its two gradients."""
+class _KeysAndBonus(torch.autograd.Function):
+    """Not an operator of torch.library: r passes through, so that the kernel adds its gradients."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(*inputs)
-        with torch.cuda.device_of(inputs[0]):
-            outs = _make_keys(*inputs)
-        return *outs, outs[1].data
+    def forward(ctx: Any, w: Tensor, k: Tensor, a: Tensor, r: Tensor, *vectors: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(w, k, a, r, *vectors)
+        ctx.set_materialize_grads(False)
+        with torch.cuda.device_of(k):
+            outs, bonus = _run_keys(w, k, a, vectors[:4], (r, vectors[4]))
+        assert bonus is not None
+        return *outs, r, bonus
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        saved = ctx.saved_tensors
-        *four, more = (g.contiguous() for g in grads)
-        arguments = *four, *saved, more
-        with torch.cuda.device_of(saved[0]):
-            *tensors, vectors = _key_gradients(*arguments)
-        return *tensors, *(g.view_as(p).to(p.dtype) for g, p in zip(vectors.unbind(), saved[3:]))
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        w, k, a, r, *vectors = ctx.saved_tensors
+        given = [torch.zeros_like(k) if g is None else g.contiguous() for g in grads[:5]]
+        g_bonus = r.new_zeros(r.shape[:3]) if grads[5] is None else grads[5].contiguous()
+        with torch.cuda.device_of(k):
+            outs, out_r, sums = _run_keys_backward(
+                tuple(given[:4]), w, k, a, tuple(vectors[:4]), (r, vectors[4]), (given[4], g_bonus)
+            )
+        return *outs, out_r, *(g.view_as(p).to(p.dtype) for g, p in zip(sums.unbind(), vectors))
 
 
 def _make_value(v: Tensor, first: Tensor, gate: Tensor, v0: Tensor) -> Tensor:
@@ -284,11 +331,18 @@ class _ValueTwice(torch.autograd.Function):
 
 
 def decay_and_keys(
-    w: Tensor, k: Tensor, a: Tensor, w0: Tensor, a0: Tensor, k_k: Tensor, k_a: Tensor, twice: bool = False
-) -> tuple[Tensor, ...]:
+    w: Tensor, k: Tensor, a: Tensor, w0: Tensor, a0: Tensor, k_k: Tensor, k_a: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Same contract as the plain form; all come back in k's dtype."""
-    function = _KeysTwice.apply if twice else _decay_and_keys
-    return function(w.contiguous(), k.contiguous(), a.contiguous(), w0, a0, k_k, k_a)
+    return _decay_and_keys(w.contiguous(), k.contiguous(), a.contiguous(), w0, a0, k_k, k_a)
+
+
+def keys_and_bonus(
+    w: Tensor, k: Tensor, a: Tensor, r: Tensor, w0: Tensor, a0: Tensor, k_k: Tensor, k_a: Tensor, r_k: Tensor
+) -> tuple[Tensor, ...]:
+    """Same contract as the plain form; w, k, a, b come back in k's dtype, the bonus in float32."""
+    tensors = (x.contiguous() for x in (w, k, a, r))
+    return _KeysAndBonus.apply(*tensors, w0, a0, k_k, k_a, r_k.contiguous())
 
 
 def value_residual(v: Tensor, first: Tensor, gate: Tensor, v0: Tensor) -> Tensor:
@@ -306,6 +360,7 @@ def probe() -> None:
     draw = lambda *shape: torch.ones(shape, dtype=torch.bfloat16, device="cuda", requires_grad=True)
     w, k, v = draw(1, 2, 64), draw(1, 2, 1, 64), draw(64)
     sum(y.sum() for y in decay_and_keys(w, k, w, v, v, v, v)).backward()
+    sum(y.sum() for y in keys_and_bonus(w, k, w, k, v, v, v, v, draw(1, 64))).backward()
     value_residual(w, w, w, v).sum().backward()
     value_residual_twice(w, w, w, v)[0].sum().backward()
     torch.cuda.synchronize()

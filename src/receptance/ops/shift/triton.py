@@ -14,7 +14,8 @@ from torch import Tensor
 
 MOST = 6
 SPAN = 16  # rows of a program; the one before them is read twice
-PROGRAMS = 528  # of the backward pass, each with its share of the gradients of vectors: four per multiprocessor
+CHANNELS = 256  # of a warp of the backward pass
+PROGRAMS = 1056  # of the backward pass, each with its share of the gradients of vectors: eight per multiprocessor
 
 
 @triton.jit
@@ -204,6 +205,12 @@ def _sizes(c: int) -> dict[str, int]:
     return {"BC": width, "num_warps": min(16, max(1, width // 256))}
 
 
+def _sizes_backward(c: int) -> dict[str, int]:
+    """More warps than forward: each row ends in sums across them, which others must hide."""
+    width = triton.next_power_of_2(c)
+    return {"BC": width, "num_warps": min(16, max(1, width // CHANNELS))}
+
+
 def _fill(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [*tensors, *[tensors[0]] * (MOST - len(tensors))]
 
@@ -242,7 +249,7 @@ def _backward(
     weight, bias, statistics = norm or (None, None, None)
     _mix_backward[(programs, b)](
         x, weight, bias, statistics, last, resets, mixes, own, *_fill(grads), g_sum, g_end, gx, g_last, g_own, partial,
-        b * t, t, c, span, NORM=norm is not None, M=len(mixes), PRESENT=present, **_sizes(c),
+        b * t, t, c, span, NORM=norm is not None, M=len(mixes), PRESENT=present, **_sizes_backward(c),
     )  # fmt: skip
     return gx, g_last, g_own, partial.sum(0)
 
