@@ -234,8 +234,10 @@ def scaling_table(name: str) -> str:
     if laws := scaling_laws(name):
         return scaling.report(laws).split("\n\n")[0]
     runs = sorted(rows_of(name), key=lambda row: (row["name"], row["parameters_without_embedding"], row["tokens"]))
-    body = [[row["name"].split(",")[0], f"{row['parameters_without_embedding'] / 1e6:.1f}", f"{row['tokens'] / 1e6:.1f}",
-             f"{next(iter(row['validation'].values())):.4f}"] for row in runs]  # fmt: skip
+    body = []
+    for row in runs:
+        millions = (f"{row[key] / 1e6:.1f}" for key in ("parameters_without_embedding", "tokens"))
+        body.append([row["name"].split(",")[0], *millions, f"{next(iter(row['validation'].values())):.4f}"])
     return table(["model", "parameters, million", "tokens, million", "bits per byte"], body)
 
 
