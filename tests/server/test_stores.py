@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 
 import pytest
+from server_helpers import REDISES, redis_name
 
 from receptance.errors import ConfigError
 from receptance.server.sqlite_store import SqliteStore
@@ -19,8 +20,8 @@ from receptance.server.store import Conflict, Full, Missing, Session, Turn
 BIG = 1 << 40
 
 
-@pytest.fixture(params=["folder", "redis"])
-def make(request, tmp_path):
+@pytest.fixture(params=["folder", *REDISES], ids=lambda x: x if x == "folder" else redis_name(x))
+def make(request, tmp_path, redis_at):
     """Makes a store; what it held before is gone."""
     opened = []
 
@@ -30,7 +31,7 @@ def make(request, tmp_path):
         else:
             from receptance.server.redis_store import RedisStore
 
-            store = RedisStore(request.getfixturevalue("redis_url"), state_bytes, sessions, responses)
+            store = RedisStore(redis_at(request.param), state_bytes, sessions, responses)
             store._redis.flushall()
         opened.append(store)
         return store

@@ -5,13 +5,13 @@ from typing import Annotated
 
 import typer
 
-from receptance.cli.options import paths
+from receptance.cli import options
 
 
 def command(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file with a graph and models.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[out=…] [root=…]", show_default=False)] = None,
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")] = "cpu",
+    device: options.Place = "cpu",
 ) -> None:
     """Classify the nodes of a graph from the sequences of their neighbours and compare accuracies.
 
@@ -24,5 +24,5 @@ def command(
     """
     from receptance.evaluation.nodes import run
 
-    out = run(config, device, lambda text: typer.echo(text, err=True), paths(overrides))
+    out = run(config, device, lambda text: typer.echo(text, err=True), options.paths(overrides))
     typer.echo((out / "report.md").read_text(encoding="utf-8"), nl=False)

@@ -392,8 +392,7 @@ def make_runner(model: Any, slots: int, tokenizer: Tokenizer, invariant: bool = 
     if model.device.type == "cuda":
         from receptance.engine.gpu.versions import misfit
 
-        # RWKV-6's kernels are right at one and two layers; nobody has measured them at full size
-        if misfit(model, model.dtype) is None and model.config.version != "6":
+        if misfit(model, model.dtype) is None:
             from receptance.engine.gpu_runner import GpuRunner
 
             return GpuRunner(model, slots, vocab, tokenizer.token_bytes, tokenizer.eos_id, invariant=invariant)

@@ -12,13 +12,13 @@ from safetensors.numpy import save as serialise
 from receptance.engine import numpy_sampling
 from receptance.engine.numpy_sampling import log_probabilities
 from receptance.engine.plain_sampler import PlainSampler
-from receptance.engine.runner import Report, Sampler, Work
+from receptance.engine.runner import Report, Runner, Sampler, Work
 from receptance.native import NativeModel, State
 
 Floats = NDArray[np.float32]
 
 
-class NativeRunner:
+class NativeRunner(Runner):
     """See `Runner`. Logits are float32 arrays."""
 
     def __init__(self, model: NativeModel, slots: int, vocab: int, token_bytes: Callable[[int], bytes], eos_id: int):
@@ -58,15 +58,6 @@ class NativeRunner:
         targets = np.array([work.slot if work.target is None else work.target for work in works], np.int32)
         logits: Floats = self.model.forward_rows(tokens, counts, self.pool, rows, targets, last_only=not all_logits)
         return logits
-
-    def step(
-        self,
-        works: Sequence[Work],
-        rows: Sequence[int],
-        uniforms: Sequence[float],
-        masks: Sequence[NDArray[Any] | None] | None,
-    ) -> tuple[list[int], Floats] | None:
-        return None
 
     def keep(self, logits: Floats, row: int) -> Floats:
         kept: Floats = logits[row].copy()

@@ -69,6 +69,7 @@ class Runner(Protocol):
         masks: Sequence[NDArray[Any] | None] | None,
     ) -> tuple[list[int], Logits] | None:
         """`run` and the sampler's `draw` in one, where that saves time; None, and nothing done, where it does not."""
+        return None
 
     def keep(self, logits: Logits, row: int) -> Any:
         """A copy of one row of logits."""

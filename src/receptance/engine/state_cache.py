@@ -46,14 +46,16 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 class StateCache:
-    """max_bytes: of states and logits together; 0 keeps nothing. Those that were not used for longest go first.
+    """max_bytes: of states, logits and tokens; 0 keeps nothing. Those that were not used for longest go first.
+
+    token_bytes: of a token, a number in a list: a small state after a long text weighs less than the text.
 
     Each root is a tree of its own: None for a new document, or the name of the state that the tokens follow.
     """
 
-    def __init__(self, max_bytes: int):
-        self.max_bytes = max_bytes
-        self.nbytes = self.hits = self.misses = 0
+    def __init__(self, max_bytes: int, token_bytes: int = 36):
+        self.max_bytes, self.token_bytes = max_bytes, token_bytes
+        self.nbytes = self.tokens = self.hits = self.misses = 0  # nbytes: without the tokens
         self._roots: dict[str | None, Node] = {}
         self._used: OrderedDict[Node, str | None] = OrderedDict()  # nodes with an entry, the least recent first
 
@@ -86,7 +88,7 @@ class StateCache:
 
     def add(self, root: str | None, tokens: list[int], entry: Entry) -> None:
         """Keep the state after all of `tokens`, unless it alone is too large. Logits that were kept are not lost."""
-        if entry.nbytes > self.max_bytes:
+        if entry.nbytes + self.token_bytes * len(tokens) > self.max_bytes:
             return
         node = self._node_of(root, tokens)
         if node.entry is None or entry.logits is not None:
@@ -94,7 +96,7 @@ class StateCache:
             node.entry = entry
         self._used[node] = root
         self._used.move_to_end(node)
-        while self.nbytes > self.max_bytes:
+        while self.nbytes + self.token_bytes * self.tokens > self.max_bytes:
             oldest, of_root = self._used.popitem(last=False)
             assert oldest.entry is not None
             self.nbytes -= oldest.entry.nbytes
@@ -106,6 +108,7 @@ class StateCache:
         nodes = [self._roots.pop(root)] if root in self._roots else []
         for node in nodes:
             nodes += node.children.values()
+            self.tokens -= len(node.edge)
             if node.entry is not None:
                 del self._used[node]
                 self.nbytes -= node.entry.nbytes
@@ -127,6 +130,7 @@ class StateCache:
             child = node.children.get(tokens[depth])
             if child is None:
                 child = node.children[tokens[depth]] = Node(tokens[depth:], node)
+                self.tokens += len(child.edge)
             else:
                 same = common_prefix(child.edge, tokens[depth : depth + len(child.edge)])
                 if same < len(child.edge):  # split the edge
@@ -142,6 +146,7 @@ class StateCache:
         """Remove what no longer leads to an entry, and join an edge that no longer needs a node in its middle."""
         while node.parent is not None and node.entry is None and not node.children:
             del node.parent.children[node.edge[0]]
+            self.tokens -= len(node.edge)
             node = node.parent
         if node.parent is None:
             if not node.children:

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from receptance.engine import numpy_sampling
 from receptance.engine.plain_sampler import PlainSampler
-from receptance.engine.runner import Report, Sampler, Work
+from receptance.engine.runner import Report, Runner, Sampler, Work
 from receptance.engine.sampling import log_probabilities
 from receptance.models import RWKV, State
 from receptance.native import NoCoreError, load_core
 
 
-class TorchRunner:
+class TorchRunner(Runner):
     """See `Runner`. Logits are tensors on the model's device."""
 
     def __init__(self, model: RWKV, slots: int, vocab: int, token_bytes: Callable[[int], bytes], eos_id: int):
@@ -93,15 +93,6 @@ class TorchRunner:
         if all_logits:
             return [row[:length] for row, length in zip(logits, lengths)]
         return list(logits.split(1))
-
-    def step(
-        self,
-        works: Sequence[Work],
-        rows: Sequence[int],
-        uniforms: Sequence[float],
-        masks: Sequence[NDArray[Any] | None] | None,
-    ) -> tuple[list[int], Tensor] | None:
-        return None
 
     def keep(self, logits: Tensor, row: int) -> Tensor:
         return logits[row].clone()

@@ -273,7 +273,11 @@ class Binding:
         whole = not channels % BLOCK and not hidden % BLOCK
         if isinstance(x, Blocks) and dtype not in PACKED_BYTES:
             in_place = self.repack is False
-            return self.bands(x, BANDS[x.format]) if x.format in BANDS and whole and not in_place else self.matrix(name, dtype)
+            return (
+                self.bands(x, BANDS[x.format])
+                if x.format in BANDS and whole and not in_place
+                else self.matrix(name, dtype)
+            )
         if dtype in PACKED_BYTES and whole:
             return self.bands(x, BANDS[dtype])
         own = "float32" if isinstance(x, Blocks) else type_name(x)

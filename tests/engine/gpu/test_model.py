@@ -129,7 +129,6 @@ def test_older_versions_with_some_rows(monkeypatch):
 
 def many(monkeypatch) -> None:
     """Makes a few rows take what many do."""
-    monkeypatch.setattr(gpu, "CHAIN_ROWS", 0)
     monkeypatch.setattr(gpu, "GEMV_ROWS", 2)
     monkeypatch.setattr(gpu, "FEW_ROWS", 2)
 

@@ -97,8 +97,8 @@ struct Chain {
             rows.out = m.mixed, rows.out_stride = m.stride;
         }
         for_items<layer_norm::THREADS>(
-            batch, [&](int, int row) { return rows.expect(row), 0; },
-            [&](int team, int row, int) { rows.run(row, row + 1, shared[team]); });
+            batch, [&](int, int row) { return rows.expect(row), layer_norm::Held(rows); },
+            [&](int team, int row, const layer_norm::Held& weights) { rows.run(row, row + 1, shared[team], weights); });
     }
     /// The step. before(layer, i): the piece before the layer's i-th product, of those between the two norms.
     template <class Before> DEVICE void run(float (*shared)[layer_norm::THREADS / 32], Before before) {

@@ -22,7 +22,7 @@ from receptance.engine.gpu.gemv import (
 if TYPE_CHECKING:
     from receptance.engine.gpu.model import GpuModel
 
-PRODUCT = struct.Struct("5P10i")  # gemv::Product
+PRODUCT = struct.Struct("6P8i")  # gemv::Product
 MODEL = struct.Struct("9P4ifi")  # chain::Model
 LEAST_DEPTH, MOST_DEPTH = 4, 12  # steps of 32 columns that a warp's ring has room for
 SYSTEM_BYTES = 1024  # of shared memory, of each block
@@ -59,6 +59,14 @@ def _pointers(tensors: Sequence[Tensor | None]) -> bytes:
     return struct.pack(f"{len(tensors)}P", *(0 if x is None else x.data_ptr() for x in tensors))
 
 
+def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix in bytes that are 128 too large, and each row's scale, float32."""
+    x = weight.float()
+    scales = x.abs().amax(1) / 127
+    q = (x / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).round().clamp(-127, 127)
+    return (q + 128).to(torch.uint8), scales
+
+
 class Chain:
     """The step for up to 8 · batch_tiles rows. fits: whether the GPU has room for it."""
 
@@ -84,7 +92,7 @@ class Chain:
         self.shared = ring_bytes(depth) + sums + table
         program = gpu.load(
             own.source, GEMV_WARPS=WARPS, ROW_TILES=1, BATCH_TILES=batch_tiles, DEPTH=depth, IS_CHAIN=1,
-            WIDTH=gpu.c, GEMV_BYTES=ring_bytes(depth) + sums, **own.macros,
+            WEIGHT_BITS=8 if gpu.int8 else 16, WIDTH=gpu.c, GEMV_BYTES=ring_bytes(depth) + sums, **own.macros,
         )  # fmt: skip
         self._kernel = getattr(program, own.source.removesuffix(".cu"))
         self._counts = torch.zeros(PIECES * len(layers) + 2, dtype=torch.int32, device=gpu.device)
@@ -103,12 +111,15 @@ class Chain:
 
     def _pack(self, products: Sequence[Product]) -> bytes:
         packed, first = b"", 0
+        self._matrices: list[Tensor | None] = []
         for p in products:
             tiles = len(p.weight) // 16 if p.tasks is None else len(p.tasks)
             columns = p.weight.shape[1]
             stride = p.out.stride(0) if p.out.dim() > 1 else 0
-            packed += _pointers([p.weight, p.tasks, p.x, p.out, p.gate])
-            packed += struct.pack("10i", columns, p.activation, columns, stride, p.mode, tiles, first, 0, 0, 0)
+            weight, scales = quantised(p.weight) if self.gpu.int8 else (p.weight, None)
+            self._matrices += [weight, scales]
+            packed += _pointers([weight, scales, p.tasks, p.x, p.out, p.gate])
+            packed += struct.pack("8i", columns, p.activation, columns, stride, p.mode, tiles, first, 0)
             first = (first + tiles) % self.grid
         return packed
 

@@ -21,8 +21,10 @@ extern "C" __global__ void __launch_bounds__(chain::BLOCK) chain6(const Model* m
     __shared__ union { chain::NormMemory norm; Mix mix[chain::BLOCK / THREADS]; StepOfFew heads[chain::BLOCK / THREADS]; } memory;
 #ifdef HAS_MIX
     constexpr int EACH_LAYER = 5;  // products
+    typedef DecayMap Map;
 #else
     constexpr int EACH_LAYER = 4;
+    typedef int Map;
 #endif
     chain::Chain step(model->model, EACH_LAYER, tokens, slots, batch);
     const int H = model->heads, C = H * N, stride = step.m.stride;
@@ -51,7 +53,7 @@ extern "C" __global__ void __launch_bounds__(chain::BLOCK) chain6(const Model* m
                 return 0;
 #endif
             },
-            [&](int team, int item, const auto& map) {
+            [&](int team, int item, const Map& map) {
                 const int head = item % H, row = item / H, n = thread_of_head();
                 const i64 at = (i64)row * C + head * N + n;
                 StepOfFew& m = memory.heads[team];

@@ -8,7 +8,7 @@
 // asked for itself: nothing is waited for but the oldest copy, and copies for the next tile start before this one is done;
 // those for the first, before the kernel in front has ended.
 // -DGEMV_WARPS a block, -DROW_TILES of 16 a block, -DBATCH_TILES of 8 a block, -DDEPTH: steps of 32 columns on their way,
-// -DIS_CHAIN: of chain.cuh, 0 or 1.
+// -DIS_CHAIN: of chain.cuh, 0 or 1; -DWEIGHT_BITS: 16, or 8 with a scale for each row (bytes that are 128 too large; float16 only).
 #pragma once
 #include "gpu.cuh"
 
@@ -16,40 +16,42 @@ namespace gemv {
 /// What 16 · ROW_TILES rows of weights do; offsets in elements.
 struct Task {
     i64 weight, input, output;  // of the first row of weights, of the activations' first row, of the output's first row
-    int columns, activation, stride, unused;  // stride: from one activation row's outputs to the next's
+    int columns, activation, stride, row;  // stride: from one activation row's outputs to the next's; row of the matrix
 };
 enum Mode { WRITE, ADD, LOGITS, GATED };
 
 /// output[b, row] = activation(Σ weight[row, c] input[b, c]); tasks: one for each tile of rows, or null: all rows alike,
 /// `columns` wide. mode: WRITE elements of type E, ADD to float32, write float32 LOGITS, or add times gate [batch, rows].
 struct Product {
-    const u16* weight;
+    const void* weight;
+    const float* scales;  // of the matrix's rows, where weights have 8 bits
     const Task* tasks;
     const u16* input;
     void* output;
     const u16* gate;
     int columns, activation, input_stride, output_stride, mode, tiles;
-    int first, unused[3];  // first: the block that takes tile 0; the others go on from there
+    int first, unused;  // first: the block that takes tile 0; the others go on from there
     DEVICE Task task(int tile) const;
     DEVICE int first_tile() const { return (int)blockIdx.x >= first ? blockIdx.x - first : blockIdx.x + gridDim.x - first; }
 };
 
 constexpr int WARPS = GEMV_WARPS, ROWS = 16 * ROW_TILES, BATCH = 8 * BATCH_TILES, SIDE = BATCH + 1;
-constexpr int GROUP = BATCH_TILES < 4 ? 4 / BATCH_TILES : 1;  // steps of which a warp holds the activations
+constexpr int STEP = 512 / WEIGHT_BITS, LOADS = STEP / 32;  // columns of a step; loads of activations for them
+constexpr int GROUP = LOADS * BATCH_TILES < 4 ? 4 / BATCH_TILES / LOADS : 1;  // steps of which a warp holds the activations
 static_assert(!IS_CHAIN || ROWS * BATCH <= WARPS * 32, "in a chain each thread has at most one of a tile's outputs");
 typedef float Sums[IS_CHAIN ? 2 : 1][WARPS][ROWS][SIDE];
 constexpr int RING_BYTES = WARPS * DEPTH * ROW_TILES * 1024;
 
 DEVICE Task Product::task(int tile) const {
-    return tasks ? tasks[tile] : Task{(i64)tile * ROWS * columns, 0, (i64)tile * ROWS, columns, activation, output_stride, 0};
+    return tasks ? tasks[tile] : Task{(i64)tile * ROWS * columns, 0, (i64)tile * ROWS, columns, activation, output_stride, tile * ROWS};
 }
 
-struct Group { uint4 x[GROUP][BATCH_TILES]; };
+struct Group { uint4 x[GROUP][BATCH_TILES][LOADS]; };
 /// A warp's share of one tile.
 struct Share {
     int step, end;
     DEVICE explicit Share(int columns) {
-        const int warp = threadIdx.x / 32, steps = columns / 32, each = (steps + WARPS - 1) / WARPS;
+        const int warp = threadIdx.x / 32, steps = columns / STEP, each = (steps + WARPS - 1) / WARPS;
         step = warp * each, end = step + each < steps ? step + each : steps;
     }
 };
@@ -59,7 +61,7 @@ struct Feed {
     const Product* products;  // [count], each with tiles for at least one block
     uint4* ring;  // [DEPTH][2 · ROW_TILES][32 lanes] of the warp
     int count, product, tile, step, end, columns, slot;
-    const u16* from;
+    const char* from;
 
     /// memory: RING_BYTES, 128-byte aligned.
     DEVICE Feed(const Product* products, int count, char* memory) : products(products), count(count), product(0), slot(0) {
@@ -76,7 +78,7 @@ struct Feed {
         const Task task = p.task(tile);
         const Share share(task.columns);
         step = share.step, end = share.end, columns = task.columns;
-        from = p.weight + task.weight + (i64)(lane / 4) * columns + 8 * (lane % 4);
+        from = (const char*)p.weight + (task.weight + (i64)(lane / 4) * columns) * (WEIGHT_BITS / 8) + 16 * (lane % 4);
     }
     DEVICE void find() {  // the next tile in which this warp has a share
         while (product < count && step >= end) {
@@ -89,7 +91,7 @@ struct Feed {
         if (product < count) {
 #pragma unroll
             for (int i = 0; i < 2 * ROW_TILES; ++i)
-                copy_async(ring + (to * 2 * ROW_TILES + i) * 32, from + (i64)8 * i * columns + step * 32, true);
+                copy_async(ring + (to * 2 * ROW_TILES + i) * 32, from + (i64)i * columns * WEIGHT_BITS + step * 64, true);
             ++step;
             find();
         }
@@ -113,6 +115,7 @@ struct Feed {
             float sum = 0.f;
 #pragma unroll
             for (int w = 0; w < WARPS; ++w) sum += sums[w][i % ROWS][i / ROWS];
+            if (WEIGHT_BITS == 8) sum *= p.scales[task.row + i % ROWS];
             sum = activated(sum, task.activation);
             if (p.mode == WRITE) ((u16*)p.output)[to] = narrow(sum);
             else ((float*)p.output)[to] = p.mode == ADD ? old + sum : p.mode == GATED ? old + open * sum : sum;
@@ -124,17 +127,19 @@ struct Feed {
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
         const int row = blockIdx.y * BATCH + g;
         const Share share(p.columns);
-        const u16* x = p.input + (i64)row * p.input_stride + 8 * t;
+        const u16* x = p.input + (i64)row * p.input_stride + STEP / 4 * t;
         Group b, coming;  // activations
         const auto load = [&](Group& to, i64 input, int step) {
 #pragma unroll
             for (int i = 0; i < GROUP; ++i)
 #pragma unroll
-                for (int n = 0; n < BATCH_TILES; ++n) {
-                    to.x[i][n] = make_uint4(0, 0, 0, 0);
-                    if (step + i < share.end && row + 8 * n < batch)
-                        to.x[i][n] = load_fresh((const void*)(x + input + (i64)8 * n * p.input_stride + (step + i) * 32));
-                }
+                for (int n = 0; n < BATCH_TILES; ++n)
+#pragma unroll
+                    for (int j = 0; j < LOADS; ++j) {
+                        to.x[i][n][j] = make_uint4(0, 0, 0, 0);
+                        if (step + i < share.end && row + 8 * n < batch)
+                            to.x[i][n][j] = load_fresh((const void*)(x + input + (i64)8 * n * p.input_stride + (step + i) * STEP + 8 * j));
+                    }
         };
         int buffer = 0, tile = p.first_tile();
         Task task = p.task(tile);
@@ -155,13 +160,18 @@ struct Feed {
 #pragma unroll
                     for (int r = 0; r < ROW_TILES; ++r) {
                         const uint4 p = ring[(slot * 2 * ROW_TILES + 2 * r) * 32], q = ring[(slot * 2 * ROW_TILES + 2 * r + 1) * 32];
-                        const u32 left[4] = {p.x, q.x, p.y, q.y}, right[4] = {p.z, q.z, p.w, q.w};
+                        const u32 words[2][4] = {{p.x, p.y, p.z, p.w}, {q.x, q.y, q.z, q.w}};
 #pragma unroll
-                        for (int n = 0; n < BATCH_TILES; ++n) {
-                            const uint4 y = b.x[i][n];
-                            const u32 low[2] = {y.x, y.y}, high[2] = {y.z, y.w};
-                            E::multiply(c[r][n], left, low);
-                            E::multiply(c[r][n], right, high);
+                        for (int j = 0; j < 2 * LOADS; ++j) {  // 16 columns
+                            u32 a[4];
+                            if (WEIGHT_BITS == 16) a[0] = words[0][2 * j], a[1] = words[1][2 * j], a[2] = words[0][2 * j + 1], a[3] = words[1][2 * j + 1];
+                            else widen(words[0][j], a[0], a[2]), widen(words[1][j], a[1], a[3]);
+#pragma unroll
+                            for (int n = 0; n < BATCH_TILES; ++n) {
+                                const uint4 y = b.x[i][n][j / 2];
+                                const u32 x[2] = {j % 2 ? y.z : y.x, j % 2 ? y.w : y.y};
+                                E::multiply(c[r][n], a, x);
+                            }
                         }
                     }
                     fetch(slot);

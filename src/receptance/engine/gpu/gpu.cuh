@@ -43,6 +43,13 @@ DEVICE u16 load_fresh(const u16* p) {
     asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(x) : "l"(p) : "memory");
     return x;
 }
+/// Four bytes, each 128 too large, as numbers of 16 bits (float16).
+DEVICE void widen(u32 x, u32& low, u32& high) {
+    asm("prmt.b32 %0, %1, 0x64646464, 0x4140;" : "=r"(low) : "r"(x));  // 1024 + byte
+    asm("prmt.b32 %0, %1, 0x64646464, 0x4342;" : "=r"(high) : "r"(x));
+    asm("sub.f16x2 %0, %0, %1;" : "+r"(low) : "r"(0x64806480));
+    asm("sub.f16x2 %0, %0, %1;" : "+r"(high) : "r"(0x64806480));
+}
 template <int N> DEVICE void await_all_but() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }  // groups of copies
 DEVICE void bring_to_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 template <int TEAM> DEVICE void team_sync() { asm volatile("bar.sync %0, %1;" ::"r"(1 + threadIdx.x / TEAM), "n"(TEAM) : "memory"); }
@@ -59,6 +66,10 @@ inline uint4 load_weights(const void* p) { return *(const uint4*)p; }
 inline uint4 load_fresh(const void* p) { return *(const uint4*)p; }
 inline float load_fresh(const float* p) { return *p; }
 inline u16 load_fresh(const u16* p) { return *p; }
+inline void widen(u32 x, u32& low, u32& high) {
+    const auto value = [&](int i) { return (float)(int)(x >> 8 * i & 255) - 128.f; };
+    low = two_halves(value(0), value(1)), high = two_halves(value(2), value(3));
+}
 template <int N> void await_all_but() {}
 inline void bring_to_l2(const void*) {}
 template <int TEAM> void team_sync() { emulation::wait_in_team(TEAM); }

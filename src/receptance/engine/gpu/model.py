@@ -35,10 +35,10 @@ from receptance.ops import cuda
 
 HERE = Path(__file__).parent
 SHARED_BYTES = 227 * 1024  # of a multiprocessor
-NORM_THREADS = 256
+NORM_THREADS, NORM_ROWS = 256, 128  # rows for which a norm fetches its weights ahead
 STEP_THREADS = 768  # of a multiprocessor, that step states of many rows; their registers fill it
 FEW_ROWS = 16  # for which the time mix applies low-rank maps itself
-CHAIN_ROWS = 8  # for which the whole step is one launch
+CHAIN_ROWS = 32  # for which the whole step can be one launch
 GEMV_ROWS = 32  # up to which products are made by `gemv`
 MOST_TOKENS = 16384  # of one prefill call; offsets within a buffer are 32-bit
 
@@ -174,6 +174,7 @@ class GpuModel:
     slots: rows of states. `state`: the pool, name → [L, slots + 1, …] with the fields of `receptance.models.State`; the
     last row takes what padding does. state_dtype: of "wkv", float32 or `dtype`.
     invariant: every row's logits are, bit by bit, those it would have alone, at the price of speed for many rows.
+    int8: a step of few rows reads its large matrices in 8 bits, with a scale for each row; others stay as they are.
     Raises ValueError for a model that `misfit` has words for.
     """
 
@@ -186,6 +187,7 @@ class GpuModel:
         state_dtype: torch.dtype = torch.float32,
         most_rows: int = 1024,
         invariant: bool = False,
+        int8: bool = False,
     ):
         from receptance.engine.gpu.versions import misfit, time_mix
 
@@ -198,6 +200,9 @@ class GpuModel:
             model.device, dtype, slots, invariant, most_rows,
         )  # fmt: skip
         self.c, self.f = config.n_embd, config.dim_ffn
+        self.int8 = int8
+        if int8 and (dtype != torch.float16 or invariant or self.c % 64 or self.f % 64):
+            raise ValueError("int8 needs float16, sizes that are multiples of 64, and invariant=False")
         self.state_dtype = state_dtype
         first: Any = model.blocks[0]
         is_gated = hasattr(first.ffn, "receptance")
@@ -224,7 +229,7 @@ class GpuModel:
         self.processors: int = device.multi_processor_count if device else 1
         self.shared_bytes: int = getattr(device, "shared_memory_per_block_optin", SHARED_BYTES)
         self._side = torch.cuda.Stream(self.device) if on_gpu else None
-        self._chains: dict[int, Chain | None] = {}
+        self._chains: dict[int, Chain] = {}
         self._tables: dict[tuple[Projection, int], Tensor] = {}
 
     def _layer(self, block: Any, cast: Cast) -> Layer:
@@ -255,7 +260,7 @@ class GpuModel:
         ring, sums = ring_bytes(DEPTH, row_tiles), sums_bytes(batch_tiles, row_tiles)
         program = self.load(
             "gemv.cu", GEMV_WARPS=WARPS, ROW_TILES=row_tiles, BATCH_TILES=batch_tiles, DEPTH=DEPTH,
-            IS_CHAIN=0, SHARED_BYTES=ring + sums,
+            IS_CHAIN=0, WEIGHT_BITS=16, SHARED_BYTES=ring + sums,
         )  # fmt: skip
         return program.gemv_product, ring + sums
 
@@ -303,7 +308,7 @@ class GpuModel:
                 width = projection.regions[part.region]
                 tasks += [
                     [(from_row + i) * c, part.mix * rows * c, starts[part.region] + part.column + i,
-                     c | part.activation << 32, width]
+                     c | part.activation << 32, width | from_row + i << 32]
                     for i in range(0, part.rows, tile)
                 ]  # fmt: skip
                 from_row += part.padded or part.rows
@@ -339,26 +344,28 @@ class GpuModel:
         """norm_mix in norm.cu: total [B, C] = x and what is added, or embeddings of tokens; out: its norm and mixes."""
         rows = len(x)
         count, stride = (0, 0) if mixes is None else (len(mixes), out.stride(0))
-        self.norm.norm_mix(
-            (-(-rows // each),), NORM_THREADS, x, total, None if tokens is None else self.table, tokens,
-            added.delta, added.gate, *norm, self.eps, mixes, count, last, after, begins, ends, out, stride, rows, each,
-            chained=True,
+        args = (
+            x, total, None if tokens is None else self.table, tokens, added.delta, added.gate, *norm, self.eps, mixes,
+            count, last, after, begins, ends, out, stride,
         )  # fmt: skip
+        if each == 1 and rows <= NORM_ROWS:
+            self.norm.norm_mix_row((rows,), NORM_THREADS, *args, chained=True)
+        else:
+            self.norm.norm_mix((-(-rows // each),), NORM_THREADS, *args, rows, each, chained=True)
 
     @torch.inference_mode()
-    def decode(self, tokens: Tensor, slots: Tensor) -> Tensor:
+    def decode(self, tokens: Tensor, slots: Tensor, *, chained: bool = False) -> Tensor:
         """One token for each row: logits [B, V], which the next call overwrites; the states of `slots` go on in place.
 
         tokens int64 [B], slots int32 [B], on the device, all of them different but for padding's. Can be captured.
-        Logits are float32; for many rows, where not invariant, of the weights' type.
+        Logits are float32; for many rows, where not invariant, of the weights' type. chained: in one launch, if
+        `can_chain`; the bits are the same.
         """
         batch = len(tokens)
         if not 1 <= batch <= self.most_rows:
             raise ValueError(f"decode takes 1 to {self.most_rows} rows, found {batch}; GpuModel(most_rows=…) sets it")
-        if batch <= CHAIN_ROWS:
-            chain = self._chain(batch)
-            if chain is not None:
-                return chain.run(tokens, slots)
+        if (chained or self.int8) and self.can_chain(batch):
+            return self._chain(batch).run(tokens, slots)
         b = self.rows
         own = self.invariant or batch <= GEMV_ROWS  # our products; else cuBLAS
         is_few = self.invariant or batch <= FEW_ROWS
@@ -389,12 +396,14 @@ class GpuModel:
         self.normalise(x, x, self.ln_out, normed, added=pending)
         return self._head(normed, own)
 
-    def _chain(self, rows: int) -> Chain | None:
-        """The whole step for so many rows in one launch; None where its ring would be too short on this GPU."""
+    def can_chain(self, rows: int) -> bool:
+        """Whether there is a launch that makes a whole step of so many rows, and room for it on this GPU."""
+        return rows <= CHAIN_ROWS and self._chain(rows).fits
+
+    def _chain(self, rows: int) -> Chain:
         tiles = next(n for n in (1, 2, 4) if rows <= 8 * n)
         if tiles not in self._chains:
-            made = Chain(self, self.time.chain(), tiles)
-            self._chains[tiles] = made if made.fits else None
+            self._chains[tiles] = Chain(self, self.time.chain(), tiles)
         return self._chains[tiles]
 
     def _channel(self, layer: Layer, b: Buffers, rows: int) -> Added:

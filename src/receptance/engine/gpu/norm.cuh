@@ -59,6 +59,7 @@ DEVICE void store_row(u16* p, const Row& x) {
 ///   last[begins[row]] and one with ends[row] >= 0 leaves n in next[ends[row]]. mixes = 0: out = n.
 /// mix [mixes, C]; out [mixes, out_stride] of rows. A team of threads does the rows from first to end, from the second on with the
 /// row before at hand; where no row looks at its neighbour, sum may be x and next may be last.
+constexpr int MOST_MIXES = 6;
 struct Rows {
     const float* x;
     float* sum;
@@ -74,16 +75,13 @@ struct Rows {
     u16* out;
     int out_stride;
 
-    /// Has what is read from memory that no kernel writes meanwhile on its way, for one row.
+    /// Has what the row's state gives on its way.
     DEVICE void expect(int row) const {
         const int thread = team_thread<THREADS>();
-        const auto bring = [&](const u16* p) { if (thread * 64 < WIDTH) bring_to_l2(p + thread * 64); };
-        bring(weight), bring(bias);
-        if (mixes && begins[row] >= 0) bring(last + (i64)begins[row] * WIDTH);
-        for (int m = 0; m < mixes; ++m) bring(mix + (i64)m * WIDTH);
+        if (mixes && begins[row] >= 0 && thread * 64 < WIDTH) bring_to_l2(last + (i64)begins[row] * WIDTH + thread * 64);
     }
-    /// shared: THREADS / 32 numbers of the team.
-    DEVICE void run(int first, int end, float* shared) const {
+    /// shared: THREADS / 32 numbers of the team. weights: Held or Direct.
+    template <class Weights> DEVICE void run(int first, int end, float* shared, const Weights& weights) const {
         Row now, before;
         const auto take = [&](int row, bool keeps) {
             if (table) load_row(now, table + tokens[row] * WIDTH);
@@ -104,7 +102,7 @@ struct Rows {
                 });
             normalise(now, eps, shared);
             for_groups([&](int i, int c) {
-                const Eight w(load_weights(weight + c)), b(load_weights(bias + c));
+                const Eight w(weights.scale(i, c)), b(weights.shift(i, c));
                 for (int j = 0; j < 8; ++j) now[i][j] = now[i][j] * w.f[j] + b.f[j];
             });
         };
@@ -117,9 +115,10 @@ struct Rows {
             take(row, true);
             if (mixes && ends[row] >= 0) store_row(next + (i64)ends[row] * WIDTH, now);
             if (!mixes) store_row(out + (i64)row * WIDTH, now);
-            for (int m = 0; m < mixes; ++m)
-                for_groups([&](int i, int c) {
-                    const Eight mu(load_weights(mix + (i64)m * WIDTH + c));
+#pragma unroll
+            for (int m = 0; m < MOST_MIXES; ++m)
+                if (m < mixes) for_groups([&](int i, int c) {
+                    const Eight mu(weights.mix(m, i, c));
                     float mixed[8];
                     for (int j = 0; j < 8; ++j) mixed[j] = now[i][j] + (before[i][j] - now[i][j]) * mu.f[j];
                     *(uint4*)(out + (i64)m * out_stride + (i64)row * WIDTH + c) = packed(mixed);
@@ -127,5 +126,26 @@ struct Rows {
             for_groups([&](int i, int) { for (int j = 0; j < 8; ++j) before[i][j] = now[i][j]; });
         }
     }
+};
+/// A thread's weights, fetched before they are needed; or where they are.
+struct Held {
+    uint4 scales[EACH], shifts[EACH], mixes[MOST_MIXES][EACH];
+    DEVICE explicit Held(const Rows& rows) {
+        for_groups([&](int i, int c) {
+            scales[i] = load_weights(rows.weight + c), shifts[i] = load_weights(rows.bias + c);
+#pragma unroll
+            for (int m = 0; m < MOST_MIXES; ++m)
+                if (m < rows.mixes) mixes[m][i] = load_weights(rows.mix + (i64)m * WIDTH + c);
+        });
+    }
+    DEVICE uint4 scale(int i, int) const { return scales[i]; }
+    DEVICE uint4 shift(int i, int) const { return shifts[i]; }
+    DEVICE uint4 mix(int m, int i, int) const { return mixes[m][i]; }
+};
+struct Direct {
+    const Rows& rows;
+    DEVICE uint4 scale(int, int c) const { return load_weights(rows.weight + c); }
+    DEVICE uint4 shift(int, int c) const { return load_weights(rows.bias + c); }
+    DEVICE uint4 mix(int m, int, int c) const { return load_weights(rows.mix + (i64)m * WIDTH + c); }
 };
 }  // namespace layer_norm

@@ -68,8 +68,8 @@ class GpuSampler(TableSampler):
         is_wide = logits.dtype == torch.float32
         cluster = next((n for most, n in CLUSTERS if rows <= most), 1) if self._can_share else 1
         self._kernel(cluster)(
-            (cluster * rows,), THREADS, logits if is_wide else None, None if is_wide else logits, self.vocab, stride, table,
-            tokens, again, shared=SHARED_BYTES, chained=True, cluster=cluster,
+            (cluster * rows,), THREADS, logits if is_wide else None, None if is_wide else logits, self.vocab, stride,
+            table, tokens, again, shared=SHARED_BYTES, chained=True, cluster=cluster,
         )  # fmt: skip
 
     @torch.inference_mode()
