@@ -266,7 +266,8 @@ def learn(
     seconds = time.perf_counter() - start
     tell(f"{model.name}, {horizon}: MSE {mse:.4f}, MAE {mae:.4f} after {epochs} passes, {seconds:.0f} s")
     size = sum(p.numel() for p in net.parameters())
-    return {"name": model.name, "horizon": horizon, "seed": seed, "mse": mse, "mae": mae, "valid": best,
+    return {"name": model.name, "horizon": horizon, "seed": seed, "mse": mse, "mae": mae,
+            "valid": best if epochs else None,
             "epochs": epochs, "seconds": seconds, "parameters": size}  # fmt: skip
 
 

@@ -35,11 +35,13 @@ Ids = NDArray[np.int64]
 @dataclass(frozen=True)
 class Reader:
     """version: of RWKV, or "own" (the node's features alone), "mean" (of the sequence), "transformer", or "gcn" (Kipf
-    and Welling, 2017: two layers over the whole graph). bidirectional: of RWKV; else the node itself is read last."""
+    and Welling, 2017: two layers over the whole graph). bidirectional: of RWKV; else the node itself is read last.
+    read: where a sequence's answer is read, at the node's "own" place or from the "mean" of all."""
 
     name: str
     version: str = "7"
     bidirectional: bool = False
+    read: str = "own"
     n_layer: int = 1
     n_embd: int = 64
     head_size: int = 32
@@ -54,8 +56,8 @@ class Nodes:
 
     file: an .npz with feat_row, feat_col and shape (binary features), labels, edges [E, 2], train_idx, valid_idx and
     test_idx. hops, near: so far and so many nodes of each distance at most, drawn anew in each step. draws: sequences
-    of a node whose answers are averaged when it is judged. patience: looks, each after `every` steps, without a better
-    validation loss.
+    of a node whose answers are averaged in the end. patience: looks at the validation nodes, each after `every` steps,
+    without a lower loss.
     """
 
     file: str
@@ -80,6 +82,8 @@ def read_nodes(path: Path, overrides: Mapping[str, str] = {}) -> Nodes:
     for model in found.models:
         if model.version not in (*VERSIONS, *SIMPLE):
             raise ConfigError(f"{path}: unknown version {model.version!r}; there are {', '.join((*VERSIONS, *SIMPLE))}")
+        if model.read not in ("own", "mean"):
+            raise ConfigError(f"{path}: model {model.name}: read must be own or mean, found {model.read!r}")
     if not found.models or found.hops < 0 or found.near < 1:
         raise ConfigError(f"{path}: needs [[models]], hops from 0 and near from 1")
     return found
@@ -188,11 +192,11 @@ def sequences(all_rings: Sequence[list[Ids]], near: int, rng: np.random.Generato
 
 
 class SequenceReader(nn.Module):
-    """Features → C, plus the distance; a sequence model; the answer is read at the node itself, the last one."""
+    """Features → C, plus the distance; a sequence model; the answer is read at the node itself (last), or overall."""
 
     def __init__(self, model: Reader, graph: Graph, hops: int):
         super().__init__()
-        self.kind, self.bidirectional = model.version, model.bidirectional
+        self.bidirectional, self.overall = model.bidirectional, "mean" in (model.version, model.read)
         self.drop = nn.Dropout(model.dropout)
         self.embed = nn.Linear(graph.features.shape[1], model.n_embd, bias=False)
         nn.init.xavier_uniform_(self.embed.weight)
@@ -225,7 +229,7 @@ class SequenceReader(nn.Module):
                 x, _ = self.body.sequence(x, lengths=lengths)
         elif self.body is not None:
             x = self.body(x, src_key_padding_mask=~here)
-        if self.kind == "mean":
+        if self.overall:
             x = (x * here[..., None]).sum(1) / lengths[:, None]
         else:
             x = x[torch.arange(len(x), device=x.device), lengths - 1]
@@ -286,10 +290,9 @@ def learn(plan: Nodes, model: Reader, seed: int, device: torch.device, tell: Cal
     wanted = labels[graph.parts["train"]]
     best, best_state, stale, steps = math.inf, copy.deepcopy(net.state_dict()), 0, 0
 
-    def judge(part: str) -> tuple[float, float]:
+    def judge(part: str, drawn: int) -> tuple[float, float]:
         net.eval()
         same = np.random.default_rng(0)  # the same sequences at every look
-        drawn = 1 if hops == 0 else plan.draws
         with torch.no_grad():
             chances = sum(
                 net(features, *(x.to(device) for x in sequences(around[part], plan.near, same))).softmax(-1)
@@ -309,13 +312,14 @@ def learn(plan: Nodes, model: Reader, seed: int, device: torch.device, tell: Cal
         optimizer.step()
         steps += 1
         if steps % plan.every == 0 or steps == plan.steps:
-            found, _ = judge("valid")
+            found, _ = judge("valid", 1)
             if found < best:
                 best, best_state, stale = found, copy.deepcopy(net.state_dict()), 0
             else:
                 stale += 1
     net.load_state_dict(best_state)
-    (_, valid), (_, test) = judge("valid"), judge("test")
+    draws = 1 if hops == 0 else plan.draws
+    (_, valid), (_, test) = judge("valid", draws), judge("test", draws)
     seconds = time.perf_counter() - start
     tell(f"{model.name}, seed {seed}: accuracy {test:.3f} after {steps} steps, {seconds:.0f} s")
     size = sum(p.numel() for p in net.parameters())

@@ -143,5 +143,5 @@ def _score(
     if done < len(tokens) - 1:
         x, _ = _run(model, meddler, tokens[done:-1], state, done)
         parts.append(x[:, max(0, places - 1 - done) :])
-    logs = model.head(torch.cat(parts, 1)).float().log_softmax(-1)
+    logs: Tensor = model.head(torch.cat(parts, 1)).float().log_softmax(-1)
     return logs.gather(-1, tokens[places:].expand(state.batch, -1)[..., None])[..., 0].sum(-1)
