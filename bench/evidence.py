@@ -38,7 +38,8 @@ def collect(folders: Iterable[Path], gpu: str) -> None:
     for name, rows in found.items():
         path = RESULTS / f"{name}.json"
         old = json.loads(path.read_text()) if path.exists() else {}
-        path.write_text(json.dumps({**old, **{stem: slim(row) for stem, row in rows.items()}}, sort_keys=True))
+        merged = {**old, **{stem: slim(row) for stem, row in rows.items()}}
+        path.write_text(json.dumps(dict(sorted(merged.items()))))
         print(f"{path.relative_to(ROOT)}: {len(rows)} results, {path.stat().st_size / 1e3:.0f} kB")
 
 
@@ -78,6 +79,7 @@ def mean(values: Sequence[float], digits: int = 3) -> str:
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
+ALONE = ("RWKV-4", "RWKV-7", "LSTM")
 MODELS = ("RWKV-4", "RWKV-5.2", "RWKV-6", "RWKV-7", "Transformer", "Transformer with token shift", "LSTM")
 
 
@@ -94,11 +96,29 @@ def loss_table(name: str) -> str:
     return table([*head, "rate (short runs: bits per byte)"], out)
 
 
-def speed_table(name: str) -> str:
+def speeds() -> list[Row]:
+    """Runs alone on a GPU: of speed.toml, and of bytes-40m.toml for the models that had one to themselves there."""
+    alone = rows_of("speed", MODELS)
+    names = {row["name"] for row in alone}
+    return sorted([*alone, *(r for r in rows_of("bytes") if r["name"] in ALONE and r["name"] not in names)],
+                  key=lambda row: MODELS.index(row["name"]))  # fmt: skip
+
+
+def speed_table() -> str:
     return table(
         ["model", "tokens/s", "memory, GiB"],
-        ([r["name"], f"{r['tokens_per_second']:,.0f}", f"{r['memory_gib']:.1f}"] for r in rows_of(name, MODELS)),
+        ([r["name"], f"{r['tokens_per_second']:,.0f}", f"{r['memory_gib']:.1f}"] for r in speeds()),
     )
+
+
+def timed(rows: Sequence[Row]) -> list[Row]:
+    """With the time that they take alone: some runs shared their GPU."""
+    rate = {row["name"]: row["tokens_per_second"] for row in speeds()}
+    return [
+        row | {"curve": [point | {"seconds": point["tokens"] / rate[row["name"]]} for point in row["curve"]]}
+        for row in rows
+        if row["name"] in rate
+    ]
 
 
 def long_table(name: str) -> str:
@@ -159,7 +179,7 @@ def ablation_table(name: str) -> str:
     """Training loss early on (averages of some steps around), and held-out bits at the end; means of seeds."""
     rows = rows_of(name)
     names = list(dict.fromkeys(row["name"] for row in rows))
-    ends = [1.5e6, 3e6, 6e6]
+    ends = [1e6, 2e6, 4e6]
     body = []
     for model in sorted(names, key=lambda n: (n.startswith("RWKV-4"), n != "whole recipe", n)):
         mine = [row for row in rows if row["name"] == model]
@@ -207,6 +227,16 @@ def costs_table(name: str) -> str:
                      f"{t['time_exponent']:.2f}", grown, f"{t['memory_exponent']:.2f}"])  # fmt: skip
     return table(["model", "ms a token, first", "last", "time ∝ n^", "state, MiB", "peak beside weights, MiB",
                   "training on one longest row, s", "time ∝ n^", "memory, GiB", "memory ∝ n^"], body)  # fmt: skip
+
+
+def scaling_table(name: str) -> str:
+    """The laws; of too few runs for one, the runs."""
+    if laws := scaling_laws(name):
+        return scaling.report(laws).split("\n\n")[0]
+    runs = sorted(rows_of(name), key=lambda row: (row["name"], row["parameters_without_embedding"], row["tokens"]))
+    body = [[row["name"].split(",")[0], f"{row['parameters_without_embedding'] / 1e6:.1f}", f"{row['tokens'] / 1e6:.1f}",
+             f"{next(iter(row['validation'].values())):.4f}"] for row in runs]  # fmt: skip
+    return table(["model", "parameters, million", "tokens, million", "bits per byte"], body)
 
 
 def scaling_laws(name: str) -> list[Row]:
@@ -273,9 +303,10 @@ def needle_panels(names: dict[str, str]) -> dict[str, dict[str, list[tuple[int, 
 
 def draw_ablation(rows: Sequence[Row], path: Path) -> None:
     """Training loss against tokens, means of seeds, RWKV-7 and RWKV-4 apart."""
-    kinds = {"RWKV-7": [r for r in rows if r["version"] == "7"], "RWKV-4": [r for r in rows if r["version"] == "4"]}
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4))
-    for (title, mine), axes in zip(kinds.items(), panels):
+    versions = [v for v in ("7", "4") if any(row["version"] == v for row in rows)]
+    figure, panels = plt.subplots(1, len(versions), figsize=(1 + 5 * len(versions), 4), squeeze=False)
+    for version, axes in zip(versions, panels[0]):
+        title, mine = f"RWKV-{version}", [row for row in rows if row["version"] == version]
         names = sorted({r["name"] for r in mine}, key=lambda n: (n not in ("whole recipe", "RWKV-4"), n))
         for name in names:
             curves = [[(p["tokens"], p["loss"]) for p in r["curve"]] for r in mine if r["name"] == name]
@@ -299,7 +330,9 @@ def by_model(name: str) -> list[Row]:
 SCALE = ("RWKV-7", "RWKV-4", "Transformer", "LSTM")
 MAKERS: dict[str, Callable[[], str]] = {
     "bytes": lambda: loss_table("bytes"),
-    "speed": lambda: speed_table("speed"),
+    "bytes-more": lambda: loss_table("bytes-more"),
+    "warm-up": lambda: loss_table("warm-up"),
+    "speed": speed_table,
     "positions": lambda: long_table("bytes"),
     "bpe": lambda: tasks_table("bpe"),
     "ablation": lambda: ablation_table("ablation"),
@@ -308,16 +341,16 @@ MAKERS: dict[str, Callable[[], str]] = {
     "needle": lambda: scores_table("needle"),
     "needle-1024": lambda: scores_table("needle-1024"),
     "costs": lambda: costs_table("costs"),
-    "scaling": lambda: scaling.report(scaling_laws("scaling")).split("\n\n")[0],
+    "scaling": lambda: scaling_table("scaling"),
     "questions": lambda: scores_table("questions"),
     "digits": lambda: scores_table("digits"),
     "listops": lambda: scores_table("listops"),
     "etth1": lambda: forecast_table("etth1"),
 }
 DRAWERS: dict[str, Callable[[Path], None]] = {
-    "bytes": lambda path: plots.draw_comparison(by_model("bytes"), path),
+    "bytes": lambda path: plots.draw_comparison(timed(by_model("bytes")), path),
     "positions": lambda path: plots.draw_long(by_model("bytes"), path),
-    "bpe": lambda path: plots.draw_comparison(by_model("bpe"), path),
+    "warm-up": lambda path: plots.draw_comparison(by_model("warm-up"), path),
     "ablation": lambda path: draw_ablation(rows_of("ablation"), path),
     "recall": lambda path: draw_recall(rows_of("recall"), path),
     "groups": lambda path: draw_lengths(group_panels("groups"), path, "elements"),
@@ -335,7 +368,9 @@ def page(text: str) -> str:
     """The page with its tables made anew."""
 
     def made(match: re.Match[str]) -> str:
-        return f"<!-- made: {match[1]} -->\n{MAKERS[match[1]]()}\n<!-- end -->"
+        name = match[1]
+        there = (RESULTS / f"{SOURCES.get(name, name)}.json").exists()
+        return f"<!-- made: {name} -->\n{MAKERS[name]() if there else 'Not run.'}\n<!-- end -->"
 
     return re.sub(r"<!-- made: (\S+) -->\n.*?<!-- end -->", made, text, flags=re.DOTALL)
 
@@ -353,7 +388,7 @@ def main() -> None:
         return
     PAGE.write_text(page(PAGE.read_text()))
     for name, draw in DRAWERS.items():
-        if (RESULTS / f"{SOURCES.get(name, name)}.json").exists():
+        if (RESULTS / f"{SOURCES.get(name, name)}.json").exists() and (name != "scaling" or scaling_laws(name)):
             draw(PICTURES / f"evidence-{name}")
             (PICTURES / f"evidence-{name}.svg").unlink()  # large; the tables have the numbers
 

@@ -1,7 +1,9 @@
 """`load(..., engine="native")`: every container and layout, the same errors as with torch, and torch never imported."""
 
+import mmap
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from native_helpers import needs_core, random_model, tokens
 import receptance as rc
 from receptance.errors import CheckpointError
 from receptance.models import VERSIONS
+from receptance.native.binding import let_go
 
 CLOSE = 1e-4  # of logits around 1 to 10, between two float32 engines
 
@@ -21,10 +24,11 @@ def test_every_container_gives_the_logits_and_the_name_of_torch(version, format,
     model = random_model(version, dtype=torch.bfloat16)
     path = tmp_path / {"pth": "m.pth", "safetensors": "m.safetensors"}.get(format, "m")
     rc.save(model, path, format)
-    native, other = rc.load(path, engine="native", threads=1), rc.load(path, engine="torch", dtype="float32")
+    native, exact = (rc.load(path, engine="native", dtype=dtype, threads=1) for dtype in (None, "float32"))
+    other = rc.load(path, engine="torch", dtype="float32")
     with torch.no_grad():
         expected = other.forward(tokens(9))[0].numpy()
-    assert np.abs(native.forward(tokens(9))[0] - expected).max() <= CLOSE * max(1, np.abs(expected).max())
+    assert np.abs(exact.forward(tokens(9))[0] - expected).max() <= CLOSE * max(1, np.abs(expected).max())
     assert native.fingerprint == other.fingerprint
     assert native.dtype == "bfloat16"
 
@@ -33,7 +37,7 @@ def test_every_float_type_is_read(tmp_path):
     for dtype in (torch.float64, torch.float32, torch.float16):
         model = random_model("7").to(dtype)
         rc.save(model, tmp_path / "m.safetensors")
-        found = rc.load(tmp_path / "m.safetensors", engine="native", threads=1).forward(tokens(9))[0]
+        found = rc.load(tmp_path / "m.safetensors", engine="native", dtype="float32", threads=1).forward(tokens(9))[0]
         with torch.no_grad():
             expected = model.double().forward(tokens(9))[0].numpy()
         assert np.abs(found - expected).max() <= CLOSE * np.abs(expected).max()
@@ -79,3 +83,19 @@ def test_torch_is_not_imported():
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell")
+def test_what_was_copied_from_a_mapped_file_leaves_memory(tmp_path):
+    def resident() -> int:
+        lines = Path("/proc/self/status").read_text().split("\n")
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssFile")) << 10
+
+    (tmp_path / "file").write_bytes(bytes(8 << 20))
+    with open(tmp_path / "file", "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        x = np.frombuffer(memoryview(mapped), np.uint8)[4096:]
+        x.sum()
+        before = resident()
+        let_go(x)
+        assert before - resident() > 7 << 20
+        del x

@@ -59,7 +59,7 @@ def test_odd_sizes_equal_torch(version, engine):
 def test_narrow_weights_are_used_exactly(dtype, engine):
     """Weights of 16 bits widen exactly: the logits are those of the same numbers in float32."""
     model = random_model("7", dtype=dtype, **WIDE)
-    ids = tokens(150, 300)  # more than one chunk
+    ids = tokens(300, 300)  # more than one chunk
     logits, _ = native(model, engine_name=engine, dtype="float32").forward(ids)
     fast, _ = native(model, engine_name=engine).forward(ids)
     expected = torch_logits(model.float(), ids)

@@ -35,7 +35,7 @@ def read_ladder(path: Path, overrides: Sequence[str] = ()) -> tuple[Comparison, 
     """A file of `receptance compare` with `sizes` (n_layer, parameters) and `budgets` of tokens; each family with each.
 
     optim.lr is that of the widest size; the others' is larger by the root of the ratio of widths, estimated from
-    parameters and layers. A family's own n_layer stays. Returns (family, entry) pairs. Raises ConfigError.
+    parameters and layers. optim.warmup_steps is that of the longest run. A family's own n_layer stays. Returns (family, entry) pairs. Raises ConfigError.
     """
     raw = read_toml(path)
     try:
@@ -52,13 +52,14 @@ def read_ladder(path: Path, overrides: Sequence[str] = ()) -> tuple[Comparison, 
     for entry in comparison.entries:
         for size, width in zip(sizes, widths):
             for tokens in budgets:
-                factor = math.sqrt(max(widths) / width)
+                factor, share = math.sqrt(max(widths) / width), tokens / max(budgets)
                 config, folder = entry.config, f"{Path(entry.config.run.out).name}-{size.parameters}-{tokens}"
                 layers = config.model.n_layer if "n_layer" in families[entry.name] else size.n_layer
                 config = replace(
                     config,
                     model=replace(config.model, parameters=size.parameters, n_layer=layers),
-                    optim=replace(config.optim, lr=config.optim.lr * factor, lr_final=config.optim.lr_final * factor),
+                    optim=replace(config.optim, lr=config.optim.lr * factor, lr_final=config.optim.lr_final * factor,
+                                  warmup_steps=round(config.optim.warmup_steps * share)),
                     run=replace(config.run, tokens=tokens, out=str(comparison.out / folder)),
                 )
                 ladder.append((entry.name, Entry(f"{entry.name}, {size.parameters:,}, {tokens:,}", config)))

@@ -254,6 +254,7 @@ class Binding:
             self.core.engine, self.team, ctypes.byref(source), memory.ctypes.data, TYPES[dtype]
         )
         self.kept.append(memory)
+        let_go(x.data if isinstance(x, Blocks) else x)
         return Matrix(rows, cols, memory.ctypes.data, TYPES[dtype])
 
     def packed_blocks(self, x: Blocks) -> Matrix:
@@ -288,18 +289,21 @@ class Binding:
     def bands(self, x: Weight, kind: str) -> Matrix:
         """[F, C]: 32 hidden units after the other, the same numbers as in blocks of 32 hidden units of each channel."""
         channels, hidden = x.shape
-        same = isinstance(x, Blocks) and BANDS.get(x.format) == kind
-        source = Matrix(channels, hidden, x.data.ctypes.data, TYPES[x.format]) if same else self.temporary(x)
+        if isinstance(x, Blocks) and BANDS.get(x.format) == kind:
+            source = Matrix(channels, hidden, x.data.ctypes.data, TYPES[x.format])
+        else:
+            source = self.temporary(x)
         memory = aligned(channels * hidden // BLOCK * LINE_BLOCK_BYTES["int8" if kind == "band Q8_0" else "int4"])
         self.pack_lines(source, memory, TYPES[kind], transpose=True)
-        if isinstance(x, Blocks):
-            let_go(x.data)
+        let_go(x.data if isinstance(x, Blocks) else x)
         return Matrix(hidden, channels, memory.ctypes.data, TYPES[kind])
 
     def repacked(self, x: Weight, dtype: str, *, transpose: bool) -> Matrix:
         rows, cols = x.shape[::-1] if transpose else x.shape
         memory = aligned(rows * cols * LINE_BLOCK_BYTES.get(dtype, 2 * BLOCK) // BLOCK)
         self.pack_lines(self.temporary(x), memory, TYPES[dtype], transpose=transpose)
+        if not isinstance(x, Blocks):
+            let_go(x)
         return Matrix(rows, cols, memory.ctypes.data, TYPES[dtype], self.dtype == "float32")
 
     def pack_lines(self, source: Matrix, memory: NDArray[np.uint8], kind: int, *, transpose: bool) -> None:
@@ -316,16 +320,16 @@ class Binding:
         return matrix
 
 
-def let_go(x: NDArray[np.uint8]) -> None:
+def let_go(x: NDArray[np.generic]) -> None:
     """Pages of a mapped file that have been read leave this process's memory; they come back when they are read."""
     base: object = x
-    while isinstance(base, np.ndarray):
-        base = base.base
+    while isinstance(base, np.ndarray | memoryview):
+        base = base.base if isinstance(base, np.ndarray) else base.obj
     if not isinstance(base, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED"):
         return
     start = x.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
     first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
-    length = (start + x.size) // mmap.PAGESIZE * mmap.PAGESIZE - first
+    length = (start + x.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
     if length > 0:
         base.madvise(mmap.MADV_DONTNEED, first, length)
 

@@ -22,7 +22,7 @@ from receptance.native.state import State
 
 DTYPES = ("float32", "bfloat16", "float16", "int8", "int4")
 RECYCLED, RECYCLED_RESULTS = 1 << 18, 4  # numbers of a result whose memory is used again, and how many of them are kept
-CHUNK_ROWS = 128  # tokens at once in the core: bounds its working memory
+CHUNK_ROWS = 256  # tokens at once in the core: bounds its working memory
 EMPTY = -1e38  # RWKV-4's exponent before any token, as in receptance.ops
 STATE_FIELDS = ["att_shift", "ffn_shift", "wkv", "num", "den", "exp"]
 

@@ -310,6 +310,8 @@ def release(run: Run, folder: Path, steps: int, suffix: str, log: Log, reporter:
     tensors = {name: x.to(dtype) for name, x in tensors.items()}
     if run.model.config.version in BASELINES:
         save_baseline(tensors, run.model.config, folder)
+    elif "ln0" in run.config.model.without:
+        reporter.message("no weights are written: no format knows a model without ln0")
     else:
         save(tensors, folder, format="folder")
     run.tokenizer.save(folder)

@@ -137,7 +137,12 @@ void band_rows(const Product& p, int64_t first, int64_t last, int64_t rows, floa
   const int64_t channels = p.w->rows, bytes = band_bytes<T>(channels), ldq = groups_of(p.w->cols);
   const uint8_t* data = (const uint8_t*)p.w->data;
   const auto pack_panel = [&](int64_t n, int64_t group, int64_t blocks, uint8_t* to) {
-    for (int64_t b = 0; b < blocks; b++) pack_band<T>(data + (group * 8 + b) * bytes, channels, n, to + b * Packed<KERNEL>::size);
+    for (int64_t b = 0; b < blocks; b++) {
+      const uint8_t* band = data + (group * 8 + b) * bytes;
+      const uint8_t* ahead = band + 2 * bytes + 2 * channels + (T == BAND_Q8_0 ? n : n / 2);
+      for (int k = 0; n % (4 * GROUP) == 0 && k < BLOCK; k++) __builtin_prefetch(ahead + k * band_line<T>(channels));
+      pack_band<T>(band, channels, n, to + b * Packed<KERNEL>::size);
+    }
   };
 #if defined(ISA_AVX512)
   if (rows >= TILED) {

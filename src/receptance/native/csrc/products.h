@@ -6,7 +6,7 @@ enum Epilogue { STORE, ADD, GATED_ADD, RELU2, SIGMOID, TANH };
 // Eight blocks of a quantised x, twice: q * scale for weights of 4 to 6 bits, and wide * scale * WIDE_UNIT for those of 8 bits
 // where 16-bit products cost no more (WIDE), or for weights of 16 bits (tiles.h). Sums (of 16 q; of 32 q, times the scale) take
 // back what unsigned weights add.
-struct XGroup {
+struct alignas(64) XGroup {
   float scale[8], taken[8];
   int16_t sum[16];
   int8_t q[8 * BLOCK];

@@ -271,9 +271,11 @@ inline void wide_panels(const Product& p, int64_t first, int64_t last, int64_t r
       wide_tiles<KIND, 1>(w, blocks, p.q + group, ldq, rows, to);
     }
   }
-  for (int64_t n = first; n < last; n += PANEL) {
-    const int64_t count = last - n < PANEL ? last - n : PANEL;
-    for (int64_t m = 0; m < rows; m++) put(p, m, n, count, sums + (n - first) * rows + m * PANEL);
+  for (int64_t m = 0; m < rows; m++) {
+    for (int64_t n = first; n < last; n += PANEL) {
+      const int64_t count = last - n < PANEL ? last - n : PANEL;
+      put(p, m, n, count, sums + (n - first) * rows + m * PANEL);
+    }
   }
 }
 

@@ -43,6 +43,7 @@ void wkv7_rows4(int64_t t, int64_t ld, const float* r, const float* w, const flo
     vf s[4][V];
     for (int q = 0; q < 4; q++) {
       for (int j = 0; j < V; j++) s[q][j] = load(in + (row + q) * n + j * W);
+      for (int j = 0; j < V; j++) __builtin_prefetch(in + (row + q + 12) * n + j * W);
     }
     for (int64_t i = 0; i < t; i++) {
       const int64_t o = i * ld;
