@@ -192,7 +192,7 @@ def ablation_table(name: str) -> str:
 def around(curve: Sequence[Row], tokens: float, room: float = 0.15) -> float:
     """The mean training loss within 15 % of so many tokens; the nearest one if there is none."""
     near = [point["loss"] for point in curve if abs(point["tokens"] / tokens - 1) < room]
-    return statistics.mean(near) if near else min(curve, key=lambda p: abs(p["tokens"] - tokens))["loss"]
+    return statistics.mean(near or [min(curve, key=lambda point: abs(point["tokens"] - tokens))["loss"]])
 
 
 def forecast_table(name: str) -> str:

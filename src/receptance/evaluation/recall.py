@@ -111,7 +111,7 @@ class Examples:
         self._rng = np.random.default_rng(options.seed)
         self._pool = None
         if options.examples:
-            self._pool = to(device, pool(task, options.examples, options.seed), torch.int32)
+            self._pool = to(device, pool(task, options.examples, options.seed), torch.int32)  # type: ignore[arg-type]
         self._order, self._at = torch.empty(0, dtype=torch.long), 0
 
     def batch(self, step: int) -> Batch:

@@ -196,7 +196,8 @@ def surface(n: Floats, d: Floats, loss: Floats) -> Surface:
     scale_n, scale_d = float(np.exp(np.log(n).mean())), float(np.exp(np.log(d).mean()))
     alphas, betas, step = EXPONENTS, EXPONENTS, EXPONENTS[1] - EXPONENTS[0]
     for _ in range(1 + FINER):
-        e, a, b, alpha, beta = _best(*(x.ravel() for x in np.meshgrid(alphas, betas)), n / scale_n, d / scale_d, loss)
+        first, second = np.meshgrid(alphas, betas)
+        e, a, b, alpha, beta = _best(first.ravel(), second.ravel(), n / scale_n, d / scale_d, loss)
         around = np.arange(-3, 4) * (step := step / 3)
         alphas, betas = (np.maximum(x + around, 1e-3) for x in (alpha, beta))
     return e, a * scale_n**alpha, b * scale_d**beta, alpha, beta
