@@ -23,7 +23,8 @@ from receptance.models.base import (
 from receptance.ops import wkv7
 from receptance.ops.heads import norm_and_gate
 from receptance.ops.low_rank import shifted_maps
-from receptance.ops.prepare import keys_and_bonus, value_residual_twice
+from receptance.ops.pieces import uses_triton
+from receptance.ops.prepare import decay_and_keys, keys_and_bonus, value_residual_twice
 
 
 def rank(x: float) -> int:
@@ -180,8 +181,12 @@ class TimeMix(nn.Module):
         g = call.cheap(torch.matmul, to_g, self.g2)
 
         r, k, v, v_again = (z.view(heads) for z in (r, k, v, v_again))
-        vectors = self.w0, self.a0, self.k_k, self.k_a, self.r_k
-        w, k, erase, write, r, bonus = call.fused(keys_and_bonus, w, k, a, r, *vectors)
+        vectors = self.w0, self.a0, self.k_k, self.k_a
+        if uses_triton("prepare", k, call.form):
+            w, k, erase, write, r, bonus = call.fused(keys_and_bonus, w, k, a, r, *vectors, self.r_k)
+        else:  # apart, since torch would keep k for the bonus's gradient before `call` knows that it can be made again
+            w, k, erase, write = call.fused(decay_and_keys, w, k, a, *vectors)
+            bonus = (r * k * self.r_k).sum(-1)
         if self.wide_rate:
             write = (write * (1 + self.rate_span * w.exp())).to(write.dtype)
         y, wkv = wkv7(r, w, k, v, erase, write, state, lengths=call.lengths, resets=call.resets, backend=call.backend)
