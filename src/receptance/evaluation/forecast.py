@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from receptance.checkpoint.atomic import replacing
 from receptance.errors import ConfigError
 from receptance.evaluation import grid
 from receptance.models import RWKV, apply_recipe
@@ -110,10 +109,7 @@ def run(path: Path, device: str, tell: Callable[[str], None], overrides: Mapping
                 cells.append(grid.Cell(title, json.dumps(key, sort_keys=True), make))
     grid.fill(out / "cells", cells, tell)
     rows = grid.finished(out / "cells", cells)
-    with replacing(out / "results.json") as target:
-        target.write(json.dumps(rows, indent=1).encode())
-    with replacing(out / "report.md") as target:
-        target.write(table(rows).encode())
+    grid.write(out, rows, table(rows))
     return out
 
 

@@ -3,7 +3,7 @@
 import fcntl
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,3 +59,10 @@ def finished(folder: Path, cells: Iterable[Cell]) -> list[Row]:
     """The results that there are, in the cells' order."""
     files = (cell.file(folder) for cell in cells)
     return [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
+
+
+def write(out: Path, rows: Sequence[Row], report: str) -> None:
+    """results.json and report.md."""
+    for name, text in (("results.json", json.dumps(list(rows), indent=1)), ("report.md", report)):
+        with replacing(out / name) as target:
+            target.write(text.encode())

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from receptance.checkpoint.atomic import replacing
 from receptance.errors import ConfigError
 from receptance.evaluation import grid
 from receptance.evaluation.classify import Digits, ListOps, Questions
@@ -111,10 +110,7 @@ def run(path: Path, device: str, tell: Callable[[str], None], overrides: Mapping
 
 
 def write(out: Path, rows: Sequence[Row], tell: Callable[[str], None]) -> None:
-    with replacing(out / "results.json") as target:
-        target.write(json.dumps(list(rows), indent=1).encode())
-    with replacing(out / "report.md") as target:
-        target.write(table(rows).encode())
+    grid.write(out, rows, table(rows))
     try:
         from receptance.evaluation.plots import draw_memory
     except ImportError:

@@ -17,7 +17,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from receptance.checkpoint.atomic import replacing
 from receptance.errors import ConfigError
 from receptance.evaluation import grid
 from receptance.evaluation.forecast import groups_of, recipe_of
@@ -102,10 +101,7 @@ def run(path: Path, device: str, tell: Callable[[str], None], overrides: Mapping
             cells.append(grid.Cell(f"{model.name}, seed {seed}", json.dumps(key, sort_keys=True), make))
     grid.fill(out / "cells", cells, tell)
     rows = grid.finished(out / "cells", cells)
-    with replacing(out / "results.json") as target:
-        target.write(json.dumps(rows, indent=1).encode())
-    with replacing(out / "report.md") as target:
-        target.write(table(rows).encode())
+    grid.write(out, rows, table(rows))
     return out
 
 

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from receptance.ops.low_rank import ACTIVATIONS
+from receptance.ops.shift.triton import _opens
 
 ROWS, COLS, WARPS = 32, 64, 4  # of a tile
 DEEP = 64  # rows of matrices that a program goes through at once
@@ -45,22 +46,13 @@ def _stack_backward(g_ptr, mix_ptr, map_ptr, g_map_ptr, g_mix_ptr, C, R, OFFSET,
 
 
 @triton.jit
-def _begins(resets_ptr, row, mask):
-    """Whether rows of [B·T] begin a document."""
-    if resets_ptr is None:
-        return row < 0
-    else:
-        return tl.load(resets_ptr + row, mask=mask, other=0).to(tl.int32) != 0
-
-
-@triton.jit
 def _shift(product_ptr, before_ptr, resets_ptr, out_ptr, rows, T, R, OFFSET, WIDTH, F: tl.constexpr, BR: tl.constexpr,
            BN: tl.constexpr):  # fmt: skip
     """f(x A + previous(x B)) for the columns OFFSET … of x [A B] [rows, 2 · WIDTH]; before: last B [B, WIDTH]."""
     row, n = tl.program_id(0) * BR + tl.arange(0, BR), tl.program_id(1) * BN + tl.arange(0, BN)
     inside, column = row < rows, (n < R)[None, :]
     t = row % T
-    opens = _begins(resets_ptr, row, inside)
+    opens = _opens(resets_ptr, row, inside)
     at = row.to(tl.int64)[:, None] * (2 * WIDTH) + OFFSET + n[None, :]
     h = tl.load(product_ptr + at, mask=inside[:, None] & column, other=0.0).to(tl.float32)
     follows, first = inside & (t > 0) & (opens == 0), inside & (t == 0) & (opens == 0)
@@ -94,12 +86,12 @@ def _shift_backward(h_ptr, g_ptr, resets_ptr, out_ptr, g_before_ptr, rows, T, R,
     place = row.to(tl.int64)[:, None] * R + n[None, :]
     g = _inner(h_ptr, g_ptr, place, inside[:, None] & column, F)
     has_next = inside & (t < T - 1)
-    follows = has_next & (_begins(resets_ptr, row + 1, has_next) == 0)
+    follows = has_next & (_opens(resets_ptr, row + 1, has_next) == 0)
     after = _inner(h_ptr, g_ptr, place + R, follows[:, None] & column, F)
     at = row.to(tl.int64)[:, None] * (2 * WIDTH) + OFFSET + n[None, :]
     tl.store(out_ptr + at, g.to(out_ptr.dtype.element_ty), mask=inside[:, None] & column)
     tl.store(out_ptr + at + WIDTH, after.to(out_ptr.dtype.element_ty), mask=inside[:, None] & column)
-    kept = tl.where(_begins(resets_ptr, row, inside)[:, None], 0.0, g)
+    kept = tl.where(_opens(resets_ptr, row, inside)[:, None], 0.0, g)
     before = (row // T)[:, None] * WIDTH + OFFSET + n[None, :]
     first = (inside & (t == 0))[:, None] & column
     tl.store(g_before_ptr + before, kept.to(g_before_ptr.dtype.element_ty), mask=first)
