@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-GROUPS, BN, WARPS = 1024, 8, 16  # groups of neighbours that a program reads at once; 16 bytes of bfloat16 each
+GROUPS, BN, WARPS = 1024, 8, 32  # groups of neighbours that a program reads at once; 16 bytes of bfloat16 each
 
 
 @triton.jit

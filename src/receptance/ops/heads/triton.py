@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from receptance.ops.shares import common_dtype, sum_shares
+
 TILE, WARPS = 1024, 4  # elements of a tile: 16 bytes of bfloat16 a thread
 PROGRAMS = 1056  # of the backward pass: each sums its tiles' share of the gradients of vectors before it writes them
 GATES = {"none": 0, "plain": 1, "silu": 2}
@@ -151,12 +153,12 @@ def _norm_and_gate_backward(
     grid = triton.cdiv(tiles, span), h
     shares = torch.empty(grid[0], 2, h * n, dtype=torch.float32, device=y.device)
     _gate_heads_backward[grid](y, weight, bias, gate, u, v, g, *outs, shares, b * t, h, n, eps, span, **meta)
-    return [*outs, shares.sum(0)]
+    return [*outs, sum_shares(shares, common_dtype(weight, bias))]
 
 
 @_norm_and_gate_backward.register_fake
 def _(g, y, weight, bias, gate, u, v, eps, activation, bonus):
-    shares = torch.empty(2, y.shape[2] * y.shape[3], dtype=torch.float32, device=y.device)
+    shares = torch.empty(2, y.shape[2] * y.shape[3], dtype=common_dtype(weight, bias), device=y.device)
     return [*_outputs(y, gate, u, v, activation, bonus), shares]
 
 

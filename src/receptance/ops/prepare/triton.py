@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from receptance.ops.prepare import MIN_LOG_DECAY, MIN_NORM
+from receptance.ops.shares import common_dtype, sum_shares
 
 TILE, WARPS = 1024, 4  # elements of a tile: 16 bytes of bfloat16 a thread
 COLS = 64  # channels of a tile where heads do not matter
@@ -180,7 +181,7 @@ def _run_keys(
 
 def _run_keys_backward(
     grads: tuple[Tensor, ...], w: Tensor, k: Tensor, a: Tensor, vectors: tuple[Tensor, ...], reading: Reading,
-    g_reading: Reading,
+    g_reading: Reading, dtype: torch.dtype = torch.float32,
 ) -> tuple[list[Tensor], Tensor | None, Tensor]:  # fmt: skip
     """Gradients of w, k, a; of r; [5, C]: of the vectors and r_k. g_reading: those of r so far, and of the bonus."""
     b, t, h, n = k.shape
@@ -191,7 +192,7 @@ def _run_keys_backward(
     partial = torch.empty(grid[0], 5, h * n, dtype=torch.float32, device=k.device)
     _keys_backward[grid](w, k, a, r, *vectors, r_k, *grads, *(g_reading or (None, None)), *outs, out_r, partial,
                          b * t, h * n, n, **_LIMITS, **meta)  # fmt: skip
-    return outs, out_r, partial.sum(0)
+    return outs, out_r, sum_shares(partial, dtype)
 
 
 def _make_keys(
@@ -259,7 +260,8 @@ class _KeysAndBonus(torch.autograd.Function):
         g_bonus = r.new_zeros(r.shape[:3]) if grads[5] is None else grads[5].contiguous()
         with torch.cuda.device_of(k):
             outs, out_r, sums = _run_keys_backward(
-                tuple(given[:4]), w, k, a, tuple(vectors[:4]), (r, vectors[4]), (given[4], g_bonus)
+                tuple(given[:4]), w, k, a, tuple(vectors[:4]), (r, vectors[4]), (given[4], g_bonus),
+                common_dtype(*vectors),
             )
         return *outs, out_r, *(g.view_as(p).to(p.dtype) for g, p in zip(sums.unbind(), vectors))
 
@@ -280,9 +282,9 @@ def _value_gradients(
     outs = [torch.empty_like(x) for x in (v, first, gate)]
     rows, c = v.shape[0] * v.shape[1], v.shape[2]
     grid, meta = _launch_backward(rows, c, COLS)
-    partial = torch.empty(grid[0], c, dtype=torch.float32, device=v.device)
+    partial = torch.empty(grid[0], 1, c, dtype=torch.float32, device=v.device)
     _residual_backward[grid](v, first, gate, v0, g, more, g_first, *outs, partial, rows, c, COLS, **meta)
-    return outs[0], outs[1], outs[2], partial.sum(0).view_as(v0).to(v0.dtype)
+    return outs[0], outs[1], outs[2], sum_shares(partial, v0.dtype).view_as(v0)
 
 
 _value_residual = torch.library.custom_op("receptance::value_residual", _make_value, mutates_args=())

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from receptance.ops.shares import common_dtype, sum_shares
+
 MOST = 6
 SPAN = 16  # rows of a program; the one before them is read twice
 CHANNELS = 256  # of a warp of the backward pass
@@ -238,7 +240,7 @@ def _backward(
     norm: tuple[Tensor, Tensor, Tensor] | None, last: Tensor, mixes: Tensor, own: Tensor | None, resets: Tensor | None,
     present: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:  # fmt: skip
-    """Gradients of x, last, own, and [M, C] or [M + 2, C] in float32: of the mixes, then the norm's weight and bias."""
+    """Gradients of x, last, own, and [M, C] or [M + 2, C]: of the mixes, then the norm's weight and bias."""
     b, t, c = x.shape
     gx, g_last, g_own = torch.empty_like(x), torch.empty_like(last), None if own is None else torch.empty_like(own)
     programs = max(1, PROGRAMS // b)
@@ -251,7 +253,8 @@ def _backward(
         x, weight, bias, statistics, last, resets, mixes, own, *_fill(grads), g_sum, g_end, gx, g_last, g_own, partial,
         b * t, t, c, span, NORM=norm is not None, M=len(mixes), PRESENT=present, **_sizes_backward(c),
     )  # fmt: skip
-    return gx, g_last, g_own, partial.sum(0)
+    dtype = common_dtype(mixes) if norm is None else common_dtype(mixes, norm[0], norm[1])
+    return gx, g_last, g_own, sum_shares(partial, dtype)
 
 
 @torch.library.custom_op("receptance::shift_mix", mutates_args=())
