@@ -161,7 +161,9 @@ HALF = ("model.version=7", "run.precision=bfloat16", "run.weights=bfloat16", "op
 
 
 def in_half(folder):
-    cases = {"ddp": HALF, "fsdp": (*HALF, "parallel.kind=fsdp"), "slices": (*HALF, "parallel.kind=fsdp", "run.accumulate=3")}
+    sharded = (*HALF, "parallel.kind=fsdp")
+    cases = {"ddp": HALF, "fsdp": sharded, "slices": (*sharded, "run.accumulate=3")}
+    cases |= {"context": (*HALF, "parallel.context=2"), "both": (*sharded, "parallel.context=2")}
     run_cases(folder, cases)
     setup = loop.set_up(config_of(folder, "types", *cases["fsdp"]), Listener())
     assert not isinstance(setup.optimizer, loop.MasterAdamW)
@@ -182,7 +184,7 @@ def halves(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "slices"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "slices", "context", "both"])
 def test_two_processes_with_weights_in_half_are_near_one(halves, name):
     """Gradients leave each process in bfloat16: 8 bits, in losses that a step changes by a tenth."""
     assert losses(halves / "two", name) == pytest.approx(losses(halves / "one", "half"), rel=2e-3)

@@ -111,7 +111,6 @@ def has_masters(config: TrainConfig, parallel: Parallel, model: RWKV) -> bool:
         "run.accumulate > 1": run.accumulate > 1,
         "run.segment_len": bool(run.segment_len),
         "parallel.kind = 'fsdp'": parallel.is_sharded,
-        "parallel.context > 1": config.parallel.context > 1,
         f"model.version = {config.model.version!r}": config.model.version in BASELINES,
         "weights that are not trained": not all(p.requires_grad for p in model.parameters()),
     }
