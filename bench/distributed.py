@@ -68,7 +68,8 @@ class Trainer:
         masters = has_masters(config, self.parallel, self.model)
         self.optimizer = build_optimizer(self.model, recipe, config.optim, masters=masters)
         set_learning_rate(self.optimizer, 1e-3)
-        self.passes = Passes(config, self.model, self.parallel, lambda: casts(config, self.parallel, self.model))
+        model, parallel = self.model, self.parallel  # the lambda holds no trainer, whose memory could not go at once
+        self.passes = Passes(config, model, parallel, lambda: casts(config, parallel, model))
         self.weights = "bfloat16" if masters or self.parallel.gathers_half else "float32"
         text = torch.randint(vocab, (rows, tokens + 1), generator=torch.Generator().manual_seed(2)).to(self.device)
         self.batch = self.parallel.share(Batch.of(text[:, :-1], text[:, 1:], None))

@@ -10,8 +10,8 @@ PLAIN_NUMBERS = {**dict.fromkeys(("rows", "T", "C", "H", "N", "n", "V", "SPAN", 
                                  "WIDTH"), "i32"),
                  **dict.fromkeys(("eps", "penalty", "beta1", "rest1", "beta2", "rest2"), "fp32")}  # fmt: skip
 # float32 in any call
-EXACT = {"partial_ptr", "mean_ptr", "inverse_ptr", "weights_ptr", "loss_ptr", "statistics_ptr", "master_ptr", "shares_ptr",
-         "square_ptr", "numbers_ptr", "bonus_ptr", "g_bonus_ptr", "u_ptr", "gu_ptr"}  # fmt: skip
+EXACT = {"partial_ptr", "mean_ptr", "inverse_ptr", "weights_ptr", "loss_ptr", "statistics_ptr", "master_ptr",
+         "shares_ptr", "square_ptr", "numbers_ptr", "bonus_ptr", "g_bonus_ptr", "u_ptr", "gu_ptr"}  # fmt: skip
 
 
 @pytest.mark.slow
@@ -27,7 +27,6 @@ def main() -> None:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from receptance.ops import shares
     from receptance.ops.adamw import triton as adamw
     from receptance.ops.ffn import triton as ffn
     from receptance.ops.head_loss import triton as loss
@@ -36,16 +35,17 @@ def main() -> None:
     from receptance.ops.norm import triton as norm
     from receptance.ops.prepare import triton as prepare
     from receptance.ops.products import triton as products
+    from receptance.ops.shares import triton as shares
     from receptance.ops.shift import triton as shift
 
     tile = {"BR": 32, "BN": 64}
-    limits = {"LOW": prepare.MIN_LOG_DECAY, "MIN_NORM": prepare.MIN_NORM, **tile}
+    limits = {"LOW": prepare.MIN_LOG_DECAY, "MIN_NORM": prepare.MIN_NORM, "STAGES": 3, **tile}
     plain = dict.fromkeys(("delta_ptr", "weight_ptr", "bias_ptr", "sum_ptr", "end_ptr", "statistics_ptr", "g_sum_ptr",
                            "g_end_ptr"))  # fmt: skip
     alone = {"own_ptr": None, "g_own_ptr": None, "resets_ptr": None}
     mixes = [{"NORM": False, "M": 5, "PRESENT": True, **plain}, {"NORM": True, "M": 4, "PRESENT": False, **alone}]
-    mixes = [{**options, "BC": 1024} for options in mixes]
-    gates = [{"GATE": g, "BONUS": b, **tile} for g, b in ((1, True), (2, False), (0, False))]
+    mixes = [{**options, "BC": 1024, "STAGES": 3} for options in mixes]
+    gates = [{"GATE": g, "BONUS": b, "STAGES": 3, **tile} for g, b in ((1, True), (2, False), (0, False))]
     rows = [{"ADD": add, "BR": 2, "BC": 1024} for add in (True, False)]
     losses = [{"WEIGHTED": w, "GRADIENT": g, "GROUPS": 1024, "BN": 8} for w, g in ((True, True), (False, False))]
     kernels = [

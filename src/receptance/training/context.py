@@ -83,19 +83,20 @@ class ContextParallel:
         *,
         resets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """First, without gradients, the piece from zero, which gives Q, and with v = 0 from the identity, which gives P.
+        """First, without gradients, the piece from zero, which gives Q, and with v = 0 from the identity: P.
 
         Each row of a state lives alone (S r and S P act from the right), so the second run's outputs P_t r_t say what y
         owes to any start. A reset ends both runs' past, so P is zero after one. The start then known, the piece runs as
         it would alone; its backward pass waits in `_Join` for the gradient of its end, found in the same way.
         """
         with torch.no_grad():
-            inputs = [torch.cat([x, x]) for x in (r, w, k)]  # [2B, T, H, N]
-            inputs += [torch.cat([v, torch.zeros_like(v)]), *(torch.cat([x, x]) for x in (a, b))]
+            two_r, two_w, two_k, two_a, two_b = (torch.cat([x, x]) for x in (r, w, k, a, b))  # [2B, T, H, N]
             one = torch.eye(state.shape[-1], dtype=state.dtype, device=state.device).expand_as(state)
-            starts = torch.cat([torch.zeros_like(state), one])
-            both = None if resets is None else torch.cat([resets, resets])
-            y, end = ops.wkv7(*inputs, starts, resets=both, backend=self.form)
+            y, end = ops.wkv7(
+                two_r, two_w, two_k, torch.cat([v, torch.zeros_like(v)]), two_a, two_b,
+                torch.cat([torch.zeros_like(state), one]),
+                resets=None if resets is None else torch.cat([resets, resets]), backend=self.form,
+            )  # fmt: skip
             from_start = y.chunk(2)[1].clone()  # [B, T, H, N]
             q, p = end.chunk(2)
             parts = self._gather(torch.stack([p, q + state @ p if self.rank == 0 else q]))  # [R, 2, B, H, N, N]

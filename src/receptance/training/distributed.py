@@ -111,10 +111,11 @@ class Parallel:
 
         Gradients leave a block in bfloat16 and are averaged and added up in float32, however many passes a step has.
         """
-        run = self.config.run
-        if not self.is_sharded or precision(self.config, self.device) != "bfloat16":
-            return False
-        return run.weights == "bfloat16" or (run.weights == "auto" and self.device.type == "cuda")
+        return (
+            self.is_sharded
+            and self.config.run.weights == "bfloat16"
+            and precision(self.config, self.device) == "bfloat16"
+        )
 
     @property
     def operators(self) -> str | Operators:

@@ -99,8 +99,8 @@ def casts(config: TrainConfig, parallel: Parallel, model: RWKV) -> AbstractConte
 def has_masters(config: TrainConfig, parallel: Parallel, model: RWKV) -> bool:
     """Whether weights are bfloat16 beside float32 masters. Raises ConfigError when that is asked for and cannot be.
 
-    bfloat16 gradients must not be added up over many passes, where what comes late would be rounded away. Shards need no
-    masters: they are float32, and gathered as bfloat16 (`Parallel.gathers_half`).
+    bfloat16 gradients must not be added up over many passes, where what comes late would be rounded away. Shards need
+    no masters: they are float32, and gathered as bfloat16 (`Parallel.gathers_half`).
     """
     wish, run = config.run.weights, config.run
     if parallel.gathers_half:
@@ -267,6 +267,7 @@ def set_up(config: TrainConfig, reporter: Reporter) -> Run:
     model = parallel.shard(_model(config, tokenizer, torch.device("cpu")))
     model.dropout = config.optim.dropout
     model.activation_checkpointing = config.run.activation_checkpointing
+    model.recompute = {"auto": None, "on": True, "off": False}[config.run.recompute]
     optim = config.optim
     freeze(model, config.model.without)
     recipe = recipe_of(model, config)

@@ -10,7 +10,8 @@ GROUPS, BN, WARPS = 1024, 8, 32  # groups of neighbours that a program reads at 
 
 @triton.jit
 def _softmax_gradient(logits_ptr, targets_ptr, weights_ptr, loss_ptr, V, penalty,
-                      WEIGHTED: tl.constexpr, GRADIENT: tl.constexpr, GROUPS: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+                      WEIGHTED: tl.constexpr, GRADIENT: tl.constexpr, GROUPS: tl.constexpr,
+                      BN: tl.constexpr):  # fmt: skip
     """One program per row. The second sweep finds the row in the cache.
 
     In the first each group of BN neighbours, which one thread holds, has its own maximum and sum; they meet at its end.
@@ -62,7 +63,8 @@ def softmax_gradient_(
     groups = min(GROUPS, max(16, triton.next_power_of_2(v) // BN))
     _softmax_gradient[(n,)](
         logits, targets, weights if weights is not None else loss, loss, v, logit_penalty,
-        WEIGHTED=weights is not None, GRADIENT=gradient, GROUPS=groups, BN=BN, num_warps=max(1, WARPS * groups // GROUPS),
+        WEIGHTED=weights is not None, GRADIENT=gradient, GROUPS=groups, BN=BN,
+        num_warps=max(1, WARPS * groups // GROUPS),
     )  # fmt: skip
     return loss
 

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from receptance.ops.shares import sum_shares
+from receptance.ops.shares.triton import sum_shares
 
 TILE = 2048  # elements of a tile, at least one row
 PROGRAMS = 1056  # of the backward pass, each with its share of the gradients of weight and bias

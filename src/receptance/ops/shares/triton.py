@@ -1,10 +1,12 @@
-"""The second stage of vectors' gradients: what the programs of a backward kernel found is added up and rounded at once."""
+"""The second stage of vectors' gradients: what the programs of a backward kernel found is summed and rounded at once."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+STAGES = 3  # of the loops of backward kernels: while a tile is worked on, the next ones are on their way
+AHEAD_BYTES = 40 * 1024  # for that; some kernels take more shared memory for it, below 50 KiB for any width and type
 ROWS, COLS, WARPS = 128, 32, 8  # of a tile; 128 bytes of a row at a time
 
 
@@ -26,6 +28,11 @@ def sum_shares(shares: Tensor, dtype: torch.dtype) -> Tensor:
     _sum_shares[(triton.cdiv(out.numel(), COLS),)](shares, out, len(shares), out.numel(), BR=rows, BN=COLS,
                                                    num_warps=WARPS)  # fmt: skip
     return out
+
+
+def stages(n_tiles: int, elements: int, itemsize: int) -> int:
+    """For a loop that reads `n_tiles` tiles of so many elements a turn; 1: it fetches nothing ahead."""
+    return max(1, min(STAGES, 1 + AHEAD_BYTES // (n_tiles * elements * itemsize)))
 
 
 def common_dtype(*vectors: Tensor) -> torch.dtype:
