@@ -1,4 +1,4 @@
-"""The second stage of vectors' gradients: what the programs of a backward kernel found is summed and rounded at once."""
+"""The second stage of vectors' gradients: what the programs of a backward kernel found is added up and rounded."""
 
 import torch
 import triton
