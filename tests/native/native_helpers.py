@@ -14,7 +14,7 @@ Make = Callable[..., NativeModel]
 def engines() -> list[str]:
     """NumPy, and those of the compiled core that this machine can run."""
     found = ["numpy"]
-    for name in ("portable", "avx2", "avx512", "neon"):
+    for name in ("portable", "avx2", "avx512", "amx", "neon"):
         try:
             found.append(load_core(name).name)
         except NoCoreError:

@@ -146,7 +146,7 @@ void band_rows(const Product& p, int64_t first, int64_t last, int64_t rows, floa
   };
 #if defined(ISA_AVX512)
   if (rows >= TILED) {
-    wide_panels<BYTES>(p, first, last, rows, local, [&](int64_t n, int64_t group, Widened& w) {
+    wide_panels<kind_of<KERNEL>()>(p, first, last, rows, local, [&](int64_t n, int64_t group, Widened& w) {
       uint8_t packed[8 * Packed<KERNEL>::size];
       const int64_t blocks = blocks_of_group(p.w->cols, group);
       pack_panel(n, group, blocks, packed);

@@ -6,12 +6,19 @@ enum Epilogue { STORE, ADD, GATED_ADD, RELU2, SIGMOID, TANH };
 // Eight blocks of a quantised x, twice: q * scale for weights of 4 to 6 bits, and wide * scale * WIDE_UNIT for those of 8 bits
 // where 16-bit products cost no more (WIDE), or for weights of 16 bits (tiles.h). Sums (of 16 q; of 32 q, times the scale) take
 // back what unsigned weights add.
+//
+// With AMX (amx.h), products of many rows take neither: x lies there as bfloat16, and what that leaves over, as bfloat16 too.
 struct alignas(64) XGroup {
+#if defined(ISA_AMX)
+  uint16_t high[8 * BLOCK], low[8 * BLOCK];
+#endif
   float scale[8], taken[8];
   int16_t sum[16];
   int8_t q[8 * BLOCK];
+#if !defined(ISA_AMX)
   int16_t wide[8 * BLOCK];
-#if defined(ISA_AVX512)
+#endif
+#if defined(ISA_AVX512) && !defined(ISA_AMX)
   uint8_t shifted[8 * BLOCK];  // q + 128
 #endif
 };
@@ -32,6 +39,13 @@ constexpr int Q8_TOGETHER = 2;  // columns of a row that lie together in a packe
 constexpr int Q8_TOGETHER = 4;
 #endif
 
+inline const int16_t* wide_of(const XGroup& x, int64_t block) {
+#if defined(ISA_AMX)
+  return nullptr;  // nobody asks for it
+#else
+  return x.wide + block * BLOCK;
+#endif
+}
 inline int64_t groups_of(int64_t cols) { return (cols + 8 * BLOCK - 1) / (8 * BLOCK); }
 inline int32_t sum_of(const XGroup& x, int64_t block) { return x.sum[2 * block] + x.sum[2 * block + 1]; }
 
@@ -54,19 +68,24 @@ inline void quantise_block(const float* x, XGroup& group, int64_t b) {
   const float largest = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high)));
   const float inverse = largest > 1e-30f ? 127 / largest : 0;
   group.scale[b] = largest / 127;
-  const __m512 by = _mm512_set1_ps(inverse), by_wide = _mm512_set1_ps(inverse / WIDE_UNIT);
+  const __m512 by = _mm512_set1_ps(inverse);
+#if !defined(ISA_AMX)
+  const __m512 by_wide = _mm512_set1_ps(inverse / WIDE_UNIT);
+#endif
   const __m512i whole[2] = {_mm512_cvtps_epi32(_mm512_mul_ps(low, by)), _mm512_cvtps_epi32(_mm512_mul_ps(high, by))};
   int32_t total = 0;
   for (int h = 0; h < 2; h++) {
     const __m128i q = _mm512_cvtepi32_epi8(whole[h]);
     _mm_storeu_si128((__m128i*)(group.q + b * BLOCK + 16 * h), q);
+#if !defined(ISA_AMX)
     _mm_storeu_si128((__m128i*)(group.shifted + b * BLOCK + 16 * h), _mm_xor_si128(q, _mm_set1_epi8((char)128)));
+    const __m512i wide = _mm512_cvtps_epi32(_mm512_mul_ps(h ? high : low, by_wide));
+    _mm256_storeu_si256((__m256i*)(group.wide + b * BLOCK + 16 * h), _mm512_cvtepi32_epi16(wide));
+#endif
     const __m128i sums = _mm_sad_epu8(_mm_xor_si128(q, _mm_set1_epi8((char)128)), _mm_setzero_si128());
     const int32_t sum = _mm_cvtsi128_si32(sums) + _mm_extract_epi16(sums, 4) - 16 * 128;
     group.sum[b * 2 + h] = (int16_t)sum;
     total += sum;
-    const __m512i wide = _mm512_cvtps_epi32(_mm512_mul_ps(h ? high : low, by_wide));
-    _mm256_storeu_si256((__m256i*)(group.wide + b * BLOCK + 16 * h), _mm512_cvtepi32_epi16(wide));
   }
   group.taken[b] = group.scale[b] * (float)total;
 }
@@ -97,8 +116,28 @@ inline void quantise_block(const float* x, XGroup& group, int64_t b) {
 }
 #endif
 
-// n numbers, whole blocks, into the blocks from `first` on
-void quantise(const float* x, int64_t n, XGroup* out, int64_t first = 0) {
+constexpr int64_t TILED = 4;  // rows of x from which on tiles are worth while (tiles.h)
+
+#if defined(ISA_AMX)
+// x = high + low, each rounded to bfloat16, halves up
+inline void into_parts(const float* x, int64_t n, XGroup* out, int64_t first) {
+  const __m512i half = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi32(0xffff0000);
+  for (int64_t i = first * BLOCK; i < first * BLOCK + n; i += 16, x += 16) {
+    const __m512 v = _mm512_loadu_ps(x);
+    const __m512i high = _mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(v), half), upper);
+    const __m512i low = _mm512_add_epi32(_mm512_castps_si512(_mm512_sub_ps(v, _mm512_castsi512_ps(high))), half);
+    XGroup& group = out[i / (8 * BLOCK)];
+    _mm256_store_si256((__m256i*)(group.high + i % (8 * BLOCK)), _mm512_cvtepi32_epi16(_mm512_srli_epi32(high, 16)));
+    _mm256_store_si256((__m256i*)(group.low + i % (8 * BLOCK)), _mm512_cvtepi32_epi16(_mm512_srli_epi32(low, 16)));
+  }
+}
+#endif
+
+// n numbers, whole blocks, into the blocks from `first` on; rows: how many of x the product has
+void quantise(const float* x, int64_t n, int64_t rows, XGroup* out, int64_t first = 0) {
+#if defined(ISA_AMX)
+  if (rows >= TILED) return into_parts(x, n, out, first);
+#endif
   for (int64_t b = first; b < first + n / BLOCK; b++, x += BLOCK) quantise_block(x, out[b / 8], b % 8);
 }
 

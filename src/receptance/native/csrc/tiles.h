@@ -7,6 +7,10 @@
 
 #if defined(ISA_AVX512)
 
+#if defined(ISA_AMX)
+#include "amx.h"
+#else
+
 static_assert(WIDE_UNIT == 1.0f / 64, "words_of");
 
 enum Kind { BYTES, MINIMA, HALVES, WORDS };  // one scale for 32 columns; and a minimum; two scales; 16-bit integers
@@ -133,32 +137,6 @@ inline void words_of(const __m512i* v, uint8_t (*to)[64], float* scale) {
   _mm512_store_si512(scale, _mm512_slli_epi32(_mm512_max_epi32(e, _mm512_setzero_si512()), 23));
 }
 
-inline void transpose16(__m512i v[16]) {
-  __m512i t[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    v[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    v[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    v[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    v[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int i = 0; i < 4; i++) {
-    t[i] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 4; i++) {
-    v[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    v[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-    v[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-    v[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
-  }
-}
-
 // Up to 16 rows of 16-bit numbers, `stride` bytes apart; the results of those that are not there are nobody's
 template <int T>
 void widen_plain(const char* p, int64_t stride, int64_t height, int64_t blocks, Widened& w) {
@@ -279,7 +257,7 @@ inline void wide_panels(const Product& p, int64_t first, int64_t last, int64_t r
   }
 }
 
-constexpr int64_t TILED = 4;  // rows of x from which on it is worth while
+#endif
 
 template <int T>
 void tiled_packed(const Product& p, int64_t first, int64_t last, int64_t rows, float* local) {
@@ -291,14 +269,20 @@ void tiled_packed(const Product& p, int64_t first, int64_t last, int64_t rows, f
   });
 }
 
-template <int T>  // whole panels
+template <int T>
 void tiled_blocks(const Product& p, int64_t first, int64_t last, int64_t rows, float* local) {
-  constexpr int KIND = kind_of<T == Q8_0 ? Q8 : T == Q4_0 ? Q4 : T>();
+  constexpr int64_t bytes = DEPTH / Block<T>::numbers * Block<T>::size;  // of 256 columns of one row
   const int64_t cols = p.w->cols, size = line_bytes(T, cols);
   const uint8_t* data = (const uint8_t*)p.w->data;
-  wide_panels<KIND>(p, first, last, rows, local, [&](int64_t n, int64_t group, Widened& w) {
-    const uint8_t* from = data + n * size + group * DEPTH / Block<T>::numbers * Block<T>::size;
-    widen_rows<T>(from, size, blocks_of_group(cols, group), w);
+  wide_panels<kind_of<T == Q8_0 ? Q8 : T == Q4_0 ? Q4 : T>()>(p, first, last, rows, local, [&](int64_t n, int64_t group, Widened& w) {
+    const uint8_t* from = data + n * size + group * bytes;
+    const int64_t blocks = blocks_of_group(cols, group);
+    if (n + PANEL <= last) return widen_rows<T>(from, size, blocks, w);
+    uint8_t whole[PANEL * bytes] = {};  // the last rows, and zeros below them
+    for (int64_t r = 0; r < last - n; r++) {
+      __builtin_memcpy(whole + r * bytes, from + r * size, blocks * BLOCK / Block<T>::numbers * Block<T>::size);
+    }
+    widen_rows<T>(whole, bytes, blocks, w);
   });
 }
 
@@ -306,7 +290,7 @@ template <int T>
 void tiled_plain(const Product& p, int64_t first, int64_t last, int64_t rows, float* local) {
   const int64_t cols = p.w->cols, stride = 2 * cols;
   const char* data = (const char*)p.w->data;
-  wide_panels<WORDS>(p, first, last, rows, local, [&](int64_t n, int64_t group, Widened& w) {
+  wide_panels<kind_of<T>()>(p, first, last, rows, local, [&](int64_t n, int64_t group, Widened& w) {
     const int64_t height = last - n < PANEL ? last - n : PANEL;
     widen_plain<T>(data + n * stride + group * DEPTH * 2, stride, height, blocks_of_group(cols, group), w);
   });
@@ -317,7 +301,7 @@ template <int T>
 void tiled_lines(const Product& p, int64_t first, int64_t last, int64_t rows, float* local) {
   const int64_t size = 2 * p.w->rows;
   const char* data = (const char*)p.w->data;
-  wide_panels<WORDS>(p, first, last, rows, local, [&](int64_t n, int64_t group, Widened& w) {
+  wide_panels<kind_of<T>()>(p, first, last, rows, local, [&](int64_t n, int64_t group, Widened& w) {
     widen_lines<T>(data + group * DEPTH * size + 2 * n, size, blocks_of_group(p.w->cols, group), w);
   });
 }
@@ -330,7 +314,17 @@ inline bool lines_by_words(const Matrix& w, int64_t rows) {
   return (w.type == F16 || w.type == BF16) && !w.exact && rows >= TILED && w.cols % PANEL == 0 && w.rows % BLOCK == 0;
 }
 
+#if !defined(ISA_AMX)
+struct WithTiles {  // nothing to prepare
+  WithTiles() {}
+};
+#endif
+
 #else
+
+struct WithTiles {
+  WithTiles() {}
+};
 
 inline bool by_words(const Matrix&, int64_t) { return false; }
 inline bool lines_by_words(const Matrix&, int64_t) { return false; }
