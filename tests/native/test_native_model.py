@@ -5,7 +5,7 @@ import multiprocessing
 import numpy as np
 import pytest
 import torch
-from native_helpers import COMPILED, engines, native, needs_core, random_model, tokens
+from native_helpers import COMPILED, bfloat16, engines, native, needs_core, random_model, tokens
 
 from receptance.errors import CheckpointError, ConfigError
 from receptance.models import RWKV, VERSIONS
@@ -234,8 +234,14 @@ def quantised(model: RWKV, dtype: str, engine: str, *, many: bool) -> RWKV:
     for name, x in matrices(model).items():
         bits = "int8" if name == "head.weight" else dtype
         x.copy_(block_rounded(x, bits))
+        if engine == "amx" and many:
+            x.copy_(torch.from_numpy(bfloat16(x.numpy())))
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and (many or not name.endswith("ffn.value")):
+        if not isinstance(module, torch.nn.Linear):
+            continue
+        if engine == "amx" and many:
+            module.register_forward_pre_hook(lambda _, inputs: torch.from_numpy(bfloat16(inputs[0].numpy())))
+        elif many or not name.endswith("ffn.value"):
             # beside weights of 8 bits, where the processor has no dot products of bytes
             is_wide = engine in ("avx2", "portable") and (dtype == "int8" or name == "head")
             bits = "int16x" if is_wide else "int8x"

@@ -125,21 +125,29 @@ inline __m512i two_columns(__m512i first, __m512i second) {  // their upper halv
   return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(first, 16), second);
 }
 
-// Columns 4 j to 4 j + 3 of 16 rows, unsigned bytes u: u scale + start, where start also takes back 2^15 scale
+// Columns 4 j to 4 j + 3 of 16 rows, unsigned numbers in bytes u: u scale + start. A number is put into the mantissa of 2^15 (BITS
+// = 8) or, with less to round in start, of 2^7 (numbers of at most 6 bits); start takes that back as well.
+template <int BITS>
 inline void put_quads(__m512i u, __m512 scale, __m512 start, uint16_t (*to)[32]) {
-  const __m512i byte = _mm512_set1_epi32(0xff00), magic = _mm512_set1_epi32(0x47000000);  // 2^15, whose bit 8 is 1
-  const __m512i at[4] = {_mm512_slli_epi32(u, 8), u, _mm512_srli_epi32(u, 8), _mm512_srli_epi32(u, 16)};
+  constexpr bool small = BITS < 8;
+  const __m512i number = _mm512_set1_epi32(small ? 0x3f0000 : 0xff00), magic = _mm512_set1_epi32(small ? 0x43000000 : 0x47000000);
+  const __m512i left = _mm512_slli_epi32(u, 8), right = _mm512_srli_epi32(u, 8);
+  const __m512i at[4] = {small ? _mm512_slli_epi32(u, 16) : left, small ? left : u, small ? u : right,
+                         small ? right : _mm512_srli_epi32(u, 16)};
   __m512i f[4];
   for (int i = 0; i < 4; i++) {
-    const __m512i number = _mm512_ternarylogic_epi32(at[i], byte, magic, 0xea);  // at & byte | magic
-    f[i] = rounded(_mm512_fmadd_ps(_mm512_castsi512_ps(number), scale, start));
+    const __m512i whole = _mm512_ternarylogic_epi32(at[i], number, magic, 0xea);  // at & number | magic
+    f[i] = rounded(_mm512_fmadd_ps(_mm512_castsi512_ps(whole), scale, start));
   }
   _mm512_store_si512(to[0], two_columns(f[0], f[1]));
   _mm512_store_si512(to[1], two_columns(f[2], f[3]));
 }
 
-// -(2^15 + offset) scale: without error, since a scale has 11 bits of mantissa
-inline __m512 start_of(__m512 scale, float offset) { return _mm512_mul_ps(scale, _mm512_set1_ps(-(32768 + offset))); }
+// -(2^15 or 2^7 + offset) scale, for Q8 and Q4 without error, since a scale has 11 bits of mantissa
+template <int BITS>
+inline __m512 start_of(__m512 scale, float offset) {
+  return _mm512_mul_ps(scale, _mm512_set1_ps(-((BITS < 8 ? 128 : 32768) + offset)));
+}
 
 // A packed group of 16 rows, `blocks` blocks of 32 columns
 template <int T>
@@ -152,22 +160,22 @@ void widen_packed(const uint8_t* p, int64_t blocks, Widened& w) {
     const __m512 d = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)header));
     uint16_t(*to)[32] = w.high + 16 * b;
     if (T == Q8) {
-      const __m512 start = start_of(d, 128);
+      const __m512 start = start_of<8>(d, 128);
       for (int j = 0; j < 8; j++) {
-        put_quads(_mm512_xor_si512(_mm512_loadu_si512(numbers + j * 64), _mm512_set1_epi8((char)128)), d, start, to + 2 * j);
+        put_quads<8>(_mm512_xor_si512(_mm512_loadu_si512(numbers + j * 64), _mm512_set1_epi8((char)128)), d, start, to + 2 * j);
       }
       continue;
     }
     __m512 scale[2] = {d, d}, start[2];  // of columns 0-15 and 16-31
     if (T == Q4) {
-      start[0] = start[1] = start_of(d, 8);
+      start[0] = start[1] = start_of<4>(d, 8);
     } else {
       const __m256i stored = _mm256_loadu_si256((const __m256i*)(header + (T == Q6_K ? 32 + b * 32 : 64 + b / 2 * 32)));
       const __m512i pair = T == Q6_K ? _mm512_cvtepi8_epi16(stored) : _mm512_cvtepu8_epi16(stored);
       scale[0] = _mm512_mul_ps(d, _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(pair, 16), 16)));
       scale[1] = _mm512_mul_ps(d, _mm512_cvtepi32_ps(_mm512_srai_epi32(pair, 16)));
       if (T != Q6_K) scale[b % 2 ? 0 : 1] = scale[b % 2];
-      start[0] = start_of(scale[0], T == Q6_K ? 32 : 0), start[1] = start_of(scale[1], T == Q6_K ? 32 : 0);
+      start[0] = start_of<6>(scale[0], T == Q6_K ? 32 : 0), start[1] = start_of<6>(scale[1], T == Q6_K ? 32 : 0);
       if (T != Q6_K) {
         const __m128i minima = _mm_loadu_si128((const __m128i*)(header + 192 + b * GROUP));
         const __m512 least = _mm512_mul_ps(_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(header + 32))),
@@ -189,8 +197,8 @@ void widen_packed(const uint8_t* p, int64_t blocks, Widened& w) {
         low = _mm512_or_si512(low, _mm512_and_si512(_mm512_slli_epi16(h, 4 - j / 2 * 2), twice));
         high = _mm512_or_si512(high, _mm512_and_si512(_mm512_srli_epi16(h, j / 2 * 2), twice));
       }
-      put_quads(low, scale[0], start[0], to + 2 * j);
-      put_quads(high, scale[1], start[1], to + 2 * j + 8);
+      put_quads<6>(low, scale[0], start[0], to + 2 * j);
+      put_quads<6>(high, scale[1], start[1], to + 2 * j + 8);
     }
   }
 }
