@@ -43,8 +43,8 @@ def rounded_input(x: Array, steps: int = 127) -> Array:
 
 
 def products(engine: str, w: Blocks, x: Array) -> Array:
-    """In float64, of the numbers that the core multiplies: w as it is and x rounded, but from four rows on AMX rounds both."""
-    if engine == "amx" and len(x) >= 4:
+    """In float64, of the numbers that the core multiplies: x rounded, and w too in 32 rows and more with AMX."""
+    if engine == "amx" and len(x) >= 32:
         return bfloat16(x).astype(np.float64) @ bfloat16(w.to_float()).astype(np.float64).T
     rounded = rounded_input(x, 127 * 256 if is_wide(w.format, engine) else 127)
     return rounded @ w.to_float().astype(np.float64).T
@@ -56,7 +56,7 @@ def assert_products(found: Array, expected: Array, engine: str, *, edges: int = 
     With AMX a weight may lie there too (halfway between two numbers of 8 bits): then one output of all rows is off.
     """
     wrong = np.abs(found - expected) > 2e-5 * np.abs(expected).max()
-    if engine == "amx" and len(found) >= 4:
+    if engine == "amx" and len(found) >= 32:
         assert np.count_nonzero(wrong.any(0)) <= max(1, wrong.shape[1] // 50)
         assert np.abs(found - expected).max() <= 2e-3 * np.abs(expected).max()
     else:
@@ -143,7 +143,7 @@ def test_packed_blocks_give_the_same_products(format, rows, cols, engine):
     x = (generator.standard_normal((135, cols)) * generator.uniform(0.01, 5, cols)).astype(np.float32)
     x[0, 32:64] = 0
     x[1] = np.abs(x[1])  # sums of inputs that are far from zero
-    for count in (1, 2, 3, 7, 12, 135):
+    for count in (1, 2, 3, 7, 12, 31, 135):
         found = multiply(engine, blocks, x[:count], 3 if count > 2 else 1, packed=True)
         assert_products(found, products(engine, blocks, x[:count]), engine, edges=count // 100)
 
@@ -158,15 +158,15 @@ def test_sums_of_extreme_numbers_do_not_overflow(format, engine):
         blocks.data[:] = bits
         for at in HALVES[format]:
             blocks.data[:, at : at + 2] = np.float16(2**-10).reshape(1).view(np.uint8)
-        x = np.ones((6, 256), np.float32)
+        x = np.ones((40, 256), np.float32)
         x[1], x[2, ::2], x[3, 16:] = -1, -1, -1
         exact = x.astype(np.float64) @ blocks.to_float().astype(np.float64).T
         size = np.abs(x.astype(np.float64)) @ np.abs(blocks.to_float().astype(np.float64)).T + 1e-6
         for packed in (False, True):
-            found = multiply(engine, blocks, x, packed=packed)
-            expected = products(engine, blocks, x) if engine == "amx" else exact  # all these inputs are exact
-            assert (np.abs(found - expected) <= 1e-5 * size).all()
-            assert (np.abs(multiply(engine, blocks, x[:1], packed=packed) - exact[:1]) <= 1e-5 * size[:1]).all()
+            for rows in (1, 6, 9, 40):
+                expected = products(engine, blocks, x) if engine == "amx" and rows >= 32 else exact  # all inputs are exact
+                found = multiply(engine, blocks, x[:rows], packed=packed)
+                assert (np.abs(found - expected[:rows]) <= 1e-5 * size[:rows]).all()
 
 
 @needs_core
@@ -228,7 +228,7 @@ def test_a_model_of_blocks_is_the_model_of_their_numbers(repack, version, format
     fast = NativeModel(
         weights, read_config(version_of(model), shapes), "", engine_name=engine, threads=2, repack=repack
     )
-    ids = tokens(20, 300)
+    ids = tokens(40, 300)
     state, by_token = None, []
     for token in ids:
         logits, state = fast.forward([token], state)

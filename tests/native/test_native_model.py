@@ -263,7 +263,7 @@ def assert_rounded(found: np.ndarray, expected: np.ndarray, bound: float = ROUND
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
 @pytest.mark.parametrize("version", ["4", "5.2", "6", "7"])
 def test_quantised_weights_are_those_of_their_blocks(version, dtype, engine):
-    ids = tokens(20, 300)
+    ids = tokens(40, 300)
     fast = native(wide_model(version), dtype=dtype, engine_name=engine)
     one, many = (torch_logits(quantised(wide_model(version), dtype, engine, many=x), ids) for x in (False, True))
     assert_rounded(fast.forward(ids)[0], many)

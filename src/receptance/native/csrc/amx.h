@@ -1,24 +1,25 @@
 // Products with many rows of x by AMX: 16 rows x 256 columns of w are widened once to bfloat16 and meet 16 rows of x in tiles,
-// whose sums are float32. Included by tiles.h, inside the namespace of the instruction set.
+// whose sums are float32; with 8 to 31 rows of x, for which that would not be worth while, weights of 4, 5 and 8 bits meet x as
+// bytes. Included by tiles.h, inside the namespace of the instruction set.
 //
 // Weights of 4 to 8 bits are rounded to 8 bits of mantissa with their scale, and so is x: 0.2 % of each number, where the rounding
 // of x to 127 steps of the largest of 32 costs two to three times as much. Weights of 16 bits, panels and their x come in two parts
 // that have 16 bits of mantissa together; of four products the one of both lower parts is left out.
 
-enum Kind { ONE_PART, TWO_PARTS, THREE_PRODUCTS };  // x and w once; x twice (bfloat16 is exact); both twice
+enum Parts { ONE_PART, TWO_PARTS, THREE_PRODUCTS };  // x and w once; x twice (bfloat16 is exact); both twice
 
 template <int T>
-constexpr int kind_of() {
+constexpr int parts_of() {
   return T == BF16 ? TWO_PARTS : T == F16 || T == F32 ? THREE_PRODUCTS : ONE_PART;
 }
 
 // 16 rows x 256 columns: vectors of 16 rows x 2 columns
-struct alignas(64) Widened {
+struct alignas(64) Halves {
   uint16_t high[8 * 16][32], low[8 * 16][32];
 };
 
 constexpr int64_t TOGETHER = 4;  // panels that meet the same tile of x
-static_assert(TOGETHER * sizeof(Widened) == PANEL_FLOATS * sizeof(float), "room for four");
+static_assert(TOGETHER * sizeof(Halves) <= PANEL_FLOATS * sizeof(float), "room for four");
 static_assert(TOGETHER * PANEL == MOST_ROWS, "all panels of one product");
 
 #if !defined(TILE_LOAD)
@@ -26,19 +27,26 @@ static_assert(TOGETHER * PANEL == MOST_ROWS, "all panels of one product");
   __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #t : : "r"(from), "r"((int64_t)(stride)) : "memory")
 #define TILE_STORE(t, to) __asm__ volatile("tilestored %%tmm" #t ", (%0,%1,1)" : : "r"(to), "r"((int64_t)64) : "memory")
 #define TILE_PRODUCT(sums, x, w) __asm__ volatile("tdpbf16ps %%tmm" #w ", %%tmm" #x ", %%tmm" #sums : : : "memory")
+#define TILE_PRODUCT_BYTES(sums, x, w) __asm__ volatile("tdpbssd %%tmm" #w ", %%tmm" #x ", %%tmm" #sums : : : "memory")
+#define TILE_ZERO(t) __asm__ volatile("tilezero %%tmm" #t : : : "memory")
 #define TILES_BEGIN(config) __asm__ volatile("ldtilecfg %0" : : "m"(config) : "memory")
 #define TILES_END() __asm__ volatile("tilerelease" : : : "memory")
 #endif
 
+// Sums in tiles 0 to 3, x in 4 and 5, w in 6 and 7: of 32 columns, two bytes each or one
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t bytes_of_rows[16] = {64, 64, 64, 64, 64, 64, 64, 64};
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  constexpr explicit TileConfig(int bytes) {
+    bytes_of_rows[4] = bytes_of_rows[5] = (uint16_t)(32 * bytes);
+    rows[6] = rows[7] = (uint8_t)(8 * bytes);
+  }
 };
 
-struct WithTiles {  // as long as a thread works
-  WithTiles() {
-    const TileConfig config;
+struct WithTiles {  // while a thread works
+  explicit WithTiles(int bytes) {
+    const TileConfig config(bytes);
     TILES_BEGIN(config);
   }
   ~WithTiles() { TILES_END(); }
@@ -46,7 +54,7 @@ struct WithTiles {  // as long as a thread works
 
 // sums [G][16, 16] (lds numbers apart) += what `blocks` blocks of 32 columns give, of 16 rows of x that lie `stride` bytes apart
 template <int KIND, int G>
-inline void tile_of_16(const Widened* w, int64_t blocks, const XGroup* x, int64_t stride, float* sums, int64_t lds) {
+inline void tile_of_16(const Halves* w, int64_t blocks, const XGroup* x, int64_t stride, float* sums, int64_t lds) {
   TILE_LOAD(0, sums, 64);
   if constexpr (G > 1) TILE_LOAD(1, sums + lds, 64);
   if constexpr (G > 2) TILE_LOAD(2, sums + 2 * lds, 64);
@@ -77,18 +85,19 @@ inline void tile_of_16(const Widened* w, int64_t blocks, const XGroup* x, int64_
 }
 
 template <int KIND, int G>
-inline void tiles_of(const Widened* w, int64_t blocks, const XGroup* x, int64_t ldq, int64_t rows, float* sums) {
+inline void tiles_of(const Halves* w, int64_t blocks, const XGroup* x, int64_t ldq, int64_t rows, float* sums) {
   const int64_t lds = whole_tiles(rows) * PANEL;
   for (int64_t m = 0; m < rows; m += PANEL) {
     tile_of_16<KIND, G>(w, blocks, x + m * ldq, ldq * (int64_t)sizeof(XGroup), sums + m * PANEL, lds);
   }
 }
 
-// Panels `first`..`last` (rows of w, at most four panels): widen(row, group, Widened&) and the tiles; inputs(group): 256 columns of
+// Panels `first`..`last` (rows of w, at most four panels): widen(row, group, Halves&) and the tiles; inputs(group): 256 columns of
 // x, of row after row `ldq` apart
 template <int KIND, class X, class F>
-inline void wide_panels(const Product& p, int64_t first, int64_t last, int64_t rows, float* local, X inputs, int64_t ldq, F widen) {
-  Widened* w = (Widened*)local;
+inline void half_panels(const Product& p, int64_t first, int64_t last, int64_t rows, float* local, X inputs, int64_t ldq, F widen) {
+  const WithTiles tiles(2);
+  Halves* w = (Halves*)local;
   const int64_t panels = (last - first + PANEL - 1) / PANEL, lds = whole_tiles(rows) * PANEL;
   float* sums = local + PANEL_FLOATS;
   __builtin_memset(sums, 0, panels * lds * sizeof(float));
@@ -112,8 +121,8 @@ inline void wide_panels(const Product& p, int64_t first, int64_t last, int64_t r
 }
 
 template <int KIND, class F>
-inline void wide_panels(const Product& p, int64_t first, int64_t last, int64_t rows, float* local, F widen) {
-  wide_panels<KIND>(p, first, last, rows, local, [&](int64_t group) { return p.q + group; }, groups_of(p.w->cols), widen);
+inline void half_panels(const Product& p, int64_t first, int64_t last, int64_t rows, float* local, F widen) {
+  half_panels<KIND>(p, first, last, rows, local, [&](int64_t group) { return p.q + group; }, groups_of(p.w->cols), widen);
 }
 
 // Widening ---------------------------------------------------------------------------------------------------------------
@@ -151,7 +160,7 @@ inline __m512 start_of(__m512 scale, float offset) {
 
 // A packed group of 16 rows, `blocks` blocks of 32 columns
 template <int T>
-void widen_packed(const uint8_t* p, int64_t blocks, Widened& w) {
+void widen_packed(const uint8_t* p, int64_t blocks, Halves& w) {
   constexpr bool small = Packed<T>::numbers == BLOCK;
   const __m512i fifteen = _mm512_set1_epi8(15);
   for (int64_t b = 0; b < blocks; b++) {
@@ -205,7 +214,7 @@ void widen_packed(const uint8_t* p, int64_t blocks, Widened& w) {
 
 // 16 rows in a block format, `stride` bytes apart
 template <int T>
-void widen_rows(const uint8_t* p, int64_t stride, int64_t blocks, Widened& w) {
+void widen_rows(const uint8_t* p, int64_t stride, int64_t blocks, Halves& w) {
   constexpr int KERNEL = T == Q8_0 ? Q8 : T == Q4_0 ? Q4 : T, NUMBERS = Block<T>::numbers;
   uint8_t packed[8 * BLOCK / packed_numbers(KERNEL) * packed_bytes(KERNEL)];
   for (int64_t u = 0; u < blocks * BLOCK / NUMBERS; u++) {
@@ -234,7 +243,7 @@ inline void put_words(__m512i v, uint16_t* high, uint16_t* low) {
 
 // Up to 16 rows of 16-bit numbers, `stride` bytes apart; the results of those that are not there are nobody's
 template <int T>
-void widen_plain(const char* p, int64_t stride, int64_t height, int64_t blocks, Widened& w) {
+void widen_plain(const char* p, int64_t stride, int64_t height, int64_t blocks, Halves& w) {
   for (int64_t b = 0; b < blocks; b++, p += 64) {
     __m512i v[16];
     for (int64_t r = 0; r < 16; r++) {
@@ -248,11 +257,111 @@ void widen_plain(const char* p, int64_t stride, int64_t height, int64_t blocks, 
 
 // Lines of 16 outputs, `size` bytes apart: 32 of them are a block
 template <int T>
-void widen_lines(const char* p, int64_t size, int64_t blocks, Widened& w) {
+void widen_lines(const char* p, int64_t size, int64_t blocks, Halves& w) {
   for (int64_t i = 0; i < 16 * blocks; i++, p += 2 * size) {
     const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
     const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(p + size)));
     put_words<T>(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)), w.high[i], w.low[i]);
+  }
+}
+
+// Bytes: few rows of x -----------------------------------------------------------------------------------------------------
+
+template <int T>
+constexpr bool by_bytes(int64_t rows) {
+  return rows >= 8 && rows < HALVED && (T == Q8 || T == Q4 || T == Q4_K || T == Q5_K);
+}
+
+// The numbers of block b of a packed group of 16 rows as signed bytes, 8 vectors of 16 rows x 4 columns: where they lie, or in `to`
+template <int T>
+inline const uint8_t* bytes_of(const uint8_t* numbers, uint8_t (*to)[64]) {
+  if (T == Q8) return numbers;
+  const __m512i fifteen = _mm512_set1_epi8(15);
+  for (int j = 0; j < 4; j++) {
+    __m512i low = _mm512_loadu_si512(numbers + j * 64), high = _mm512_and_si512(_mm512_srli_epi16(low, 4), fifteen);
+    low = _mm512_and_si512(low, fifteen);
+    if (T == Q4) low = _mm512_sub_epi8(low, _mm512_set1_epi8(8)), high = _mm512_sub_epi8(high, _mm512_set1_epi8(8));
+    if (T == Q5_K) {  // bit i of a byte belongs to columns 4 i to 4 i + 3
+      const __m512i h = _mm512_loadu_si512(numbers + 256), bit = _mm512_set1_epi8(16);
+      low = _mm512_or_si512(low, _mm512_and_si512(_mm512_slli_epi16(h, 4 - j), bit));
+      high = _mm512_or_si512(high, _mm512_and_si512(_mm512_srli_epi16(h, j), bit));
+    }
+    _mm512_store_si512(to[j], low);
+    _mm512_store_si512(to[j + 4], high);
+  }
+  return to[0];
+}
+
+// sums [16, 16] += what `blocks` blocks of a packed group of 16 rows give, at most 8, of 16 rows of x that lie ldq apart
+template <int T>
+__attribute__((noinline)) void byte_tile(const uint8_t* w, int64_t blocks, const XGroup* x, int64_t ldq, float* sums) {
+  constexpr bool small = Packed<T>::numbers == BLOCK;
+  const int64_t stride = ldq * (int64_t)sizeof(XGroup);
+  alignas(64) uint8_t numbers[4][8][64];
+  alignas(64) int32_t dots[4][16][16];
+  __m512 acc[16];
+  for (int m = 0; m < 16; m++) acc[m] = _mm512_load_ps(sums + m * PANEL);
+  for (int64_t first = 0; first < blocks; first += 4) {
+    const int64_t count = blocks - first < 4 ? blocks - first : 4;
+    const auto numbers_of = [&](int64_t i) {
+      const int64_t b = first + i;
+      return bytes_of<T>(w + (small ? b * Packed<T>::size : b * Packed<T>::part) + Packed<T>::header, numbers[i]);
+    };
+#define BLOCK_STEP(i, xs, ws)                         \
+  if (i < count) {                                    \
+    const uint8_t* at = numbers_of(i);                \
+    TILE_ZERO(i);                                     \
+    TILE_LOAD(xs, x->q + (first + i) * BLOCK, stride);\
+    TILE_LOAD(ws, at, 64);                            \
+    TILE_PRODUCT_BYTES(i, xs, ws);                    \
+  }
+    BLOCK_STEP(0, 4, 6) BLOCK_STEP(1, 5, 7) BLOCK_STEP(2, 4, 6) BLOCK_STEP(3, 5, 7)
+#undef BLOCK_STEP
+    TILE_STORE(0, dots[0]);
+    if (count > 1) TILE_STORE(1, dots[1]);
+    if (count > 2) TILE_STORE(2, dots[2]);
+    if (count > 3) TILE_STORE(3, dots[3]);
+    for (int64_t i = 0; i < count; i++) {
+      const int64_t b = first + i;
+      const uint8_t* header = small ? w + b * Packed<T>::size : w;
+      __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)header)), least = _mm512_setzero_ps();
+      if (!small) {
+        const __m512i pair = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(header + 64 + b / 2 * 32)));
+        const __m512i mine = b % 2 ? _mm512_srli_epi32(pair, 16) : _mm512_and_si512(pair, _mm512_set1_epi32(0xffff));
+        scale = _mm512_mul_ps(scale, _mm512_cvtepi32_ps(mine));
+        const __m128i minima = _mm_loadu_si128((const __m128i*)(header + 192 + b * GROUP));
+        least = _mm512_mul_ps(_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(header + 32))),
+                              _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(minima)));
+      }
+#pragma GCC unroll 16
+      for (int m = 0; m < 16; m++) {
+        const XGroup& group = x[m * ldq];
+        const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(group.scale[b]));
+        acc[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_load_si512(dots[i][m])), both, acc[m]);
+        if (!small) acc[m] = _mm512_fnmadd_ps(least, _mm512_set1_ps(group.taken[b]), acc[m]);
+      }
+    }
+  }
+  for (int m = 0; m < 16; m++) _mm512_store_ps(sums + m * PANEL, acc[m]);
+}
+
+// Panels `first`..`last`; packed(n, group, room): 256 columns of 16 rows as they lie in a packed group, there or in `room`
+template <int T, class F>
+inline void byte_panels(const Product& p, int64_t first, int64_t last, int64_t rows, float* local, F packed) {
+  const WithTiles tiles(1);
+  uint8_t room[8 * BLOCK / Packed<T>::numbers * Packed<T>::size];
+  const int64_t ldq = groups_of(p.w->cols), whole = whole_tiles(rows);
+  float* sums = local;
+  for (int64_t n = first; n < last; n += PANEL) {
+    __builtin_memset(sums, 0, whole * PANEL * sizeof(float));
+    for (int64_t group = 0; group < ldq; group++) {
+      const uint8_t* w = packed(n, group, room);
+      for (int64_t m = 0; m < rows; m += PANEL) {
+        byte_tile<T>(w, blocks_of_group(p.w->cols, group), p.q + m * ldq + group, ldq, sums + m * PANEL);
+      }
+    }
+    const int64_t count = last - n < PANEL ? last - n : PANEL;
+    for (int64_t m = 0; m < rows; m++) put(p, m, n, count, sums + m * PANEL);
   }
 }
 
@@ -266,7 +375,7 @@ void tiled_panel(const Product& p, int64_t first, int64_t last, int64_t rows, fl
     for (int64_t m = 0; m < rows; m++) into_parts(p.x + m * p.ldx + group * DEPTH, n, x + m, 0);
     return x;
   };
-  wide_panels<kind_of<T>()>(p, first, last, rows, local, inputs, 1, [&](int64_t n, int64_t group, Widened& w) {
+  half_panels<parts_of<T>()>(p, first, last, rows, local, inputs, 1, [&](int64_t n, int64_t group, Halves& w) {
     const char* from = (const char*)p.w->data + n / PANEL * bytes + offset<T>(PANEL * DEPTH * group);
     widen_lines<T>(from, 2 * PANEL, blocks_of_group(cols, group), w);
   });

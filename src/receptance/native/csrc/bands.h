@@ -146,7 +146,15 @@ void band_rows(const Product& p, int64_t first, int64_t last, int64_t rows, floa
   };
 #if defined(ISA_AVX512)
   if (rows >= TILED) {
-    wide_panels<kind_of<KERNEL>()>(p, first, last, rows, local, [&](int64_t n, int64_t group, Widened& w) {
+#if defined(ISA_AMX)
+    if (by_bytes<KERNEL>(rows)) {
+      return byte_panels<KERNEL>(p, first, last, rows, local, [&](int64_t n, int64_t group, uint8_t* room) {
+        pack_panel(n, group, blocks_of_group(p.w->cols, group), room);
+        return room;
+      });
+    }
+#endif
+    panels_of<KERNEL>(p, first, last, rows, local, [&](int64_t n, int64_t group, auto& w) {
       uint8_t packed[8 * Packed<KERNEL>::size];
       const int64_t blocks = blocks_of_group(p.w->cols, group);
       pack_panel(n, group, blocks, packed);

@@ -147,7 +147,7 @@ inline void block_dots(const uint8_t* w, int64_t stride, const XGroup* x, int64_
       for (int r = 0; r < R; r++) {
         const uint8_t* p = w + r * stride;
         if (ROW_AHEAD) __builtin_prefetch(p + 4 * ROW_AHEAD);
-        i32x8 sums = T == Q8_0 && WIDE ? dot_wide(p + 2, wide_of(group, b % 8)) : dot<T == Q8_0>(part<T, 0>(p), xs);
+        i32x8 sums = T == Q8_0 && WIDE ? dot_wide(p + 2, group.wide + b % 8 * BLOCK) : dot<T == Q8_0>(part<T, 0>(p), xs);
         if (T == Q4_0) sums -= taken;  // its numbers are stored with 8 added
         acc[r] += to_floats(sums) * (eight_of(p) * x_scale);
       }

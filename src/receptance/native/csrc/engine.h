@@ -623,7 +623,6 @@ int64_t scratch_bytes(const Model& model, int64_t rows, int threads) {
 }
 
 void thread_main(void* context, int thread) {
-  const WithTiles tiles;
   Run run = *(const Run*)context;  // its own copy: the counters of a chunk are the same for all
   while (true) {
     // the tables of the chunk are shared: one thread fills them
@@ -679,7 +678,6 @@ int64_t multiply_bytes(const Matrix& w, int64_t rows, int threads) {
 }
 
 void multiply_thread(void* context, int thread) {
-  const WithTiles tiles;
   const Multiply& job = *(const Multiply*)context;
   const Product& p = *job.product;
   const int64_t groups = groups_of(p.w->cols);

@@ -15,10 +15,8 @@ struct alignas(64) XGroup {
   float scale[8], taken[8];
   int16_t sum[16];
   int8_t q[8 * BLOCK];
-#if !defined(ISA_AMX)
   int16_t wide[8 * BLOCK];
-#endif
-#if defined(ISA_AVX512) && !defined(ISA_AMX)
+#if defined(ISA_AVX512)
   uint8_t shifted[8 * BLOCK];  // q + 128
 #endif
 };
@@ -39,13 +37,6 @@ constexpr int Q8_TOGETHER = 2;  // columns of a row that lie together in a packe
 constexpr int Q8_TOGETHER = 4;
 #endif
 
-inline const int16_t* wide_of(const XGroup& x, int64_t block) {
-#if defined(ISA_AMX)
-  return nullptr;  // nobody asks for it
-#else
-  return x.wide + block * BLOCK;
-#endif
-}
 inline int64_t groups_of(int64_t cols) { return (cols + 8 * BLOCK - 1) / (8 * BLOCK); }
 inline int32_t sum_of(const XGroup& x, int64_t block) { return x.sum[2 * block] + x.sum[2 * block + 1]; }
 
@@ -68,20 +59,15 @@ inline void quantise_block(const float* x, XGroup& group, int64_t b) {
   const float largest = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high)));
   const float inverse = largest > 1e-30f ? 127 / largest : 0;
   group.scale[b] = largest / 127;
-  const __m512 by = _mm512_set1_ps(inverse);
-#if !defined(ISA_AMX)
-  const __m512 by_wide = _mm512_set1_ps(inverse / WIDE_UNIT);
-#endif
+  const __m512 by = _mm512_set1_ps(inverse), by_wide = _mm512_set1_ps(inverse / WIDE_UNIT);
   const __m512i whole[2] = {_mm512_cvtps_epi32(_mm512_mul_ps(low, by)), _mm512_cvtps_epi32(_mm512_mul_ps(high, by))};
   int32_t total = 0;
   for (int h = 0; h < 2; h++) {
     const __m128i q = _mm512_cvtepi32_epi8(whole[h]);
     _mm_storeu_si128((__m128i*)(group.q + b * BLOCK + 16 * h), q);
-#if !defined(ISA_AMX)
     _mm_storeu_si128((__m128i*)(group.shifted + b * BLOCK + 16 * h), _mm_xor_si128(q, _mm_set1_epi8((char)128)));
     const __m512i wide = _mm512_cvtps_epi32(_mm512_mul_ps(h ? high : low, by_wide));
     _mm256_storeu_si256((__m256i*)(group.wide + b * BLOCK + 16 * h), _mm512_cvtepi32_epi16(wide));
-#endif
     const __m128i sums = _mm_sad_epu8(_mm_xor_si128(q, _mm_set1_epi8((char)128)), _mm_setzero_si128());
     const int32_t sum = _mm_cvtsi128_si32(sums) + _mm_extract_epi16(sums, 4) - 16 * 128;
     group.sum[b * 2 + h] = (int16_t)sum;
@@ -116,7 +102,8 @@ inline void quantise_block(const float* x, XGroup& group, int64_t b) {
 }
 #endif
 
-constexpr int64_t TILED = 4;  // rows of x from which on tiles are worth while (tiles.h)
+constexpr int64_t TILED = 4;    // rows of x from which on tiles are worth while (tiles.h)
+constexpr int64_t HALVED = 32;  // the same of bfloat16 (amx.h)
 
 #if defined(ISA_AMX)
 // x = high + low, each rounded to bfloat16, halves up
@@ -136,7 +123,7 @@ inline void into_parts(const float* x, int64_t n, XGroup* out, int64_t first) {
 // n numbers, whole blocks, into the blocks from `first` on; rows: how many of x the product has
 void quantise(const float* x, int64_t n, int64_t rows, XGroup* out, int64_t first = 0) {
 #if defined(ISA_AMX)
-  if (rows >= TILED) return into_parts(x, n, out, first);
+  if (rows >= HALVED) return into_parts(x, n, out, first);
 #endif
   for (int64_t b = first; b < first + n / BLOCK; b++, x += BLOCK) quantise_block(x, out[b / 8], b % 8);
 }

@@ -7,10 +7,6 @@
 
 #if defined(ISA_AVX512)
 
-#if defined(ISA_AMX)
-#include "amx.h"
-#else
-
 static_assert(WIDE_UNIT == 1.0f / 64, "words_of");
 
 enum Kind { BYTES, MINIMA, HALVES, WORDS };  // one scale for 32 columns; and a minimum; two scales; 16-bit integers
@@ -27,7 +23,7 @@ struct alignas(64) Widened {
   int32_t start[8][2][GROUP];  // -128 times the sums of bytes: x is stored with 128 added
 };
 
-static_assert(2 * sizeof(Widened) == PANEL_FLOATS * sizeof(float), "room for two");
+static_assert(2 * sizeof(Widened) <= PANEL_FLOATS * sizeof(float), "room for two");
 
 template <int KIND>
 constexpr int STEPS = KIND == WORDS ? 16 : 8;  // vectors of a block
@@ -257,24 +253,54 @@ inline void wide_panels(const Product& p, int64_t first, int64_t last, int64_t r
   }
 }
 
+#if defined(ISA_AMX)
+#include "amx.h"
 #endif
+
+// widen(row, group, Widened& or Halves&)
+template <int T, class F>
+inline void panels_of(const Product& p, int64_t first, int64_t last, int64_t rows, float* local, F widen) {
+#if defined(ISA_AMX)
+  if (rows >= HALVED) return half_panels<parts_of<T>()>(p, first, last, rows, local, widen);
+#endif
+  wide_panels<kind_of<T>()>(p, first, last, rows, local, widen);
+}
 
 template <int T>
 void tiled_packed(const Product& p, int64_t first, int64_t last, int64_t rows, float* local) {
   constexpr int64_t step = 8 * BLOCK / Packed<T>::numbers * Packed<T>::size;  // 256 columns of 16 rows
   const int64_t cols = p.w->cols, bytes = cols / Packed<T>::numbers * Packed<T>::size;
   const uint8_t* data = (const uint8_t*)p.w->data;
-  wide_panels<kind_of<T>()>(p, first, last, rows, local, [&](int64_t n, int64_t group, Widened& w) {
+#if defined(ISA_AMX)
+  if (by_bytes<T>(rows)) {
+    return byte_panels<T>(p, first, last, rows, local, [&](int64_t n, int64_t group, uint8_t*) {
+      return data + n / GROUP * bytes + group * step;
+    });
+  }
+#endif
+  panels_of<T>(p, first, last, rows, local, [&](int64_t n, int64_t group, auto& w) {
     widen_packed<T>(data + n / GROUP * bytes + group * step, blocks_of_group(cols, group), w);
   });
 }
 
 template <int T>
 void tiled_blocks(const Product& p, int64_t first, int64_t last, int64_t rows, float* local) {
+  constexpr int KERNEL = T == Q8_0 ? Q8 : T == Q4_0 ? Q4 : T;
   constexpr int64_t bytes = DEPTH / Block<T>::numbers * Block<T>::size;  // of 256 columns of one row
   const int64_t cols = p.w->cols, size = line_bytes(T, cols);
   const uint8_t* data = (const uint8_t*)p.w->data;
-  wide_panels<kind_of<T == Q8_0 ? Q8 : T == Q4_0 ? Q4 : T>()>(p, first, last, rows, local, [&](int64_t n, int64_t group, Widened& w) {
+#if defined(ISA_AMX)
+  if (by_bytes<KERNEL>(rows) && (last - first) % PANEL == 0) {
+    return byte_panels<KERNEL>(p, first, last, rows, local, [&](int64_t n, int64_t group, uint8_t* room) {
+      const uint8_t* from = data + n * size + group * bytes;
+      for (int64_t u = 0; u < blocks_of_group(cols, group) * BLOCK / Block<T>::numbers; u++) {
+        repack<T>(from + u * Block<T>::size, size, room + u * Packed<KERNEL>::size);
+      }
+      return room;
+    });
+  }
+#endif
+  panels_of<KERNEL>(p, first, last, rows, local, [&](int64_t n, int64_t group, auto& w) {
     const uint8_t* from = data + n * size + group * bytes;
     const int64_t blocks = blocks_of_group(cols, group);
     if (n + PANEL <= last) return widen_rows<T>(from, size, blocks, w);
@@ -290,7 +316,7 @@ template <int T>
 void tiled_plain(const Product& p, int64_t first, int64_t last, int64_t rows, float* local) {
   const int64_t cols = p.w->cols, stride = 2 * cols;
   const char* data = (const char*)p.w->data;
-  wide_panels<kind_of<T>()>(p, first, last, rows, local, [&](int64_t n, int64_t group, Widened& w) {
+  panels_of<T>(p, first, last, rows, local, [&](int64_t n, int64_t group, auto& w) {
     const int64_t height = last - n < PANEL ? last - n : PANEL;
     widen_plain<T>(data + n * stride + group * DEPTH * 2, stride, height, blocks_of_group(cols, group), w);
   });
@@ -301,7 +327,7 @@ template <int T>
 void tiled_lines(const Product& p, int64_t first, int64_t last, int64_t rows, float* local) {
   const int64_t size = 2 * p.w->rows;
   const char* data = (const char*)p.w->data;
-  wide_panels<kind_of<T>()>(p, first, last, rows, local, [&](int64_t n, int64_t group, Widened& w) {
+  panels_of<T>(p, first, last, rows, local, [&](int64_t n, int64_t group, auto& w) {
     widen_lines<T>(data + group * DEPTH * size + 2 * n, size, blocks_of_group(p.w->cols, group), w);
   });
 }
@@ -314,17 +340,7 @@ inline bool lines_by_words(const Matrix& w, int64_t rows) {
   return (w.type == F16 || w.type == BF16) && !w.exact && rows >= TILED && w.cols % PANEL == 0 && w.rows % BLOCK == 0;
 }
 
-#if !defined(ISA_AMX)
-struct WithTiles {  // nothing to prepare
-  WithTiles() {}
-};
-#endif
-
 #else
-
-struct WithTiles {
-  WithTiles() {}
-};
 
 inline bool by_words(const Matrix&, int64_t) { return false; }
 inline bool lines_by_words(const Matrix&, int64_t) { return false; }
