@@ -345,23 +345,29 @@ __attribute__((noinline)) void byte_tile(const uint8_t* w, int64_t blocks, const
   for (int m = 0; m < 16; m++) _mm512_store_ps(sums + m * PANEL, acc[m]);
 }
 
-// Panels `first`..`last`; packed(n, group, room): 256 columns of 16 rows as they lie in a packed group, there or in `room`
+// Panels `first`..`last`, at most four; packed(group, w, room): sets w[i] to 256 columns of the 16 rows of panel i as they lie in
+// a packed group, there or in `room`, which has space for all
 template <int T, class F>
 inline void byte_panels(const Product& p, int64_t first, int64_t last, int64_t rows, float* local, F packed) {
   const WithTiles tiles(1);
-  uint8_t room[8 * BLOCK / Packed<T>::numbers * Packed<T>::size];
-  const int64_t ldq = groups_of(p.w->cols), whole = whole_tiles(rows);
+  const int64_t ldq = groups_of(p.w->cols), lds = whole_tiles(rows) * PANEL, panels = (last - first + PANEL - 1) / PANEL;
   float* sums = local;
-  for (int64_t n = first; n < last; n += PANEL) {
-    __builtin_memset(sums, 0, whole * PANEL * sizeof(float));
-    for (int64_t group = 0; group < ldq; group++) {
-      const uint8_t* w = packed(n, group, room);
+  uint8_t* room = (uint8_t*)(local + HALVED * MOST_ROWS);
+  __builtin_memset(sums, 0, panels * lds * sizeof(float));
+  for (int64_t group = 0; group < ldq; group++) {
+    const uint8_t* w[TOGETHER];
+    packed(group, w, room);
+    for (int64_t i = 0; i < panels; i++) {
       for (int64_t m = 0; m < rows; m += PANEL) {
-        byte_tile<T>(w, blocks_of_group(p.w->cols, group), p.q + m * ldq + group, ldq, sums + m * PANEL);
+        byte_tile<T>(w[i], blocks_of_group(p.w->cols, group), p.q + m * ldq + group, ldq, sums + i * lds + m * PANEL);
       }
     }
-    const int64_t count = last - n < PANEL ? last - n : PANEL;
-    for (int64_t m = 0; m < rows; m++) put(p, m, n, count, sums + m * PANEL);
+  }
+  for (int64_t m = 0; m < rows; m++) {
+    for (int64_t n = first; n < last; n += PANEL) {
+      const int64_t count = last - n < PANEL ? last - n : PANEL;
+      put(p, m, n, count, sums + (n - first) / PANEL * lds + m * PANEL);
+    }
   }
 }
 

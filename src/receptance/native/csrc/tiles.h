@@ -273,8 +273,8 @@ void tiled_packed(const Product& p, int64_t first, int64_t last, int64_t rows, f
   const uint8_t* data = (const uint8_t*)p.w->data;
 #if defined(ISA_AMX)
   if (by_bytes<T>(rows)) {
-    return byte_panels<T>(p, first, last, rows, local, [&](int64_t n, int64_t group, uint8_t*) {
-      return data + n / GROUP * bytes + group * step;
+    return byte_panels<T>(p, first, last, rows, local, [&](int64_t group, const uint8_t** w, uint8_t*) {
+      for (int64_t n = first; n < last; n += GROUP) *w++ = data + n / GROUP * bytes + group * step;
     });
   }
 #endif
@@ -291,12 +291,14 @@ void tiled_blocks(const Product& p, int64_t first, int64_t last, int64_t rows, f
   const uint8_t* data = (const uint8_t*)p.w->data;
 #if defined(ISA_AMX)
   if (by_bytes<KERNEL>(rows) && (last - first) % PANEL == 0) {
-    return byte_panels<KERNEL>(p, first, last, rows, local, [&](int64_t n, int64_t group, uint8_t* room) {
-      const uint8_t* from = data + n * size + group * bytes;
-      for (int64_t u = 0; u < blocks_of_group(cols, group) * BLOCK / Block<T>::numbers; u++) {
-        repack<T>(from + u * Block<T>::size, size, room + u * Packed<KERNEL>::size);
+    return byte_panels<KERNEL>(p, first, last, rows, local, [&](int64_t group, const uint8_t** w, uint8_t* room) {
+      for (int64_t n = first; n < last; n += GROUP) {
+        const uint8_t* from = data + n * size + group * bytes;
+        *w++ = room;
+        for (int64_t u = 0; u < blocks_of_group(cols, group) * BLOCK / Block<T>::numbers; u++, room += Packed<KERNEL>::size) {
+          repack<T>(from + u * Block<T>::size, size, room);
+        }
       }
-      return room;
     });
   }
 #endif
