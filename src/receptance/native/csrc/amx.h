@@ -1,6 +1,5 @@
 // Products with many rows of x by AMX: 16 rows x 256 columns of w are widened once to bfloat16 and meet 16 rows of x in tiles,
-// whose sums are float32; with 8 to 31 rows of x, for which that would not be worth while, weights of 4, 5 and 8 bits meet x as
-// bytes. Included by tiles.h, inside the namespace of the instruction set.
+// whose sums are float32; with 12 to 31 rows of x, for which that is not worth while, the weights of Q8 and Q4 meet x as bytes. Included by tiles.h, inside the namespace of the instruction set.
 //
 // Weights of 4 to 8 bits are rounded to 8 bits of mantissa with their scale, and so is x: 0.2 % of each number, where the rounding
 // of x to 127 steps of the largest of 32 costs two to three times as much. Weights of 16 bits, panels and their x come in two parts
@@ -269,25 +268,18 @@ void widen_lines(const char* p, int64_t size, int64_t blocks, Halves& w) {
 
 template <int T>
 constexpr bool by_bytes(int64_t rows) {
-  return rows >= 8 && rows < HALVED && (T == Q8 || T == Q4 || T == Q4_K || T == Q5_K);
+  return rows >= 12 && rows < HALVED && (T == Q8 || T == Q4);
 }
 
-// The numbers of block b of a packed group of 16 rows as signed bytes, 8 vectors of 16 rows x 4 columns: where they lie, or in `to`
+// The numbers of a packed block of 16 rows as signed bytes, 8 vectors of 16 rows x 4 columns: where they lie, or in `to`
 template <int T>
 inline const uint8_t* bytes_of(const uint8_t* numbers, uint8_t (*to)[64]) {
   if (T == Q8) return numbers;
-  const __m512i fifteen = _mm512_set1_epi8(15);
+  const __m512i fifteen = _mm512_set1_epi8(15), eight = _mm512_set1_epi8(8);
   for (int j = 0; j < 4; j++) {
-    __m512i low = _mm512_loadu_si512(numbers + j * 64), high = _mm512_and_si512(_mm512_srli_epi16(low, 4), fifteen);
-    low = _mm512_and_si512(low, fifteen);
-    if (T == Q4) low = _mm512_sub_epi8(low, _mm512_set1_epi8(8)), high = _mm512_sub_epi8(high, _mm512_set1_epi8(8));
-    if (T == Q5_K) {  // bit i of a byte belongs to columns 4 i to 4 i + 3
-      const __m512i h = _mm512_loadu_si512(numbers + 256), bit = _mm512_set1_epi8(16);
-      low = _mm512_or_si512(low, _mm512_and_si512(_mm512_slli_epi16(h, 4 - j), bit));
-      high = _mm512_or_si512(high, _mm512_and_si512(_mm512_srli_epi16(h, j), bit));
-    }
-    _mm512_store_si512(to[j], low);
-    _mm512_store_si512(to[j + 4], high);
+    const __m512i both = _mm512_loadu_si512(numbers + j * 64);
+    _mm512_store_si512(to[j], _mm512_sub_epi8(_mm512_and_si512(both, fifteen), eight));
+    _mm512_store_si512(to[j + 4], _mm512_sub_epi8(_mm512_and_si512(_mm512_srli_epi16(both, 4), fifteen), eight));
   }
   return to[0];
 }
@@ -295,25 +287,21 @@ inline const uint8_t* bytes_of(const uint8_t* numbers, uint8_t (*to)[64]) {
 // sums [16, 16] += what `blocks` blocks of a packed group of 16 rows give, at most 8, of 16 rows of x that lie ldq apart
 template <int T>
 __attribute__((noinline)) void byte_tile(const uint8_t* w, int64_t blocks, const XGroup* x, int64_t ldq, float* sums) {
-  constexpr bool small = Packed<T>::numbers == BLOCK;
   const int64_t stride = ldq * (int64_t)sizeof(XGroup);
   alignas(64) uint8_t numbers[4][8][64];
   alignas(64) int32_t dots[4][16][16];
   __m512 acc[16];
+#pragma GCC unroll 16
   for (int m = 0; m < 16; m++) acc[m] = _mm512_load_ps(sums + m * PANEL);
-  for (int64_t first = 0; first < blocks; first += 4) {
+  for (int64_t first = 0; first < blocks; first += 4, w += 4 * Packed<T>::size) {
     const int64_t count = blocks - first < 4 ? blocks - first : 4;
-    const auto numbers_of = [&](int64_t i) {
-      const int64_t b = first + i;
-      return bytes_of<T>(w + (small ? b * Packed<T>::size : b * Packed<T>::part) + Packed<T>::header, numbers[i]);
-    };
-#define BLOCK_STEP(i, xs, ws)                         \
-  if (i < count) {                                    \
-    const uint8_t* at = numbers_of(i);                \
-    TILE_ZERO(i);                                     \
-    TILE_LOAD(xs, x->q + (first + i) * BLOCK, stride);\
-    TILE_LOAD(ws, at, 64);                            \
-    TILE_PRODUCT_BYTES(i, xs, ws);                    \
+#define BLOCK_STEP(i, xs, ws)                                                                        \
+  if (i < count) {                                                                                   \
+    const uint8_t* at = bytes_of<T>(w + i * Packed<T>::size + Packed<T>::header, numbers[i]);        \
+    TILE_ZERO(i);                                                                                    \
+    TILE_LOAD(xs, x->q + (first + i) * BLOCK, stride);                                               \
+    TILE_LOAD(ws, at, 64);                                                                           \
+    TILE_PRODUCT_BYTES(i, xs, ws);                                                                   \
   }
     BLOCK_STEP(0, 4, 6) BLOCK_STEP(1, 5, 7) BLOCK_STEP(2, 4, 6) BLOCK_STEP(3, 5, 7)
 #undef BLOCK_STEP
@@ -322,26 +310,15 @@ __attribute__((noinline)) void byte_tile(const uint8_t* w, int64_t blocks, const
     if (count > 2) TILE_STORE(2, dots[2]);
     if (count > 3) TILE_STORE(3, dots[3]);
     for (int64_t i = 0; i < count; i++) {
-      const int64_t b = first + i;
-      const uint8_t* header = small ? w + b * Packed<T>::size : w;
-      __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)header)), least = _mm512_setzero_ps();
-      if (!small) {
-        const __m512i pair = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(header + 64 + b / 2 * 32)));
-        const __m512i mine = b % 2 ? _mm512_srli_epi32(pair, 16) : _mm512_and_si512(pair, _mm512_set1_epi32(0xffff));
-        scale = _mm512_mul_ps(scale, _mm512_cvtepi32_ps(mine));
-        const __m128i minima = _mm_loadu_si128((const __m128i*)(header + 192 + b * GROUP));
-        least = _mm512_mul_ps(_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(header + 32))),
-                              _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(minima)));
-      }
+      const __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(w + i * Packed<T>::size)));
 #pragma GCC unroll 16
       for (int m = 0; m < 16; m++) {
-        const XGroup& group = x[m * ldq];
-        const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(group.scale[b]));
+        const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(x[m * ldq].scale[first + i]));
         acc[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_load_si512(dots[i][m])), both, acc[m]);
-        if (!small) acc[m] = _mm512_fnmadd_ps(least, _mm512_set1_ps(group.taken[b]), acc[m]);
       }
     }
   }
+#pragma GCC unroll 16
   for (int m = 0; m < 16; m++) _mm512_store_ps(sums + m * PANEL, acc[m]);
 }
 
