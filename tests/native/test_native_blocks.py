@@ -164,7 +164,9 @@ def test_sums_of_extreme_numbers_do_not_overflow(format, engine):
         size = np.abs(x.astype(np.float64)) @ np.abs(blocks.to_float().astype(np.float64)).T + 1e-6
         for packed in (False, True):
             for rows in (1, 6, 9, 40):
-                expected = products(engine, blocks, x) if engine == "amx" and rows >= 32 else exact  # all inputs are exact
+                expected = (
+                    products(engine, blocks, x) if engine == "amx" and rows >= 32 else exact
+                )  # all inputs are exact
                 found = multiply(engine, blocks, x[:rows], packed=packed)
                 assert (np.abs(found - expected[:rows]) <= 1e-5 * size[:rows]).all()
 
@@ -245,7 +247,8 @@ def logits_of_rounded_inputs(
 ) -> Array:
     """With the torch model, whose inputs of products are rounded as `engine` does; NumPy rounds nothing.
 
-    many: tokens at once, of which AMX rounds the weights too. sums_units: formats of a channel mix's value matrix whose sum over hidden units takes them in float32.
+    many: tokens at once, of which AMX rounds the weights too.
+    sums_units: formats of a channel mix's value matrix whose sum over hidden units takes them in float32.
     """
     hooks, exact = [], {name: x.clone() for name, x in model.state_dict().items()}
     by_halves = engine == "amx" and many

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from receptance.cli.errors import USER_ERROR, exit_code
 
@@ -37,7 +38,7 @@ class Request:
     model: str | None = None
     prompt: str | None = None
     sampling: dict[str, object] = field(default_factory=dict)
-    options: dict[str, object] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 def read(arguments: Sequence[str]) -> Request | None:
