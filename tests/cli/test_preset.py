@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from typer.testing import Result
 
-from receptance.cli.options import sampling_params
 from receptance.cli.preset import read_preset
+from receptance.cli.sampling_flags import sampling_params
 from receptance.engine.params import SamplingParams
 from receptance.errors import ConfigError
 from receptance.generation import generate_tokens

@@ -14,7 +14,7 @@ Make = Callable[..., NativeModel]
 def engines() -> list[str]:
     """NumPy, and those of the compiled core that this machine can run."""
     found = ["numpy"]
-    for name in ("portable", "avx2", "avx512", "neon"):
+    for name in ("portable", "avx2", "avx512", "amx", "neon"):
         try:
             found.append(load_core(name).name)
         except NoCoreError:
@@ -75,3 +75,9 @@ def random_model(version: str, *, seed: int = 0, dtype: torch.dtype = torch.floa
 
 def tokens(n: int, vocab: int = 61, seed: int = 3) -> list[int]:
     return np.random.default_rng(seed).integers(0, vocab, n).tolist()  # type: ignore[no-any-return]
+
+
+def bfloat16(x: np.ndarray) -> np.ndarray:
+    """Rounded to 8 bits of mantissa, halves away from zero: x and quantised weights where the processor has AMX."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    return ((bits + np.uint32(0x8000)) & np.uint32(0xFFFF0000)).view(np.float32)

@@ -5,7 +5,7 @@ import multiprocessing
 import numpy as np
 import pytest
 import torch
-from native_helpers import COMPILED, engines, native, needs_core, random_model, tokens
+from native_helpers import COMPILED, bfloat16, engines, native, needs_core, random_model, tokens
 
 from receptance.errors import CheckpointError, ConfigError
 from receptance.models import RWKV, VERSIONS
@@ -234,8 +234,14 @@ def quantised(model: RWKV, dtype: str, engine: str, *, many: bool) -> RWKV:
     for name, x in matrices(model).items():
         bits = "int8" if name == "head.weight" else dtype
         x.copy_(block_rounded(x, bits))
+        if engine == "amx" and many:
+            x.copy_(torch.from_numpy(bfloat16(x.numpy())))
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and (many or not name.endswith("ffn.value")):
+        if not isinstance(module, torch.nn.Linear):
+            continue
+        if engine == "amx" and many:
+            module.register_forward_pre_hook(lambda _, inputs: torch.from_numpy(bfloat16(inputs[0].numpy())))
+        elif many or not name.endswith("ffn.value"):
             # beside weights of 8 bits, where the processor has no dot products of bytes
             is_wide = engine in ("avx2", "portable") and (dtype == "int8" or name == "head")
             bits = "int16x" if is_wide else "int8x"
@@ -257,10 +263,13 @@ def assert_rounded(found: np.ndarray, expected: np.ndarray, bound: float = ROUND
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
 @pytest.mark.parametrize("version", ["4", "5.2", "6", "7"])
 def test_quantised_weights_are_those_of_their_blocks(version, dtype, engine):
-    ids = tokens(20, 300)
+    ids = tokens(40, 300)
     fast = native(wide_model(version), dtype=dtype, engine_name=engine)
     one, many = (torch_logits(quantised(wide_model(version), dtype, engine, many=x), ids) for x in (False, True))
     assert_rounded(fast.forward(ids)[0], many)
+    if engine == "amx":  # fewer rows are multiplied as bytes, as AVX-512 does
+        few = torch_logits(quantised(wide_model(version), dtype, "avx512", many=True), ids[:20])
+        assert_rounded(fast.forward(ids[:20])[0], few)
     state, by_token = None, []
     for token in ids:
         logits, state = fast.forward([token], state)
@@ -287,7 +296,7 @@ def test_wide_weights_can_be_rounded_to_16_bits(dtype):
     model = wide_model("6")
     for x in matrices(model).values():
         x.copy_(x.to(getattr(torch, dtype)))
-    assert_close(found, torch_logits(model, tokens(9, 300)), 1e-3 if fast.engine_name == "avx512" else 1e-4)
+    assert_close(found, torch_logits(model, tokens(9, 300)), 1e-3 if fast.engine_name in ("avx512", "amx") else 1e-4)
 
 
 # Without the core, and wrong input ------------------------------------------------------------------------------------

@@ -1,13 +1,10 @@
 """The command line: one file per verb, each thin. Nothing here imports torch before a verb needs it."""
 
 import sys
-from importlib import import_module
-from typing import Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from receptance import __version__
-from receptance.cli.errors import guarded
+if TYPE_CHECKING:
+    import typer
 
 # A verb is a module of this package with a function `command`; its docstring is the help text.
 VERBS = (
@@ -17,59 +14,16 @@ VERBS = (
 GROUPS = ("data", "bench")  # a module with `app`
 
 
-def build(verb: str | None = None) -> typer.Typer:
+def build(verb: str | None = None) -> "typer.Typer":
     """The whole command line, or as much of it as this verb needs: importing all verbs takes a tenth of a second."""
-    app = typer.Typer(
-        name="receptance",
-        rich_markup_mode=None,  # help texts are plain: [MODEL] is no markup
-        pretty_exceptions_enable=False,
-        no_args_is_help=True,
-        context_settings={"help_option_names": ["-h", "--help"]},
-    )
-    app.callback()(_receptance)
-    known = (*VERBS, "train", *GROUPS)
-    for name in (verb,) if verb in known else known:
-        module = import_module(f"receptance.cli.{name}")
-        if name in GROUPS:
-            app.add_typer(module.app)
-        elif name == "train":
-            app.command(name, help=module.HELP)(guarded(module.train))
-        else:
-            app.command(name)(guarded(module.command))
-    return app
+    from receptance.cli.tree import build
 
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"receptance {__version__}")
-        raise typer.Exit
-
-
-def _receptance(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
-    ] = False,
-) -> None:
-    """RWKV-4, 5, 6 and 7: train, tune, run and look inside.
-
-    \b
-    Examples:
-      receptance run "Once upon a time"            the small model inside the package
-      receptance run model.pth "Once upon a time"
-      receptance chat model.pth
-      receptance serve model.pth
-      receptance pull org/name:file.pth
-      receptance data prepare texts.jsonl --out tokens/mine
-      receptance VERB --help
-
-    \b
-    Exit codes:
-      0    done
-      1    something about a file, a value or this machine is wrong; one line on stderr says what
-      2    the command line itself is wrong
-      130  interrupted with Ctrl-C
-    """
+    return build(verb)
 
 
 def main() -> None:
+    from receptance.cli import quick
+
+    if (request := quick.read(sys.argv[1:])) is not None:
+        sys.exit(quick.run(request))
     build(sys.argv[1] if len(sys.argv) > 1 else None)()

@@ -10,6 +10,7 @@ from receptance.cli import options
 from receptance.cli.errors import USER_ERROR, UsageError
 from receptance.cli.model_source import ModelSource, find_model, load_runner, load_tokenizer
 from receptance.cli.preset import find_preset
+from receptance.cli.sampling_flags import sampling_params
 from receptance.engine.params import SamplingParams
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def command(
         "min_p": min_p,
         "seed": seed,
     }
-    params = options.sampling_params(DEFAULTS, find_preset(found).sampling, flags, None, stop)
+    params = sampling_params(DEFAULTS, find_preset(found).sampling, flags, None, stop)
     with open(source, "rb") as file:
         total = sum(1 for line in file if line.strip())
     results = Results(target)

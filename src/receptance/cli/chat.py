@@ -11,6 +11,7 @@ from receptance.cli import options
 from receptance.cli.errors import UsageError, complain
 from receptance.cli.model_source import find_model, guess_template, load_runner, load_tokenizer
 from receptance.cli.preset import find_preset
+from receptance.cli.sampling_flags import bias, sampling_params
 from receptance.cli.terminal import interruptible, write
 from receptance.engine.params import SamplingParams
 from receptance.errors import ReceptanceError
@@ -81,7 +82,7 @@ def command(
             "max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p,
             "presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty,
             "repetition_penalty": repetition_penalty, "penalty_decay": penalty_decay, "seed": seed, "stop": stop,
-            "logit_bias": dict(map(options.bias, logit_bias)) if logit_bias else None, "thinking": thinking,
+            "logit_bias": dict(map(bias, logit_bias)) if logit_bias else None, "thinking": thinking,
         }  # fmt: skip
         fields: dict[str, object] = {name: value for name, value in given.items() if value is not None}
         converse_with_server(RemoteChat(Server(url, options.read_key(key_file)), model, system, fields, stats))
@@ -100,7 +101,7 @@ def command(
         "penalty_decay": penalty_decay,
         "seed": seed,
     }
-    params = options.sampling_params(DEFAULTS, preset.sampling, flags, logit_bias, stop)
+    params = sampling_params(DEFAULTS, preset.sampling, flags, logit_bias, stop)
 
     from receptance.cli.chat_session import ChatSession, Position
     from receptance.tokenizers import chat_template
@@ -153,7 +154,7 @@ def converse(session: "ChatSession", stats: bool) -> None:
 
 def answer(session: "ChatSession", text: str, stats: bool) -> None:
     """Stream the reply to a message; Ctrl-C ends it where it is."""
-    from receptance.cli.run import speed_line
+    from receptance.cli.continuation import speed_line
 
     reply = session.ask(text)
     shown = ""

@@ -10,10 +10,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import typer
-
 from receptance import embedded
 from receptance.cli import hub
+from receptance.cli.terminal import note
 from receptance.embedded import embedded_models
 from receptance.errors import ReceptanceError
 
@@ -119,7 +118,7 @@ def load_runner(
     with warnings.catch_warnings(record=True) as caught:  # a person gets one line, not a place in our source
         model: Model = load(source.path, dtype=dtype, device=device, engine=engine, threads=threads)  # type: ignore[call-overload]
     for warning in caught:
-        typer.echo(f"note: {warning.message}", err=True)
+        note(f"note: {warning.message}")
     return model
 
 

@@ -1,24 +1,12 @@
 """`receptance run`: continue a prompt."""
 
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from receptance.cli import options, state_file
-from receptance.cli.errors import INTERRUPTED, UsageError
-from receptance.cli.model_source import find_model, load_runner, load_tokenizer, looks_like_model
-from receptance.cli.preset import find_preset
-from receptance.cli.terminal import interruptible, read_stdin, write, write_json
-from receptance.engine.params import SamplingParams
-
-if TYPE_CHECKING:
-    from receptance.generation import Generation
-    from receptance.tokenizers import Tokenizer
-
-# the reference package's, for free text
-DEFAULTS = SamplingParams(temperature=1.0, top_p=0.85, presence_penalty=0.2, frequency_penalty=0.2)
+from receptance.cli import options
+from receptance.cli.continuation import continue_prompt
 
 
 def command(
@@ -54,7 +42,7 @@ def command(
     device: options.Device = None,
     engine: options.Engine = None,
     threads: options.Threads = None,
-) -> None:
+) -> int:
     """Continue a prompt, streaming the text.
 
     A lone argument is the MODEL if it names one (an existing path, an embedded model, org/name, *.pth ...), else the
@@ -69,15 +57,7 @@ def command(
       receptance run model.pth "What happened next? " --state chapter.state
       receptance run "Once" --json --logprobs 3
     """
-    if prompt is None and model is not None and not looks_like_model(model):
-        model, prompt = None, model
-    if prompt is None and sys.stdin.isatty():
-        raise UsageError("there is no PROMPT; give one, or pipe it into standard input")
-    if save_state:
-        state_file.check_target(save_state)
-    source = find_model(model)
-    preset = find_preset(source)
-    flags = {
+    sampling = {
         "max_tokens": max_tokens,
         "temperature": temperature,
         "top_p": top_p,
@@ -91,77 +71,7 @@ def command(
         "logprobs": logprobs,
         "ignore_eos": ignore_eos or None,
     }
-    params = options.sampling_params(DEFAULTS, preset.sampling, flags, logit_bias, stop)
-    text = read_stdin() if prompt in (None, "-") else str(prompt)
-
-    from receptance.generation import generate_tokens
-
-    rwkv = load_runner(source, dtype, device, engine, threads)
-    tok = load_tokenizer(source, rwkv.config.vocab_size, tokenizer)
-    start = state or preset.state
-    opened = preset.new_document and not start and text
-    prompt_ids = [tok.eos_id, *tok.encode(text)] if opened else text
-    before = rwkv.load_state(start) if start else None
-    generation = generate_tokens(rwkv, tok, prompt_ids, params=params, state=before)
-    if echo and not as_json:
-        write(text)
-    with interruptible() as interrupted:
-        for token in generation:
-            if not as_json:
-                write(token.text)
-            if interrupted():
-                generation.cancel()
-    if save_state and generation.finish_reason is not None:
-        state_file.save_state(generation.state, save_state, rwkv)
-    if as_json:
-        write_json(_report(source.name, generation, tok))
-    else:
-        write("\n")
-        if params.logprobs is not None:
-            _print_logprobs(generation, tok)
-    if stats:
-        typer.echo(speed_line(generation), err=True)
-    if generation.finish_reason == "cancelled":
-        raise typer.Exit(INTERRUPTED)
-
-
-def speed_line(generation: "Generation") -> str:
-    return (
-        f"prompt {len(generation.prompt_ids)} tokens, {generation.prefill_speed:.1f} tok/s · "
-        f"text {len(generation.tokens)} tokens, {generation.decode_speed:.1f} tok/s · "
-        f"{generation.finish_reason} · seed {generation.seed}"
-    )
-
-
-def _report(model: str, generation: "Generation", tokenizer: "Tokenizer") -> dict[str, object]:
-    report: dict[str, object] = {
-        "model": model,
-        "text": generation.text,
-        "finish_reason": generation.finish_reason,
-        "seed": generation.seed,
-        "prompt_tokens": len(generation.prompt_ids),
-        "tokens": generation.ids,
-        "prefill_tokens_per_second": round(generation.prefill_speed, 2),
-        "decode_tokens_per_second": round(generation.decode_speed, 2),
-    }
-    if generation.params.logprobs is not None:
-        report["logprobs"] = [
-            {
-                "id": token.id,
-                "token": _shown(tokenizer, token.id),
-                "logprob": token.logprob,
-                "top": [{"id": i, "token": _shown(tokenizer, i), "logprob": p} for i, p in token.top],
-            }
-            for token in generation.tokens
-        ]
-    return report
-
-
-def _print_logprobs(generation: "Generation", tokenizer: "Tokenizer") -> None:
-    for token in generation.tokens:
-        others = "  ".join(f"{_shown(tokenizer, i)!r} {p:.3f}" for i, p in token.top)
-        typer.echo(f"{_shown(tokenizer, token.id)!r:<16} {token.logprob:8.3f}   {others}", err=True)
-
-
-def _shown(tokenizer: "Tokenizer", token: int) -> str:
-    return tokenizer.decode([token], keep_special=True) if token < tokenizer.vocab_size else f"<{token}>"
+    return continue_prompt(
+        model, prompt, sampling, logit_bias=logit_bias, stop=stop, state=state, save_state=save_state, echo=echo,
+        as_json=as_json, stats=stats, tokenizer=tokenizer, dtype=dtype, device=device, engine=engine, threads=threads,
+    )  # fmt: skip

@@ -3,10 +3,10 @@
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-from receptance.cli import options
 from receptance.cli.chat import DEFAULTS
 from receptance.cli.model_source import ModelSource, guess_template, load_runner, load_tokenizer
 from receptance.cli.preset import find_preset
+from receptance.cli.sampling_flags import sampling_params
 from receptance.engine.params import SamplingParams
 from receptance.errors import ReceptanceError
 
@@ -46,7 +46,7 @@ def load(name: str, source: ModelSource, wanted: "ServedConfig") -> "ServedModel
         thinking=thinking,
         system=wanted.system or preset.system,
         new_document=preset.new_document,
-        sampling=options.sampling_params(DEFAULTS, preset.sampling, {}, None, None),
+        sampling=sampling_params(DEFAULTS, preset.sampling, {}, None, None),
         completion_sampling=SamplingParams(max_tokens=16),
         states=states,
         decays=partial(log_decays, source, str(rwkv.config.version), rwkv.config.n_layer),

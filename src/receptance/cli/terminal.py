@@ -8,19 +8,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-import typer
-
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def write(text: str) -> None:
     """To stdout at once. On a terminal without control codes: a model's text must not move the cursor or worse."""
-    typer.echo(CONTROL.sub("", text) if sys.stdout.isatty() else text, nl=False)
+    sys.stdout.write(CONTROL.sub("", text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 
 def write_json(value: object) -> None:
-    typer.echo(json.dumps(value, ensure_ascii=False, indent=2))
+    print(json.dumps(value, ensure_ascii=False, indent=2), flush=True)
+
+
+def note(text: str) -> None:
+    """To stderr."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def read_stdin() -> str:

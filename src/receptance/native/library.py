@@ -95,7 +95,7 @@ STRUCTURES = (Matrix, ChannelMix, Layer, Model, CState, Request, SampleRow)
 
 @dataclass(frozen=True, eq=False)
 class Core:
-    """The library and the engine chosen for this machine: avx512, avx2, neon or portable."""
+    """The library and the engine chosen for this machine: amx, avx512, avx2, neon or portable."""
 
     library: ctypes.CDLL
     engine: int

@@ -13,7 +13,7 @@ using namespace receptance;
 
 // The best engine that this machine supports, or the one of this name if it does; null if not.
 API const Engine* receptance_engine(const char* name) {
-  const Engine* const engines[] = {engine_avx512(), engine_avx2(), engine_neon(), engine_portable()};  // best first
+  const Engine* const engines[] = {engine_amx(), engine_avx512(), engine_avx2(), engine_neon(), engine_portable()};  // best first
   for (const Engine* engine : engines) {
     if (engine && engine->supported() && (!name || !*name || !strcmp(name, engine->name))) return engine;
   }

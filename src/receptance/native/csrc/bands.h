@@ -130,6 +130,40 @@ inline void pack_band(const uint8_t* band, int64_t cols, int64_t c, uint8_t* to)
   for (int k = 0; k < 16; k += 4) interleave4(both[k], both[k + 1], both[k + 2], both[k + 3], to + k * GROUP);
 }
 
+#if defined(ISA_AMX)
+// Channels c..c+63 of a band (or 16 or 32 less) as packed blocks of Q8, `apart` bytes from each other
+template <int T>
+inline void bytes_of_band(const uint8_t* band, int64_t cols, int64_t c, int64_t panels, uint8_t* to, int64_t apart) {
+  const int64_t size = band_line<T>(cols);
+  const uint8_t* p = band + 2 * cols + (T == BAND_Q8_0 ? c : c / 2);
+  for (int64_t i = 0; i < panels; i++) __builtin_memcpy(to + i * apart, band + 2 * (c + i * GROUP), 2 * GROUP);
+  const __mmask64 there = panels >= 4 ? ~0ull : (1ull << (GROUP * panels)) - 1;
+  const __mmask32 half = panels >= 4 ? ~0u : (1u << (GROUP / 2 * panels)) - 1;
+  const auto line = [&](const uint8_t* from) {  // numbers of 64 channels
+    if (T == BAND_Q8_0) return _mm512_maskz_loadu_epi8(there, from);
+    const __m512i both = _mm512_castsi256_si512(_mm256_maskz_loadu_epi8(half, from));
+    const __m512i twice = _mm512_shuffle_i32x4(both, both, 0x50);  // the upper halves are those of every second 16 channels
+    const __m512i shifted = _mm512_mask_srli_epi16(twice, 0xff00ff00, twice, 4);
+    return _mm512_sub_epi8(_mm512_and_si512(shifted, _mm512_set1_epi8(15)), _mm512_set1_epi8(8));
+  };
+  for (int k = 0; k < BLOCK; k += 4, p += 4 * size) {
+    for (int i = 0; i < 4; i++) __builtin_prefetch(p + i * size + 2 * band_bytes<T>(cols));
+    const __m512i v0 = line(p), v1 = line(p + size), v2 = line(p + 2 * size), v3 = line(p + 3 * size);
+    const __m512i low01 = _mm512_unpacklo_epi8(v0, v1), low23 = _mm512_unpacklo_epi8(v2, v3);
+    const __m512i high01 = _mm512_unpackhi_epi8(v0, v1), high23 = _mm512_unpackhi_epi8(v2, v3);
+    const __m512i a = _mm512_unpacklo_epi16(low01, low23), b = _mm512_unpackhi_epi16(low01, low23);      // channels 0-3, 4-7
+    const __m512i d = _mm512_unpacklo_epi16(high01, high23), e = _mm512_unpackhi_epi16(high01, high23);  // of each 16
+    const __m512i ab01 = _mm512_shuffle_i32x4(a, b, 0x44), ab23 = _mm512_shuffle_i32x4(a, b, 0xee);
+    const __m512i de01 = _mm512_shuffle_i32x4(d, e, 0x44), de23 = _mm512_shuffle_i32x4(d, e, 0xee);
+    uint8_t* out = to + 2 * GROUP + k / 4 * 64;
+    _mm512_storeu_si512(out, _mm512_shuffle_i32x4(ab01, de01, 0x88));
+    if (panels > 1) _mm512_storeu_si512(out + apart, _mm512_shuffle_i32x4(ab01, de01, 0xdd));
+    if (panels > 2) _mm512_storeu_si512(out + 2 * apart, _mm512_shuffle_i32x4(ab23, de23, 0x88));
+    if (panels > 3) _mm512_storeu_si512(out + 3 * apart, _mm512_shuffle_i32x4(ab23, de23, 0xdd));
+  }
+}
+#endif
+
 // Channels first..last (whole groups of 16) of p.w [channels, hidden units], whose data are bands
 template <int T>
 void band_rows(const Product& p, int64_t first, int64_t last, int64_t rows, float* local) {
@@ -146,7 +180,19 @@ void band_rows(const Product& p, int64_t first, int64_t last, int64_t rows, floa
   };
 #if defined(ISA_AVX512)
   if (rows >= TILED) {
-    wide_panels<BYTES>(p, first, last, rows, local, [&](int64_t n, int64_t group, Widened& w) {
+#if defined(ISA_AMX)
+    if (by_bytes<KERNEL>(rows)) {
+      return byte_panels<Q8>(p, first, last, rows, local, [&](int64_t group, const uint8_t** w, uint8_t* room) {
+        const int64_t blocks = blocks_of_group(p.w->cols, group), panels = (last - first) / PANEL;
+        for (int64_t i = 0; i < panels; i++) w[i] = room + i * blocks * Q8_BYTES;
+        for (int64_t b = 0; b < blocks; b++) {
+          uint8_t* to = room + b * Q8_BYTES;
+          bytes_of_band<T>(data + (group * 8 + b) * bytes, channels, first, panels, to, blocks * Q8_BYTES);
+        }
+      });
+    }
+#endif
+    panels_of<KERNEL>(p, first, last, rows, local, [&](int64_t n, int64_t group, auto& w) {
       uint8_t packed[8 * Packed<KERNEL>::size];
       const int64_t blocks = blocks_of_group(p.w->cols, group);
       pack_panel(n, group, blocks, packed);

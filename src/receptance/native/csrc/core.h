@@ -147,6 +147,7 @@ struct Engine {
 const Engine* engine_portable();
 const Engine* engine_avx2();
 const Engine* engine_avx512();
+const Engine* engine_amx();
 const Engine* engine_neon();
 
 constexpr bool is_blocks(int32_t type) { return type >= Q8_0 && type <= Q6_K; }

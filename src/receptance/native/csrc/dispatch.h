@@ -27,8 +27,7 @@ void many_block_rows(const Product& p, int64_t first, int64_t last, int64_t rows
   constexpr int KERNEL = T == Q8_0 ? Q8 : T == Q4_0 ? Q4 : T, NUMBERS = Block<T>::numbers;
   const int64_t cols = p.w->cols, size = line_bytes(T, cols), whole = (last - first) / PANEL * PANEL;
 #if defined(ISA_AVX512)
-  if (rows >= TILED) tiled_blocks<T>(p, first, first + whole, rows, local);
-  else
+  if (rows >= TILED) return tiled_blocks<T>(p, first, last, rows, local);
 #endif
   each_panel(p, first, first + whole, rows, local + PANEL * DEPTH, [&](int64_t n, int64_t group, float* sums) {
     const uint8_t* w = (const uint8_t*)p.w->data + n * size + group * DEPTH / NUMBERS * Block<T>::size;
@@ -50,14 +49,24 @@ void block_product(const Product& p, int64_t first, int64_t last, int64_t rows, 
   else many_block_rows<T>(p, first, last, rows, panel);
 }
 
+template <int T>
+void low_rank_product(const Product& p, int64_t first, int64_t last, int64_t rows, float* panel) {
+#if defined(ISA_AMX)
+  if constexpr (T != F32) {
+    if (rows >= HALVED && !p.w->exact && p.w->cols % BLOCK == 0) return tiled_panel<T>(p, first, last, rows, panel);
+  }
+#endif
+  panel_product<T>(p, first, last, rows, panel);
+}
+
 void product_part(const Product& p, int64_t first, int64_t last, int64_t rows, float* panel) {
   switch (p.w->type) {
     case F32: plain_product<F32>(p, first, last, rows, panel); break;
     case F16: plain_product<F16>(p, first, last, rows, panel); break;
     case BF16: plain_product<BF16>(p, first, last, rows, panel); break;
-    case PANEL_F32: panel_product<F32>(p, first, last, rows, panel); break;
-    case PANEL_F16: panel_product<F16>(p, first, last, rows, panel); break;
-    case PANEL_BF16: panel_product<BF16>(p, first, last, rows, panel); break;
+    case PANEL_F32: low_rank_product<F32>(p, first, last, rows, panel); break;
+    case PANEL_F16: low_rank_product<F16>(p, first, last, rows, panel); break;
+    case PANEL_BF16: low_rank_product<BF16>(p, first, last, rows, panel); break;
     case Q8: packed_product<Q8>(p, first, last, rows, panel); break;
     case PACKED_Q8_0: packed_product<Q8>(p, first, last, rows, panel); break;
     case Q4: packed_product<Q4>(p, first, last, rows, panel); break;
@@ -79,7 +88,7 @@ void product(const Product& p, int64_t first, int64_t last, int64_t rows, float*
   for (int64_t n = first; n < last; n += most) product_part(p, n, n + most < last ? n + most : last, rows, panel);
   if (!p.y_quantised) return;
   for (int64_t m = 0; m < rows; m++) {
-    quantise(p.y + m * p.ldy + first, last - first, p.y_quantised + m * groups_of(p.w->rows), first / BLOCK);
+    quantise(p.y + m * p.ldy + first, last - first, rows, p.y_quantised + m * groups_of(p.w->rows), first / BLOCK);
   }
 }
 

@@ -157,7 +157,7 @@ void keep_shift(Run& run, int thread, const float* last, float* shift) {
 
 inline void quantise_for(Run& run, const Matrix& w, int input, int64_t m, int64_t rows) {
   const int64_t c = w.cols;
-  if (takes_blocks(w, rows)) quantise(run.mixed[input] + m * c, c, run.quantised[input] + m * groups_of(c));
+  if (takes_blocks(w, rows)) quantise(run.mixed[input] + m * c, c, rows, run.quantised[input] + m * groups_of(c));
 }
 
 // Channel mix ----------------------------------------------------------------------------------------------------------
@@ -254,7 +254,7 @@ inline void quantise_output(Run& run, const Matrix& output, int64_t row, int64_t
   if (!output_in_blocks(run, output)) return;
   const int64_t a = output.cols;
   for (int64_t m = row; m < row + t; m++) {
-    quantise(run.y + m * a + channel, n, run.y_quantised + m * groups_of(a), channel / BLOCK);
+    quantise(run.y + m * a + channel, n, run.rows, run.y_quantised + m * groups_of(a), channel / BLOCK);
   }
 }
 
@@ -590,7 +590,7 @@ void lay_out(Run& run, Slab& slab, const Model& model, int64_t rows, int64_t bat
   run.chunk = slab.take<int64_t>(1);
   run.x = slab.take<float>(rows * c);
   for (auto& p : run.mixed) p = slab.take<float>(rows * wide);
-  for (auto& p : run.quantised) p = slab.take<XGroup>(rows * groups_of(wide));
+  for (auto& p : run.quantised) p = slab.take<XGroup>(whole_tiles(rows) * groups_of(wide));
   float** const of_all[] = {&run.r, &run.k, &run.v, &run.g, &run.y};
   for (float** p : of_all) *p = slab.take<float>(rows * a);
   float** const of_some[] = {&run.decay, &run.rate, &run.value_gate, &run.first};
@@ -602,9 +602,9 @@ void lay_out(Run& run, Slab& slab, const Model& model, int64_t rows, int64_t bat
     for (const Matrix* w : inner) rank = w->rows > rank ? w->rows : rank;
   }
   for (auto& p : run.low) p = slab.take<float>(rows * rank);
-  run.y_quantised = slab.take<XGroup>(rows * groups_of(a));
+  run.y_quantised = slab.take<XGroup>(whole_tiles(rows) * groups_of(a));
   run.hidden = slab.take<float>(rows * f);
-  run.hidden_quantised = slab.take<XGroup>(rows * groups_of(f));
+  run.hidden_quantised = slab.take<XGroup>(whole_tiles(rows) * groups_of(f));
   run.gate = slab.take<float>(rows * c);
   run.last_att = slab.take<float>(batch * c);
   run.last_ffn = slab.take<float>(batch * c);
@@ -674,7 +674,7 @@ struct Multiply {
 };
 
 int64_t multiply_bytes(const Matrix& w, int64_t rows, int threads) {
-  return rows * groups_of(w.cols) * (int64_t)sizeof(XGroup) + threads * local_floats(rows) * (int64_t)sizeof(float);
+  return whole_tiles(rows) * groups_of(w.cols) * (int64_t)sizeof(XGroup) + threads * local_floats(rows) * (int64_t)sizeof(float);
 }
 
 void multiply_thread(void* context, int thread) {
@@ -682,7 +682,7 @@ void multiply_thread(void* context, int thread) {
   const Product& p = *job.product;
   const int64_t groups = groups_of(p.w->cols);
   if (takes_blocks(*p.w, job.rows)) {
-    for (int64_t m; (m = team_next(job.team)) < job.rows;) quantise(p.x + m * p.ldx, p.w->cols, job.q + m * groups);
+    for (int64_t m; (m = team_next(job.team)) < job.rows;) quantise(p.x + m * p.ldx, p.w->cols, job.rows, job.q + m * groups);
     team_barrier(job.team);
   }
   const int64_t step = ticket_rows(*p.w, job.rows, team_size(job.team));
@@ -695,6 +695,6 @@ void multiply_thread(void* context, int thread) {
 void multiply(const Matrix& w, const float* x, int64_t rows, float* y, Team* team, void* scratch) {
   XGroup* q = (XGroup*)scratch;
   const Product p = make(w, x, q, y);
-  Multiply job = {&p, team, rows, (float*)(q + rows * groups_of(w.cols)), q};
+  Multiply job = {&p, team, rows, (float*)(q + whole_tiles(rows) * groups_of(w.cols)), q};
   team_run(team, multiply_thread, &job);
 }

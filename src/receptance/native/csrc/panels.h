@@ -18,13 +18,18 @@ constexpr int TILE = 2;
 
 constexpr int64_t MOST_ROWS = 64;  // of w in one call of `product` with many rows of x
 
-#if defined(ISA_AVX512)
-constexpr int64_t PANEL_FLOATS = 5376;  // two panels, widened (tiles.h)
+// Of each thread: panels, sums, and with AMX 256 columns of x
+#if defined(ISA_AMX)
+constexpr int64_t PANEL_FLOATS = 16384;  // four panels in two parts (amx.h)
+inline int64_t whole_tiles(int64_t rows) { return (rows + PANEL - 1) / PANEL * PANEL; }  // rows of x are read by 16
+inline int64_t local_floats(int64_t rows) {
+  return PANEL_FLOATS + whole_tiles(rows) * (MOST_ROWS + (int64_t)(sizeof(XGroup) / sizeof(float)));
+}
 #else
-constexpr int64_t PANEL_FLOATS = PANEL * DEPTH;
+constexpr int64_t PANEL_FLOATS = W == 16 ? 5376 : PANEL * DEPTH;  // AVX-512: two panels, widened (tiles.h)
+inline int64_t whole_tiles(int64_t rows) { return rows; }
+inline int64_t local_floats(int64_t rows) { return PANEL_FLOATS + rows * MOST_ROWS; }
 #endif
-
-inline int64_t local_floats(int64_t rows) { return PANEL_FLOATS + rows * MOST_ROWS; }  // of each thread: panel, sums
 
 // Calls work(n, group, sums) for each panel of 16 rows (n the first) and each group of 256 columns: sums [rows, 16] += ...
 // Groups are the outer loop, because the rows of x do not fit into the second-level cache, but 256 columns of them do.

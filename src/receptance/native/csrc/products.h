@@ -6,7 +6,12 @@ enum Epilogue { STORE, ADD, GATED_ADD, RELU2, SIGMOID, TANH };
 // Eight blocks of a quantised x, twice: q * scale for weights of 4 to 6 bits, and wide * scale * WIDE_UNIT for those of 8 bits
 // where 16-bit products cost no more (WIDE), or for weights of 16 bits (tiles.h). Sums (of 16 q; of 32 q, times the scale) take
 // back what unsigned weights add.
+//
+// With AMX (amx.h), products of many rows take neither: x lies there as bfloat16, and what that leaves over, as bfloat16 too.
 struct alignas(64) XGroup {
+#if defined(ISA_AMX)
+  uint16_t high[8 * BLOCK], low[8 * BLOCK];
+#endif
   float scale[8], taken[8];
   int16_t sum[16];
   int8_t q[8 * BLOCK];
@@ -61,12 +66,12 @@ inline void quantise_block(const float* x, XGroup& group, int64_t b) {
     const __m128i q = _mm512_cvtepi32_epi8(whole[h]);
     _mm_storeu_si128((__m128i*)(group.q + b * BLOCK + 16 * h), q);
     _mm_storeu_si128((__m128i*)(group.shifted + b * BLOCK + 16 * h), _mm_xor_si128(q, _mm_set1_epi8((char)128)));
+    const __m512i wide = _mm512_cvtps_epi32(_mm512_mul_ps(h ? high : low, by_wide));
+    _mm256_storeu_si256((__m256i*)(group.wide + b * BLOCK + 16 * h), _mm512_cvtepi32_epi16(wide));
     const __m128i sums = _mm_sad_epu8(_mm_xor_si128(q, _mm_set1_epi8((char)128)), _mm_setzero_si128());
     const int32_t sum = _mm_cvtsi128_si32(sums) + _mm_extract_epi16(sums, 4) - 16 * 128;
     group.sum[b * 2 + h] = (int16_t)sum;
     total += sum;
-    const __m512i wide = _mm512_cvtps_epi32(_mm512_mul_ps(h ? high : low, by_wide));
-    _mm256_storeu_si256((__m256i*)(group.wide + b * BLOCK + 16 * h), _mm512_cvtepi32_epi16(wide));
   }
   group.taken[b] = group.scale[b] * (float)total;
 }
@@ -97,8 +102,29 @@ inline void quantise_block(const float* x, XGroup& group, int64_t b) {
 }
 #endif
 
-// n numbers, whole blocks, into the blocks from `first` on
-void quantise(const float* x, int64_t n, XGroup* out, int64_t first = 0) {
+constexpr int64_t TILED = 4;    // rows of x from which on tiles are worth while (tiles.h)
+constexpr int64_t HALVED = 32;  // the same of bfloat16 (amx.h)
+
+#if defined(ISA_AMX)
+// x = high + low, each rounded to bfloat16, halves up
+inline void into_parts(const float* x, int64_t n, XGroup* out, int64_t first) {
+  const __m512i half = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi32(0xffff0000);
+  for (int64_t i = first * BLOCK; i < first * BLOCK + n; i += 16, x += 16) {
+    const __m512 v = _mm512_loadu_ps(x);
+    const __m512i high = _mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(v), half), upper);
+    const __m512i low = _mm512_add_epi32(_mm512_castps_si512(_mm512_sub_ps(v, _mm512_castsi512_ps(high))), half);
+    XGroup& group = out[i / (8 * BLOCK)];
+    _mm256_store_si256((__m256i*)(group.high + i % (8 * BLOCK)), _mm512_cvtepi32_epi16(_mm512_srli_epi32(high, 16)));
+    _mm256_store_si256((__m256i*)(group.low + i % (8 * BLOCK)), _mm512_cvtepi32_epi16(_mm512_srli_epi32(low, 16)));
+  }
+}
+#endif
+
+// n numbers, whole blocks, into the blocks from `first` on; rows: how many of x the product has
+void quantise(const float* x, int64_t n, int64_t rows, XGroup* out, int64_t first = 0) {
+#if defined(ISA_AMX)
+  if (rows >= HALVED) return into_parts(x, n, out, first);
+#endif
   for (int64_t b = first; b < first + n / BLOCK; b++, x += BLOCK) quantise_block(x, out[b / 8], b % 8);
 }
 

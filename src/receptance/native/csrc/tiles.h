@@ -23,7 +23,7 @@ struct alignas(64) Widened {
   int32_t start[8][2][GROUP];  // -128 times the sums of bytes: x is stored with 128 added
 };
 
-static_assert(2 * sizeof(Widened) == PANEL_FLOATS * sizeof(float), "room for two");
+static_assert(2 * sizeof(Widened) <= PANEL_FLOATS * sizeof(float), "room for two");
 
 template <int KIND>
 constexpr int STEPS = KIND == WORDS ? 16 : 8;  // vectors of a block
@@ -131,32 +131,6 @@ inline void words_of(const __m512i* v, uint8_t (*to)[64], float* scale) {
   constexpr int BIAS = T == F16 ? 15 : 127;
   const __m512i e = _mm512_sub_epi32(_mm512_srli_epi32(most, 16), _mm512_set1_epi32(BIAS + 12 + 6 - 127));
   _mm512_store_si512(scale, _mm512_slli_epi32(_mm512_max_epi32(e, _mm512_setzero_si512()), 23));
-}
-
-inline void transpose16(__m512i v[16]) {
-  __m512i t[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    v[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    v[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    v[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    v[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int i = 0; i < 4; i++) {
-    t[i] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 4; i++) {
-    v[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    v[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-    v[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-    v[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
-  }
 }
 
 // Up to 16 rows of 16-bit numbers, `stride` bytes apart; the results of those that are not there are nobody's
@@ -279,26 +253,64 @@ inline void wide_panels(const Product& p, int64_t first, int64_t last, int64_t r
   }
 }
 
-constexpr int64_t TILED = 4;  // rows of x from which on it is worth while
+#if defined(ISA_AMX)
+#include "amx.h"
+#endif
+
+// widen(row, group, Widened& or Halves&)
+template <int T, class F>
+inline void panels_of(const Product& p, int64_t first, int64_t last, int64_t rows, float* local, F widen) {
+#if defined(ISA_AMX)
+  if (rows >= HALVED) return half_panels<parts_of<T>()>(p, first, last, rows, local, widen);
+#endif
+  wide_panels<kind_of<T>()>(p, first, last, rows, local, widen);
+}
 
 template <int T>
 void tiled_packed(const Product& p, int64_t first, int64_t last, int64_t rows, float* local) {
   constexpr int64_t step = 8 * BLOCK / Packed<T>::numbers * Packed<T>::size;  // 256 columns of 16 rows
   const int64_t cols = p.w->cols, bytes = cols / Packed<T>::numbers * Packed<T>::size;
   const uint8_t* data = (const uint8_t*)p.w->data;
-  wide_panels<kind_of<T>()>(p, first, last, rows, local, [&](int64_t n, int64_t group, Widened& w) {
+#if defined(ISA_AMX)
+  if (by_bytes<T>(rows)) {
+    return byte_panels<T>(p, first, last, rows, local, [&](int64_t group, const uint8_t** w, uint8_t*) {
+      for (int64_t n = first; n < last; n += GROUP) *w++ = data + n / GROUP * bytes + group * step;
+    });
+  }
+#endif
+  panels_of<T>(p, first, last, rows, local, [&](int64_t n, int64_t group, auto& w) {
     widen_packed<T>(data + n / GROUP * bytes + group * step, blocks_of_group(cols, group), w);
   });
 }
 
-template <int T>  // whole panels
+template <int T>
 void tiled_blocks(const Product& p, int64_t first, int64_t last, int64_t rows, float* local) {
-  constexpr int KIND = kind_of<T == Q8_0 ? Q8 : T == Q4_0 ? Q4 : T>();
+  constexpr int KERNEL = T == Q8_0 ? Q8 : T == Q4_0 ? Q4 : T;
+  constexpr int64_t bytes = DEPTH / Block<T>::numbers * Block<T>::size;  // of 256 columns of one row
   const int64_t cols = p.w->cols, size = line_bytes(T, cols);
   const uint8_t* data = (const uint8_t*)p.w->data;
-  wide_panels<KIND>(p, first, last, rows, local, [&](int64_t n, int64_t group, Widened& w) {
-    const uint8_t* from = data + n * size + group * DEPTH / Block<T>::numbers * Block<T>::size;
-    widen_rows<T>(from, size, blocks_of_group(cols, group), w);
+#if defined(ISA_AMX)
+  if (by_bytes<KERNEL>(rows) && (last - first) % PANEL == 0) {
+    return byte_panels<KERNEL>(p, first, last, rows, local, [&](int64_t group, const uint8_t** w, uint8_t* room) {
+      for (int64_t n = first; n < last; n += GROUP) {
+        const uint8_t* from = data + n * size + group * bytes;
+        *w++ = room;
+        for (int64_t u = 0; u < blocks_of_group(cols, group) * BLOCK / Block<T>::numbers; u++, room += Packed<KERNEL>::size) {
+          repack<T>(from + u * Block<T>::size, size, room);
+        }
+      }
+    });
+  }
+#endif
+  panels_of<KERNEL>(p, first, last, rows, local, [&](int64_t n, int64_t group, auto& w) {
+    const uint8_t* from = data + n * size + group * bytes;
+    const int64_t blocks = blocks_of_group(cols, group);
+    if (n + PANEL <= last) return widen_rows<T>(from, size, blocks, w);
+    uint8_t whole[PANEL * bytes] = {};  // the last rows, and zeros below them
+    for (int64_t r = 0; r < last - n; r++) {
+      __builtin_memcpy(whole + r * bytes, from + r * size, blocks * BLOCK / Block<T>::numbers * Block<T>::size);
+    }
+    widen_rows<T>(whole, bytes, blocks, w);
   });
 }
 
@@ -306,7 +318,7 @@ template <int T>
 void tiled_plain(const Product& p, int64_t first, int64_t last, int64_t rows, float* local) {
   const int64_t cols = p.w->cols, stride = 2 * cols;
   const char* data = (const char*)p.w->data;
-  wide_panels<WORDS>(p, first, last, rows, local, [&](int64_t n, int64_t group, Widened& w) {
+  panels_of<T>(p, first, last, rows, local, [&](int64_t n, int64_t group, auto& w) {
     const int64_t height = last - n < PANEL ? last - n : PANEL;
     widen_plain<T>(data + n * stride + group * DEPTH * 2, stride, height, blocks_of_group(cols, group), w);
   });
@@ -317,7 +329,7 @@ template <int T>
 void tiled_lines(const Product& p, int64_t first, int64_t last, int64_t rows, float* local) {
   const int64_t size = 2 * p.w->rows;
   const char* data = (const char*)p.w->data;
-  wide_panels<WORDS>(p, first, last, rows, local, [&](int64_t n, int64_t group, Widened& w) {
+  panels_of<T>(p, first, last, rows, local, [&](int64_t n, int64_t group, auto& w) {
     widen_lines<T>(data + group * DEPTH * size + 2 * n, size, blocks_of_group(p.w->cols, group), w);
   });
 }
