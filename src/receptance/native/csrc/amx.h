@@ -1,5 +1,5 @@
 // Products with many rows of x by AMX: 16 rows x 256 columns of w are widened once to bfloat16 and meet 16 rows of x in tiles,
-// whose sums are float32; with 12 to 31 rows of x, for which that is not worth while, the weights of Q8 and Q4 meet x as bytes. Included by tiles.h, inside the namespace of the instruction set.
+// whose sums are float32; with 12 to 16 rows of x, for which that is not worth while, the weights of Q8 and Q4 meet x as bytes. Included by tiles.h, inside the namespace of the instruction set.
 //
 // Weights of 4 to 8 bits are rounded to 8 bits of mantissa with their scale, and so is x: 0.2 % of each number, where the rounding
 // of x to 127 steps of the largest of 32 costs two to three times as much. Weights of 16 bits, panels and their x come in two parts
@@ -268,7 +268,7 @@ void widen_lines(const char* p, int64_t size, int64_t blocks, Halves& w) {
 
 template <int T>
 constexpr bool by_bytes(int64_t rows) {
-  return rows >= 12 && rows < HALVED && (T == Q8 || T == Q4);
+  return rows >= 12 && rows <= 16 && (T == Q8 || T == Q4);
 }
 
 // The numbers of a packed block of 16 rows as signed bytes, 8 vectors of 16 rows x 4 columns: where they lie, or in `to`
