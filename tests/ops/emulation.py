@@ -26,7 +26,7 @@ def _build(source: Path, macros: tuple[str, ...]) -> ctypes.CDLL:
     launchers = "\n".join(
         f'extern "C" void launch_{x}(unsigned x, unsigned y, unsigned z, unsigned n, const char* p) '
         f"{{ emulation::launch({x}, x, y, z, n, p); }}"
-        for x in names
+        for x in dict.fromkeys(names)
     )
     folder = Path(tempfile.gettempdir()) / "receptance-emulation"
     folder.mkdir(exist_ok=True)

@@ -16,7 +16,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from receptance.engine.gpu.chain import Chain, TimePart
 from receptance.engine.gpu.gemv import (
     ADD,
     DEPTH,
@@ -27,6 +26,8 @@ from receptance.engine.gpu.gemv import (
     SIGMOID,
     WARPS,
     WRITE,
+    Matrix,
+    Weights,
     ring_bytes,
     sums_bytes,
 )
@@ -34,12 +35,14 @@ from receptance.models import RWKV
 from receptance.ops import cuda
 
 HERE = Path(__file__).parent
-SHARED_BYTES = 227 * 1024  # of a multiprocessor
+SHARED_BYTES, SYSTEM_BYTES = 227 * 1024, 1024  # of a multiprocessor; of these, what each block takes beside its own
 NORM_THREADS, NORM_ROWS = 256, 128  # rows for which a norm fetches its weights ahead
 STEP_THREADS = 768  # of a multiprocessor, that step states of many rows; their registers fill it
 FEW_ROWS = 16  # for which the time mix applies low-rank maps itself
-CHAIN_ROWS = 32  # for which the whole step can be one launch
+NORMED_ROWS = 4  # for which products make the norm that they read for themselves
+GEMV_BLOCKS = 2  # of `gemv`, whose registers fill a multiprocessor
 GEMV_ROWS = 32  # up to which products are made by `gemv`
+BATCH = 8  # rows of one tile of `gemv`
 MOST_TOKENS = 16384  # of one prefill call; offsets within a buffer are 32-bit
 
 
@@ -81,27 +84,29 @@ class TimeMix(Protocol):
     mixes: int  # made by the norm
     copies: int  # [rows, C] in Buffers.mixed, these among them
     projection: Projection
+    fuses: bool  # whether its first product reads the norm's mixes
 
     def layer(self, block: Any, cast: "Cast") -> "TimeLayer": ...
 
     def buffers(self, rows: int) -> Any:
         """What it keeps beside `Buffers`."""
 
-    def decode(self, index: int, layer: "Layer", b: "Buffers", slots: Tensor, is_few: bool) -> None:
-        """From b.mixed of len(slots) rows to b.att, with layer `index` of the states stepped in place."""
+    def decode(
+        self, index: int, layer: "Layer", b: "Buffers", slots: Tensor, is_few: bool, norm: "Norm | None"
+    ) -> None:
+        """From b.mixed of len(slots) rows to b.att, with layer `index` of the states stepped in place.
+
+        norm: of which the projection makes the mixes, instead of reading b.mixed; only where `fuses`."""
 
     def prefill(self, index: int, layer: "Layer", prompts: "Prompts") -> None:
         """The same for the tokens of prompts."""
-
-    def chain(self) -> TimePart:
-        """What a whole step in one launch needs."""
 
 
 @dataclass(frozen=True)
 class TimeLayer:
     mixes: Tensor  # [mixes, C], of the previous token
-    inputs: Tensor  # the matrix of the time mix's projection [·, C]
-    output: Tensor  # [C, C]
+    inputs: Matrix  # of the time mix's projection [·, C]
+    output: Matrix  # [C, C]
     own: Any  # the version's other weights
 
 
@@ -113,16 +118,20 @@ class Layer:
     ln2: tuple[Tensor, Tensor]
     time: TimeLayer
     channel_mixes: Tensor  # [1 or 2, C]
-    channel: Tensor  # [F, C], with receptance [F + C, C]
-    value: Tensor  # [C, F]
+    channel: Matrix  # [F, C], with receptance [F + C, C]
+    value: Matrix  # [C, F]
 
 
 @dataclass(frozen=True)
 class Cast:
     dtype: torch.dtype
+    weights: Weights
 
     def __call__(self, x: Tensor) -> Tensor:
         return x.detach().to(self.dtype, copy=True).contiguous()
+
+    def matrix(self, x: Tensor) -> Matrix:
+        return Matrix.of(self(x), self.weights)
 
 
 def vector(x: Tensor) -> Tensor:
@@ -141,6 +150,17 @@ class Added:
 NOTHING = Added()
 
 
+@dataclass(frozen=True)
+class Norm:
+    """A layer norm of x, with its mixes, that products of few rows make for themselves: see gemv.cu."""
+
+    weights: tuple[Tensor, Tensor]
+    slots: Tensor
+    mixes: Tensor | None = None  # [mixes, C]
+    last: Tensor | None = None  # the states that the mixes look at [slots, C]
+    tokens: Tensor | None = None  # x is made from their embeddings
+
+
 class Buffers:
     """Activations of up to `rows` tokens."""
 
@@ -154,6 +174,7 @@ class Buffers:
         self.x, self.sum = empty(rows, c, dtype=torch.float32), empty(rows, c, dtype=torch.float32)
         self.normed, self.mixed = empty(rows, c), empty(model.time.copies, rows, c)
         self.att, self.delta = empty(rows, c), empty(rows, c)
+        self.kept = empty(min(rows, BATCH), c)  # token shifts on their way to the states
         self.time = Outputs(model.time.projection, rows, model.dtype, model.device)
         self.channel = Outputs(model.channel, rows, model.dtype, model.device)
         self.own = model.time.buffers(rows)
@@ -174,7 +195,8 @@ class GpuModel:
     slots: rows of states. `state`: the pool, name → [L, slots + 1, …] with the fields of `receptance.models.State`; the
     last row takes what padding does. state_dtype: of "wkv", float32 or `dtype`.
     invariant: every row's logits are, bit by bit, those it would have alone, at the price of speed for many rows.
-    int8: a step of few rows reads its large matrices in 8 bits, with a scale for each row; others stay as they are.
+    weights: a step of few rows reads its large matrices in 8 bits, with a scale for each row, as integers ("int8") or numbers
+    of type e4m3 ("float8"); others stay as they are, for prompts and many rows.
     Raises ValueError for a model that `misfit` has words for.
     """
 
@@ -187,7 +209,7 @@ class GpuModel:
         state_dtype: torch.dtype = torch.float32,
         most_rows: int = 1024,
         invariant: bool = False,
-        int8: bool = False,
+        weights: Weights = "full",
     ):
         from receptance.engine.gpu.versions import misfit, time_mix
 
@@ -200,23 +222,26 @@ class GpuModel:
             model.device, dtype, slots, invariant, most_rows,
         )  # fmt: skip
         self.c, self.f = config.n_embd, config.dim_ffn
-        self.int8 = int8
-        if int8 and (dtype != torch.float16 or invariant or self.c % 64 or self.f % 64):
-            raise ValueError("int8 needs float16, sizes that are multiples of 64, and invariant=False")
+        self.weights: Weights = weights
+        if weights != "full" and (dtype != torch.float16 or self.c % 64 or self.f % 64):
+            raise ValueError(
+                f"weights={weights!r} needs float16 and sizes that are multiples of 64, found {dtype}, "
+                f"n_embd {self.c} and dim_ffn {self.f}"
+            )
         self.state_dtype = state_dtype
         first: Any = model.blocks[0]
         is_gated = hasattr(first.ffn, "receptance")
         gate = (Part(self.c, 1, 1, SIGMOID),) if is_gated else ()
         self.channel = Projection((Part(self.f, 0, 0, RELU_SQUARE), *gate), (self.f, *[self.c] * is_gated))
         self.time: TimeMix = time_mix(self, model)
-        cast = Cast(dtype)
+        cast = Cast(dtype, weights)
         with torch.no_grad():
             self.layers = [self._layer(block, cast) for block in model.blocks]
             weight, bias = first.ln0.weight.float(), first.ln0.bias.float()
             table = torch.nn.functional.layer_norm(model.emb.weight.float(), (self.c,), weight, bias, first.ln0.eps)
             self.table = cast(table)
             self.ln_out = cast(model.ln_out.weight), cast(model.ln_out.bias)
-            self.head = cast(model.head.weight)
+            self.head = cast.matrix(model.head.weight)
         self.eps: float = model.ln_out.eps
         zero = model.zero_state()
         self.empty = {name: x.to(self._state_dtype(name, state_dtype)) for name, x in zero.items()}
@@ -224,12 +249,11 @@ class GpuModel:
         self.logits = torch.empty(most_rows, config.vocab_size, dtype=torch.float32, device=self.device)
         self.norm = self.load("norm.cu", WIDTH=self.c)
         self._gemv = {x: self._load_gemv(*x) for x in ((1, 1), (1, 2), (1, 4), (1, 8), (2, 2), (2, 4))}
+        self._gemv_normed = self._load_gemv(1, 1, NORMED=1, WIDTH=self.c)
         on_gpu = self.device.type == "cuda"
         device: Any = torch.cuda.get_device_properties(self.device) if on_gpu else None
         self.processors: int = device.multi_processor_count if device else 1
-        self.shared_bytes: int = getattr(device, "shared_memory_per_block_optin", SHARED_BYTES)
         self._side = torch.cuda.Stream(self.device) if on_gpu else None
-        self._chains: dict[int, Chain] = {}
         self._tables: dict[tuple[Projection, int], Tensor] = {}
 
     def _layer(self, block: Any, cast: Cast) -> Layer:
@@ -247,20 +271,21 @@ class GpuModel:
             ln2=(cast(block.ln2.weight), cast(block.ln2.bias)),
             time=self.time.layer(block, cast),
             channel_mixes=cast(torch.cat([x.reshape(1, c) for x in mixes])),
-            channel=cast(torch.cat(channel)),
-            value=cast(ffn.value.weight),
+            channel=cast.matrix(torch.cat(channel)),
+            value=cast.matrix(ffn.value.weight),
         )
 
     def load(self, source: str, **macros: int) -> cuda.Program:
         """Kernels for this model's weights."""
         return cuda.load(HERE / source, **macros, **({"BFLOAT16": 1} if self.dtype == torch.bfloat16 else {}))
 
-    def _load_gemv(self, row_tiles: int, batch_tiles: int) -> tuple[cuda.Kernel, int]:
+    def _load_gemv(self, row_tiles: int, batch_tiles: int, **macros: int) -> tuple[cuda.Kernel, int]:
         """The kernel and the bytes of shared memory that it needs."""
         ring, sums = ring_bytes(DEPTH, row_tiles), sums_bytes(batch_tiles, row_tiles)
+        kind = {} if self.weights != "float8" else {"FLOAT8": 1}
         program = self.load(
             "gemv.cu", GEMV_WARPS=WARPS, ROW_TILES=row_tiles, BATCH_TILES=batch_tiles, DEPTH=DEPTH,
-            IS_CHAIN=0, WEIGHT_BITS=16, SHARED_BYTES=ring + sums,
+            WEIGHT_BITS=16 if self.weights == "full" else 8, SHARED_BYTES=ring + sums, **kind, **{"NORMED": 0, **macros},
         )  # fmt: skip
         return program.gemv_product, ring + sums
 
@@ -316,25 +341,58 @@ class GpuModel:
         return self._tables[projection, tile]
 
     def project(
-        self, weight: Tensor, x: Tensor, out: Tensor, mode: int, *, activation: int = NONE,
-        projection: Projection | None = None, gate: Tensor | None = None,
+        self, matrix: Matrix, x: Tensor, out: Tensor, mode: int, *, activation: int = NONE,
+        projection: Projection | None = None, gate: Tensor | None = None, norm: Norm | None = None,
+        keeps: Norm | None = None,
     ) -> None:  # fmt: skip
-        """gemv: out [B, rows] of weight [rows, columns] and x [B, columns]; or what the projection says, B = len(x)."""
-        batch, rows = len(x), weight.shape[0]
+        """gemv: out [B, rows] of a matrix [rows, columns] and x [B, columns]; or what the projection says, B = len(x).
+
+        norm: of x, float32; its mixes are what is multiplied. keeps: the norm whose tokens' shifts now become the states'.
+        """
+        batch, rows, columns = len(x), *matrix.full.shape
         if projection is not None and len(projection.parts) == 1:
             (part,) = projection.parts
             activation, projection, out = part.activation, None, out.view(-1, part.rows)
-        batch_tiles = next((n for n in (1, 2, 4) if batch <= 8 * n), 8)
+        batch_tiles = next((n for n in (1, 2, 4) if batch <= BATCH * n), 8)
         is_even = rows % 32 == 0 and (projection is None or all(x.rows % 32 == 0 for x in projection.parts))
         row_tiles = 2 if batch_tiles in (2, 4) and is_even and rows // 32 >= 2 * self.processors else 1
-        kernel, shared = self._gemv[row_tiles, batch_tiles]
+        kernel, shared = self._gemv[row_tiles, batch_tiles] if norm is None else self._gemv_normed
         tasks = None if projection is None else self.tasks(projection, 16 * row_tiles)
         tiles = rows // (16 * row_tiles) if tasks is None else len(tasks)
-        blocks = min(tiles, self.processors * (SHARED_BYTES // (shared + 1024)))
-        kernel(
-            (blocks, -(-batch // (8 * batch_tiles))), 32 * WARPS, weight, tasks, weight.shape[-1], activation, x,
-            x.stride(0), out, out.stride(0), gate, batch, mode, tiles, shared=shared, chained=True,
+        blocks = self._gemv_blocks(shared, tiles)
+        weight = matrix.full if matrix.numbers is None else matrix.numbers
+        args = (
+            weight, matrix.scales, tasks, columns, activation, x, x.stride(0), out, out.stride(0), gate, batch, mode, tiles,
         )  # fmt: skip
+        if norm is None:
+            kept = (None, None, None) if keeps is None else (self.rows.kept, keeps.last, keeps.slots)
+            more: tuple[cuda.Argument, ...] = *kept, self.c
+        else:
+            mixes, table = 0 if norm.mixes is None else len(norm.mixes), None if norm.tokens is None else self.table
+            more = (
+                x, x, table, norm.tokens, *norm.weights, self.eps, norm.mixes, mixes, self.rows.rows * columns, norm.last,
+                norm.slots, self.rows.kept,
+            )  # fmt: skip
+            shared += self._normed_bytes(tiles, mixes, batch)
+        grid = blocks, -(-batch // (BATCH * batch_tiles))
+        kernel(grid, 32 * WARPS, *args, *more, shared=shared, chained=True)
+
+    def _gemv_blocks(self, shared: int, tiles: int) -> int:
+        """As many as the GPU has room for at once; shared: bytes of each."""
+        return min(tiles, self.processors * min(GEMV_BLOCKS, SHARED_BYTES // (shared + SYSTEM_BYTES)))
+
+    def _normed_bytes(self, tiles: int, mixes: int, batch: int) -> int:
+        """Of shared memory, for the mixes that a block's tiles read."""
+        each = -(-tiles // self._gemv_blocks(self._gemv_normed[1], tiles))
+        return batch * min(max(mixes, 1), each) * (self.c + 32) * 2
+
+    def can_norm(self, batch: int) -> bool:
+        """Whether `project` has room for so many rows of a norm's mixes without having fewer blocks at once."""
+        base = self._gemv_normed[1]
+        room = SHARED_BYTES // GEMV_BLOCKS - base - SYSTEM_BYTES
+        inputs = sum(x.rows for x in self.time.projection.parts) // 16, self.time.mixes
+        channel = sum(x.rows for x in self.channel.parts) // 16, len(self.channel.parts)
+        return batch <= BATCH and max(self._normed_bytes(*x, batch) for x in (inputs, channel)) <= room
 
     def normalise(
         self, x: Tensor, total: Tensor, norm: tuple[Tensor, Tensor], out: Tensor, *, added: Added = NOTHING,
@@ -354,23 +412,55 @@ class GpuModel:
             self.norm.norm_mix((-(-rows // each),), NORM_THREADS, *args, rows, each, chained=True)
 
     @torch.inference_mode()
-    def decode(self, tokens: Tensor, slots: Tensor, *, chained: bool = False) -> Tensor:
+    def decode(self, tokens: Tensor, slots: Tensor) -> Tensor:
         """One token for each row: logits [B, V], which the next call overwrites; the states of `slots` go on in place.
 
         tokens int64 [B], slots int32 [B], on the device, all of them different but for padding's. Can be captured.
-        Logits are float32; for many rows, where not invariant, of the weights' type. chained: in one launch, if
-        `can_chain`; the bits are the same.
+        Logits are float32; for many rows, where not invariant, of the weights' type.
         """
         batch = len(tokens)
         if not 1 <= batch <= self.most_rows:
             raise ValueError(f"decode takes 1 to {self.most_rows} rows, found {batch}; GpuModel(most_rows=…) sets it")
-        if (chained or self.int8) and self.can_chain(batch):
-            return self._chain(batch).run(tokens, slots)
-        b = self.rows
-        own = self.invariant or batch <= GEMV_ROWS  # our products; else cuBLAS
-        is_few = self.invariant or batch <= FEW_ROWS
-        x, att, delta, key = b.x[:batch], b.att[:batch], b.delta[:batch], b.key[:batch]
+        if self.invariant or batch <= GEMV_ROWS:
+            return self._decode_few(tokens, slots)
+        return self._decode_many(tokens, slots)
+
+    def _decode_few(self, tokens: Tensor, slots: Tensor) -> Tensor:
+        """With our products. Those of very few rows make the norms that they read for themselves, others get them made."""
+        b, batch = self.rows, len(tokens)
+        x, att, key = b.x[:batch], b.att[:batch], b.key[:batch]
         gate = None if b.gate is None else b.gate[:batch]
+        is_few = self.invariant or batch <= FEW_ROWS
+        fuses = batch <= NORMED_ROWS and is_few and self.can_norm(batch)
+
+        def normed(norm: Norm, out: Tensor, fused: bool) -> Norm | None:
+            if fused:
+                return norm
+            self.normalise(
+                x, x, norm.weights, out, tokens=norm.tokens, mixes=norm.mixes, last=norm.last, after=norm.last,
+                begins=norm.slots, ends=norm.slots,
+            )  # fmt: skip
+            return None
+
+        for i, layer in enumerate(self.layers):
+            att_shift, ffn_shift = self.state["att_shift"][i], self.state["ffn_shift"][i]
+            norm = Norm(layer.ln1, slots, layer.time.mixes, att_shift, tokens if i == 0 else None)
+            fused = normed(norm, b.mixed, fuses and self.time.fuses)
+            self.time.decode(i, layer, b, slots, is_few, fused)
+            self.project(layer.time.output, att, x, ADD, keeps=fused)
+            fused = normed(Norm(layer.ln2, slots, layer.channel_mixes, ffn_shift), b.mixed, fuses)
+            inputs = b.mixed[0, :batch] if fused is None else x
+            self.project(layer.channel, inputs, b.channel.flat, WRITE, projection=self.channel, norm=fused)
+            self.project(layer.value, key, x, ADD if gate is None else GATED, gate=gate, keeps=fused)
+        fused = normed(Norm(self.ln_out, slots), b.normed[:batch], fuses)
+        logits = self.logits[:batch]
+        self.project(self.head, b.normed[:batch] if fused is None else x, logits, LOGITS, norm=fused)
+        return logits
+
+    def _decode_many(self, tokens: Tensor, slots: Tensor) -> Tensor:
+        """With cuBLAS's products."""
+        b, batch = self.rows, len(tokens)
+        x, att, delta = b.x[:batch], b.att[:batch], b.delta[:batch]
         att_shift, ffn_shift = self.state["att_shift"], self.state["ffn_shift"]
         pending = NOTHING
         for i, layer in enumerate(self.layers):
@@ -378,54 +468,30 @@ class GpuModel:
                 x, x, layer.ln1, b.mixed, added=pending, tokens=tokens if i == 0 else None, mixes=layer.time.mixes,
                 last=att_shift[i], after=att_shift[i], begins=slots, ends=slots,
             )  # fmt: skip
-            self.time.decode(i, layer, b, slots, is_few)
-            if own:
-                self.project(layer.time.output, att, x, ADD)
-            else:
-                torch.mm(att, layer.time.output.T, out=delta)
+            self.time.decode(i, layer, b, slots, batch <= FEW_ROWS, None)
+            torch.mm(att, layer.time.output.full.T, out=delta)
             self.normalise(
-                x, x, layer.ln2, b.mixed, added=NOTHING if own else Added(delta), mixes=layer.channel_mixes,
+                x, x, layer.ln2, b.mixed, added=Added(delta), mixes=layer.channel_mixes,
                 last=ffn_shift[i], after=ffn_shift[i], begins=slots, ends=slots,
             )  # fmt: skip
-            if own:
-                self.project(layer.channel, b.mixed[0, :batch], b.channel.flat, WRITE, projection=self.channel)
-                self.project(layer.value, key, x, ADD if gate is None else GATED, gate=gate)
-            else:
-                pending = self._channel(layer, b, batch)
+            pending = self._channel(layer, b, batch)
         normed = b.normed[:batch]
         self.normalise(x, x, self.ln_out, normed, added=pending)
-        return self._head(normed, own)
-
-    def can_chain(self, rows: int) -> bool:
-        """Whether there is a launch that makes a whole step of so many rows, and room for it on this GPU."""
-        return rows <= CHAIN_ROWS and self._chain(rows).fits
-
-    def _chain(self, rows: int) -> Chain:
-        tiles = next(n for n in (1, 2, 4) if rows <= 8 * n)
-        if tiles not in self._chains:
-            self._chains[tiles] = Chain(self, self.time.chain(), tiles)
-        return self._chains[tiles]
+        logits = self.logits[:batch]
+        half = self.logits.view(-1).view(self.dtype)[: logits.numel()].view(logits.shape)
+        return torch.mm(normed, self.head.full.T, out=half)
 
     def _channel(self, layer: Layer, b: Buffers, rows: int) -> Added:
         """The channel mix by cuBLAS: what is to be added to x."""
         key, delta = b.key[:rows], b.delta[:rows]
-        torch.mm(b.mixed[0, :rows], layer.channel[: self.f].T, out=key)
+        torch.mm(b.mixed[0, :rows], layer.channel.full[: self.f].T, out=key)
         self.activate(key[None], [RELU_SQUARE])
-        torch.mm(key, layer.value.T, out=delta)
+        torch.mm(key, layer.value.full.T, out=delta)
         gate = None
         if b.gate is not None:
             gate = b.gate[:rows]
-            torch.mm(b.mixed[1, :rows], layer.channel[self.f :].T, out=gate)
+            torch.mm(b.mixed[1, :rows], layer.channel.full[self.f :].T, out=gate)
         return Added(delta, gate)
-
-    def _head(self, normed: Tensor, own: bool) -> Tensor:
-        logits = self.logits[: len(normed)]
-        if own:
-            self.project(self.head, normed, logits, LOGITS)
-            return logits
-        half = self.logits.view(-1).view(self.dtype)[: logits.numel()].view(logits.shape)
-        torch.mm(normed, self.head.T, out=half)
-        return half
 
     def activate(self, x: Tensor, activations: Sequence[int]) -> None:
         """In place, one for each x[i]; they lie one behind the other, or x.stride(0) apart."""
@@ -480,7 +546,7 @@ class Prompts:
             self._normalise(x, spare, layer.ln1, i, "att_shift", layer.time.mixes, pending, first=i == 0)
             x, spare = spare, x
             model.time.prefill(i, layer, self)
-            torch.mm(b.att, layer.time.output.T, out=b.delta)
+            torch.mm(b.att, layer.time.output.full.T, out=b.delta)
             self._normalise(x, spare, layer.ln2, i, "ffn_shift", layer.channel_mixes, Added(b.delta))
             x, spare = spare, x
             pending = model._channel(layer, b, self.rows)
@@ -489,7 +555,7 @@ class Prompts:
             pending = Added(*(None if y is None else y[self.last_rows] for y in (pending.delta, pending.gate)))
         normed = torch.empty_like(x, dtype=model.dtype)
         model.normalise(x, x, model.ln_out, normed, added=pending)
-        return normed @ model.head.T
+        return normed @ model.head.full.T
 
     def _normalise(
         self, x: Tensor, total: Tensor, norm: tuple[Tensor, Tensor], layer: int, name: str, mixes: Tensor,

@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from receptance.engine.gpu.chain import Product, TimePart
-from receptance.engine.gpu.gemv import ADD, WRITE
+from receptance.engine.gpu.gemv import WRITE
 from receptance.engine.gpu.model import (
     Buffers,
     Cast,
     GpuModel,
     Layer,
+    Norm,
     Part,
     Projection,
     Prompts,
@@ -32,6 +32,7 @@ class TimeMix4:
     """See `TimeMix`."""
 
     mixes = copies = 3
+    fuses = True
 
     def __init__(self, gpu: GpuModel):
         self.gpu, c = gpu, gpu.c
@@ -43,18 +44,7 @@ class TimeMix4:
         mixes = [1 - x.reshape(1, -1) for x in (att.time_mix_k, att.time_mix_v, att.time_mix_r)]
         inputs = torch.cat([att.key.weight, att.value.weight, att.receptance.weight])
         own = Weights(-vector(att.time_decay).exp(), vector(att.time_first))
-        return TimeLayer(cast(torch.cat(mixes)), cast(inputs), cast(att.output.weight), own)
-
-    def chain(self) -> TimePart:
-        gpu, b = self.gpu, self.gpu.rows
-        tasks = gpu.tasks(self.projection, 16)
-        products, layers = [], []
-        for i, layer in enumerate(gpu.layers):
-            time, own = layer.time, layer.time.own
-            inputs = Product(time.inputs, b.mixed[0], b.time.flat, WRITE, tasks=tasks)
-            products.append([inputs, Product(time.output, b.att, b.x, ADD)])
-            layers.append([own.decay, own.bonus, *(gpu.state[name][i] for name in ("num", "den", "exp"))])
-        return TimePart("chain4.cu", {}, products, layers, [*b.time.regions, b.att], b"", 64)
+        return TimeLayer(cast(torch.cat(mixes)), cast.matrix(inputs), cast.matrix(att.output.weight), own)
 
     def buffers(self, rows: int) -> None:
         return None
@@ -62,12 +52,13 @@ class TimeMix4:
     def _project(self, layer: Layer, b: Buffers, rows: int) -> None:
         c = self.gpu.c
         kvr = b.time.flat.view(3, b.rows, c)[:, :rows]
-        torch.bmm(b.mixed[:, :rows], layer.time.inputs.view(3, c, c).transpose(1, 2), out=kvr)
+        torch.bmm(b.mixed[:, :rows], layer.time.inputs.full.view(3, c, c).transpose(1, 2), out=kvr)
 
-    def decode(self, index: int, layer: Layer, b: Buffers, slots: Tensor, is_few: bool) -> None:
+    def decode(self, index: int, layer: Layer, b: Buffers, slots: Tensor, is_few: bool, norm: Norm | None) -> None:
         gpu, own, batch = self.gpu, layer.time.own, len(slots)
         if is_few:
-            gpu.project(layer.time.inputs, b.mixed[0, :batch], b.time.flat, WRITE, projection=self.projection)
+            x = b.mixed[0, :batch] if norm is None else b.x[:batch]
+            gpu.project(layer.time.inputs, x, b.time.flat, WRITE, projection=self.projection, norm=norm)
         else:
             self._project(layer, b, batch)
         state = (gpu.state[name][index] for name in ("num", "den", "exp"))

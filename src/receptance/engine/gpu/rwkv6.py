@@ -3,22 +3,20 @@
 RWKV-6's mixes depend on the token: before the projections, a low-rank map of one mix makes the other five.
 """
 
-import struct
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from receptance.engine.gpu.chain import Product, TimePart
-from receptance.engine.gpu.gemv import ADD, TANH, WARPS, WRITE
+from receptance.engine.gpu.gemv import TANH, WRITE, Matrix
 from receptance.engine.gpu.model import (
     STEP_THREADS,
     Buffers,
     Cast,
     GpuModel,
     Layer,
+    Norm,
     Part,
     Projection,
     Prompts,
@@ -41,7 +39,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Weights6(Weights):
-    mix_in: Tensor  # [5 P, C]
+    mix_in: Matrix  # [5 P, C]
     mix_out: Tensor  # [5, P, C], in the order R, K, V, G, W
     mix_base: Tensor  # [5, C]
     decay_in: Tensor  # [C, Q], in × out
@@ -52,6 +50,7 @@ class TimeMix5:
     """See `TimeMix`. The layouts 5.0 (without a gate), 5.1 and 5.2."""
 
     first_mix, decay_rank, mix_rank = 0, 0, 0
+    fuses = True
 
     def __init__(self, gpu: GpuModel):
         self.gpu, config = gpu, gpu.config
@@ -90,33 +89,9 @@ class TimeMix5:
     def layer(self, block: Any, cast: Cast) -> TimeLayer:
         att = block.att
         mixes = torch.cat([1 - getattr(att, f"time_mix_{x}").reshape(1, -1) for x in "rkvg"[: self.count]])
-        inputs = cast(torch.cat(self._stack(att)))
-        return TimeLayer(cast(mixes), inputs, cast(att.output.weight), self._weights(att, cast, inputs))
-
-    def chain(self) -> TimePart:
-        gpu, b = self.gpu, self.gpu.rows
-        tasks = gpu.tasks(self.projection, 16)
-        products, layers = [], []
-        for layer, state in zip(gpu.layers, gpu.state["wkv"]):
-            time, own = layer.time, layer.time.own
-            inputs = Product(time.inputs, b.mixed[0], b.time.flat, WRITE, tasks=tasks)
-            products.append([*self._chain_mix(own, b), inputs, Product(time.output, b.att, b.x, ADD)])
-            layers.append([own.decay, own.bonus, *own.norm, *self._chain_weights(own), state])
-        tensors = [*b.time.regions[:3], self._gate(b), *self._chain_tensors(b), b.att]
-        numbers = struct.pack("if", self.h, self.heads_eps)
-        team = (self.n // 8 + 1) * 5 * self.n * 4 + 64  # the mixes' sums: Mix, which is larger than StepOfFew
-        shared = 32 * WARPS // (4 * self.n) * team
-        return TimePart("chain6.cu", self.macros, products, layers, tensors, numbers, shared)
-
-    def _chain_mix(self, own: Any, b: Buffers) -> list[Product]:
-        """The product that comes before the mixes."""
-        return []
-
-    def _chain_weights(self, own: Any) -> Sequence[Tensor | None]:
-        return None, None, None
-
-    def _chain_tensors(self, b: Buffers) -> Sequence[Tensor | None]:
-        return None, None
+        inputs = cast.matrix(torch.cat(self._stack(att)))
+        own = self._weights(att, cast, inputs.full)
+        return TimeLayer(cast(mixes), inputs, cast.matrix(att.output.weight), own)
 
     def buffers(self, rows: int) -> Any:
         return None
@@ -129,10 +104,11 @@ class TimeMix5:
         out = b.time.flat[: n * b.rows * c].view(n, b.rows, c)[:, :rows]
         torch.bmm(b.mixed[self.first_mix : self.first_mix + n, :rows], layer.time.own.projections, out=out)
 
-    def decode(self, index: int, layer: Layer, b: Buffers, slots: Tensor, is_few: bool) -> None:
+    def decode(self, index: int, layer: Layer, b: Buffers, slots: Tensor, is_few: bool, norm: Norm | None) -> None:
         batch, own = len(slots), layer.time.own
         if is_few:
-            self.gpu.project(layer.time.inputs, b.mixed[0, :batch], b.time.flat, WRITE, projection=self.projection)
+            x = b.mixed[0, :batch] if norm is None else b.x[:batch]
+            self.gpu.project(layer.time.inputs, x, b.time.flat, WRITE, projection=self.projection, norm=norm)
             self._step(index, own, b, slots)
         else:
             self._project(layer, b, batch)
@@ -190,6 +166,7 @@ class TimeMix6(TimeMix5):
     """See `TimeMix`."""
 
     first_mix = R
+    fuses = False  # its mixes depend on a map of one of them
 
     def __init__(self, gpu: GpuModel):
         self.gpu, config = gpu, gpu.config
@@ -208,18 +185,18 @@ class TimeMix6(TimeMix5):
         # of the norm's three mixes one is this token and one the previous
         mixes = torch.stack([torch.zeros_like(att.time_maa_x), att.time_maa_x, torch.ones_like(att.time_maa_x)])
         order = [3, 1, 2, 4, 0]  # of w, k, v, r, g
-        inputs = cast(torch.cat([*self._stack(att), att.time_decay_w1.T]))
+        inputs = cast.matrix(torch.cat([*self._stack(att), att.time_decay_w1.T]))
         mix_in = att.time_maa_w1.T.reshape(5, -1, c)[order]
         base = [getattr(att, f"time_maa_{x}").reshape(1, c) for x in "rkvgw"]
         own = Weights6(
-            **vars(self._weights(att, cast, inputs)),
-            mix_in=cast(mix_in.reshape(-1, c)),
+            **vars(self._weights(att, cast, inputs.full)),
+            mix_in=cast.matrix(mix_in.reshape(-1, c)),
             mix_out=cast(att.time_maa_w2[order]),
             mix_base=cast(torch.cat(base)),
-            decay_in=inputs[4 * c :].T,
+            decay_in=inputs.full[4 * c :].T,
             decay_out=cast(att.time_decay_w2),
         )
-        return TimeLayer(cast(mixes.view(3, c)), inputs, cast(att.output.weight), own)
+        return TimeLayer(cast(mixes.view(3, c)), inputs, cast.matrix(att.output.weight), own)
 
     def buffers(self, rows: int) -> Any:
         """The mixes' inner vectors [rows, 5 P], and the maps' outputs [5, rows, C] and [rows, C]."""
@@ -229,19 +206,10 @@ class TimeMix6(TimeMix5):
 
         return empty(rows, 5 * self.mix_rank), empty(5, rows, self.c), empty(rows, self.c)
 
-    def _chain_mix(self, own: Any, b: Buffers) -> list[Product]:
-        return [Product(own.mix_in, b.mixed[MIXED], b.own[0], WRITE, TANH)]
-
-    def _chain_weights(self, own: Any) -> Sequence[Tensor | None]:
-        return own.mix_out, own.mix_base, own.decay_out
-
-    def _chain_tensors(self, b: Buffers) -> Sequence[Tensor | None]:
-        return b.own[0], b.time.regions[4]
-
     def _mix(self, own: Weights6, b: Buffers, rows: int) -> None:
         """b.mixed[R:] by cuBLAS."""
         inner, low, _ = b.own
-        torch.mm(b.mixed[MIXED, :rows], own.mix_in.T, out=inner[:rows])
+        torch.mm(b.mixed[MIXED, :rows], own.mix_in.full.T, out=inner[:rows])
         self.gpu.activate(inner[None, :rows], [TANH])
         torch.bmm(inner[:rows].view(rows, 5, -1).transpose(0, 1), own.mix_out, out=low[:, :rows])
         groups = rows * self.c // 8
@@ -255,7 +223,7 @@ class TimeMix6(TimeMix5):
         self.gpu.activate(hidden[None], [TANH])
         return torch.mm(hidden, own.decay_out, out=low)
 
-    def decode(self, index: int, layer: Layer, b: Buffers, slots: Tensor, is_few: bool) -> None:
+    def decode(self, index: int, layer: Layer, b: Buffers, slots: Tensor, is_few: bool, norm: Norm | None) -> None:
         batch, own, gpu = len(slots), layer.time.own, self.gpu
         if not is_few:
             self._mix(own, b, batch)
