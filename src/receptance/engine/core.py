@@ -304,7 +304,8 @@ class Core:
         works = []
         for sequence, count in plan:
             assert sequence.slot is not None
-            self._before_feeding(sequence)
+            if sequence.phase is Phase.WRITING and sequence.job.request.keep_state:
+                self._mark_state(sequence)
             works.append(Work(sequence.slot, sequence.tokens[sequence.fed : sequence.fed + count]))
         if all(sequence.phase is Phase.WRITING for sequence, _ in plan):
             self._write([sequence for sequence, _ in plan], works)
@@ -439,7 +440,8 @@ class Core:
         works, spares, first, rows = [], [], [], 0
         for sequence, draft in zip(sequences, drafts):
             assert sequence.slot is not None
-            self._before_feeding(sequence)
+            if sequence.job.request.keep_state:
+                self._mark_state(sequence)
             spares.append(self.pool.take())
             unread = sequence.tokens[sequence.fed :]
             works.append(Work(sequence.slot, unread + draft, spares[-1]))
@@ -541,13 +543,12 @@ class Core:
         self._finish(sequence, reason)
         return False
 
-    def _before_feeding(self, sequence: Sequence) -> None:
+    def _mark_state(self, sequence: Sequence) -> None:
         """Keep the state at the last mark, when the row goes on from there and the text can still end there."""
-        job = sequence.job
-        if sequence.phase is Phase.WRITING and job.request.keep_state:
-            assert sequence.slot is not None
-            if job.marked_state is None and not job.reader.is_clean:
-                job.marked_state = self.runner.save(sequence.slot)
+        job: TextJob = sequence.job
+        assert sequence.slot is not None
+        if job.marked_state is None and not job.reader.is_clean:
+            job.marked_state = self.runner.save(sequence.slot)
 
     # Ends -------------------------------------------------------------------------------------------------------------
 

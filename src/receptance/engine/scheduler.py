@@ -157,8 +157,11 @@ class Scheduler:
 
         Those that read take turns, the more urgent first, so that a short prompt does not wait for a long one.
         """
-        works = [(s, s.pending) for s in self.running if s.phase is Phase.WRITING and s.pending]
-        readers = [s for s in self.running if s.pending and s.phase is not Phase.WRITING]
+        works: list[tuple[Sequence, int]] = []
+        readers: list[Sequence] = []
+        for s in self.running:
+            if pending := len(s.tokens) - s.fed:  # `pending` itself, a call a token, would be felt
+                works.append((s, pending)) if s.phase is Phase.WRITING else readers.append(s)
         if not readers:
             return works
         limits = self.limits
