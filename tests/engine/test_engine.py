@@ -11,7 +11,7 @@ from receptance.engine.core import Core
 from receptance.engine.engine import Engine, EngineError, make_runner
 from receptance.engine.params import SamplingParams
 from receptance.engine.request import GenerationError, Grammar, Request, Score
-from receptance.engine.scheduler import Limits
+from receptance.engine.scheduler import Limits, Phase, Scheduler, Sequence
 from receptance.engine.state_pool import StatePool
 from receptance.errors import CheckpointError, ConfigError
 from receptance.generation import generate_tokens
@@ -92,6 +92,26 @@ def test_a_short_prompt_does_not_wait_for_a_long_one(model: Any, tok: Tokenizer)
     core.step()
     assert short.job.completion.is_done
     assert not long.job.completion.is_done
+
+
+@pytest.mark.parametrize(
+    ("limits", "cuts"),
+    [
+        (Limits(1, step_tokens=512), [256] * 4 + [76]),
+        (Limits(1, step_tokens=4096), [1024, 76]),  # a device that takes many tokens in one call
+        (Limits(1, step_tokens=4096, boundary=512), [512, 512, 76]),
+    ],
+)
+def test_a_long_prompt_is_cut_where_its_states_are_kept(limits: Limits, cuts: list[int]) -> None:
+    scheduler, sequence = Scheduler(limits), Sequence([1] * 1100, 0, None)
+    scheduler.add(sequence)
+    scheduler.admit(sequence, 0, Phase.READING)
+    found = []
+    while sequence.pending:
+        ((_, count),) = scheduler.plan()
+        found.append(count)
+        sequence.fed += count
+    assert found == cuts
 
 
 def test_texts_go_on_while_a_long_prompt_is_read(model: Any, tok: Tokenizer) -> None:

@@ -356,7 +356,7 @@ class Core:
         is_read = sequence.fed == sequence.prompt_length
         if sequence.shares:
             wanted = sequence.fed in sequence.cuts
-            at_boundary = is_read or sequence.fed % self.scheduler.limits.boundary == 0
+            at_boundary = is_read or sequence.fed % self.scheduler.limits.every == 0
             if wanted or (at_boundary and self.cache.max_bytes):
                 self._keep(sequence, self.runner.keep(logits, row) if is_read or wanted else None)
         return is_read and self._prompt_is_read(sequence, logits, row)

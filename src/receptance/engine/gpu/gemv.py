@@ -24,7 +24,7 @@ def sums_bytes(batch_tiles: int, row_tiles: int = 1) -> int:
 
 @dataclass(frozen=True)
 class Matrix:
-    """full [rows, columns], of the model's type; numbers uint8 and scales float32 [rows]: the same in 8 bits, or None."""
+    """full [rows, columns], of the model's type; the same in 8 bits, or None: numbers uint8, scales float32 [rows]."""
 
     full: Tensor
     numbers: Tensor | None = None

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from receptance.engine.gpu.choices import Choice, Choices, fastest, versions
 from receptance.engine.gpu.gemv import (
     ADD,
     DEPTH,
@@ -38,10 +39,11 @@ HERE = Path(__file__).parent
 SHARED_BYTES, SYSTEM_BYTES = 227 * 1024, 1024  # of a multiprocessor; of these, what each block takes beside its own
 NORM_THREADS, NORM_ROWS = 256, 128  # rows for which a norm fetches its weights ahead
 STEP_THREADS = 768  # of a multiprocessor, that step states of many rows; their registers fill it
-FEW_ROWS = 16  # for which the time mix applies low-rank maps itself
-NORMED_ROWS = 4  # for which products make the norm that they read for themselves
+# Where nothing was measured: rows up to which the time mix applies low-rank maps itself, products make the norms that
+# they read, and products are made by `gemv`. What is measured: up to, and from, which rows these are tried.
+FEW_ROWS, NORMED_ROWS, GEMV_ROWS = 16, 4, 32
+MOST_FEW_ROWS, MOST_GEMV_ROWS, LEAST_CUBLAS_ROWS = 64, 64, 16
 GEMV_BLOCKS = 2  # of `gemv`, whose registers fill a multiprocessor
-GEMV_ROWS = 32  # up to which products are made by `gemv`
 BATCH = 8  # rows of one tile of `gemv`
 MOST_TOKENS = 16384  # of one prefill call; offsets within a buffer are 32-bit
 
@@ -188,6 +190,11 @@ class Buffers:
         return self.channel.regions[1] if len(self.channel.regions) > 1 else None
 
 
+def bucket(rows: int, most: int) -> int:
+    """The number of rows that is run for `rows`: a power of two, at most `most`."""
+    return min(1 << (rows - 1).bit_length(), most)
+
+
 class GpuModel:
     """A model on one GPU, decoding many sequences in place.
 
@@ -195,8 +202,8 @@ class GpuModel:
     slots: rows of states. `state`: the pool, name → [L, slots + 1, …] with the fields of `receptance.models.State`; the
     last row takes what padding does. state_dtype: of "wkv", float32 or `dtype`.
     invariant: every row's logits are, bit by bit, those it would have alone, at the price of speed for many rows.
-    weights: a step of few rows reads its large matrices in 8 bits, with a scale for each row, as integers ("int8") or numbers
-    of type e4m3 ("float8"); others stay as they are, for prompts and many rows.
+    weights: a step of few rows reads its large matrices in 8 bits, with a scale for each row, as integers ("int8") or
+    numbers of type e4m3 ("float8"); others stay as they are, for prompts and many rows.
     Raises ValueError for a model that `misfit` has words for.
     """
 
@@ -255,6 +262,7 @@ class GpuModel:
         self.processors: int = device.multi_processor_count if device else 1
         self._side = torch.cuda.Stream(self.device) if on_gpu else None
         self._tables: dict[tuple[Projection, int], Tensor] = {}
+        self._choices = Choices({**(versions(self.device) if on_gpu else {}), **self._shape(model)})
 
     def _layer(self, block: Any, cast: Cast) -> Layer:
         ffn, c = block.ffn, self.c
@@ -275,6 +283,13 @@ class GpuModel:
             value=cast.matrix(ffn.value.weight),
         )
 
+    def _shape(self, model: RWKV) -> dict[str, str | int | bool]:
+        """What choices depend on beside the GPU and the kernels."""
+        sizes: dict[str, str | int] = {name: x for name, x in vars(self.config).items() if isinstance(x, int | str)}
+        kinds = {"dtype": str(self.dtype), "state": str(self.state_dtype), "weights": str(self.weights)}
+        name = f"{type(model).__name__}, {self.config.n_layer} x {self.c}, {self.weights}"
+        return {"model": name, **sizes, **kinds}
+
     def load(self, source: str, **macros: int) -> cuda.Program:
         """Kernels for this model's weights."""
         return cuda.load(HERE / source, **macros, **({"BFLOAT16": 1} if self.dtype == torch.bfloat16 else {}))
@@ -285,7 +300,8 @@ class GpuModel:
         kind = {} if self.weights != "float8" else {"FLOAT8": 1}
         program = self.load(
             "gemv.cu", GEMV_WARPS=WARPS, ROW_TILES=row_tiles, BATCH_TILES=batch_tiles, DEPTH=DEPTH,
-            WEIGHT_BITS=16 if self.weights == "full" else 8, SHARED_BYTES=ring + sums, **kind, **{"NORMED": 0, **macros},
+            WEIGHT_BITS=16 if self.weights == "full" else 8, SHARED_BYTES=ring + sums, **kind,
+            **{"NORMED": 0, **macros},
         )  # fmt: skip
         return program.gemv_product, ring + sums
 
@@ -347,7 +363,7 @@ class GpuModel:
     ) -> None:  # fmt: skip
         """gemv: out [B, rows] of a matrix [rows, columns] and x [B, columns]; or what the projection says, B = len(x).
 
-        norm: of x, float32; its mixes are what is multiplied. keeps: the norm whose tokens' shifts now become the states'.
+        norm: of x, float32; its mixes are what is multiplied. keeps: the norm whose token shifts now become states.
         """
         batch, rows, columns = len(x), *matrix.full.shape
         if projection is not None and len(projection.parts) == 1:
@@ -362,7 +378,8 @@ class GpuModel:
         blocks = self._gemv_blocks(shared, tiles)
         weight = matrix.full if matrix.numbers is None else matrix.numbers
         args = (
-            weight, matrix.scales, tasks, columns, activation, x, x.stride(0), out, out.stride(0), gate, batch, mode, tiles,
+            weight, matrix.scales, tasks, columns, activation, x, x.stride(0), out, out.stride(0), gate, batch, mode,
+            tiles,
         )  # fmt: skip
         if norm is None:
             kept = (None, None, None) if keeps is None else (self.rows.kept, keeps.last, keeps.slots)
@@ -370,8 +387,8 @@ class GpuModel:
         else:
             mixes, table = 0 if norm.mixes is None else len(norm.mixes), None if norm.tokens is None else self.table
             more = (
-                x, x, table, norm.tokens, *norm.weights, self.eps, norm.mixes, mixes, self.rows.rows * columns, norm.last,
-                norm.slots, self.rows.kept,
+                x, x, table, norm.tokens, *norm.weights, self.eps, norm.mixes, mixes, self.rows.rows * columns,
+                norm.last, norm.slots, self.rows.kept,
             )  # fmt: skip
             shared += self._normed_bytes(tiles, mixes, batch)
         grid = blocks, -(-batch // (BATCH * batch_tiles))
@@ -383,8 +400,8 @@ class GpuModel:
 
     def _normed_bytes(self, tiles: int, mixes: int, batch: int) -> int:
         """Of shared memory, for the mixes that a block's tiles read."""
-        each = -(-tiles // self._gemv_blocks(self._gemv_normed[1], tiles))
-        return batch * min(max(mixes, 1), each) * (self.c + 32) * 2
+        each: int = -(-tiles // self._gemv_blocks(self._gemv_normed[1], tiles))
+        return batch * min(max(mixes, 1), each) * (int(self.c) + 32) * 2
 
     def can_norm(self, batch: int) -> bool:
         """Whether `project` has room for so many rows of a norm's mixes without having fewer blocks at once."""
@@ -421,17 +438,44 @@ class GpuModel:
         batch = len(tokens)
         if not 1 <= batch <= self.most_rows:
             raise ValueError(f"decode takes 1 to {self.most_rows} rows, found {batch}; GpuModel(most_rows=…) sets it")
-        if self.invariant or batch <= GEMV_ROWS:
-            return self._decode_few(tokens, slots)
-        return self._decode_many(tokens, slots)
+        return self._decode(tokens, slots, self.choice(batch))
 
-    def _decode_few(self, tokens: Tensor, slots: Tensor) -> Tensor:
-        """With our products. Those of very few rows make the norms that they read for themselves, others get them made."""
+    def choice(self, rows: int) -> Choice:
+        """How a step of so many rows is made: as measured, where `tune` was called, else by rule."""
+        if self.invariant:  # the same products for all
+            return Choice(True, True, rows <= NORMED_ROWS and self.can_norm(rows))
+        few = rows <= FEW_ROWS
+        normed = few and rows <= NORMED_ROWS and self.can_norm(rows)
+        return self._choices.get(bucket(rows, self.most_rows)) or Choice(rows <= GEMV_ROWS, few, normed)
+
+    def tune(self, rows: int) -> None:
+        """Measure how a step of so many rows, as `bucket` gives them, is made fastest, unless that is known.
+
+        Takes about a second, on the pool's last row. Kept in the user's cache folder, for this GPU and shape of model.
+        """
+        if self.device.type != "cuda" or self.invariant or self._choices.get(rows) is not None:
+            return
+        own, blas = rows <= MOST_GEMV_ROWS, rows >= LEAST_CUBLAS_ROWS
+        few = [True, False] if rows <= MOST_FEW_ROWS and own else [False]
+        candidates = [Choice(True, x, False) for x in few if own] + [Choice(False, x, False) for x in few if blas]
+        if own and self.can_norm(rows):
+            candidates.insert(0, Choice(True, True, True))
+        best = candidates[0]
+        if len(candidates) > 1:
+            tokens = torch.zeros(rows, dtype=torch.int64, device=self.device)
+            slots = torch.full((rows,), self.slots, dtype=torch.int32, device=self.device)
+            best = fastest(candidates, lambda x: self._decode(tokens, slots, x))
+        self._choices.put(rows, best)
+
+    def _decode(self, tokens: Tensor, slots: Tensor, choice: Choice) -> Tensor:
+        return (self._decode_own if choice.own else self._decode_many)(tokens, slots, choice)
+
+    def _decode_own(self, tokens: Tensor, slots: Tensor, choice: Choice) -> Tensor:
+        """With our products."""
         b, batch = self.rows, len(tokens)
         x, att, key = b.x[:batch], b.att[:batch], b.key[:batch]
         gate = None if b.gate is None else b.gate[:batch]
-        is_few = self.invariant or batch <= FEW_ROWS
-        fuses = batch <= NORMED_ROWS and is_few and self.can_norm(batch)
+        is_few, fuses = choice.few, choice.normed
 
         def normed(norm: Norm, out: Tensor, fused: bool) -> Norm | None:
             if fused:
@@ -457,7 +501,7 @@ class GpuModel:
         self.project(self.head, b.normed[:batch] if fused is None else x, logits, LOGITS, norm=fused)
         return logits
 
-    def _decode_many(self, tokens: Tensor, slots: Tensor) -> Tensor:
+    def _decode_many(self, tokens: Tensor, slots: Tensor, choice: Choice) -> Tensor:
         """With cuBLAS's products."""
         b, batch = self.rows, len(tokens)
         x, att, delta = b.x[:batch], b.att[:batch], b.delta[:batch]
@@ -468,7 +512,7 @@ class GpuModel:
                 x, x, layer.ln1, b.mixed, added=pending, tokens=tokens if i == 0 else None, mixes=layer.time.mixes,
                 last=att_shift[i], after=att_shift[i], begins=slots, ends=slots,
             )  # fmt: skip
-            self.time.decode(i, layer, b, slots, batch <= FEW_ROWS, None)
+            self.time.decode(i, layer, b, slots, choice.few, None)
             torch.mm(att, layer.time.output.full.T, out=delta)
             self.normalise(
                 x, x, layer.ln2, b.mixed, added=Added(delta), mixes=layer.channel_mixes,
