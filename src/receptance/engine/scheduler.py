@@ -66,9 +66,9 @@ class Limits:
     """slots: sequences with a row. step_tokens: fed in one step; where sequences are writing, busy_step_tokens.
 
     boundary: prompts are cut at its multiples, where states are kept for others (None: of 256, or of a quarter of
-    step_tokens where that is more, for a device that takes so many at once reads a short piece hardly faster); least_shared: a prefix that is being
-    read by another sequence is waited for if it is at least this much longer than what is kept. align: prompts are cut
-    at its multiples alone, so that a prompt is cut alike whatever else is read.
+    step_tokens where that is more: what takes so many at once reads a short piece hardly faster).
+    least_shared: a prefix that is being read by another sequence is waited for if it is at least this much longer than
+    what is kept. align: prompts are cut at its multiples alone, so that a prompt is cut alike whatever else is read.
     """
 
     slots: int

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -34,6 +34,9 @@ from receptance.engine.gpu.gemv import (
 )
 from receptance.models import RWKV
 from receptance.ops import cuda
+
+if TYPE_CHECKING:
+    from receptance.engine.gpu.prompts import Prompts, Reader
 
 HERE = Path(__file__).parent
 SHARED_BYTES, SYSTEM_BYTES = 227 * 1024, 1024  # of a multiprocessor; of these, what each block takes beside its own
@@ -518,14 +521,14 @@ class GpuModel:
                 x, x, layer.ln2, b.mixed, added=Added(delta), mixes=layer.channel_mixes,
                 last=ffn_shift[i], after=ffn_shift[i], begins=slots, ends=slots,
             )  # fmt: skip
-            pending = self._channel(layer, b, batch)
+            pending = self.channel_by_blas(layer, b, batch)
         normed = b.normed[:batch]
         self.normalise(x, x, self.ln_out, normed, added=pending)
         logits = self.logits[:batch]
         half = self.logits.view(-1).view(self.dtype)[: logits.numel()].view(logits.shape)
         return torch.mm(normed, self.head.full.T, out=half)
 
-    def _channel(self, layer: Layer, b: Buffers, rows: int) -> Added:
+    def channel_by_blas(self, layer: Layer, b: Buffers, rows: int) -> Added:
         """The channel mix by cuBLAS: what is to be added to x."""
         key, delta = b.key[:rows], b.delta[:rows]
         torch.mm(b.mixed[0, :rows], layer.channel.full[: self.f].T, out=key)
@@ -558,57 +561,10 @@ class GpuModel:
             raise ValueError(f"starts {list(starts)} do not cut {total} tokens into {len(slots)} prompts")
         if total > MOST_TOKENS:
             raise ValueError(f"{total} tokens to prefill at once; give at most {MOST_TOKENS} and go on from the states")
-        return Prompts(self, tokens, lengths, slots).run(all_logits)
+        return self.reader.read(tokens, lengths, slots, all_logits)
 
+    @cached_property
+    def reader(self) -> "Reader":
+        from receptance.engine.gpu.prompts import Reader
 
-class Prompts:
-    """One prefill call: rows are tokens, but for the operator, which takes padded rows [n, T] where lengths differ."""
-
-    def __init__(self, model: GpuModel, tokens: Tensor, lengths: list[int], slots: Sequence[int]):
-        self.model, self.tokens, self.lengths = model, tokens, lengths
-        self.n, self.t, self.rows = len(lengths), max(lengths), len(tokens)
-        begins: list[int] = []
-        ends: list[int] = []
-        place: list[int] = []
-        for i, (length, slot) in enumerate(zip(lengths, slots)):
-            begins += [slot] + [-1] * (length - 1)
-            ends += [-1] * (length - 1) + [i]
-            place += range(i * self.t, i * self.t + length)
-        table = torch.tensor([begins, ends, place], dtype=torch.int32).to(model.device)
-        self.begins, self.ends, self.place = table
-        self.slots = torch.tensor(slots, device=model.device)
-        self.last_rows = torch.tensor(lengths).cumsum(0).sub(1).to(model.device)
-        self.b = Buffers(model, self.rows)
-        self.carried = torch.empty(len(lengths), model.c, dtype=model.dtype, device=model.device)
-        self.own: Any = None  # the time mix's, for all layers
-
-    def run(self, all_logits: bool) -> Tensor:
-        model, b = self.model, self.b
-        x, spare = b.x, b.sum
-        pending = NOTHING
-        for i, layer in enumerate(model.layers):
-            self._normalise(x, spare, layer.ln1, i, "att_shift", layer.time.mixes, pending, first=i == 0)
-            x, spare = spare, x
-            model.time.prefill(i, layer, self)
-            torch.mm(b.att, layer.time.output.full.T, out=b.delta)
-            self._normalise(x, spare, layer.ln2, i, "ffn_shift", layer.channel_mixes, Added(b.delta))
-            x, spare = spare, x
-            pending = model._channel(layer, b, self.rows)
-        if not all_logits:
-            x = x[self.last_rows]
-            pending = Added(*(None if y is None else y[self.last_rows] for y in (pending.delta, pending.gate)))
-        normed = torch.empty_like(x, dtype=model.dtype)
-        model.normalise(x, x, model.ln_out, normed, added=pending)
-        return normed @ model.head.full.T
-
-    def _normalise(
-        self, x: Tensor, total: Tensor, norm: tuple[Tensor, Tensor], layer: int, name: str, mixes: Tensor,
-        pending: Added, first: bool = False,
-    ) -> None:  # fmt: skip
-        """total = x + delta and its mixes; the pool gets each prompt's last row only once all have read theirs."""
-        pool = self.model.state[name][layer]
-        self.model.normalise(
-            x, total, norm, self.b.mixed, added=pending, tokens=self.tokens if first else None, mixes=mixes,
-            last=pool, after=self.carried, begins=self.begins, ends=self.ends, each=8 if len(x) > 2048 else 2,
-        )  # fmt: skip
-        pool.index_copy_(0, self.slots, self.carried)
+        return Reader(self)

@@ -1,7 +1,7 @@
 """RWKV-4's time mix on a GPU: after the projections of k, v and r, an elementwise kernel."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,11 +15,13 @@ from receptance.engine.gpu.model import (
     Norm,
     Part,
     Projection,
-    Prompts,
     TimeLayer,
     vector,
 )
 from receptance.ops import wkv4
+
+if TYPE_CHECKING:
+    from receptance.engine.gpu.prompts import Prompts
 
 
 @dataclass(frozen=True)
@@ -66,23 +68,22 @@ class TimeMix4:
             (-(-gpu.c // 256), batch), 256, *b.time.regions, own.decay, own.bonus, *state, slots, b.att, chained=True
         )
 
-    def prefill(self, index: int, layer: Layer, prompts: Prompts) -> None:
+    def prefill(self, index: int, layer: Layer, prompts: "Prompts") -> None:
         gpu, own, b, c = self.gpu, layer.time.own, prompts.b, self.gpu.c
         self._project(layer, b, b.rows)
         k, v, r = b.time.regions
-        is_ragged = min(prompts.lengths) < prompts.t
-        if prompts.own is None:
-            zeros = torch.zeros(2, prompts.n * prompts.t, c, dtype=gpu.dtype, device=gpu.device) if is_ragged else None
-            prompts.own = zeros, prompts.place.long(), torch.tensor(prompts.lengths, device=gpu.device)
-        padded, place, lengths = prompts.own
-        if is_ragged:
-            k, v = padded[0].index_copy_(0, place, k), padded[1].index_copy_(0, place, v)
-        shape = prompts.n, prompts.t, c
+        shape, size, lengths = (prompts.n, prompts.t, c), prompts.n * prompts.t, None
+        if prompts.is_ragged:
+            if prompts.own is None:  # one row more, for padding behind the prompts
+                place = prompts.place.long()
+                zeros = torch.zeros(2, size + 1, c, dtype=gpu.dtype, device=gpu.device)
+                prompts.own = zeros, place.where(place >= 0, size)
+            padded, place = prompts.own
+            k, v = (to.index_copy_(0, place, x)[:size] for to, x in zip(padded, (k, v)))
+            lengths = prompts.lengths
         pools = [gpu.state[name][index] for name in ("num", "den", "exp")]
         num, den, exp = (pool[prompts.slots] for pool in pools)
-        y, end = wkv4(
-            own.decay, k.view(shape), v.view(shape), own.bonus, (num, den, exp), lengths=lengths if is_ragged else None
-        )
+        y, end = wkv4(own.decay, k.view(shape), v.view(shape), own.bonus, (num, den, exp), lengths=lengths)
         for pool, x in zip(pools, end):
             pool.index_copy_(0, prompts.slots, x)
         self._kernels.wkv4_finish((-(-c // 256), b.rows), 256, y, r, prompts.place, b.att, chained=True)

@@ -4,7 +4,7 @@ RWKV-6's mixes depend on the token: before the projections, a low-rank map of on
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,11 +19,13 @@ from receptance.engine.gpu.model import (
     Norm,
     Part,
     Projection,
-    Prompts,
     TimeLayer,
     vector,
 )
 from receptance.ops import wkv6
+
+if TYPE_CHECKING:
+    from receptance.engine.gpu.prompts import Prompts
 
 TOKENS = 8  # of a block around the operator on prompts
 SAME, MIXED, BEFORE, R, K, V, G, W = range(8)  # of RWKV-6's mixed rows; the first three are the norm's
@@ -134,11 +136,11 @@ class TimeMix5:
         grid = self.h, self.gpu.shares(rows, self.h, threads)
         self._kernels.wkv6_step_many(grid, threads, *self._step_inputs(index, own, b, slots), low, rows)
 
-    def prefill(self, index: int, layer: Layer, prompts: Prompts) -> None:
+    def prefill(self, index: int, layer: Layer, prompts: "Prompts") -> None:
         self._project(layer, prompts.b, prompts.b.rows)
         self._operator(index, layer.time.own, prompts, None)
 
-    def _operator(self, index: int, own: Weights, prompts: Prompts, low: Tensor | None) -> None:
+    def _operator(self, index: int, own: Weights, prompts: "Prompts", low: Tensor | None) -> None:
         gpu, b = self.gpu, prompts.b
         grid, threads = (self.h, -(-b.rows // TOKENS)), 32 * TOKENS
         if prompts.own is None:  # padding is zeros, which leave the state alone: e^0, and nothing written
@@ -241,7 +243,7 @@ class TimeMix6(TimeMix5):
         gpu.project(layer.time.inputs, b.mixed[0, :batch], b.time.flat, WRITE, projection=self.projection)
         self._step(index, own, b, slots, b.time.regions[4], own.decay_out)
 
-    def prefill(self, index: int, layer: Layer, prompts: Prompts) -> None:
+    def prefill(self, index: int, layer: Layer, prompts: "Prompts") -> None:
         b, own = prompts.b, layer.time.own
         self._mix(own, b, b.rows)
         self._project(layer, b, b.rows)

@@ -5,7 +5,7 @@ the state, group norm, bonus and gate are one kernel.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,10 +20,12 @@ from receptance.engine.gpu.model import (
     Norm,
     Part,
     Projection,
-    Prompts,
     TimeLayer,
 )
 from receptance.ops import wkv7
+
+if TYPE_CHECKING:
+    from receptance.engine.gpu.prompts import Prompts
 
 R, K, V, W, A, G = range(6)  # order of the mixes; the last four feed the low-rank maps
 TOKENS = 8  # of a block around the operator on prompts
@@ -125,7 +127,7 @@ class TimeMix7:
         self.gpu.activate(inner, self.activations)
         torch.bmm(inner, own.low_rank, out=b.own.low[:, :rows])
 
-    def prefill(self, index: int, layer: Layer, prompts: Prompts) -> None:
+    def prefill(self, index: int, layer: Layer, prompts: "Prompts") -> None:
         gpu, own, b = self.gpu, layer.time.own, prompts.b
         shape, grid, threads = (prompts.n, prompts.t, self.h, self.n), (self.h, -(-b.rows // TOKENS)), 32 * TOKENS
         if prompts.own is None:  # padding is zeros, which leave the state alone: e^0, and nothing written
