@@ -10,7 +10,7 @@ from receptance.cli import doctor
 from receptance.engine.gpu.choices import Choice, Choices, fastest, kept, kernels
 from receptance.engine.gpu.model import GpuModel
 
-OWN, BLAS = Choice(True, True, False), Choice(False, False, False)
+OWN, BLAS = Choice(True, True), Choice(False, False)
 KEY = {"gpu": "NVIDIA Test", "kernels": kernels(), "model": "RWKV7, 2 x 128, full", "rows": 8}
 
 
@@ -62,7 +62,7 @@ def test_doctor_names_what_was_measured_on_this_gpu_by_these_kernels():
 def test_files_are_plain_json(choices_folder):
     Choices(KEY).put(8, BLAS)
     (file,) = choices_folder.iterdir()
-    assert json.loads(file.read_text()) == {"key": KEY, "steps": {"8": {"own": False, "few": False, "normed": False}}}
+    assert json.loads(file.read_text()) == {"key": KEY, "steps": {"8": {"own": False, "few": False}}}
 
 
 @pytest.mark.usefixtures("kernels")
@@ -73,7 +73,7 @@ def test_every_choice_gives_the_same_logits_but_for_rounding():
     results = []
     for own, few in (True, True), (True, False), (False, True), (False, False):
         put(fast, [0, 1, 2], start(model, 3))
-        fast._choices._made = {4: Choice(own, few, own and few)}
+        fast._choices._made = {4: Choice(own, few)}
         results.append(fast.decode(tokens, slots).double())
     for other in results[1:]:
         assert 0 < float((other - results[0]).norm() / results[0].norm()) < 3e-3

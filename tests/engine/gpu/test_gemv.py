@@ -1,63 +1,15 @@
-"""Products of few rows: norms that they make for themselves, and weights of 8 bits."""
+"""Weights of 8 bits in products of few rows."""
 
 import pytest
 import torch
-from tests.engine.gpu.test_model import BOUND, DEVICE, error, filled, make, older, put, start
+from tests.engine.gpu.test_model import BOUND, DEVICE, error, filled, make, put, start
 
-from receptance.engine.gpu import model as gpu
 from receptance.engine.gpu.gemv import quantised, quantised_float8
 from receptance.engine.gpu.model import GpuModel
 from receptance.models import RWKV7
 from receptance.models.v7 import RWKV7Config
 
 pytestmark = pytest.mark.usefixtures("kernels")
-
-
-@pytest.mark.parametrize(
-    ("version", "head", "batch", "options"),
-    [
-        ("7", 64, 1, {}),
-        ("7", 64, 3, {"state_dtype": torch.float16}),
-        ("7", 128, 2, {"dtype": torch.bfloat16}),
-        ("7", 32, 5, {}),
-        ("6", 64, 3, {}),
-        ("5.2", 64, 2, {}),
-        ("5.0", 64, 1, {}),
-        ("4", 64, 3, {}),
-    ],
-)
-def test_norms_inside_of_products_give_the_bits_of_those_before(version, head, batch, options, monkeypatch):
-    model = make(head) if version == "7" else older(version, head)
-    state = start(model, batch)
-    slots = torch.arange(batch, dtype=torch.int32, device=DEVICE).flip(0)
-    results = []
-    for most in 8, 0:
-        monkeypatch.setattr(gpu, "NORMED_ROWS", most)
-        fast = GpuModel(model, slots=batch + 2, most_rows=9, **options)
-        assert fast.can_norm(batch)
-        for x in fast.state.values():
-            x.fill_(torch.nan)
-        put(fast, slots.tolist(), state)
-        for i in range(2):
-            tokens = (torch.arange(batch, device=DEVICE) * 7 + i) % 96
-            logits = fast.decode(tokens, slots).clone()
-        assert all(x[:, batch:].isnan().all() for x in fast.state.values())
-        results.append([logits, *(x[:, :batch] for x in fast.state.values())])
-    for one, other in zip(*results):
-        assert torch.equal(one, other)
-
-
-@pytest.mark.parametrize("processors", [1, 2])
-def test_a_block_with_tiles_of_several_mixes(processors, monkeypatch):
-    model, results = make(), []
-    for most in 8, 0:
-        monkeypatch.setattr(gpu, "NORMED_ROWS", most)
-        fast = GpuModel(model, slots=3, most_rows=9)
-        fast.processors = processors
-        put(fast, [0, 1, 2], start(model, 3))
-        slots = torch.arange(3, dtype=torch.int32, device=DEVICE)
-        results.append(fast.decode(torch.tensor([5, 90, 7], device=DEVICE), slots).clone())
-    assert torch.equal(*results)
 
 
 def as_int8(weight: torch.Tensor) -> torch.Tensor:

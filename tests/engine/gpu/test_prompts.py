@@ -45,7 +45,7 @@ def test_graphs_give_the_bits_of_kernels_one_by_one(version, all_logits):
     model = make() if version == "7" else older(version)
     fast = GpuModel(model, slots=3, most_rows=8)
     results: dict[tuple[int, int], list[torch.Tensor]] = {}
-    for turn in range(3):  # by kernels, by a graph that is captured, by the graph
+    for _ in range(3):  # by kernels, by a graph that is captured, by the graph
         for slot, tokens in enumerate((20, 700, 31)):
             ids = torch.arange(tokens, device=DEVICE) * (slot + 3) % 96
             put(fast, [slot], start(model, 1))

@@ -24,11 +24,10 @@ WARM, TIMED = 3, 9  # replays of a step before it is timed, and of which the med
 @dataclass(frozen=True, order=True)
 class Choice:
     """own: products by `gemv`, else by cuBLAS. few: the time mix applies its low-rank maps itself, else they are
-    products of their own. normed: products make the norms that they read, else kernels before them do."""
+    products of their own."""
 
     own: bool
     few: bool
-    normed: bool
 
 
 class Choices:

@@ -94,10 +94,10 @@ struct Feed {
         commit_copies();
     }
 
-    /// input(task, row, column): where eight neighbours of the activations lie that `load` reads.
-    template <class Input, class Load> DEVICE void multiply(int batch, Sums& sums, Input input, Load load) {
+    DEVICE void multiply(int batch, Sums& sums) {
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
         const int row = blockIdx.y * BATCH + g;
+        const u16* x = p.input + (i64)row * p.input_stride + STEP / 4 * t;
         for (int mine = blockIdx.x; mine < p.tiles; mine += gridDim.x) {
             const Task task = p.task(mine);
             const Share share(task.columns);
@@ -112,7 +112,7 @@ struct Feed {
                         for (int j = 0; j < LOADS; ++j) {
                             b[i][n][j] = make_uint4(0, 0, 0, 0);
                             if (first + i < share.end && row + 8 * n < batch)
-                                b[i][n][j] = load(input(task, row + 8 * n, STEP / 4 * t + (first + i) * STEP + 8 * j));
+                                b[i][n][j] = load_fresh((const void*)(x + task.input + (i64)8 * n * p.input_stride + (first + i) * STEP + 8 * j));
                         }
 #pragma unroll
                 for (int i = 0; i < GROUP; ++i) {
@@ -120,8 +120,8 @@ struct Feed {
                     await_all_but<DEPTH - 1>();
 #pragma unroll
                     for (int r = 0; r < ROW_TILES; ++r) {
-                        const uint4 x = ring[(slot * 2 * ROW_TILES + 2 * r) * 32], y = ring[(slot * 2 * ROW_TILES + 2 * r + 1) * 32];
-                        const u32 words[2][4] = {{x.x, x.y, x.z, x.w}, {y.x, y.y, y.z, y.w}};
+                        const uint4 v = ring[(slot * 2 * ROW_TILES + 2 * r) * 32], w = ring[(slot * 2 * ROW_TILES + 2 * r + 1) * 32];
+                        const u32 words[2][4] = {{v.x, v.y, v.z, v.w}, {w.x, w.y, w.z, w.w}};
 #pragma unroll
                         for (int j = 0; j < 2 * LOADS; ++j) {  // 16 columns
                             u32 a[4];

@@ -39,15 +39,14 @@ if TYPE_CHECKING:
     from receptance.engine.gpu.prompts import Prompts, Reader
 
 HERE = Path(__file__).parent
-SHARED_BYTES, SYSTEM_BYTES = 227 * 1024, 1024  # of a multiprocessor; of these, what each block takes beside its own
+SHARED_BYTES = 227 * 1024  # of a multiprocessor
 NORM_THREADS, NORM_ROWS = 256, 128  # rows for which a norm fetches its weights ahead
 STEP_THREADS = 768  # of a multiprocessor, that step states of many rows; their registers fill it
-# Where nothing was measured: rows up to which the time mix applies low-rank maps itself, products make the norms that
-# they read, and products are made by `gemv`. What is measured: up to, and from, which rows these are tried.
-FEW_ROWS, NORMED_ROWS, GEMV_ROWS = 16, 4, 32
+# Where nothing was measured: rows up to which the time mix applies low-rank maps itself, and products are `gemv`'s.
+# What is measured: up to, and from, which rows these are tried.
+FEW_ROWS, GEMV_ROWS = 16, 32
 MOST_FEW_ROWS, MOST_GEMV_ROWS, LEAST_CUBLAS_ROWS = 64, 64, 16
 GEMV_BLOCKS = 2  # of `gemv`, whose registers fill a multiprocessor
-BATCH = 8  # rows of one tile of `gemv`
 MOST_TOKENS = 16384  # of one prefill call; offsets within a buffer are 32-bit
 
 
@@ -89,19 +88,14 @@ class TimeMix(Protocol):
     mixes: int  # made by the norm
     copies: int  # [rows, C] in Buffers.mixed, these among them
     projection: Projection
-    fuses: bool  # whether its first product reads the norm's mixes
 
     def layer(self, block: Any, cast: "Cast") -> "TimeLayer": ...
 
     def buffers(self, rows: int) -> Any:
         """What it keeps beside `Buffers`."""
 
-    def decode(
-        self, index: int, layer: "Layer", b: "Buffers", slots: Tensor, is_few: bool, norm: "Norm | None"
-    ) -> None:
-        """From b.mixed of len(slots) rows to b.att, with layer `index` of the states stepped in place.
-
-        norm: of which the projection makes the mixes, instead of reading b.mixed; only where `fuses`."""
+    def decode(self, index: int, layer: "Layer", b: "Buffers", slots: Tensor, is_few: bool) -> None:
+        """From b.mixed of len(slots) rows to b.att, with layer `index` of the states stepped in place."""
 
     def prefill(self, index: int, layer: "Layer", prompts: "Prompts") -> None:
         """The same for the tokens of prompts."""
@@ -155,17 +149,6 @@ class Added:
 NOTHING = Added()
 
 
-@dataclass(frozen=True)
-class Norm:
-    """A layer norm of x, with its mixes, that products of few rows make for themselves: see gemv.cu."""
-
-    weights: tuple[Tensor, Tensor]
-    slots: Tensor
-    mixes: Tensor | None = None  # [mixes, C]
-    last: Tensor | None = None  # the states that the mixes look at [slots, C]
-    tokens: Tensor | None = None  # x is made from their embeddings
-
-
 class Buffers:
     """Activations of up to `rows` tokens."""
 
@@ -179,7 +162,6 @@ class Buffers:
         self.x, self.sum = empty(rows, c, dtype=torch.float32), empty(rows, c, dtype=torch.float32)
         self.normed, self.mixed = empty(rows, c), empty(model.time.copies, rows, c)
         self.att, self.delta = empty(rows, c), empty(rows, c)
-        self.kept = empty(min(rows, BATCH), c)  # token shifts on their way to the states
         self.time = Outputs(model.time.projection, rows, model.dtype, model.device)
         self.channel = Outputs(model.channel, rows, model.dtype, model.device)
         self.own = model.time.buffers(rows)
@@ -259,7 +241,6 @@ class GpuModel:
         self.logits = torch.empty(most_rows, config.vocab_size, dtype=torch.float32, device=self.device)
         self.norm = self.load("norm.cu", WIDTH=self.c)
         self._gemv = {x: self._load_gemv(*x) for x in ((1, 1), (1, 2), (1, 4), (1, 8), (2, 2), (2, 4))}
-        self._gemv_normed = self._load_gemv(1, 1, NORMED=1, WIDTH=self.c)
         on_gpu = self.device.type == "cuda"
         device: Any = torch.cuda.get_device_properties(self.device) if on_gpu else None
         self.processors: int = device.multi_processor_count if device else 1
@@ -297,14 +278,13 @@ class GpuModel:
         """Kernels for this model's weights."""
         return cuda.load(HERE / source, **macros, **({"BFLOAT16": 1} if self.dtype == torch.bfloat16 else {}))
 
-    def _load_gemv(self, row_tiles: int, batch_tiles: int, **macros: int) -> tuple[cuda.Kernel, int]:
+    def _load_gemv(self, row_tiles: int, batch_tiles: int) -> tuple[cuda.Kernel, int]:
         """The kernel and the bytes of shared memory that it needs."""
         ring, sums = ring_bytes(DEPTH, row_tiles), sums_bytes(batch_tiles, row_tiles)
         kind = {} if self.weights != "float8" else {"FLOAT8": 1}
         program = self.load(
             "gemv.cu", GEMV_WARPS=WARPS, ROW_TILES=row_tiles, BATCH_TILES=batch_tiles, DEPTH=DEPTH,
             WEIGHT_BITS=16 if self.weights == "full" else 8, SHARED_BYTES=ring + sums, **kind,
-            **{"NORMED": 0, **macros},
         )  # fmt: skip
         return program.gemv_product, ring + sums
 
@@ -361,58 +341,25 @@ class GpuModel:
 
     def project(
         self, matrix: Matrix, x: Tensor, out: Tensor, mode: int, *, activation: int = NONE,
-        projection: Projection | None = None, gate: Tensor | None = None, norm: Norm | None = None,
-        keeps: Norm | None = None,
+        projection: Projection | None = None, gate: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """gemv: out [B, rows] of a matrix [rows, columns] and x [B, columns]; or what the projection says, B = len(x).
-
-        norm: of x, float32; its mixes are what is multiplied. keeps: the norm whose token shifts now become states.
-        """
+        """gemv: out [B, rows] of a matrix [rows, C] and x [B, C]; or what the projection says, B = len(x)."""
         batch, rows, columns = len(x), *matrix.full.shape
         if projection is not None and len(projection.parts) == 1:
             (part,) = projection.parts
             activation, projection, out = part.activation, None, out.view(-1, part.rows)
-        batch_tiles = next((n for n in (1, 2, 4) if batch <= BATCH * n), 8)
+        batch_tiles = next((n for n in (1, 2, 4) if batch <= 8 * n), 8)
         is_even = rows % 32 == 0 and (projection is None or all(x.rows % 32 == 0 for x in projection.parts))
         row_tiles = 2 if batch_tiles in (2, 4) and is_even and rows // 32 >= 2 * self.processors else 1
-        kernel, shared = self._gemv[row_tiles, batch_tiles] if norm is None else self._gemv_normed
+        kernel, shared = self._gemv[row_tiles, batch_tiles]
         tasks = None if projection is None else self.tasks(projection, 16 * row_tiles)
         tiles = rows // (16 * row_tiles) if tasks is None else len(tasks)
-        blocks = self._gemv_blocks(shared, tiles)
+        blocks = min(tiles, self.processors * min(GEMV_BLOCKS, SHARED_BYTES // (shared + 1024)))
         weight = matrix.full if matrix.numbers is None else matrix.numbers
-        args = (
-            weight, matrix.scales, tasks, columns, activation, x, x.stride(0), out, out.stride(0), gate, batch, mode,
-            tiles,
+        kernel(
+            (blocks, -(-batch // (8 * batch_tiles))), 32 * WARPS, weight, matrix.scales, tasks, columns, activation, x,
+            x.stride(0), out, out.stride(0), gate, batch, mode, tiles, shared=shared, chained=True,
         )  # fmt: skip
-        if norm is None:
-            kept = (None, None, None) if keeps is None else (self.rows.kept, keeps.last, keeps.slots)
-            more: tuple[cuda.Argument, ...] = *kept, self.c
-        else:
-            mixes, table = 0 if norm.mixes is None else len(norm.mixes), None if norm.tokens is None else self.table
-            more = (
-                x, x, table, norm.tokens, *norm.weights, self.eps, norm.mixes, mixes, self.rows.rows * columns,
-                norm.last, norm.slots, self.rows.kept,
-            )  # fmt: skip
-            shared += self._normed_bytes(tiles, mixes, batch)
-        grid = blocks, -(-batch // (BATCH * batch_tiles))
-        kernel(grid, 32 * WARPS, *args, *more, shared=shared, chained=True)
-
-    def _gemv_blocks(self, shared: int, tiles: int) -> int:
-        """As many as the GPU has room for at once; shared: bytes of each."""
-        return min(tiles, self.processors * min(GEMV_BLOCKS, SHARED_BYTES // (shared + SYSTEM_BYTES)))
-
-    def _normed_bytes(self, tiles: int, mixes: int, batch: int) -> int:
-        """Of shared memory, for the mixes that a block's tiles read."""
-        each: int = -(-tiles // self._gemv_blocks(self._gemv_normed[1], tiles))
-        return batch * min(max(mixes, 1), each) * (int(self.c) + 32) * 2
-
-    def can_norm(self, batch: int) -> bool:
-        """Whether `project` has room for so many rows of a norm's mixes without having fewer blocks at once."""
-        base = self._gemv_normed[1]
-        room = SHARED_BYTES // GEMV_BLOCKS - base - SYSTEM_BYTES
-        inputs = sum(x.rows for x in self.time.projection.parts) // 16, self.time.mixes
-        channel = sum(x.rows for x in self.channel.parts) // 16, len(self.channel.parts)
-        return batch <= BATCH and max(self._normed_bytes(*x, batch) for x in (inputs, channel)) <= room
 
     def normalise(
         self, x: Tensor, total: Tensor, norm: tuple[Tensor, Tensor], out: Tensor, *, added: Added = NOTHING,
@@ -446,10 +393,8 @@ class GpuModel:
     def choice(self, rows: int) -> Choice:
         """How a step of so many rows is made: as measured, where `tune` was called, else by rule."""
         if self.invariant:  # the same products for all
-            return Choice(True, True, rows <= NORMED_ROWS and self.can_norm(rows))
-        few = rows <= FEW_ROWS
-        normed = few and rows <= NORMED_ROWS and self.can_norm(rows)
-        return self._choices.get(bucket(rows, self.most_rows)) or Choice(rows <= GEMV_ROWS, few, normed)
+            return Choice(True, True)
+        return self._choices.get(bucket(rows, self.most_rows)) or Choice(rows <= GEMV_ROWS, rows <= FEW_ROWS)
 
     def tune(self, rows: int) -> None:
         """Measure how a step of so many rows, as `bucket` gives them, is made fastest, unless that is known.
@@ -460,9 +405,7 @@ class GpuModel:
             return
         own, blas = rows <= MOST_GEMV_ROWS, rows >= LEAST_CUBLAS_ROWS
         few = [True, False] if rows <= MOST_FEW_ROWS and own else [False]
-        candidates = [Choice(True, x, False) for x in few if own] + [Choice(False, x, False) for x in few if blas]
-        if own and self.can_norm(rows):
-            candidates.insert(0, Choice(True, True, True))
+        candidates = [Choice(True, x) for x in few if own] + [Choice(False, x) for x in few if blas]
         best = candidates[0]
         if len(candidates) > 1:
             tokens = torch.zeros(rows, dtype=torch.int64, device=self.device)
@@ -478,30 +421,23 @@ class GpuModel:
         b, batch = self.rows, len(tokens)
         x, att, key = b.x[:batch], b.att[:batch], b.key[:batch]
         gate = None if b.gate is None else b.gate[:batch]
-        is_few, fuses = choice.few, choice.normed
-
-        def normed(norm: Norm, out: Tensor, fused: bool) -> Norm | None:
-            if fused:
-                return norm
-            self.normalise(
-                x, x, norm.weights, out, tokens=norm.tokens, mixes=norm.mixes, last=norm.last, after=norm.last,
-                begins=norm.slots, ends=norm.slots,
-            )  # fmt: skip
-            return None
-
+        att_shift, ffn_shift = self.state["att_shift"], self.state["ffn_shift"]
         for i, layer in enumerate(self.layers):
-            att_shift, ffn_shift = self.state["att_shift"][i], self.state["ffn_shift"][i]
-            norm = Norm(layer.ln1, slots, layer.time.mixes, att_shift, tokens if i == 0 else None)
-            fused = normed(norm, b.mixed, fuses and self.time.fuses)
-            self.time.decode(i, layer, b, slots, is_few, fused)
-            self.project(layer.time.output, att, x, ADD, keeps=fused)
-            fused = normed(Norm(layer.ln2, slots, layer.channel_mixes, ffn_shift), b.mixed, fuses)
-            inputs = b.mixed[0, :batch] if fused is None else x
-            self.project(layer.channel, inputs, b.channel.flat, WRITE, projection=self.channel, norm=fused)
-            self.project(layer.value, key, x, ADD if gate is None else GATED, gate=gate, keeps=fused)
-        fused = normed(Norm(self.ln_out, slots), b.normed[:batch], fuses)
-        logits = self.logits[:batch]
-        self.project(self.head, b.normed[:batch] if fused is None else x, logits, LOGITS, norm=fused)
+            self.normalise(
+                x, x, layer.ln1, b.mixed, tokens=tokens if i == 0 else None, mixes=layer.time.mixes,
+                last=att_shift[i], after=att_shift[i], begins=slots, ends=slots,
+            )  # fmt: skip
+            self.time.decode(i, layer, b, slots, choice.few)
+            self.project(layer.time.output, att, x, ADD)
+            self.normalise(
+                x, x, layer.ln2, b.mixed, mixes=layer.channel_mixes,
+                last=ffn_shift[i], after=ffn_shift[i], begins=slots, ends=slots,
+            )  # fmt: skip
+            self.project(layer.channel, b.mixed[0, :batch], b.channel.flat, WRITE, projection=self.channel)
+            self.project(layer.value, key, x, ADD if gate is None else GATED, gate=gate)
+        normed, logits = b.normed[:batch], self.logits[:batch]
+        self.normalise(x, x, self.ln_out, normed)
+        self.project(self.head, normed, logits, LOGITS)
         return logits
 
     def _decode_many(self, tokens: Tensor, slots: Tensor, choice: Choice) -> Tensor:
@@ -515,7 +451,7 @@ class GpuModel:
                 x, x, layer.ln1, b.mixed, added=pending, tokens=tokens if i == 0 else None, mixes=layer.time.mixes,
                 last=att_shift[i], after=att_shift[i], begins=slots, ends=slots,
             )  # fmt: skip
-            self.time.decode(i, layer, b, slots, choice.few, None)
+            self.time.decode(i, layer, b, slots, choice.few)
             torch.mm(att, layer.time.output.full.T, out=delta)
             self.normalise(
                 x, x, layer.ln2, b.mixed, added=Added(delta), mixes=layer.channel_mixes,

@@ -23,7 +23,7 @@ extern "C" __global__ void __launch_bounds__(256) norm_mix_row(PARAMETERS) {
     const layer_norm::Rows task = ROWS;
     let_next_start();
     task.expect(row);
-    const layer_norm::Held<layer_norm::MOST_MIXES> weights(task);
+    const layer_norm::Held weights(task);
     wait_for_previous();
     task.run(row, row + 1, shared, weights);
 }

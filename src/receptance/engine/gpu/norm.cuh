@@ -48,15 +48,6 @@ DEVICE void load_row(Row& x, const float* p) {
         }
     });
 }
-/// now + (before - now) mix; mix(i, c): eight of the weights.
-template <class Mix> DEVICE void store_mixed(u16* p, const Row& now, const Row& before, Mix mix) {
-    for_groups([&](int i, int c) {
-        const Eight mu(mix(i, c));
-        float mixed[8];
-        for (int j = 0; j < 8; ++j) mixed[j] = now[i][j] + (before[i][j] - now[i][j]) * mu.f[j];
-        *(uint4*)(p + c) = packed(mixed);
-    });
-}
 DEVICE void store_row(u16* p, const Row& x) {
     for_groups([&](int i, int c) { *(uint4*)(p + c) = packed(x[i]); });
 }
@@ -89,57 +80,62 @@ struct Rows {
         const int thread = team_thread<THREADS>();
         if (mixes && begins[row] >= 0 && thread * 64 < WIDTH) bring_to_l2(last + (i64)begins[row] * WIDTH + thread * 64);
     }
-    /// The row's sum, kept if need be, its norm, weighted. shared: THREADS / 32 numbers of the team. weights: Held or Direct.
-    template <class Weights> DEVICE void take(Row& now, int row, bool keeps, float* shared, const Weights& weights) const {
-        if (table) load_row(now, table + tokens[row] * WIDTH);
-        else load_row(now, x + (i64)row * WIDTH);
-        if (delta) {
-            Row more;
-            load_row(more, delta + (i64)row * WIDTH);
-            if (gate) {
-                Row open;
-                load_row(open, gate + (i64)row * WIDTH);
-                for_groups([&](int i, int) { for (int j = 0; j < 8; ++j) more[i][j] *= sigmoid(open[i][j]); });
-            }
-            for_groups([&](int i, int) { for (int j = 0; j < 8; ++j) now[i][j] += more[i][j]; });
-        }
-        if (keeps && (table || delta))
-            for_groups([&](int i, int c) {
-                for (int h = 0; h < 2; ++h) *(float4*)(sum + (i64)row * WIDTH + c + 4 * h) = make_float4(now[i][4 * h], now[i][4 * h + 1], now[i][4 * h + 2], now[i][4 * h + 3]);
-            });
-        normalise(now, eps, shared);
-        for_groups([&](int i, int c) {
-            const Eight w(weights.scale(i, c)), b(weights.shift(i, c));
-            for (int j = 0; j < 8; ++j) now[i][j] = now[i][j] * w.f[j] + b.f[j];
-        });
-    }
+    /// shared: THREADS / 32 numbers of the team. weights: Held or Direct.
     template <class Weights> DEVICE void run(int first, int end, float* shared, const Weights& weights) const {
         Row now, before;
+        const auto take = [&](int row, bool keeps) {
+            if (table) load_row(now, table + tokens[row] * WIDTH);
+            else load_row(now, x + (i64)row * WIDTH);
+            if (delta) {
+                Row more;
+                load_row(more, delta + (i64)row * WIDTH);
+                if (gate) {
+                    Row open;
+                    load_row(open, gate + (i64)row * WIDTH);
+                    for_groups([&](int i, int) { for (int j = 0; j < 8; ++j) more[i][j] *= sigmoid(open[i][j]); });
+                }
+                for_groups([&](int i, int) { for (int j = 0; j < 8; ++j) now[i][j] += more[i][j]; });
+            }
+            if (keeps && (table || delta))
+                for_groups([&](int i, int c) {
+                    for (int h = 0; h < 2; ++h) *(float4*)(sum + (i64)row * WIDTH + c + 4 * h) = make_float4(now[i][4 * h], now[i][4 * h + 1], now[i][4 * h + 2], now[i][4 * h + 3]);
+                });
+            normalise(now, eps, shared);
+            for_groups([&](int i, int c) {
+                const Eight w(weights.scale(i, c)), b(weights.shift(i, c));
+                for (int j = 0; j < 8; ++j) now[i][j] = now[i][j] * w.f[j] + b.f[j];
+            });
+        };
         for (int row = first; row < end; ++row) {
             if (mixes && begins[row] >= 0) load_row(before, last + (i64)begins[row] * WIDTH);
             else if (mixes && row == first) {
-                take(now, row - 1, false, shared, weights);
+                take(row - 1, false);
                 for_groups([&](int i, int) { for (int j = 0; j < 8; ++j) before[i][j] = now[i][j]; });
             }
-            take(now, row, true, shared, weights);
+            take(row, true);
             if (mixes && ends[row] >= 0) store_row(next + (i64)ends[row] * WIDTH, now);
             if (!mixes) store_row(out + (i64)row * WIDTH, now);
 #pragma unroll
             for (int m = 0; m < MOST_MIXES; ++m)
-                if (m < mixes) store_mixed(out + (i64)m * out_stride + (i64)row * WIDTH, now, before, [&](int i, int c) { return weights.mix(m, i, c); });
+                if (m < mixes) for_groups([&](int i, int c) {
+                    const Eight mu(weights.mix(m, i, c));
+                    float mixed[8];
+                    for (int j = 0; j < 8; ++j) mixed[j] = now[i][j] + (before[i][j] - now[i][j]) * mu.f[j];
+                    *(uint4*)(out + (i64)m * out_stride + (i64)row * WIDTH + c) = packed(mixed);
+                });
             for_groups([&](int i, int) { for (int j = 0; j < 8; ++j) before[i][j] = now[i][j]; });
         }
     }
 };
-/// A thread's weights, fetched before they are needed, MIXES of the mixes from `first` on; or where they are.
-template <int MIXES> struct Held {
-    uint4 scales[EACH], shifts[EACH], mixes[MIXES][EACH];
-    DEVICE explicit Held(const Rows& rows, int first = 0) {
+/// A thread's weights, fetched before they are needed; or where they are.
+struct Held {
+    uint4 scales[EACH], shifts[EACH], mixes[MOST_MIXES][EACH];
+    DEVICE explicit Held(const Rows& rows) {
         for_groups([&](int i, int c) {
             scales[i] = load_weights(rows.weight + c), shifts[i] = load_weights(rows.bias + c);
 #pragma unroll
-            for (int m = 0; m < MIXES; ++m)
-                if (m < rows.mixes) mixes[m][i] = load_weights(rows.mix + (i64)(first + m) * WIDTH + c);
+            for (int m = 0; m < MOST_MIXES; ++m)
+                if (m < rows.mixes) mixes[m][i] = load_weights(rows.mix + (i64)m * WIDTH + c);
         });
     }
     DEVICE uint4 scale(int i, int) const { return scales[i]; }

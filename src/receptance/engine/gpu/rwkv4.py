@@ -12,7 +12,6 @@ from receptance.engine.gpu.model import (
     Cast,
     GpuModel,
     Layer,
-    Norm,
     Part,
     Projection,
     TimeLayer,
@@ -34,7 +33,6 @@ class TimeMix4:
     """See `TimeMix`."""
 
     mixes = copies = 3
-    fuses = True
 
     def __init__(self, gpu: GpuModel):
         self.gpu, c = gpu, gpu.c
@@ -56,11 +54,10 @@ class TimeMix4:
         kvr = b.time.flat.view(3, b.rows, c)[:, :rows]
         torch.bmm(b.mixed[:, :rows], layer.time.inputs.full.view(3, c, c).transpose(1, 2), out=kvr)
 
-    def decode(self, index: int, layer: Layer, b: Buffers, slots: Tensor, is_few: bool, norm: Norm | None) -> None:
+    def decode(self, index: int, layer: Layer, b: Buffers, slots: Tensor, is_few: bool) -> None:
         gpu, own, batch = self.gpu, layer.time.own, len(slots)
         if is_few:
-            x = b.mixed[0, :batch] if norm is None else b.x[:batch]
-            gpu.project(layer.time.inputs, x, b.time.flat, WRITE, projection=self.projection, norm=norm)
+            gpu.project(layer.time.inputs, b.mixed[0, :batch], b.time.flat, WRITE, projection=self.projection)
         else:
             self._project(layer, b, batch)
         state = (gpu.state[name][index] for name in ("num", "den", "exp"))

@@ -16,7 +16,6 @@ from receptance.engine.gpu.model import (
     Cast,
     GpuModel,
     Layer,
-    Norm,
     Part,
     Projection,
     TimeLayer,
@@ -52,7 +51,6 @@ class TimeMix5:
     """See `TimeMix`. The layouts 5.0 (without a gate), 5.1 and 5.2."""
 
     first_mix, decay_rank, mix_rank = 0, 0, 0
-    fuses = True
 
     def __init__(self, gpu: GpuModel):
         self.gpu, config = gpu, gpu.config
@@ -106,11 +104,10 @@ class TimeMix5:
         out = b.time.flat[: n * b.rows * c].view(n, b.rows, c)[:, :rows]
         torch.bmm(b.mixed[self.first_mix : self.first_mix + n, :rows], layer.time.own.projections, out=out)
 
-    def decode(self, index: int, layer: Layer, b: Buffers, slots: Tensor, is_few: bool, norm: Norm | None) -> None:
+    def decode(self, index: int, layer: Layer, b: Buffers, slots: Tensor, is_few: bool) -> None:
         batch, own = len(slots), layer.time.own
         if is_few:
-            x = b.mixed[0, :batch] if norm is None else b.x[:batch]
-            self.gpu.project(layer.time.inputs, x, b.time.flat, WRITE, projection=self.projection, norm=norm)
+            self.gpu.project(layer.time.inputs, b.mixed[0, :batch], b.time.flat, WRITE, projection=self.projection)
             self._step(index, own, b, slots)
         else:
             self._project(layer, b, batch)
@@ -168,7 +165,6 @@ class TimeMix6(TimeMix5):
     """See `TimeMix`."""
 
     first_mix = R
-    fuses = False  # its mixes depend on a map of one of them
 
     def __init__(self, gpu: GpuModel):
         self.gpu, config = gpu, gpu.config
@@ -225,7 +221,7 @@ class TimeMix6(TimeMix5):
         self.gpu.activate(hidden[None], [TANH])
         return torch.mm(hidden, own.decay_out, out=low)
 
-    def decode(self, index: int, layer: Layer, b: Buffers, slots: Tensor, is_few: bool, norm: Norm | None) -> None:
+    def decode(self, index: int, layer: Layer, b: Buffers, slots: Tensor, is_few: bool) -> None:
         batch, own, gpu = len(slots), layer.time.own, self.gpu
         if not is_few:
             self._mix(own, b, batch)

@@ -17,7 +17,6 @@ from receptance.engine.gpu.model import (
     Cast,
     GpuModel,
     Layer,
-    Norm,
     Part,
     Projection,
     TimeLayer,
@@ -53,7 +52,6 @@ class TimeMix7:
     """See `TimeMix`."""
 
     mixes = copies = 6
-    fuses = True
 
     def __init__(self, gpu: GpuModel):
         self.gpu, config = gpu, gpu.config
@@ -99,7 +97,7 @@ class TimeMix7:
     def buffers(self, rows: int) -> Own:
         return Own(rows, self.c, max(self.ranks), self.gpu.dtype, self.gpu.device)
 
-    def decode(self, index: int, layer: Layer, b: Buffers, slots: Tensor, is_few: bool, norm: Norm | None) -> None:
+    def decode(self, index: int, layer: Layer, b: Buffers, slots: Tensor, is_few: bool) -> None:
         gpu, time, batch, c = self.gpu, layer.time, len(slots), self.c
         own: Weights = time.own
         state = gpu.state["wkv"][index]
@@ -107,8 +105,7 @@ class TimeMix7:
         rest = b.own.v_first, int(index == 0), state, slots, *own.vectors, self.heads_eps, b.att
         threads = 4 * self.n
         if is_few:
-            x = b.mixed[0, :batch] if norm is None else b.x[:batch]
-            gpu.project(time.inputs, x, b.time.flat, WRITE, projection=self.projection, norm=norm)
+            gpu.project(time.inputs, b.mixed[0, :batch], b.time.flat, WRITE, projection=self.projection)
             hidden = b.time.regions[3]
             grid = self.h, batch
             self._kernels.wkv7_step(grid, threads, rkv, b.rows * c, hidden, own.low_rank, *rest, chained=True)
