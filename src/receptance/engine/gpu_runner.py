@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from receptance.engine.gpu.gemv import Weights
 from receptance.engine.gpu.model import MOST_TOKENS, GpuModel
 from receptance.engine.gpu.sampler import GpuSampler
 from receptance.engine.gpu.stepper import Stepper
@@ -20,7 +21,9 @@ MOST_ROWS = 1024  # that decode in one call
 
 
 class GpuRunner(TorchRunner):
-    """See `Runner`. invariant: every row's logits are bit by bit those it would have alone, at the price of speed."""
+    """See `Runner`. invariant: every row's logits are bit by bit those it would have alone, at the price of speed.
+
+    weights: see `GpuModel`."""
 
     def __init__(
         self,
@@ -31,10 +34,13 @@ class GpuRunner(TorchRunner):
         eos_id: int,
         *,
         invariant: bool = False,
+        weights: Weights = "full",
     ):
         super().__init__(model, 0, vocab, token_bytes, eos_id)
         self.slots = slots
-        self.gpu = GpuModel(model, slots=slots, dtype=model.dtype, most_rows=min(MOST_ROWS, slots), invariant=invariant)
+        self.gpu = GpuModel(
+            model, slots=slots, dtype=model.dtype, most_rows=min(MOST_ROWS, slots), invariant=invariant, weights=weights
+        )
         self.pool = State(self.gpu.state)
         self._stepper = Stepper(self.gpu, self._gpu_sampler)
 

@@ -12,7 +12,7 @@ Report = tuple[float | None, tuple[tuple[int, float], ...]]  # a token's log-pro
 Logits = Any  # [n, V], of the runner's own kind
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: one is made for each token that is written, and that would double its price
 class Work:
     """Tokens to feed to the state in row `slot`; the state after them goes to row `target` (None: the same)."""
 
