@@ -25,6 +25,8 @@ class GpuRunner(TorchRunner):
 
     weights: see `GpuModel`."""
 
+    overlaps = True
+
     def __init__(
         self,
         model: RWKV,
@@ -54,11 +56,13 @@ class GpuRunner(TorchRunner):
         rows: Sequence[int],
         uniforms: Sequence[float],
         masks: Sequence[NDArray[Any] | None] | None,
+        meanwhile: Callable[[], None],
     ) -> tuple[list[int], Tensor] | None:
         if len(works) > self.gpu.most_rows or any(len(work.tokens) > 1 or work.target is not None for work in works):
             return None
         entries, held = self._gpu_sampler.entries(rows, uniforms, masks)
         drawn, logits = self._stepper.step([work.slot for work in works], [work.tokens[0] for work in works], entries)
+        meanwhile()
         tokens: list[int] = drawn.tolist()
         del held  # the masks, which the step has read
         return tokens, logits

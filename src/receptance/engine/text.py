@@ -23,6 +23,10 @@ class Reader:
         self.unmarked: list[int] = []
         self._unmarked_text = 0  # their characters so far
 
+    def is_last(self, token: int, count: int) -> bool:
+        """Whether the text ends with this token, the count-th, whatever characters it has."""
+        return token in self._ends or count >= self._most
+
     def accept(self, token: int) -> tuple[str, FinishReason | None]:
         """The text that became certain with this token, and why the text ends with it, if it does."""
         self._count += 1

@@ -399,7 +399,8 @@ class GpuModel:
     def tune(self, rows: int) -> None:
         """Measure how a step of so many rows, as `bucket` gives them, is made fastest, unless that is known.
 
-        Takes about a second, on the pool's last row. Kept in the user's cache folder, for this GPU and shape of model.
+        Takes about a second, and room for so many states. Kept in the user's cache folder, for this GPU and shape of
+        model.
         """
         if self.device.type != "cuda" or self.invariant or self._choices.get(rows) is not None:
             return
@@ -409,8 +410,15 @@ class GpuModel:
         best = candidates[0]
         if len(candidates) > 1:
             tokens = torch.zeros(rows, dtype=torch.int64, device=self.device)
-            slots = torch.full((rows,), self.slots, dtype=torch.int32, device=self.device)
-            best = fastest(candidates, lambda x: self._decode(tokens, slots, x))
+            slots = torch.arange(rows, dtype=torch.int32, device=self.device)
+            pool = self.state
+            try:  # states of its own: those of the pool are in use
+                self.state = {name: x.repeat(1, rows, *[1] * (x.dim() - 2)) for name, x in self.empty.items()}
+                best = fastest(candidates, lambda x: self._decode(tokens, slots, x))
+            except torch.OutOfMemoryError:
+                return
+            finally:
+                self.state = pool
         self._choices.put(rows, best)
 
     def _decode(self, tokens: Tensor, slots: Tensor, choice: Choice) -> Tensor:
