@@ -105,21 +105,27 @@ def meaning(state: Any) -> dict[str, Any]:
 
 
 def gap(
-    model: Any, tok: Tokenizer, completion: Completion, params: SamplingParams, ids: list[int], other: int
+    model: Any, tok: Tokenizer, completion: Completion, params: SamplingParams, written: list[int], id: int
 ) -> float:
-    """How far the number that drew the last of `ids` lies from where `other` would have been drawn."""
-    *written, drawn = ids
+    """How far the number that draws the token after `written` lies from where `id` would be drawn.
+
+    top_p may be larger or smaller by ROUNDING: who is kept at its edge decides what all others have.
+    """
     logits, _ = model.forward(np.array([*completion.prompt_ids, *written])[None], last_only=True)
-    rows = ParamRows.of([params], tok.vocab_size, tok.eos_id)
     counts = Counts.start([completion.prompt_ids], digit_weight(map(tok.token_bytes, range(tok.vocab_size))))
-    for token in written:
-        counts = counts.after([token], rows)
-    x = adjusted(logits[:, : tok.vocab_size], rows, counts if rows.has_penalties else None)
-    if params.temperature == 0:
-        return float(x[0, drawn] - x[0, other])
-    below = np.cumsum(distribution(x, rows)[0], dtype=np.float64)
-    u = uniform(completion.seed, len(written)) * below[-1]
-    return float(u - below[other] if other < drawn else below[other - 1] - u)
+    gaps = []
+    for change in 0, -ROUNDING, ROUNDING:
+        rows = ParamRows.of([replace(params, top_p=min(params.top_p + change, 1.0))], tok.vocab_size, tok.eos_id)
+        if change == 0:
+            for token in written:
+                counts = counts.after([token], rows)
+        x = adjusted(logits[:, : tok.vocab_size], rows, counts if rows.has_penalties else None)
+        if params.temperature == 0:
+            return float(x[0].max() - x[0, id])
+        below = np.cumsum(distribution(x, rows)[0], dtype=np.float64)
+        u = uniform(completion.seed, len(written)) * below[-1]
+        gaps.append(max(0.0, u - below[id], (below[id - 1] if id else 0.0) - u))
+    return float(min(gaps))
 
 
 def check(model: Any, tok: Tokenizer, completion: Completion, alone: Generation, request: Request) -> bool:
@@ -129,7 +135,7 @@ def check(model: Any, tok: Tokenizer, completion: Completion, alone: Generation,
     ids, others = [t.id for t in found], [t.id for t in expected]
     if ids != others and isinstance(model, NativeModel):
         i = next(i for i, (a, b) in enumerate(zip(ids, others)) if a != b)
-        assert 0 <= gap(model, tok, completion, request.params, others[: i + 1], ids[i]) < ROUNDING
+        assert gap(model, tok, completion, request.params, others[:i], ids[i]) < ROUNDING
         return False
     assert ids == others
     if completion.finish_reason == "cancelled":
