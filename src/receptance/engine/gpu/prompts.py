@@ -12,7 +12,7 @@ from torch import Tensor
 
 from receptance.engine.gpu.model import NOTHING, Added, Buffers, GpuModel
 
-GRAPH_TOKENS = 2048  # longest prompt of a graph; longer ones keep the GPU busy
+GRAPH_TOKENS = 4096  # longest prompt of a graph; longer ones keep the GPU busy
 MOST_GRAPHS = 24
 STEP, LEAST = 256, 8  # padded lengths are multiples of STEP, and below it powers of two
 
