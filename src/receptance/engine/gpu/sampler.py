@@ -15,7 +15,7 @@ from receptance.ops import cuda
 THREADS, BINS, LIST = 1024, 2048, 4096
 SHARED_BYTES = BINS * 12 + LIST * 5 + THREADS // 32 * 16 + 96
 
-CLUSTERS = (16, 8), (48, 4), (96, 2)  # up to how many rows so many blocks share one
+CLUSTERS = (16, 4), (64, 2)  # up to how many rows so many blocks share one
 
 
 class GpuSampler(TableSampler):
