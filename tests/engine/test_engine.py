@@ -1,5 +1,6 @@
 import asyncio
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +8,13 @@ import numpy as np
 import pytest
 
 import receptance
-from receptance.engine.core import Core
+from receptance.engine.core import Core, Watcher
 from receptance.engine.engine import Engine, EngineError, make_runner
+from receptance.engine.native_runner import NativeRunner
 from receptance.engine.params import SamplingParams
-from receptance.engine.request import GenerationError, Grammar, Request, Score
-from receptance.engine.scheduler import Limits
+from receptance.engine.request import Completion, GenerationError, Grammar, Request, Score, Token
+from receptance.engine.scheduler import Limits, Phase, Scheduler, Sequence
+from receptance.engine.speculation import Drafter, PromptLookup
 from receptance.engine.state_pool import StatePool
 from receptance.errors import CheckpointError, ConfigError
 from receptance.generation import generate_tokens
@@ -94,6 +97,26 @@ def test_a_short_prompt_does_not_wait_for_a_long_one(model: Any, tok: Tokenizer)
     assert not long.job.completion.is_done
 
 
+@pytest.mark.parametrize(
+    ("limits", "cuts"),
+    [
+        (Limits(1, step_tokens=512), [256] * 4 + [76]),
+        (Limits(1, step_tokens=4096), [1024, 76]),  # a device that takes many tokens in one call
+        (Limits(1, step_tokens=4096, boundary=512), [512, 512, 76]),
+    ],
+)
+def test_a_long_prompt_is_cut_where_its_states_are_kept(limits: Limits, cuts: list[int]) -> None:
+    scheduler, sequence = Scheduler(limits), Sequence([1] * 1100, 0, None)
+    scheduler.add(sequence)
+    scheduler.admit(sequence, 0, Phase.READING)
+    found = []
+    while sequence.pending:
+        ((_, count),) = scheduler.plan()
+        found.append(count)
+        sequence.fed += count
+    assert found == cuts
+
+
 def test_texts_go_on_while_a_long_prompt_is_read(model: Any, tok: Tokenizer) -> None:
     core = core_of(model, tok, step_tokens=64, busy_step_tokens=32)
     writer = core.submit(Request([7], SamplingParams(max_tokens=50, ignore_eos=True)))[0].job.completion
@@ -103,6 +126,63 @@ def test_texts_go_on_while_a_long_prompt_is_read(model: Any, tok: Tokenizer) -> 
         before = len(writer.tokens)
         core.step()
         assert len(writer.tokens) == before + 1
+
+
+class OverlappingRunner(NativeRunner):
+    """Calls what waits for the device's work, as the GPU's runner does."""
+
+    overlaps = True
+
+    def step(self, works, rows, uniforms, masks, meanwhile):  # type: ignore[no-untyped-def]
+        if any(len(work.tokens) > 1 for work in works):
+            return None
+        logits = self.run(works)
+        drawn = self.sampler.draw(logits, rows, uniforms, masks)
+        meanwhile()
+        return drawn, logits
+
+
+def listen(heard: list[list[str | None]], _: Completion) -> Watcher:
+    heard.append([])
+    mine = heard[-1]
+    return lambda token: mine.append(None if token is None else token.text)
+
+
+@pytest.mark.parametrize("drafter", [None, PromptLookup()])
+def test_texts_made_during_the_next_step_are_the_same(model: Any, tok: Tokenizer, drafter: Drafter | None) -> None:
+    found = []
+    for kind in NativeRunner, OverlappingRunner:
+        runner = kind(model, 6, tok.vocab_size, tok.token_bytes, tok.eos_id)
+        core = Core(model, tok, runner, Limits(6), cache_bytes=0, host_bytes=1 << 24, drafter=drafter)
+        heard: list[list[str | None]] = []
+        jobs = []
+        for i in range(30):
+            more = {} if i % 3 else {"stop": ("a", "the cat")} if i % 2 else {"logprobs": 1}
+            params = SamplingParams(max_tokens=3 + i, seed=i, top_p=0.9, temperature=0.8, **more)  # type: ignore[arg-type]
+            prompt = "One, two, three, one, two, three, one" if i % 2 else f"The cat number {i} 中"
+            asked = Request(prompt, params, priority=i % 2, keep_state=i % 7 == 0)
+            jobs += [s.job for s in core.submit(asked, partial(listen, heard))]
+            core.step()
+        run(core)
+        assert heard == [[*(t.text for t in job.completion.tokens), None] for job in jobs]
+        assert core.stats.written == sum(len(job.completion.tokens) for job in jobs)
+        found.append([(job.completion.ids, job.completion.text, job.completion.finish_reason) for job in jobs])
+    assert found[0] == found[1]
+
+
+def test_cancelling_brings_late_texts_first(model: Any, tok: Tokenizer) -> None:
+    runner = OverlappingRunner(model, 2, tok.vocab_size, tok.token_bytes, tok.eos_id)
+    core = Core(model, tok, runner, Limits(2), cache_bytes=0, host_bytes=1 << 24)
+    heard: list[Token | None] = []
+    (sequence,) = core.submit(Request("Once", SamplingParams(max_tokens=50)), lambda _: heard.append)
+    for _ in range(5):
+        core.step()
+    job = sequence.job
+    assert (job.drawn, len(job.completion.tokens), len(heard)) == (5, 4, 4)
+    core.cancel(sequence)
+    assert len(job.completion.tokens) == 5
+    assert [token.id for token in heard[:-1] if token] == job.completion.ids
+    assert heard[-1] is None
 
 
 def test_an_urgent_request_takes_a_place_and_nothing_is_lost(model: Any, tok: Tokenizer) -> None:

@@ -11,14 +11,19 @@ import torch
 import receptance
 from receptance.engine.core import Core
 from receptance.engine.engine import make_runner
+from receptance.engine.numpy_sampling import Counts, ParamRows, adjusted, digit_weight, distribution, uniform
 from receptance.engine.params import SamplingParams
 from receptance.engine.request import Completion, Request
 from receptance.engine.scheduler import Limits, Sequence
 from receptance.engine.speculation import DraftModel, PromptLookup, Worth
 from receptance.generation import Generation, generate_tokens
 from receptance.models import RWKV4, RWKV6, RWKV7
+from receptance.native import NativeModel
 from receptance.tokenizers import Tokenizer, tokenizer
 
+# Logits of one row and of many are added in another order by the native core in float32: 4e-5 at most (measured), which
+# moves a running sum of probabilities by less. A draw in about 30,000 falls into that.
+ROUNDING = 4e-5
 TOLERANCE = 1e-4  # of states against the plain generator's: float32, other splits of the prompt
 
 STARTS = ("Once upon a time, there was", "The old man and", "A list: 1, 2, 3, 1, 2, 3, 1, 2,", "\n\n", "")
@@ -99,12 +104,42 @@ def meaning(state: Any) -> dict[str, Any]:
     return fields
 
 
-def check(completion: Completion, alone: Generation, request: Request) -> None:
+def gap(
+    model: Any, tok: Tokenizer, completion: Completion, params: SamplingParams, written: list[int], id: int
+) -> float:
+    """How far the number that draws the token after `written` lies from where `id` would be drawn.
+
+    top_p may be larger or smaller by ROUNDING: who is kept at its edge decides what all others have.
+    """
+    logits, _ = model.forward(np.array([*completion.prompt_ids, *written])[None], last_only=True)
+    counts = Counts.start([completion.prompt_ids], digit_weight(map(tok.token_bytes, range(tok.vocab_size))))
+    gaps = []
+    for change in 0, -ROUNDING, ROUNDING:
+        rows = ParamRows.of([replace(params, top_p=min(params.top_p + change, 1.0))], tok.vocab_size, tok.eos_id)
+        if change == 0:
+            for token in written:
+                counts = counts.after([token], rows)
+        x = adjusted(logits[:, : tok.vocab_size], rows, counts if rows.has_penalties else None)
+        if params.temperature == 0:
+            return float(x[0].max() - x[0, id])
+        below = np.cumsum(distribution(x, rows)[0], dtype=np.float64)
+        u = uniform(completion.seed, len(written)) * below[-1]
+        gaps.append(max(0.0, u - below[id], (below[id - 1] if id else 0.0) - u))
+    return float(min(gaps))
+
+
+def check(model: Any, tok: Tokenizer, completion: Completion, alone: Generation, request: Request) -> bool:
+    """Whether every token is the same; in float32 a draw within rounding of the other token's may differ, once."""
     found = completion.tokens
     expected = alone.tokens[: len(found)]
-    assert [t.id for t in found] == [t.id for t in expected]
+    ids, others = [t.id for t in found], [t.id for t in expected]
+    if ids != others and isinstance(model, NativeModel):
+        i = next(i for i, (a, b) in enumerate(zip(ids, others)) if a != b)
+        assert gap(model, tok, completion, request.params, others[:i], ids[i]) < ROUNDING
+        return False
+    assert ids == others
     if completion.finish_reason == "cancelled":
-        return
+        return True
     assert completion.error is None
     assert (completion.text, completion.finish_reason) == (alone.text, alone.finish_reason)
     for token, other in zip(found, expected):
@@ -116,6 +151,7 @@ def check(completion: Completion, alone: Generation, request: Request) -> None:
         for name, x in meaning(completion.state).items():
             error = np.linalg.norm(x - expected_state[name])
             assert error <= TOLERANCE * np.linalg.norm(x) + 1e-6, name
+    return True
 
 
 class AlwaysPays(Worth):
@@ -162,10 +198,12 @@ def run_random(
         alive = [(r, s) for r, s in alive if not s.job.completion.is_done]
     assert not alive
     assert core.pool.free_slots == slots
+    differing = 0
     for request, completion in done:
         alone = generate_tokens(model, tok, request.prompt, params=request.params, seed=completion.seed)
         list(alone)
-        check(completion, alone, request)
+        differing += not check(model, tok, completion, alone, request)
+    assert differing <= count // 300
     return core
 
 
@@ -210,7 +248,7 @@ def test_a_free_row_of_nan_never_leaks(model: tuple[Any, Tokenizer]) -> None:
     for request, sequence in zip(requests, sequences):
         alone = generate_tokens(rwkv, tok, request.prompt, params=request.params)
         list(alone)
-        check(sequence.job.completion, alone, request)
+        assert check(rwkv, tok, sequence.job.completion, alone, request)
 
 
 def test_bad_logits_fail_their_own_request_alone(model: tuple[Any, Tokenizer]) -> None:

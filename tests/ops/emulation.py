@@ -26,7 +26,7 @@ def _build(source: Path, macros: tuple[str, ...]) -> ctypes.CDLL:
     launchers = "\n".join(
         f'extern "C" void launch_{x}(unsigned x, unsigned y, unsigned z, unsigned n, const char* p) '
         f"{{ emulation::launch({x}, x, y, z, n, p); }}"
-        for x in names
+        for x in dict.fromkeys(names)
     )
     folder = Path(tempfile.gettempdir()) / "receptance-emulation"
     folder.mkdir(exist_ok=True)
@@ -51,8 +51,7 @@ class Kernel:
     def __init__(self, launch):
         self._launch = launch
 
-    def __call__(self, grid, threads, *args, shared=0, chained=False, together=False, cluster=1):
-        assert not together or grid[0] == 1  # blocks run one after another
+    def __call__(self, grid, threads, *args, shared=0, chained=False, cluster=1):
         assert shared <= 227 * 1024
         assert all(x.stride(-1) == 1 for x in args if isinstance(x, torch.Tensor) and x.numel() > 1)
         values = [x.data_ptr() if isinstance(x, torch.Tensor) else x or 0 for x in args]

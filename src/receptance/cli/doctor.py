@@ -83,7 +83,9 @@ def torch_and_devices() -> Iterator[Check]:
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             memory = torch.cuda.get_device_properties(i).total_memory
-            yield Check(f"cuda:{i}", "ok", f"{torch.cuda.get_device_name(i)}, {memory / 2**30:.0f} GiB")
+            name = torch.cuda.get_device_name(i)
+            yield Check(f"cuda:{i}", "ok", f"{name}, {memory / 2**30:.0f} GiB")
+            yield tuned(f"cuda:{i} choices", name)
     elif torch.version.cuda is None and torch.version.hip is None:
         yield Check("cuda", "no", "this PyTorch is built without it; see pytorch.org for a build with CUDA or ROCm")
     else:
@@ -91,6 +93,16 @@ def torch_and_devices() -> Iterator[Check]:
     if platform.system() == "Darwin":
         has_mps = torch.backends.mps.is_available()
         yield Check("mps", "ok" if has_mps else "no", "" if has_mps else "this machine or PyTorch lacks it")
+
+
+def tuned(what: str, gpu: str) -> Check:
+    """What was measured on this GPU about how to decode fastest."""
+    from receptance.engine.gpu.choices import kept
+    from receptance.ops.cuda import cache_folder
+
+    models = [f"{model} ({', '.join(map(str, rows))} rows)" for model, rows in kept(gpu).items()]
+    none = "nothing measured yet; a model's first steps of each size do it"
+    return Check(what, "ok", f"{cache_folder()}: {'; '.join(models) or none}")
 
 
 def back_ends() -> Iterator[Check]:

@@ -59,11 +59,18 @@ class TextJob:
     matcher: Matcher | None = None
     drafts: Drafts | None = None
     evidence: int = 0  # for the draft under way
+    drawn: int = 0  # tokens; of them the completion may still lack the last one, see `Core._late`
+    ahead: tuple[int, float] = (-1, 0.0)  # the number of a token to be drawn, and the number that draws it
     reason: FinishReason | None = None  # while it closes
     # With keep_state, where the text can still end: the characters of it at the reader's last mark, and the state there
     # unless the sequence's row holds it.
     marked_text: int = 0
     marked_state: Any = None
+
+    def __post_init__(self) -> None:
+        params = self.params
+        waits = params.stop_strings or self.matcher or self.request.keep_state or params.logprobs is not None
+        self.can_be_late = not waits  # a drawn id alone decides how the text goes on
 
 
 @dataclass(eq=False)
@@ -121,6 +128,7 @@ class Core:
         self._free_rows: list[int] = []
         self._rows = 0
         self._ready: list[tuple[Sequence, Logits]] = []  # whose prompt others had read, with the logits after it
+        self._late: list[tuple[TextJob, int]] = []  # tokens whose text is made while the device does the next step
 
     # What is asked ----------------------------------------------------------------------------------------------------
 
@@ -176,6 +184,7 @@ class Core:
 
     def cancel(self, sequence: Sequence) -> None:
         """End it now: its place is free at once. With keep_state its state is the one after the text so far."""
+        self._catch_up()
         job = sequence.job
         if sequence.phase is Phase.DONE:
             return
@@ -190,6 +199,7 @@ class Core:
 
     def fail_all(self, error: Exception) -> None:
         """Nothing that is under way can go on."""
+        self._catch_up()
         for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
             self._fail(sequence, error)
 
@@ -220,6 +230,9 @@ class Core:
             ready, self._ready = self._ready, []
             self._draw([sequence for sequence, _ in ready], self.runner.join([logits for _, logits in ready]))
         plan = self.scheduler.plan()
+        drafting = self.drafter is not None and len(plan) <= MOST_TEXTS
+        if self._late and (drafting or any(s.phase is not Phase.WRITING for s, _ in plan)):
+            self._catch_up()  # this will not be a step of writing alone
         scoring = [(s, n) for s, n in plan if s.phase is Phase.SCORING]
         if scoring:
             self._score(scoring)
@@ -304,7 +317,8 @@ class Core:
         works = []
         for sequence, count in plan:
             assert sequence.slot is not None
-            self._before_feeding(sequence)
+            if sequence.phase is Phase.WRITING and sequence.job.request.keep_state:
+                self._mark_state(sequence)
             works.append(Work(sequence.slot, sequence.tokens[sequence.fed : sequence.fed + count]))
         if all(sequence.phase is Phase.WRITING for sequence, _ in plan):
             self._write([sequence for sequence, _ in plan], works)
@@ -328,9 +342,17 @@ class Core:
     def _write(self, sequences: list[Sequence], works: list[Work]) -> None:
         """A step of texts that all write: in one call of the runner where it has one, or in two."""
         points = self._points(sequences)
+
+        def meanwhile() -> None:
+            self._catch_up()
+            for sequence in sequences:
+                job: TextJob = sequence.job
+                job.ahead = job.drawn + 1, uniform(job.completion.seed, job.drawn + 1)
+
         clock = time.perf_counter()
-        done = self.runner.step(works, *points)
+        done = self.runner.step(works, *points, meanwhile)
         if done is None:
+            meanwhile()
             logits = self._timed(works)
             drawn = self._drawn(logits, points)
         else:
@@ -340,7 +362,7 @@ class Core:
             self.worth.measured(len(works), seconds)
         for sequence, work in zip(sequences, works):
             sequence.fed += len(work.tokens)
-        self._take(sequences, drawn, logits)
+        self._take(sequences, drawn, logits, may_be_late=self.runner.overlaps)
 
     def _forward(self, works: list[Work], *, all_logits: bool = False) -> Logits:
         clock = time.perf_counter()
@@ -355,7 +377,7 @@ class Core:
         is_read = sequence.fed == sequence.prompt_length
         if sequence.shares:
             wanted = sequence.fed in sequence.cuts
-            at_boundary = is_read or sequence.fed % self.scheduler.limits.boundary == 0
+            at_boundary = is_read or sequence.fed % self.scheduler.limits.every == 0
             if wanted or (at_boundary and self.cache.max_bytes):
                 self._keep(sequence, self.runner.keep(logits, row) if is_read or wanted else None)
         return is_read and self._prompt_is_read(sequence, logits, row)
@@ -439,7 +461,8 @@ class Core:
         works, spares, first, rows = [], [], [], 0
         for sequence, draft in zip(sequences, drafts):
             assert sequence.slot is not None
-            self._before_feeding(sequence)
+            if sequence.job.request.keep_state:
+                self._mark_state(sequence)
             spares.append(self.pool.take())
             unread = sequence.tokens[sequence.fed :]
             works.append(Work(sequence.slot, unread + draft, spares[-1]))
@@ -485,7 +508,9 @@ class Core:
 
     def _points(self, sequences: list[Sequence]) -> Points:
         jobs: list[TextJob] = [sequence.job for sequence in sequences]
-        uniforms = [uniform(job.completion.seed, len(job.completion.tokens)) for job in jobs]
+        uniforms = [
+            job.ahead[1] if job.ahead[0] == job.drawn else uniform(job.completion.seed, job.drawn) for job in jobs
+        ]
         masks = [job.matcher.mask() if job.matcher else None for job in jobs] if any(j.matcher for j in jobs) else None
         return [job.row for job in jobs], uniforms, masks
 
@@ -499,19 +524,43 @@ class Core:
         """The next token of each sequence. Returns those that go on."""
         return self._take(sequences, self._drawn(logits, self._points(sequences)), logits)
 
-    def _take(self, sequences: list[Sequence], drawn: list[int], logits: Logits) -> list[Sequence]:
-        """Their next tokens, -1 where logits were not numbers. Returns those that go on."""
+    def _take(
+        self, sequences: list[Sequence], drawn: list[int], logits: Logits, *, may_be_late: bool = False
+    ) -> list[Sequence]:
+        """Their next tokens, -1 where logits were not numbers. Returns those that go on.
+
+        may_be_late: texts of tokens may be made during the next step, where nothing but the token decides what follows.
+        """
         going = []
         for i, (sequence, token) in enumerate(zip(sequences, drawn)):
             job: TextJob = sequence.job
             if token < 0:
                 self._fail(sequence, GenerationError(BAD_LOGITS))
                 continue
+            if may_be_late and job.can_be_late and not job.reader.is_last(token, job.drawn + 1):
+                job.drawn += 1
+                sequence.tokens.append(token)
+                self._late.append((job, token))
+                going.append(sequence)
+                continue
             wanted = job.params.logprobs
             report = (None, ()) if wanted is None else self.runner.report(logits, i, token, wanted)
             if self._accept(sequence, token, report):
                 going.append(sequence)
         return going
+
+    def _catch_up(self) -> None:
+        """Make the texts of tokens that were drawn, and tell who watches."""
+        late, self._late = self._late, []
+        for job, token in late:
+            text, _ = job.reader.accept(token)
+            drawn = Token(token, text)
+            job.completion.tokens.append(drawn)
+            if job.drafts:
+                job.drafts.add(token)
+            if job.watch:
+                job.watch(drawn)
+        self.stats.written += len(late)
 
     def _accept(self, sequence: Sequence, token: int, report: Report) -> bool:
         """Take a drawn token. Returns whether the text goes on."""
@@ -529,6 +578,7 @@ class Core:
                 return False
             reason, text = "stop", text + job.reader.finish()
         drawn = Token(token, text, *report)
+        job.drawn += 1
         job.completion.tokens.append(drawn)
         self.stats.written += 1
         if job.drafts:
@@ -541,13 +591,12 @@ class Core:
         self._finish(sequence, reason)
         return False
 
-    def _before_feeding(self, sequence: Sequence) -> None:
+    def _mark_state(self, sequence: Sequence) -> None:
         """Keep the state at the last mark, when the row goes on from there and the text can still end there."""
-        job = sequence.job
-        if sequence.phase is Phase.WRITING and job.request.keep_state:
-            assert sequence.slot is not None
-            if job.marked_state is None and not job.reader.is_clean:
-                job.marked_state = self.runner.save(sequence.slot)
+        job: TextJob = sequence.job
+        assert sequence.slot is not None
+        if job.marked_state is None and not job.reader.is_clean:
+            job.marked_state = self.runner.save(sequence.slot)
 
     # Ends -------------------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from receptance.engine.gpu.gemv import Weights
 from receptance.engine.gpu.model import MOST_TOKENS, GpuModel
 from receptance.engine.gpu.sampler import GpuSampler
 from receptance.engine.gpu.stepper import Stepper
@@ -20,7 +21,11 @@ MOST_ROWS = 1024  # that decode in one call
 
 
 class GpuRunner(TorchRunner):
-    """See `Runner`. invariant: every row's logits are bit by bit those it would have alone, at the price of speed."""
+    """See `Runner`. invariant: every row's logits are bit by bit those it would have alone, at the price of speed.
+
+    weights: see `GpuModel`."""
+
+    overlaps = True
 
     def __init__(
         self,
@@ -31,10 +36,13 @@ class GpuRunner(TorchRunner):
         eos_id: int,
         *,
         invariant: bool = False,
+        weights: Weights = "full",
     ):
         super().__init__(model, 0, vocab, token_bytes, eos_id)
         self.slots = slots
-        self.gpu = GpuModel(model, slots=slots, dtype=model.dtype, most_rows=min(MOST_ROWS, slots), invariant=invariant)
+        self.gpu = GpuModel(
+            model, slots=slots, dtype=model.dtype, most_rows=min(MOST_ROWS, slots), invariant=invariant, weights=weights
+        )
         self.pool = State(self.gpu.state)
         self._stepper = Stepper(self.gpu, self._gpu_sampler)
 
@@ -48,11 +56,13 @@ class GpuRunner(TorchRunner):
         rows: Sequence[int],
         uniforms: Sequence[float],
         masks: Sequence[NDArray[Any] | None] | None,
+        meanwhile: Callable[[], None],
     ) -> tuple[list[int], Tensor] | None:
         if len(works) > self.gpu.most_rows or any(len(work.tokens) > 1 or work.target is not None for work in works):
             return None
         entries, held = self._gpu_sampler.entries(rows, uniforms, masks)
         drawn, logits = self._stepper.step([work.slot for work in works], [work.tokens[0] for work in works], entries)
+        meanwhile()
         tokens: list[int] = drawn.tolist()
         del held  # the masks, which the step has read
         return tokens, logits

@@ -1,6 +1,6 @@
 """What the engine asks of whatever computes: rows of states, tokens through them, and draws. It decides nothing."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,7 +12,7 @@ Report = tuple[float | None, tuple[tuple[int, float], ...]]  # a token's log-pro
 Logits = Any  # [n, V], of the runner's own kind
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: one is made for each token that is written, and that would double its price
 class Work:
     """Tokens to feed to the state in row `slot`; the state after them goes to row `target` (None: the same)."""
 
@@ -48,6 +48,7 @@ class Runner(Protocol):
     vocab: int  # ids that can be drawn
     state_bytes: int  # of one row
     sampler: Sampler
+    overlaps: bool = False  # whether `step` leaves the host free while the device works
 
     def reset(self, slot: int) -> None:
         """The state before any token."""
@@ -67,8 +68,12 @@ class Runner(Protocol):
         rows: Sequence[int],
         uniforms: Sequence[float],
         masks: Sequence[NDArray[Any] | None] | None,
+        meanwhile: Callable[[], None],
     ) -> tuple[list[int], Logits] | None:
-        """`run` and the sampler's `draw` in one, where that saves time; None, and nothing done, where it does not."""
+        """`run` and the sampler's `draw` in one, where that saves time; None, and nothing done, where it does not.
+
+        meanwhile: called once the device has its work, if `overlaps`.
+        """
         return None
 
     def keep(self, logits: Logits, row: int) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 
 from receptance.engine.state_cache import common_prefix
 
+LEAST_BOUNDARY = 256
 PIECE = 64  # tokens of a prompt in one call, where results must not depend on what else is read
 
 
@@ -64,17 +65,23 @@ class Sequence:
 class Limits:
     """slots: sequences with a row. step_tokens: fed in one step; where sequences are writing, busy_step_tokens.
 
-    boundary: prompts are cut at its multiples, where states are kept for others; least_shared: a prefix that is being
-    read by another sequence is waited for if it is at least this much longer than what is kept. align: prompts are cut
-    at its multiples alone, so that a prompt is cut alike whatever else is read.
+    boundary: prompts are cut at its multiples, where states are kept for others (None: of 256, or of a quarter of
+    step_tokens where that is more: what takes so many at once reads a short piece hardly faster).
+    least_shared: a prefix that is being read by another sequence is waited for if it is at least this much longer than
+    what is kept. align: prompts are cut at its multiples alone, so that a prompt is cut alike whatever else is read.
     """
 
     slots: int
     step_tokens: int = 512
     busy_step_tokens: int = 128
-    boundary: int = 256
+    boundary: int | None = None
     least_shared: int = 32
     align: int = 1
+
+    @property
+    def every(self) -> int:
+        """Tokens between two places at which a prompt is cut."""
+        return max(LEAST_BOUNDARY, self.step_tokens // 4) if self.boundary is None else self.boundary
 
 
 class Scheduler:
@@ -157,8 +164,11 @@ class Scheduler:
 
         Those that read take turns, the more urgent first, so that a short prompt does not wait for a long one.
         """
-        works = [(s, s.pending) for s in self.running if s.phase is Phase.WRITING and s.pending]
-        readers = [s for s in self.running if s.pending and s.phase is not Phase.WRITING]
+        works: list[tuple[Sequence, int]] = []
+        readers: list[Sequence] = []
+        for s in self.running:
+            if pending := len(s.tokens) - s.fed:  # `pending` itself, a call a token, would be felt
+                works.append((s, pending)) if s.phase is Phase.WRITING else readers.append(s)
         if not readers:
             return works
         limits = self.limits
@@ -181,6 +191,7 @@ class Scheduler:
         """Tokens up to the next place in the prompt where the state is wanted, by others or for the cache."""
         if sequence.fed >= sequence.prompt_length or not sequence.shares:
             return sequence.pending
-        after_boundary = (sequence.fed // self.limits.boundary + 1) * self.limits.boundary
+        every = self.limits.every
+        after_boundary = (sequence.fed // every + 1) * every
         cuts = [cut for cut in sequence.cuts if cut > sequence.fed]
         return min([after_boundary, sequence.prompt_length, *cuts]) - sequence.fed

@@ -13,7 +13,9 @@ class Reader:
     """
 
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams):
-        self._tokenizer, self._params = tokenizer, params
+        self._tokenizer = tokenizer
+        self._ends = frozenset((tokenizer.eos_id, *params.stop_tokens))
+        self._most = params.max_tokens
         self._decoder = tokenizer.stream()
         self._stop = StopMatcher(params.stop_strings)
         self._count = 0
@@ -21,18 +23,22 @@ class Reader:
         self.unmarked: list[int] = []
         self._unmarked_text = 0  # their characters so far
 
+    def is_last(self, token: int, count: int) -> bool:
+        """Whether the text ends with this token, the count-th, whatever characters it has."""
+        return token in self._ends or count >= self._most
+
     def accept(self, token: int) -> tuple[str, FinishReason | None]:
         """The text that became certain with this token, and why the text ends with it, if it does."""
         self._count += 1
         reason: FinishReason | None = None
-        if token == self._tokenizer.eos_id or token in self._params.stop_tokens:
+        if token in self._ends:
             reason, text = "stop", self._stop.finish()
         else:
             piece = self._decoder.push(token)
             text = self._stop.push(piece)
             if self._stop.matched is not None:
                 reason = "stop"
-            elif self._count >= self._params.max_tokens:
+            elif self._count >= self._most:
                 reason, text = "length", text + self._stop.finish()
             self.decoded += len(piece)
             self.unmarked.append(token)

@@ -138,10 +138,8 @@ class _Parameters(threading.local):
     """The memory from which the driver copies a kernel's parameters, one for each thread."""
 
     def __init__(self, fields_of: struct.Struct):
-        size, kinds = fields_of.size, fields_of.format.lstrip("@")
+        size = fields_of.size
         self.buffer, self._size = ctypes.create_string_buffer(size), ctypes.c_size_t(size)
-        offsets = [struct.calcsize("@" + kinds[: i + 1]) - struct.calcsize(kinds[i]) for i in range(len(kinds))]
-        self.places = (ctypes.c_void_p * len(offsets))(*(ctypes.addressof(self.buffer) + x for x in offsets))
         fields = 1, ctypes.addressof(self.buffer), 2, ctypes.addressof(self._size), 0  # "buffer", "its size", end
         self.extra = (ctypes.c_void_p * 5)(*fields)
 
@@ -163,7 +161,7 @@ class _Config(ctypes.Structure):
     ]
 
 
-_COOPERATIVE, _CLUSTER, _PROGRAMMATIC = 2, 4, 6  # CU_LAUNCH_ATTRIBUTE_…
+_CLUSTER, _PROGRAMMATIC = 4, 6  # CU_LAUNCH_ATTRIBUTE_…
 
 
 class Kernel:
@@ -184,15 +182,13 @@ class Kernel:
         *args: Argument,
         shared: int = 0,
         chained: bool = False,
-        together: bool = False,
         cluster: int = 1,
     ) -> None:
         """Launch on the current stream of the kernel's device, which must be the current one.
 
         grid: up to three numbers of blocks; shared: bytes of dynamic shared memory per block; chained: the kernel waits
-        for the one before it by itself (griddepcontrol.wait), so that it may start earlier; together: its blocks wait
-        for each other, so all must be on the device at once, or the launch fails; cluster: so many neighbours see each
-        other's shared memory.
+        for the one before it by itself (griddepcontrol.wait), so that it may start earlier; cluster: so many neighbours
+        see each other's shared memory.
         """
         if shared > self._shared:
             _call("cuFuncSetAttribute", self._function, _SHARED_BYTES, shared)
@@ -207,16 +203,14 @@ class Kernel:
         stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self._device))  # the public way takes 3 µs more
         launch: tuple[object, ...] = self._function, x, y, z, threads, 1, 1, shared, stream, None, parameters.extra
         function = self._launch
-        attributes = [(_COOPERATIVE, 1)] if together else [(_PROGRAMMATIC, 1)] if chained and self._can_chain else []
+        attributes = [(_PROGRAMMATIC, 1)] if chained and self._can_chain else []
         attributes += [(_CLUSTER, cluster)] if cluster > 1 else []
         if attributes:
             sizes = (ctypes.c_uint * 7)(x, y, z, threads, 1, 1, shared)
             array = (_Attribute * len(attributes))(*(_Attribute(i, 0, (n, 1, 1)) for i, n in attributes))
             config = _Config(sizes, stream, array, len(attributes))
             function = _driver().cuLaunchKernelEx
-            # a cooperative launch is captured with single parameters only
-            given = (parameters.places, None) if together else (None, parameters.extra)
-            launch = ctypes.byref(config), self._function, *given
+            launch = ctypes.byref(config), self._function, None, parameters.extra
         code = function(*launch)
         if code == _INVALID_CONTEXT:  # a thread that has not used the device yet
             _call("cuCtxSetCurrent", self._context)

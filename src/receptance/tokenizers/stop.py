@@ -22,6 +22,8 @@ class StopMatcher:
 
     def push(self, text: str) -> str:
         """The text that is now certain to stand before any stop string; "" once stopped."""
+        if not self._stop:
+            return text
         if self.matched is not None:
             return ""
         text = self._held + text
@@ -41,7 +43,7 @@ class StopMatcher:
 
     def _possible_beginning(self, text: str) -> int:
         """The length of the longest end of `text` with which a stop string begins."""
-        longest = min(len(text), max(map(len, self._stop), default=1) - 1)
+        longest = min(len(text), max(map(len, self._stop)) - 1)
         for length in range(longest, 0, -1):
             if any(stop.startswith(text[len(text) - length :]) for stop in self._stop):
                 return length

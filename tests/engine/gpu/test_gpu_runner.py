@@ -115,8 +115,10 @@ def test_a_draft_is_checked_in_one_call_and_a_grammar_rules_a_step() -> None:
     mask[2] = 1 << 5
     runner.sampler.admit(0, SamplingParams(), [])
     runner.sampler.admit(1, SamplingParams(temperature=0), [])
-    done = runner.step([Work(0, [7]), Work(1, [8])], [0, 1], [0.3, 0.3], [mask, None])
+    called: list[int] = []
+    done = runner.step([Work(0, [7]), Work(1, [8])], [0, 1], [0.3, 0.3], [mask, None], lambda: called.append(1))
     assert done is not None
+    assert called == [1]
     assert done[0] == [69, int(done[1][1].argmax())]
 
 

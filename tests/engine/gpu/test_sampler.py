@@ -22,6 +22,8 @@ PARAMS = [
     SamplingParams(top_p=0.3),
     SamplingParams(top_p=0.95, top_k=500, temperature=1.7),
     SamplingParams(min_p=0.1),
+    SamplingParams(top_p=0.9, min_p=0.2),
+    SamplingParams(top_p=0.5, min_p=0.001, temperature=1.4),
     SamplingParams(top_p=0.9, presence_penalty=0.5, frequency_penalty=0.3, repetition_penalty=1.2, penalty_decay=0.99),
     SamplingParams(top_k=3, logit_bias={5: 4.0, 17: 3.5, 99: -2.0}, ignore_eos=True),
 ]
@@ -72,6 +74,21 @@ def test_half_precision_logits_have_ties():
 def test_the_ends_of_the_distribution(u):
     got, expected = draws(PARAMS, make_logits(len(PARAMS), 6, scale=1.0), [u] * len(PARAMS))
     assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize(
+    "params", [SamplingParams(top_p=0.4), SamplingParams(top_k=700, top_p=0.99), SamplingParams(top_k=9)]
+)
+def test_more_tokens_of_about_one_probability_than_a_list_holds(params):
+    vocab = 9000
+    logits = torch.randn(2, vocab, generator=torch.Generator().manual_seed(3)).mul(1e-3).to(DEVICE)
+    logits[1] = 0.5
+    fast = GpuSampler(vocab, 0, lambda: np.ones(vocab, np.float32), torch.device(DEVICE))
+    for row in range(2):
+        fast.admit(row, params, [])
+    for u in 0.1234, 0.7712:
+        expected = sample(logits, ParamRows.of([params] * 2, vocab, 0, DEVICE), [u] * 2, None)
+        assert fast.draw(logits, [0, 1], [u] * 2, None) == expected.tolist()
 
 
 def test_greedy_takes_the_lowest_of_equals_and_nan_is_reported():

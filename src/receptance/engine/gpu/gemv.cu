@@ -6,11 +6,11 @@ static_assert(RING_BYTES + sizeof(Sums) == SHARED_BYTES, "the launch must give t
 
 /// See Product; for rows b < batch. Blocks (·, BATCH rows).
 extern "C" __global__ void __launch_bounds__(GEMV_WARPS * 32) gemv_product(
-    const u16* weight, const Task* tasks, int columns, int activation, const u16* input, int input_stride, void* output,
-    int output_stride, const u16* gate, int batch, int mode, int tiles) {
-    const Product product = {weight, nullptr, tasks, input, output, gate, columns, activation, input_stride, output_stride, mode, tiles, 0, 0};
-    Feed feed(&product, 1, dynamic_shared());
+    const void* weight, const float* scales, const Task* tasks, int columns, int activation, const u16* input, int input_stride,
+    void* output, int output_stride, const u16* gate, int batch, int mode, int tiles) {
+    const Product product = {weight, scales, tasks, input, output, gate, columns, activation, input_stride, output_stride, mode, tiles};
+    Feed feed(product, dynamic_shared());
     let_next_start();
     wait_for_previous();
-    feed.multiply(product, batch, *(Sums*)(dynamic_shared() + RING_BYTES));
+    feed.multiply(batch, *(Sums*)(dynamic_shared() + RING_BYTES));
 }

@@ -44,21 +44,22 @@ DEVICE u16 load_fresh(const u16* p) {
     return x;
 }
 /// Four bytes, each 128 too large, as numbers of 16 bits (float16).
-DEVICE void widen(u32 x, u32& low, u32& high) {
+DEVICE void widen_int8(u32 x, u32& low, u32& high) {
     asm("prmt.b32 %0, %1, 0x64646464, 0x4140;" : "=r"(low) : "r"(x));  // 1024 + byte
     asm("prmt.b32 %0, %1, 0x64646464, 0x4342;" : "=r"(high) : "r"(x));
     asm("sub.f16x2 %0, %0, %1;" : "+r"(low) : "r"(0x64806480));
     asm("sub.f16x2 %0, %0, %1;" : "+r"(high) : "r"(0x64806480));
 }
+/// Four bytes of type e4m3 as float16, 1/256 of them: the exponent's bits mean 2^-8 of what they did.
+DEVICE void widen_float8(u32 x, u32& low, u32& high) {
+    asm("prmt.b32 %0, %1, 0, 0x1404;" : "=r"(low) : "r"(x));  // the first two bytes, each above a zero
+    asm("prmt.b32 %0, %1, 0, 0x3424;" : "=r"(high) : "r"(x));
+    low = (low & 0x80008000) | (low & 0x7f007f00) >> 1;
+    high = (high & 0x80008000) | (high & 0x7f007f00) >> 1;
+}
 template <int N> DEVICE void await_all_but() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }  // groups of copies
 DEVICE void bring_to_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 template <int TEAM> DEVICE void team_sync() { asm volatile("bar.sync %0, %1;" ::"r"(1 + threadIdx.x / TEAM), "n"(TEAM) : "memory"); }
-DEVICE void add_released(u32* p) { asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(p) : "memory"); }
-DEVICE void wait_until(const u32* p, u32 n) {
-    u32 x;
-    do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
-    while (x < n);
-}
 #else
 inline void wait_for_previous() {}
 inline void let_next_start() {}
@@ -66,17 +67,17 @@ inline uint4 load_weights(const void* p) { return *(const uint4*)p; }
 inline uint4 load_fresh(const void* p) { return *(const uint4*)p; }
 inline float load_fresh(const float* p) { return *p; }
 inline u16 load_fresh(const u16* p) { return *p; }
-inline void widen(u32 x, u32& low, u32& high) {
+inline void widen_int8(u32 x, u32& low, u32& high) {
     const auto value = [&](int i) { return (float)(int)(x >> 8 * i & 255) - 128.f; };
     low = two_halves(value(0), value(1)), high = two_halves(value(2), value(3));
+}
+inline void widen_float8(u32 x, u32& low, u32& high) {
+    const auto bits = [&](int i) { const u32 b = x >> 8 * i & 255; return (b & 128) << 8 | (b & 127) << 7; };
+    low = bits(0) | bits(1) << 16, high = bits(2) | bits(3) << 16;
 }
 template <int N> void await_all_but() {}
 inline void bring_to_l2(const void*) {}
 template <int TEAM> void team_sync() { emulation::wait_in_team(TEAM); }
-inline void add_released(u32* p) { ++*p; }
-inline void wait_until(const u32* p, u32 n) {
-    if (*p < n) fprintf(stderr, "emulation: a block waits for a later one\n"), abort();
-}
 #endif
 
 /// Threads of a block that have something of their own to do: TEAM side by side, a multiple of 32.

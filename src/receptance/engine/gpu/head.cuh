@@ -117,10 +117,6 @@ struct StateRow {
 DEVICE Kept* state_of(Kept* state, int slot, int head, int heads) {
     return state + (((i64)slot * heads + head) * N + thread_of_head() / 4) * N + thread_of_head() % 4 * GROUP;
 }
-DEVICE void bring_state(const Kept* mine) {
-#pragma unroll
-    for (int i = 0; i < PARTS; ++i) bring_to_l2(mine + 4 * GROUP * i);
-}
 DEVICE void store_state(Kept* to, const float (&s)[GROUP]) {
 #ifdef HALF_STATE
     *(uint4*)to = packed(s);

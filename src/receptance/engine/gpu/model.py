@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from receptance.engine.gpu.chain import Chain, TimePart
+from receptance.engine.gpu.choices import Choice, Choices, fastest, versions
 from receptance.engine.gpu.gemv import (
     ADD,
     DEPTH,
@@ -27,19 +27,26 @@ from receptance.engine.gpu.gemv import (
     SIGMOID,
     WARPS,
     WRITE,
+    Matrix,
+    Weights,
     ring_bytes,
     sums_bytes,
 )
 from receptance.models import RWKV
 from receptance.ops import cuda
 
+if TYPE_CHECKING:
+    from receptance.engine.gpu.prompts import Prompts, Reader
+
 HERE = Path(__file__).parent
 SHARED_BYTES = 227 * 1024  # of a multiprocessor
 NORM_THREADS, NORM_ROWS = 256, 128  # rows for which a norm fetches its weights ahead
 STEP_THREADS = 768  # of a multiprocessor, that step states of many rows; their registers fill it
-FEW_ROWS = 16  # for which the time mix applies low-rank maps itself
-CHAIN_ROWS = 32  # for which the whole step can be one launch
-GEMV_ROWS = 32  # up to which products are made by `gemv`
+# Where nothing was measured: rows up to which the time mix applies low-rank maps itself, and products are `gemv`'s.
+# What is measured: up to, and from, which rows these are tried.
+FEW_ROWS, GEMV_ROWS = 16, 32
+MOST_FEW_ROWS, MOST_GEMV_ROWS, LEAST_CUBLAS_ROWS = 64, 64, 16
+GEMV_BLOCKS = 2  # of `gemv`, whose registers fill a multiprocessor
 MOST_TOKENS = 16384  # of one prefill call; offsets within a buffer are 32-bit
 
 
@@ -93,15 +100,12 @@ class TimeMix(Protocol):
     def prefill(self, index: int, layer: "Layer", prompts: "Prompts") -> None:
         """The same for the tokens of prompts."""
 
-    def chain(self) -> TimePart:
-        """What a whole step in one launch needs."""
-
 
 @dataclass(frozen=True)
 class TimeLayer:
     mixes: Tensor  # [mixes, C], of the previous token
-    inputs: Tensor  # the matrix of the time mix's projection [·, C]
-    output: Tensor  # [C, C]
+    inputs: Matrix  # of the time mix's projection [·, C]
+    output: Matrix  # [C, C]
     own: Any  # the version's other weights
 
 
@@ -113,16 +117,20 @@ class Layer:
     ln2: tuple[Tensor, Tensor]
     time: TimeLayer
     channel_mixes: Tensor  # [1 or 2, C]
-    channel: Tensor  # [F, C], with receptance [F + C, C]
-    value: Tensor  # [C, F]
+    channel: Matrix  # [F, C], with receptance [F + C, C]
+    value: Matrix  # [C, F]
 
 
 @dataclass(frozen=True)
 class Cast:
     dtype: torch.dtype
+    weights: Weights
 
     def __call__(self, x: Tensor) -> Tensor:
         return x.detach().to(self.dtype, copy=True).contiguous()
+
+    def matrix(self, x: Tensor) -> Matrix:
+        return Matrix.of(self(x), self.weights)
 
 
 def vector(x: Tensor) -> Tensor:
@@ -167,6 +175,11 @@ class Buffers:
         return self.channel.regions[1] if len(self.channel.regions) > 1 else None
 
 
+def bucket(rows: int, most: int) -> int:
+    """The number of rows that is run for `rows`: a power of two, at most `most`."""
+    return min(1 << (rows - 1).bit_length(), most)
+
+
 class GpuModel:
     """A model on one GPU, decoding many sequences in place.
 
@@ -174,7 +187,8 @@ class GpuModel:
     slots: rows of states. `state`: the pool, name → [L, slots + 1, …] with the fields of `receptance.models.State`; the
     last row takes what padding does. state_dtype: of "wkv", float32 or `dtype`.
     invariant: every row's logits are, bit by bit, those it would have alone, at the price of speed for many rows.
-    int8: a step of few rows reads its large matrices in 8 bits, with a scale for each row; others stay as they are.
+    weights: a step of few rows reads its large matrices in 8 bits, with a scale for each row, as integers ("int8") or
+    numbers of type e4m3 ("float8"); others stay as they are, for prompts and many rows.
     Raises ValueError for a model that `misfit` has words for.
     """
 
@@ -187,7 +201,7 @@ class GpuModel:
         state_dtype: torch.dtype = torch.float32,
         most_rows: int = 1024,
         invariant: bool = False,
-        int8: bool = False,
+        weights: Weights = "full",
     ):
         from receptance.engine.gpu.versions import misfit, time_mix
 
@@ -200,23 +214,26 @@ class GpuModel:
             model.device, dtype, slots, invariant, most_rows,
         )  # fmt: skip
         self.c, self.f = config.n_embd, config.dim_ffn
-        self.int8 = int8
-        if int8 and (dtype != torch.float16 or invariant or self.c % 64 or self.f % 64):
-            raise ValueError("int8 needs float16, sizes that are multiples of 64, and invariant=False")
+        self.weights: Weights = weights
+        if weights != "full" and (dtype != torch.float16 or self.c % 64 or self.f % 64):
+            raise ValueError(
+                f"weights={weights!r} needs float16 and sizes that are multiples of 64, found {dtype}, "
+                f"n_embd {self.c} and dim_ffn {self.f}"
+            )
         self.state_dtype = state_dtype
         first: Any = model.blocks[0]
         is_gated = hasattr(first.ffn, "receptance")
         gate = (Part(self.c, 1, 1, SIGMOID),) if is_gated else ()
         self.channel = Projection((Part(self.f, 0, 0, RELU_SQUARE), *gate), (self.f, *[self.c] * is_gated))
         self.time: TimeMix = time_mix(self, model)
-        cast = Cast(dtype)
+        cast = Cast(dtype, weights)
         with torch.no_grad():
             self.layers = [self._layer(block, cast) for block in model.blocks]
             weight, bias = first.ln0.weight.float(), first.ln0.bias.float()
             table = torch.nn.functional.layer_norm(model.emb.weight.float(), (self.c,), weight, bias, first.ln0.eps)
             self.table = cast(table)
             self.ln_out = cast(model.ln_out.weight), cast(model.ln_out.bias)
-            self.head = cast(model.head.weight)
+            self.head = cast.matrix(model.head.weight)
         self.eps: float = model.ln_out.eps
         zero = model.zero_state()
         self.empty = {name: x.to(self._state_dtype(name, state_dtype)) for name, x in zero.items()}
@@ -227,10 +244,9 @@ class GpuModel:
         on_gpu = self.device.type == "cuda"
         device: Any = torch.cuda.get_device_properties(self.device) if on_gpu else None
         self.processors: int = device.multi_processor_count if device else 1
-        self.shared_bytes: int = getattr(device, "shared_memory_per_block_optin", SHARED_BYTES)
         self._side = torch.cuda.Stream(self.device) if on_gpu else None
-        self._chains: dict[int, Chain] = {}
         self._tables: dict[tuple[Projection, int], Tensor] = {}
+        self._choices = Choices({**(versions(self.device) if on_gpu else {}), **self._shape(model)})
 
     def _layer(self, block: Any, cast: Cast) -> Layer:
         ffn, c = block.ffn, self.c
@@ -247,9 +263,16 @@ class GpuModel:
             ln2=(cast(block.ln2.weight), cast(block.ln2.bias)),
             time=self.time.layer(block, cast),
             channel_mixes=cast(torch.cat([x.reshape(1, c) for x in mixes])),
-            channel=cast(torch.cat(channel)),
-            value=cast(ffn.value.weight),
+            channel=cast.matrix(torch.cat(channel)),
+            value=cast.matrix(ffn.value.weight),
         )
+
+    def _shape(self, model: RWKV) -> dict[str, str | int | bool]:
+        """What choices depend on beside the GPU and the kernels."""
+        sizes: dict[str, str | int] = {name: x for name, x in vars(self.config).items() if isinstance(x, int | str)}
+        kinds = {"dtype": str(self.dtype), "state": str(self.state_dtype), "weights": str(self.weights)}
+        name = f"{type(model).__name__}, {self.config.n_layer} x {self.c}, {self.weights}"
+        return {"model": name, **sizes, **kinds}
 
     def load(self, source: str, **macros: int) -> cuda.Program:
         """Kernels for this model's weights."""
@@ -258,9 +281,10 @@ class GpuModel:
     def _load_gemv(self, row_tiles: int, batch_tiles: int) -> tuple[cuda.Kernel, int]:
         """The kernel and the bytes of shared memory that it needs."""
         ring, sums = ring_bytes(DEPTH, row_tiles), sums_bytes(batch_tiles, row_tiles)
+        kind = {} if self.weights != "float8" else {"FLOAT8": 1}
         program = self.load(
             "gemv.cu", GEMV_WARPS=WARPS, ROW_TILES=row_tiles, BATCH_TILES=batch_tiles, DEPTH=DEPTH,
-            IS_CHAIN=0, WEIGHT_BITS=16, SHARED_BYTES=ring + sums,
+            WEIGHT_BITS=16 if self.weights == "full" else 8, SHARED_BYTES=ring + sums, **kind,
         )  # fmt: skip
         return program.gemv_product, ring + sums
 
@@ -316,11 +340,11 @@ class GpuModel:
         return self._tables[projection, tile]
 
     def project(
-        self, weight: Tensor, x: Tensor, out: Tensor, mode: int, *, activation: int = NONE,
+        self, matrix: Matrix, x: Tensor, out: Tensor, mode: int, *, activation: int = NONE,
         projection: Projection | None = None, gate: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """gemv: out [B, rows] of weight [rows, columns] and x [B, columns]; or what the projection says, B = len(x)."""
-        batch, rows = len(x), weight.shape[0]
+        """gemv: out [B, rows] of a matrix [rows, C] and x [B, C]; or what the projection says, B = len(x)."""
+        batch, rows, columns = len(x), *matrix.full.shape
         if projection is not None and len(projection.parts) == 1:
             (part,) = projection.parts
             activation, projection, out = part.activation, None, out.view(-1, part.rows)
@@ -330,9 +354,10 @@ class GpuModel:
         kernel, shared = self._gemv[row_tiles, batch_tiles]
         tasks = None if projection is None else self.tasks(projection, 16 * row_tiles)
         tiles = rows // (16 * row_tiles) if tasks is None else len(tasks)
-        blocks = min(tiles, self.processors * (SHARED_BYTES // (shared + 1024)))
+        blocks = min(tiles, self.processors * min(GEMV_BLOCKS, SHARED_BYTES // (shared + 1024)))
+        weight = matrix.full if matrix.numbers is None else matrix.numbers
         kernel(
-            (blocks, -(-batch // (8 * batch_tiles))), 32 * WARPS, weight, tasks, weight.shape[-1], activation, x,
+            (blocks, -(-batch // (8 * batch_tiles))), 32 * WARPS, weight, matrix.scales, tasks, columns, activation, x,
             x.stride(0), out, out.stride(0), gate, batch, mode, tiles, shared=shared, chained=True,
         )  # fmt: skip
 
@@ -354,23 +379,79 @@ class GpuModel:
             self.norm.norm_mix((-(-rows // each),), NORM_THREADS, *args, rows, each, chained=True)
 
     @torch.inference_mode()
-    def decode(self, tokens: Tensor, slots: Tensor, *, chained: bool = False) -> Tensor:
+    def decode(self, tokens: Tensor, slots: Tensor) -> Tensor:
         """One token for each row: logits [B, V], which the next call overwrites; the states of `slots` go on in place.
 
         tokens int64 [B], slots int32 [B], on the device, all of them different but for padding's. Can be captured.
-        Logits are float32; for many rows, where not invariant, of the weights' type. chained: in one launch, if
-        `can_chain`; the bits are the same.
+        Logits are float32; for many rows, where not invariant, of the weights' type.
         """
         batch = len(tokens)
         if not 1 <= batch <= self.most_rows:
             raise ValueError(f"decode takes 1 to {self.most_rows} rows, found {batch}; GpuModel(most_rows=…) sets it")
-        if (chained or self.int8) and self.can_chain(batch):
-            return self._chain(batch).run(tokens, slots)
-        b = self.rows
-        own = self.invariant or batch <= GEMV_ROWS  # our products; else cuBLAS
-        is_few = self.invariant or batch <= FEW_ROWS
-        x, att, delta, key = b.x[:batch], b.att[:batch], b.delta[:batch], b.key[:batch]
+        return self._decode(tokens, slots, self.choice(batch))
+
+    def choice(self, rows: int) -> Choice:
+        """How a step of so many rows is made: as measured, where `tune` was called, else by rule."""
+        if self.invariant:  # the same products for all
+            return Choice(True, True)
+        return self._choices.get(bucket(rows, self.most_rows)) or Choice(rows <= GEMV_ROWS, rows <= FEW_ROWS)
+
+    def tune(self, rows: int) -> None:
+        """Measure how a step of so many rows, as `bucket` gives them, is made fastest, unless that is known.
+
+        Takes about a second, and room for so many states. Kept in the user's cache folder, for this GPU and shape of
+        model.
+        """
+        if self.device.type != "cuda" or self.invariant or self._choices.get(rows) is not None:
+            return
+        own, blas = rows <= MOST_GEMV_ROWS, rows >= LEAST_CUBLAS_ROWS
+        few = [True, False] if rows <= MOST_FEW_ROWS and own else [False]
+        candidates = [Choice(True, x) for x in few if own] + [Choice(False, x) for x in few if blas]
+        best = candidates[0]
+        if len(candidates) > 1:
+            tokens = torch.zeros(rows, dtype=torch.int64, device=self.device)
+            slots = torch.arange(rows, dtype=torch.int32, device=self.device)
+            pool = self.state
+            try:  # states of its own: those of the pool are in use
+                self.state = {name: x.repeat(1, rows, *[1] * (x.dim() - 2)) for name, x in self.empty.items()}
+                best = fastest(candidates, lambda x: self._decode(tokens, slots, x))
+            except torch.OutOfMemoryError:
+                return
+            finally:
+                self.state = pool
+        self._choices.put(rows, best)
+
+    def _decode(self, tokens: Tensor, slots: Tensor, choice: Choice) -> Tensor:
+        return (self._decode_own if choice.own else self._decode_many)(tokens, slots, choice)
+
+    def _decode_own(self, tokens: Tensor, slots: Tensor, choice: Choice) -> Tensor:
+        """With our products."""
+        b, batch = self.rows, len(tokens)
+        x, att, key = b.x[:batch], b.att[:batch], b.key[:batch]
         gate = None if b.gate is None else b.gate[:batch]
+        att_shift, ffn_shift = self.state["att_shift"], self.state["ffn_shift"]
+        for i, layer in enumerate(self.layers):
+            self.normalise(
+                x, x, layer.ln1, b.mixed, tokens=tokens if i == 0 else None, mixes=layer.time.mixes,
+                last=att_shift[i], after=att_shift[i], begins=slots, ends=slots,
+            )  # fmt: skip
+            self.time.decode(i, layer, b, slots, choice.few)
+            self.project(layer.time.output, att, x, ADD)
+            self.normalise(
+                x, x, layer.ln2, b.mixed, mixes=layer.channel_mixes,
+                last=ffn_shift[i], after=ffn_shift[i], begins=slots, ends=slots,
+            )  # fmt: skip
+            self.project(layer.channel, b.mixed[0, :batch], b.channel.flat, WRITE, projection=self.channel)
+            self.project(layer.value, key, x, ADD if gate is None else GATED, gate=gate)
+        normed, logits = b.normed[:batch], self.logits[:batch]
+        self.normalise(x, x, self.ln_out, normed)
+        self.project(self.head, normed, logits, LOGITS)
+        return logits
+
+    def _decode_many(self, tokens: Tensor, slots: Tensor, choice: Choice) -> Tensor:
+        """With cuBLAS's products."""
+        b, batch = self.rows, len(tokens)
+        x, att, delta = b.x[:batch], b.att[:batch], b.delta[:batch]
         att_shift, ffn_shift = self.state["att_shift"], self.state["ffn_shift"]
         pending = NOTHING
         for i, layer in enumerate(self.layers):
@@ -378,54 +459,30 @@ class GpuModel:
                 x, x, layer.ln1, b.mixed, added=pending, tokens=tokens if i == 0 else None, mixes=layer.time.mixes,
                 last=att_shift[i], after=att_shift[i], begins=slots, ends=slots,
             )  # fmt: skip
-            self.time.decode(i, layer, b, slots, is_few)
-            if own:
-                self.project(layer.time.output, att, x, ADD)
-            else:
-                torch.mm(att, layer.time.output.T, out=delta)
+            self.time.decode(i, layer, b, slots, choice.few)
+            torch.mm(att, layer.time.output.full.T, out=delta)
             self.normalise(
-                x, x, layer.ln2, b.mixed, added=NOTHING if own else Added(delta), mixes=layer.channel_mixes,
+                x, x, layer.ln2, b.mixed, added=Added(delta), mixes=layer.channel_mixes,
                 last=ffn_shift[i], after=ffn_shift[i], begins=slots, ends=slots,
             )  # fmt: skip
-            if own:
-                self.project(layer.channel, b.mixed[0, :batch], b.channel.flat, WRITE, projection=self.channel)
-                self.project(layer.value, key, x, ADD if gate is None else GATED, gate=gate)
-            else:
-                pending = self._channel(layer, b, batch)
+            pending = self.channel_by_blas(layer, b, batch)
         normed = b.normed[:batch]
         self.normalise(x, x, self.ln_out, normed, added=pending)
-        return self._head(normed, own)
+        logits = self.logits[:batch]
+        half = self.logits.view(-1).view(self.dtype)[: logits.numel()].view(logits.shape)
+        return torch.mm(normed, self.head.full.T, out=half)
 
-    def can_chain(self, rows: int) -> bool:
-        """Whether there is a launch that makes a whole step of so many rows, and room for it on this GPU."""
-        return rows <= CHAIN_ROWS and self._chain(rows).fits
-
-    def _chain(self, rows: int) -> Chain:
-        tiles = next(n for n in (1, 2, 4) if rows <= 8 * n)
-        if tiles not in self._chains:
-            self._chains[tiles] = Chain(self, self.time.chain(), tiles)
-        return self._chains[tiles]
-
-    def _channel(self, layer: Layer, b: Buffers, rows: int) -> Added:
+    def channel_by_blas(self, layer: Layer, b: Buffers, rows: int) -> Added:
         """The channel mix by cuBLAS: what is to be added to x."""
         key, delta = b.key[:rows], b.delta[:rows]
-        torch.mm(b.mixed[0, :rows], layer.channel[: self.f].T, out=key)
+        torch.mm(b.mixed[0, :rows], layer.channel.full[: self.f].T, out=key)
         self.activate(key[None], [RELU_SQUARE])
-        torch.mm(key, layer.value.T, out=delta)
+        torch.mm(key, layer.value.full.T, out=delta)
         gate = None
         if b.gate is not None:
             gate = b.gate[:rows]
-            torch.mm(b.mixed[1, :rows], layer.channel[self.f :].T, out=gate)
+            torch.mm(b.mixed[1, :rows], layer.channel.full[self.f :].T, out=gate)
         return Added(delta, gate)
-
-    def _head(self, normed: Tensor, own: bool) -> Tensor:
-        logits = self.logits[: len(normed)]
-        if own:
-            self.project(self.head, normed, logits, LOGITS)
-            return logits
-        half = self.logits.view(-1).view(self.dtype)[: logits.numel()].view(logits.shape)
-        torch.mm(normed, self.head.T, out=half)
-        return half
 
     def activate(self, x: Tensor, activations: Sequence[int]) -> None:
         """In place, one for each x[i]; they lie one behind the other, or x.stride(0) apart."""
@@ -448,57 +505,10 @@ class GpuModel:
             raise ValueError(f"starts {list(starts)} do not cut {total} tokens into {len(slots)} prompts")
         if total > MOST_TOKENS:
             raise ValueError(f"{total} tokens to prefill at once; give at most {MOST_TOKENS} and go on from the states")
-        return Prompts(self, tokens, lengths, slots).run(all_logits)
+        return self.reader.read(tokens, lengths, slots, all_logits)
 
+    @cached_property
+    def reader(self) -> "Reader":
+        from receptance.engine.gpu.prompts import Reader
 
-class Prompts:
-    """One prefill call: rows are tokens, but for the operator, which takes padded rows [n, T] where lengths differ."""
-
-    def __init__(self, model: GpuModel, tokens: Tensor, lengths: list[int], slots: Sequence[int]):
-        self.model, self.tokens, self.lengths = model, tokens, lengths
-        self.n, self.t, self.rows = len(lengths), max(lengths), len(tokens)
-        begins: list[int] = []
-        ends: list[int] = []
-        place: list[int] = []
-        for i, (length, slot) in enumerate(zip(lengths, slots)):
-            begins += [slot] + [-1] * (length - 1)
-            ends += [-1] * (length - 1) + [i]
-            place += range(i * self.t, i * self.t + length)
-        table = torch.tensor([begins, ends, place], dtype=torch.int32).to(model.device)
-        self.begins, self.ends, self.place = table
-        self.slots = torch.tensor(slots, device=model.device)
-        self.last_rows = torch.tensor(lengths).cumsum(0).sub(1).to(model.device)
-        self.b = Buffers(model, self.rows)
-        self.carried = torch.empty(len(lengths), model.c, dtype=model.dtype, device=model.device)
-        self.own: Any = None  # the time mix's, for all layers
-
-    def run(self, all_logits: bool) -> Tensor:
-        model, b = self.model, self.b
-        x, spare = b.x, b.sum
-        pending = NOTHING
-        for i, layer in enumerate(model.layers):
-            self._normalise(x, spare, layer.ln1, i, "att_shift", layer.time.mixes, pending, first=i == 0)
-            x, spare = spare, x
-            model.time.prefill(i, layer, self)
-            torch.mm(b.att, layer.time.output.T, out=b.delta)
-            self._normalise(x, spare, layer.ln2, i, "ffn_shift", layer.channel_mixes, Added(b.delta))
-            x, spare = spare, x
-            pending = model._channel(layer, b, self.rows)
-        if not all_logits:
-            x = x[self.last_rows]
-            pending = Added(*(None if y is None else y[self.last_rows] for y in (pending.delta, pending.gate)))
-        normed = torch.empty_like(x, dtype=model.dtype)
-        model.normalise(x, x, model.ln_out, normed, added=pending)
-        return normed @ model.head.T
-
-    def _normalise(
-        self, x: Tensor, total: Tensor, norm: tuple[Tensor, Tensor], layer: int, name: str, mixes: Tensor,
-        pending: Added, first: bool = False,
-    ) -> None:  # fmt: skip
-        """total = x + delta and its mixes; the pool gets each prompt's last row only once all have read theirs."""
-        pool = self.model.state[name][layer]
-        self.model.normalise(
-            x, total, norm, self.b.mixed, added=pending, tokens=self.tokens if first else None, mixes=mixes,
-            last=pool, after=self.carried, begins=self.begins, ends=self.ends, each=8 if len(x) > 2048 else 2,
-        )  # fmt: skip
-        pool.index_copy_(0, self.slots, self.carried)
+        return Reader(self)

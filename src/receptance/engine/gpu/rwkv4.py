@@ -1,13 +1,12 @@
 """RWKV-4's time mix on a GPU: after the projections of k, v and r, an elementwise kernel."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from receptance.engine.gpu.chain import Product, TimePart
-from receptance.engine.gpu.gemv import ADD, WRITE
+from receptance.engine.gpu.gemv import WRITE
 from receptance.engine.gpu.model import (
     Buffers,
     Cast,
@@ -15,11 +14,13 @@ from receptance.engine.gpu.model import (
     Layer,
     Part,
     Projection,
-    Prompts,
     TimeLayer,
     vector,
 )
 from receptance.ops import wkv4
+
+if TYPE_CHECKING:
+    from receptance.engine.gpu.prompts import Prompts
 
 
 @dataclass(frozen=True)
@@ -43,18 +44,7 @@ class TimeMix4:
         mixes = [1 - x.reshape(1, -1) for x in (att.time_mix_k, att.time_mix_v, att.time_mix_r)]
         inputs = torch.cat([att.key.weight, att.value.weight, att.receptance.weight])
         own = Weights(-vector(att.time_decay).exp(), vector(att.time_first))
-        return TimeLayer(cast(torch.cat(mixes)), cast(inputs), cast(att.output.weight), own)
-
-    def chain(self) -> TimePart:
-        gpu, b = self.gpu, self.gpu.rows
-        tasks = gpu.tasks(self.projection, 16)
-        products, layers = [], []
-        for i, layer in enumerate(gpu.layers):
-            time, own = layer.time, layer.time.own
-            inputs = Product(time.inputs, b.mixed[0], b.time.flat, WRITE, tasks=tasks)
-            products.append([inputs, Product(time.output, b.att, b.x, ADD)])
-            layers.append([own.decay, own.bonus, *(gpu.state[name][i] for name in ("num", "den", "exp"))])
-        return TimePart("chain4.cu", {}, products, layers, [*b.time.regions, b.att], b"", 64)
+        return TimeLayer(cast(torch.cat(mixes)), cast.matrix(inputs), cast.matrix(att.output.weight), own)
 
     def buffers(self, rows: int) -> None:
         return None
@@ -62,7 +52,7 @@ class TimeMix4:
     def _project(self, layer: Layer, b: Buffers, rows: int) -> None:
         c = self.gpu.c
         kvr = b.time.flat.view(3, b.rows, c)[:, :rows]
-        torch.bmm(b.mixed[:, :rows], layer.time.inputs.view(3, c, c).transpose(1, 2), out=kvr)
+        torch.bmm(b.mixed[:, :rows], layer.time.inputs.full.view(3, c, c).transpose(1, 2), out=kvr)
 
     def decode(self, index: int, layer: Layer, b: Buffers, slots: Tensor, is_few: bool) -> None:
         gpu, own, batch = self.gpu, layer.time.own, len(slots)
@@ -75,23 +65,22 @@ class TimeMix4:
             (-(-gpu.c // 256), batch), 256, *b.time.regions, own.decay, own.bonus, *state, slots, b.att, chained=True
         )
 
-    def prefill(self, index: int, layer: Layer, prompts: Prompts) -> None:
+    def prefill(self, index: int, layer: Layer, prompts: "Prompts") -> None:
         gpu, own, b, c = self.gpu, layer.time.own, prompts.b, self.gpu.c
         self._project(layer, b, b.rows)
         k, v, r = b.time.regions
-        is_ragged = min(prompts.lengths) < prompts.t
-        if prompts.own is None:
-            zeros = torch.zeros(2, prompts.n * prompts.t, c, dtype=gpu.dtype, device=gpu.device) if is_ragged else None
-            prompts.own = zeros, prompts.place.long(), torch.tensor(prompts.lengths, device=gpu.device)
-        padded, place, lengths = prompts.own
-        if is_ragged:
-            k, v = padded[0].index_copy_(0, place, k), padded[1].index_copy_(0, place, v)
-        shape = prompts.n, prompts.t, c
+        shape, size, lengths = (prompts.n, prompts.t, c), prompts.n * prompts.t, None
+        if prompts.is_ragged:
+            if prompts.own is None:  # one row more, for padding behind the prompts
+                place = prompts.place.long()
+                zeros = torch.zeros(2, size + 1, c, dtype=gpu.dtype, device=gpu.device)
+                prompts.own = zeros, place.where(place >= 0, size)
+            padded, place = prompts.own
+            k, v = (to.index_copy_(0, place, x)[:size] for to, x in zip(padded, (k, v)))
+            lengths = prompts.lengths
         pools = [gpu.state[name][index] for name in ("num", "den", "exp")]
         num, den, exp = (pool[prompts.slots] for pool in pools)
-        y, end = wkv4(
-            own.decay, k.view(shape), v.view(shape), own.bonus, (num, den, exp), lengths=lengths if is_ragged else None
-        )
+        y, end = wkv4(own.decay, k.view(shape), v.view(shape), own.bonus, (num, den, exp), lengths=lengths)
         for pool, x in zip(pools, end):
             pool.index_copy_(0, prompts.slots, x)
         self._kernels.wkv4_finish((-(-c // 256), b.rows), 256, y, r, prompts.place, b.att, chained=True)

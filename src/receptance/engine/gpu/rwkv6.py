@@ -3,16 +3,13 @@
 RWKV-6's mixes depend on the token: before the projections, a low-rank map of one mix makes the other five.
 """
 
-import struct
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from receptance.engine.gpu.chain import Product, TimePart
-from receptance.engine.gpu.gemv import ADD, TANH, WARPS, WRITE
+from receptance.engine.gpu.gemv import TANH, WRITE, Matrix
 from receptance.engine.gpu.model import (
     STEP_THREADS,
     Buffers,
@@ -21,11 +18,13 @@ from receptance.engine.gpu.model import (
     Layer,
     Part,
     Projection,
-    Prompts,
     TimeLayer,
     vector,
 )
 from receptance.ops import wkv6
+
+if TYPE_CHECKING:
+    from receptance.engine.gpu.prompts import Prompts
 
 TOKENS = 8  # of a block around the operator on prompts
 SAME, MIXED, BEFORE, R, K, V, G, W = range(8)  # of RWKV-6's mixed rows; the first three are the norm's
@@ -41,7 +40,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Weights6(Weights):
-    mix_in: Tensor  # [5 P, C]
+    mix_in: Matrix  # [5 P, C]
     mix_out: Tensor  # [5, P, C], in the order R, K, V, G, W
     mix_base: Tensor  # [5, C]
     decay_in: Tensor  # [C, Q], in × out
@@ -90,33 +89,9 @@ class TimeMix5:
     def layer(self, block: Any, cast: Cast) -> TimeLayer:
         att = block.att
         mixes = torch.cat([1 - getattr(att, f"time_mix_{x}").reshape(1, -1) for x in "rkvg"[: self.count]])
-        inputs = cast(torch.cat(self._stack(att)))
-        return TimeLayer(cast(mixes), inputs, cast(att.output.weight), self._weights(att, cast, inputs))
-
-    def chain(self) -> TimePart:
-        gpu, b = self.gpu, self.gpu.rows
-        tasks = gpu.tasks(self.projection, 16)
-        products, layers = [], []
-        for layer, state in zip(gpu.layers, gpu.state["wkv"]):
-            time, own = layer.time, layer.time.own
-            inputs = Product(time.inputs, b.mixed[0], b.time.flat, WRITE, tasks=tasks)
-            products.append([*self._chain_mix(own, b), inputs, Product(time.output, b.att, b.x, ADD)])
-            layers.append([own.decay, own.bonus, *own.norm, *self._chain_weights(own), state])
-        tensors = [*b.time.regions[:3], self._gate(b), *self._chain_tensors(b), b.att]
-        numbers = struct.pack("if", self.h, self.heads_eps)
-        team = (self.n // 8 + 1) * 5 * self.n * 4 + 64  # the mixes' sums: Mix, which is larger than StepOfFew
-        shared = 32 * WARPS // (4 * self.n) * team
-        return TimePart("chain6.cu", self.macros, products, layers, tensors, numbers, shared)
-
-    def _chain_mix(self, own: Any, b: Buffers) -> list[Product]:
-        """The product that comes before the mixes."""
-        return []
-
-    def _chain_weights(self, own: Any) -> Sequence[Tensor | None]:
-        return None, None, None
-
-    def _chain_tensors(self, b: Buffers) -> Sequence[Tensor | None]:
-        return None, None
+        inputs = cast.matrix(torch.cat(self._stack(att)))
+        own = self._weights(att, cast, inputs.full)
+        return TimeLayer(cast(mixes), inputs, cast.matrix(att.output.weight), own)
 
     def buffers(self, rows: int) -> Any:
         return None
@@ -158,11 +133,11 @@ class TimeMix5:
         grid = self.h, self.gpu.shares(rows, self.h, threads)
         self._kernels.wkv6_step_many(grid, threads, *self._step_inputs(index, own, b, slots), low, rows)
 
-    def prefill(self, index: int, layer: Layer, prompts: Prompts) -> None:
+    def prefill(self, index: int, layer: Layer, prompts: "Prompts") -> None:
         self._project(layer, prompts.b, prompts.b.rows)
         self._operator(index, layer.time.own, prompts, None)
 
-    def _operator(self, index: int, own: Weights, prompts: Prompts, low: Tensor | None) -> None:
+    def _operator(self, index: int, own: Weights, prompts: "Prompts", low: Tensor | None) -> None:
         gpu, b = self.gpu, prompts.b
         grid, threads = (self.h, -(-b.rows // TOKENS)), 32 * TOKENS
         if prompts.own is None:  # padding is zeros, which leave the state alone: e^0, and nothing written
@@ -208,18 +183,18 @@ class TimeMix6(TimeMix5):
         # of the norm's three mixes one is this token and one the previous
         mixes = torch.stack([torch.zeros_like(att.time_maa_x), att.time_maa_x, torch.ones_like(att.time_maa_x)])
         order = [3, 1, 2, 4, 0]  # of w, k, v, r, g
-        inputs = cast(torch.cat([*self._stack(att), att.time_decay_w1.T]))
+        inputs = cast.matrix(torch.cat([*self._stack(att), att.time_decay_w1.T]))
         mix_in = att.time_maa_w1.T.reshape(5, -1, c)[order]
         base = [getattr(att, f"time_maa_{x}").reshape(1, c) for x in "rkvgw"]
         own = Weights6(
-            **vars(self._weights(att, cast, inputs)),
-            mix_in=cast(mix_in.reshape(-1, c)),
+            **vars(self._weights(att, cast, inputs.full)),
+            mix_in=cast.matrix(mix_in.reshape(-1, c)),
             mix_out=cast(att.time_maa_w2[order]),
             mix_base=cast(torch.cat(base)),
-            decay_in=inputs[4 * c :].T,
+            decay_in=inputs.full[4 * c :].T,
             decay_out=cast(att.time_decay_w2),
         )
-        return TimeLayer(cast(mixes.view(3, c)), inputs, cast(att.output.weight), own)
+        return TimeLayer(cast(mixes.view(3, c)), inputs, cast.matrix(att.output.weight), own)
 
     def buffers(self, rows: int) -> Any:
         """The mixes' inner vectors [rows, 5 P], and the maps' outputs [5, rows, C] and [rows, C]."""
@@ -229,19 +204,10 @@ class TimeMix6(TimeMix5):
 
         return empty(rows, 5 * self.mix_rank), empty(5, rows, self.c), empty(rows, self.c)
 
-    def _chain_mix(self, own: Any, b: Buffers) -> list[Product]:
-        return [Product(own.mix_in, b.mixed[MIXED], b.own[0], WRITE, TANH)]
-
-    def _chain_weights(self, own: Any) -> Sequence[Tensor | None]:
-        return own.mix_out, own.mix_base, own.decay_out
-
-    def _chain_tensors(self, b: Buffers) -> Sequence[Tensor | None]:
-        return b.own[0], b.time.regions[4]
-
     def _mix(self, own: Weights6, b: Buffers, rows: int) -> None:
         """b.mixed[R:] by cuBLAS."""
         inner, low, _ = b.own
-        torch.mm(b.mixed[MIXED, :rows], own.mix_in.T, out=inner[:rows])
+        torch.mm(b.mixed[MIXED, :rows], own.mix_in.full.T, out=inner[:rows])
         self.gpu.activate(inner[None, :rows], [TANH])
         torch.bmm(inner[:rows].view(rows, 5, -1).transpose(0, 1), own.mix_out, out=low[:, :rows])
         groups = rows * self.c // 8
@@ -273,7 +239,7 @@ class TimeMix6(TimeMix5):
         gpu.project(layer.time.inputs, b.mixed[0, :batch], b.time.flat, WRITE, projection=self.projection)
         self._step(index, own, b, slots, b.time.regions[4], own.decay_out)
 
-    def prefill(self, index: int, layer: Layer, prompts: Prompts) -> None:
+    def prefill(self, index: int, layer: Layer, prompts: "Prompts") -> None:
         b, own = prompts.b, layer.time.own
         self._mix(own, b, b.rows)
         self._project(layer, b, b.rows)

@@ -4,15 +4,13 @@ r, k, v and the low-rank maps' inner vectors are one product; the maps' second h
 the state, group norm, bonus and gate are one kernel.
 """
 
-import struct
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from receptance.engine.gpu.chain import Product, TimePart
-from receptance.engine.gpu.gemv import ADD, NONE, SIGMOID, TANH, WARPS, WRITE
+from receptance.engine.gpu.gemv import NONE, SIGMOID, TANH, WRITE
 from receptance.engine.gpu.model import (
     STEP_THREADS,
     Buffers,
@@ -21,10 +19,12 @@ from receptance.engine.gpu.model import (
     Layer,
     Part,
     Projection,
-    Prompts,
     TimeLayer,
 )
 from receptance.ops import wkv7
+
+if TYPE_CHECKING:
+    from receptance.engine.gpu.prompts import Prompts
 
 R, K, V, W, A, G = range(6)  # order of the mixes; the last four feed the low-rank maps
 TOKENS = 8  # of a block around the operator on prompts
@@ -85,14 +85,14 @@ class TimeMix7:
         rkv = att.receptance.weight, att.key.weight, att.value.weight
         mixes = att.x_r, att.x_k, att.x_v, att.x_w, att.x_a, att.x_g
         vectors = att.w0, att.a0, v0, att.k_k, att.k_a, att.r_k, att.ln_x.weight, att.ln_x.bias
-        inputs = cast(torch.cat([*rkv, *(pad(x.T, (0, 0, 0, padded - x.shape[1])) for x in firsts)]))
+        inputs = cast.matrix(torch.cat([*rkv, *(pad(x.T, (0, 0, 0, padded - x.shape[1])) for x in firsts)]))
         own = Weights(
-            rkv=inputs[: 3 * c].view(3, c, c).transpose(1, 2),
-            first_halves=inputs[3 * c :].view(4, -1, c).transpose(1, 2),
+            rkv=inputs.full[: 3 * c].view(3, c, c).transpose(1, 2),
+            first_halves=inputs.full[3 * c :].view(4, -1, c).transpose(1, 2),
             low_rank=cast(torch.stack([pad(x, (0, 0, 0, padded - x.shape[0])) for x in seconds])),
             vectors=tuple(cast(x.flatten()) for x in vectors),
         )
-        return TimeLayer(cast(torch.cat([x.reshape(1, c) for x in mixes])), inputs, cast(att.output.weight), own)
+        return TimeLayer(cast(torch.cat([x.reshape(1, c) for x in mixes])), inputs, cast.matrix(att.output.weight), own)
 
     def buffers(self, rows: int) -> Own:
         return Own(rows, self.c, max(self.ranks), self.gpu.dtype, self.gpu.device)
@@ -117,21 +117,6 @@ class TimeMix7:
             grid = self.h, gpu.shares(batch, self.h, threads)
             self._kernels.wkv7_step_many(grid, threads, rkv, b.rows * c, b.own.low, b.rows * c, *rest, batch)
 
-    def chain(self) -> TimePart:
-        gpu, b = self.gpu, self.gpu.rows
-        tasks = gpu.tasks(self.projection, 16)
-        products, layers = [], []
-        for layer, state in zip(gpu.layers, gpu.state["wkv"]):
-            time, own = layer.time, layer.time.own
-            inputs = Product(time.inputs, b.mixed[0], b.time.flat, WRITE, tasks=tasks)
-            products.append([inputs, Product(time.output, b.att, b.x, ADD)])
-            layers.append([own.low_rank, *own.vectors, state])
-        tensors = b.time.flat, b.time.regions[3], b.own.v_first, b.att
-        numbers = struct.pack("if", self.h, self.heads_eps)
-        team = (self.n // 8 * 4 + 24) * self.n * 4 + 64  # parts of sums, vectors and channels of a head: StepOfFew
-        shared = (32 * WARPS // (4 * self.n)) * team
-        return TimePart("chain7.cu", self.macros, products, layers, tensors, numbers, shared)
-
     def _low_rank(self, own: Weights, b: Buffers, rows: int) -> None:
         """b.own.low: the low-rank maps of the last four mixes."""
         inner = b.own.inner[: 4 * rows * max(self.ranks)].view(4, rows, -1)
@@ -139,7 +124,7 @@ class TimeMix7:
         self.gpu.activate(inner, self.activations)
         torch.bmm(inner, own.low_rank, out=b.own.low[:, :rows])
 
-    def prefill(self, index: int, layer: Layer, prompts: Prompts) -> None:
+    def prefill(self, index: int, layer: Layer, prompts: "Prompts") -> None:
         gpu, own, b = self.gpu, layer.time.own, prompts.b
         shape, grid, threads = (prompts.n, prompts.t, self.h, self.n), (self.h, -(-b.rows // TOKENS)), 32 * TOKENS
         if prompts.own is None:  # padding is zeros, which leave the state alone: e^0, and nothing written

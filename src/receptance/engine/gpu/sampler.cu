@@ -1,6 +1,6 @@
 // From logits to the next token, a block for each row: bias and penalties, truncation by top_p, top_k and min_p of the
 // untempered distribution, temperature, and the inverse of the cumulative distribution. Nothing is sorted: the least
-// probability kept is found digit by digit, in histograms of the distance to the largest logit.
+// probability kept is found in a histogram of the distance to the largest logit, then digit by digit in one of its bins.
 //
 // Sums that decide something are integers (probabilities in units of 2^-40), so that their order does not matter.
 // -DCLUSTER blocks share a row, each a run of ids, and read each other's sums; all come to the same cuts.
@@ -39,16 +39,17 @@ template <class T> DEVICE const T* of_block(const T* p, int) { return p; }
 
 struct Shared {
     u32 low[BINS], high[BINS], count[BINS];  // a bin's mass in two words: atomics of 64 bits are loops
-    u64 sums[THREADS / 32];
-    u64 total, mine;
-    float tops[THREADS / 32];
-    int ids[THREADS / 32];
-    u32 bin, counted, listed;
+    u64 sums[WARPS];
+    u64 total, mine, massed, share_mass;  // share: of the bins that this block adds up for its row
+    float tops[WARPS];
+    int ids[WARPS];
+    u32 bin, counted, listed, share_count;
     float top;
     int best;
-    u64 massed;
-    float list[LIST];  // distances
+    u32 list[LIST];  // the bits of distances in one bin, those of this block first
+    u8 owners[LIST];  // of which warp's run
 };
+static_assert(sizeof(Shared) <= SHARED_BYTES, "the launch must give this much");
 
 /// e^-distance in units, rounded; in two steps because conversions to 64 bits are slow.
 DEVICE u64 units(float distance) {
@@ -68,8 +69,9 @@ DEVICE u64 shuffle(u64 x, int lane) {
     const u32 low = __shfl_sync(~0u, (u32)x, lane), high = __shfl_sync(~0u, (u32)(x >> 32), lane);
     return (u64)high << 32 | low;
 }
-/// The sum of x over all threads before this one; `total` gets that over all.
-DEVICE u64 sum_before(u64 x, Shared& m) {
+static_assert(WARPS == 32, "sums of warps are a warp's");
+/// The sum of x over all threads before this one; total: over all.
+DEVICE u64 sum_before(u64 x, Shared& m, u64& total) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     u64 sum = x;
 #pragma unroll
@@ -80,11 +82,15 @@ DEVICE u64 sum_before(u64 x, Shared& m) {
     __syncthreads();
     if (lane == 31) m.sums[warp] = sum;
     __syncthreads();
-    u64 before = 0, total = 0;
-    for (int i = 0; i < THREADS / 32; ++i) before += i < warp ? m.sums[i] : 0, total += m.sums[i];
-    if (threadIdx.x == 0) m.total = total;
-    __syncthreads();
-    return before + sum - x;
+    u64 warps = m.sums[lane];  // as many as lanes
+#pragma unroll
+    for (int by = 1; by < 32; by *= 2) {
+        const u64 other = shuffle_up(warps, by);
+        if (lane >= by) warps += other;
+    }
+    total = shuffle(warps, 31);
+    const u64 before = shuffle(warps, warp ? warp - 1 : 0);
+    return (warp ? before : 0) + sum - x;
 }
 
 /// Four logits at i, a multiple of four; rows lie apart by one.
@@ -114,65 +120,69 @@ template <class Load, class Body> DEVICE void for_all(int first, int end, Load l
     }
 }
 
-/// The largest distance kept by top_k and top_p, as its bits: the first position, from the most probable token on, that is
-/// the k-th or at which the sum of probabilities reaches top_p; tokens as probable as that one are kept too.
-template <class Load>
-DEVICE u32 largest_kept(Shared& m, int vocab, int first, int end, u32 k, double top_p, float top, Load load) {
-    // distances are positive floats and ordered as their bits are. First 2048 bins of equal width, which spread the tokens,
-    // then the one that matters in 2048 ranges of bits, until a range is one number
-    u32 low = 0, high = 0x7f800001, counted = 0;
-    u64 massed = 0, wanted = ~0ull;
-    const bool counts_matter = k < (u32)vocab;
-    int shift = -1;
-#pragma unroll 1
-    while (high - low > 1) {
+/// Where the search for the largest distance kept by top_k and top_p stands: the first position, from the most probable token on,
+/// that is the k-th or at which the sum of probabilities reaches top_p; tokens as probable as that one are kept too.
+/// Distances are positive floats and ordered as their bits are.
+struct Search {
+    u32 k, low, high, counted;  // the bits lie in [low, high); positions before
+    u64 massed, wanted;  // probability before them, and that is to be reached
+    bool counts_matter;
+    int shift;  // of bits, to their bin; -1: bins of equal width, which spread the tokens
+
+    DEVICE void clear(Shared& m) const {
         for (int i = threadIdx.x; i < BINS; i += THREADS) m.low[i] = m.high[i] = m.count[i] = 0;
-        if (threadIdx.x == 0 && m.listed > LIST) m.listed = 0;
+        if (threadIdx.x == 0) m.bin = ~0u;
         __syncthreads();
-        const u32 listed = m.listed;
-        __syncthreads();
-        const auto enter = [&](float d) {
-            const u32 bits = __float_as_uint(d);
-            if (bits < low || bits >= high) return false;
-            const u32 bin = shift < 0 ? (d < BINS / 64 ? (u32)(d * 64.f) : BINS - 1) : (bits - low) >> shift;
-            if (counts_matter) atomicAdd(&m.count[bin], 1u);
-            const u64 mass = units(d);
-            if (mass) add_mass(m, bin, mass);
-            return true;
-        };
-        if (listed) {  // all that lies in the range
-            for (u32 i = threadIdx.x; i < listed; i += THREADS) enter(m.list[i]);
-        } else {
-            for_all(first, end, load, [&](int, float x) {
-                const float d = top - x;
-                if (!enter(d) || shift < 0) return;
-                const u32 at = atomicAdd(&m.listed, 1u);
-                if (at < LIST) m.list[at] = d;
-            });
-        }
-        sync_row();
-        // each thread two bins: the one in which the sums reach their goals
-        const int bin = threadIdx.x * 2;
-        u64 c0 = 0, c1 = 0, m0 = 0, m1 = 0;
+    }
+    DEVICE void enter(Shared& m, u32 bits) const {
+        if (bits < low || bits >= high) return;
+        const float d = __uint_as_float(bits);
+        const u32 bin = shift < 0 ? (d < BINS / 64 ? (u32)(d * 64.f) : BINS - 1) : (bits - low) >> shift;
+        if (counts_matter) atomicAdd(&m.count[bin], 1u);
+        const u64 mass = units(d);
+        if (mass) add_mass(m, bin, mass);
+    }
+    /// Go on in the bin where the sums reach their goal. BLOCKS have entered tokens, each adds up its share of the bins. top_p: of the first time.
+    template <int BLOCKS> DEVICE void narrow_down(Shared& m, int rank, double top_p) {
+        constexpr int SHARE = BINS / BLOCKS;
+        const int bin = (BLOCKS > 1 ? rank * SHARE : 0) + 2 * threadIdx.x;
+        const bool has_bins = 2 * threadIdx.x < SHARE;
+        u64 c[2] = {}, mass[2] = {}, count_of_share, mass_of_share;
+        BLOCKS > 1 ? sync_row() : __syncthreads();
+        if (has_bins)
 #pragma unroll
-        for (int i = 0; i < CLUSTER; ++i) {
-            const Shared& x = *of_block(&m, i);
-            c0 += x.count[bin], c1 += x.count[bin + 1];
-            m0 += (u64)x.high[bin] << 32 | x.low[bin], m1 += (u64)x.high[bin + 1] << 32 | x.low[bin + 1];
+            for (int i = 0; i < BLOCKS; ++i) {
+                const Shared& x = BLOCKS > 1 ? *of_block(&m, i) : m;
+                for (int j = 0; j < 2; ++j) c[j] += x.count[bin + j], mass[j] += (u64)x.high[bin + j] << 32 | x.low[bin + j];
+            }
+        u64 counts = counted + sum_before(c[0] + c[1], m, count_of_share);
+        u64 masses = massed + sum_before(mass[0] + mass[1], m, mass_of_share);
+        u64 total = mass_of_share;
+        if (BLOCKS > 1) {
+            if (threadIdx.x == 0) m.share_count = (u32)count_of_share, m.share_mass = mass_of_share;
+            sync_row();
+            total = 0;
+            for (int i = 0; i < BLOCKS; ++i) {
+                const u64 x = *of_block(&m.share_mass, i);
+                total += x;
+                if (i < rank) masses += x, counts += *of_block(&m.share_count, i);
+            }
         }
-        const u64 counts = counted + sum_before(c0 + c1, m), masses = massed + sum_before(m0 + m1, m);
-        if (shift < 0 && top_p < 1.) wanted = (u64)(top_p * (double)m.total + 0.5);
-        const auto reached = [&](u64 count, u64 mass) { return count >= k || mass >= wanted; };
+        if (shift < 0 && top_p < 1.) wanted = (u64)(top_p * (double)total + 0.5);
+        const auto reached = [&](u64 count, u64 sum) { return count >= k || sum >= wanted; };
         const bool is_last = bin == BINS - 2;  // rounding may keep the sum below its goal
-        if (!reached(counts, masses) && (reached(counts + c0 + c1, masses + m0 + m1) || is_last)) {
-            const bool in_first = reached(counts + c0, masses + m0);
+        if (has_bins && !reached(counts, masses) && (reached(counts + c[0] + c[1], masses + mass[0] + mass[1]) || is_last)) {
+            const bool in_first = reached(counts + c[0], masses + mass[0]);
             m.bin = bin + !in_first;
-            m.counted = (u32)(counts + (in_first ? 0 : c0)), m.massed = masses + (in_first ? 0 : m0);
+            m.counted = (u32)(counts + (in_first ? 0 : c[0])), m.massed = masses + (in_first ? 0 : mass[0]);
         }
-        __syncthreads();
-        const u32 found = m.bin;
-        counted = m.counted, massed = m.massed;
-        sync_row();
+        BLOCKS > 1 ? sync_row() : __syncthreads();
+        u32 found = 0;
+        for (int i = 0; i < BLOCKS; ++i) {
+            const Shared& x = BLOCKS > 1 ? *of_block(&m, i) : m;
+            if (x.bin != ~0u) found = x.bin, counted = x.counted, massed = x.massed;
+        }
+        BLOCKS > 1 ? sync_row() : __syncthreads();
         if (shift < 0) {
             low = __float_as_uint(found / 64.f);
             if (found < BINS - 1) high = __float_as_uint((found + 1) / 64.f);
@@ -183,8 +193,8 @@ DEVICE u32 largest_kept(Shared& m, int vocab, int first, int end, u32 k, double 
         shift = 32 - __clz(high - low - 1) - 11;
         if (shift < 0) shift = 0;
     }
-    return low;
-}
+    DEVICE bool is_done() const { return high - low <= 1; }
+};
 
 /// Blocks CLUSTER · rows. logits [rows, V], float32 or, where `half` is not null, of type E. tokens [rows]: -1 where logits are not numbers; again: the
 /// next step's inputs, or null.
@@ -268,16 +278,16 @@ extern "C" __global__ void __launch_bounds__(1024) sample(
     int token = is_number ? best : -1;
     bool is_mine = rank == 0;  // which of the row's blocks has the token
     if (is_number && p.temperature > 0.f) {
-        u32 kept = 0x7f7fffff;  // the bits of the largest finite distance
-        if (p.top_p < 1. || p.top_k < vocab) kept = largest_kept(m, vocab, from_id, to_id, p.top_k, p.top_p, top, logit);
-        if (p.min_p > 0.f) {  // e^-distance >= min_p
+        u32 cap = 0x7f7fffff;  // the bits of the largest finite distance, or of the largest of min_p: e^-distance >= min_p
+        if (p.min_p > 0.f) {
             const float most = -LN_2 * lg2(p.min_p) * 1.000001f;
-            if (!(most >= __uint_as_float(kept))) kept = most > 0.f ? __float_as_uint(most) : 0u;
+            if (!(most >= __uint_as_float(cap))) cap = most > 0.f ? __float_as_uint(most) : 0u;
         }
         // each warp a run of ids, which its lanes read side by side; what comes before a run is all that order decides
         const int each = (run + WARPS * STRIDE - 1) / (WARPS * STRIDE) * STRIDE, first = from_id + warp * each;
         const int end = first + each < to_id ? first + each : to_id;
         const float scale = 1.f / (p.temperature > 1e-6f ? p.temperature : 1e-6f);
+        u32 kept = cap;
         const auto shares = [&](int i, u64 (&share)[4]) {
             const Four x = logit(i);
 #pragma unroll
@@ -288,12 +298,73 @@ extern "C" __global__ void __launch_bounds__(1024) sample(
             return share[0] + share[1] + share[2] + share[3];
         };
         u64 mine = 0, share[4];
+        bool is_summed = false;
+        if (p.top_p < 1. || p.top_k < vocab) {
+            u32 own = 0;  // of the list
+            Search search = {(u32)p.top_k, 0, 0x7f800001, 0, 0, ~0ull, p.top_k < vocab, -1};
+#pragma unroll 1
+            do {
+                search.clear(m);
+                for_all(from_id, to_id, logit, [&](int, float x) { search.enter(m, __float_as_uint(top - x)); });
+                const bool is_first = search.shift < 0;
+                search.narrow_down<CLUSTER>(m, rank, p.top_p);
+                if (!is_first) continue;
+                // a pass that adds up what is surely kept, and lists what lies in the bin
+#pragma unroll 2
+                for (int i = first + 4 * lane; i < end; i += STRIDE) {
+                    const Four x = logit(i);
+#pragma unroll
+                    for (int j = 0; j < 4; ++j) {
+                        const float d = top - x.f[j];
+                        const u32 bits = __float_as_uint(d);
+                        if (i + j >= end || bits >= search.high) continue;
+                        if (bits < search.low) mine += bits <= cap ? units(d * scale) : 0ull;
+                        else {
+                            const u32 at = atomicAdd(&m.listed, 1u);
+                            if (at < LIST) m.list[at] = bits, m.owners[at] = warp;
+                        }
+                    }
+                }
+                sync_row();
+                own = m.listed;
+                u32 listed = own;
+                for (int i = 0; i < CLUSTER; ++i) listed += i == rank ? 0 : *of_block(&m.listed, i);
+                is_summed = listed <= LIST;
+                if (!is_summed) continue;
+                u32 to = own;
+                for (int i = 0; i < CLUSTER; ++i) {
+                    if (i == rank) continue;
+                    const Shared& x = *of_block(&m, i);
+                    const u32 n = x.listed;
+                    for (u32 at = threadIdx.x; at < n; at += THREADS) m.list[to + at] = x.list[at];
+                    to += n;
+                }
+                while (!search.is_done()) {
+                    search.clear(m);
+                    for (u32 i = threadIdx.x; i < listed; i += THREADS) search.enter(m, m.list[i]);
+                    search.narrow_down<1>(m, 0, 1.);
+                }
+            } while (!search.is_done());
+            kept = search.low < cap ? search.low : cap;
+            if (is_summed) {
+                if (lane == 0) m.low[warp] = m.high[warp] = 0;
+                __syncthreads();
+                for (u32 i = threadIdx.x; i < own; i += THREADS)
+                    if (m.list[i] <= kept) add_mass(m, m.owners[i], units(__uint_as_float(m.list[i]) * scale));
+                __syncthreads();
+                if (lane == 0) mine += (u64)m.high[warp] << 32 | m.low[warp];
+            }
+        }
+        if (!is_summed) {
+            mine = 0;
 #pragma unroll 4
-        for (int i = first + 4 * lane; i < end; i += STRIDE) mine += shares(i, share);
-        const u64 lanes_before = sum_before(mine, m);
-        u64 others = 0, total = m.total;  // of the blocks before this one, and of all
+            for (int i = first + 4 * lane; i < end; i += STRIDE) mine += shares(i, share);
+        }
+        u64 others = 0, sum_of_block, total;  // of the blocks before this one, of this one, of all
+        const u64 lanes_before = sum_before(mine, m, sum_of_block);
+        total = sum_of_block;
         if (CLUSTER > 1) {
-            if (threadIdx.x == 0) m.mine = m.total;
+            if (threadIdx.x == 0) m.mine = sum_of_block;
             sync_row();
             total = 0;
             for (int i = 0; i < CLUSTER; ++i) {
@@ -304,7 +375,7 @@ extern "C" __global__ void __launch_bounds__(1024) sample(
         u64 before = shuffle(lanes_before, 0);
         u64 point = (u64)(p.uniform * (double)total);
         if (point >= total) point = total - 1;
-        is_mine = others <= point && point < others + m.total;
+        is_mine = others <= point && point < others + sum_of_block;
         point -= others;  // wraps around where it is another block's
         if (is_mine && before <= point && point < shuffle(lanes_before + mine, 31)) {
 #pragma unroll 4
@@ -339,5 +410,6 @@ extern "C" __global__ void __launch_bounds__(1024) sample(
     if (is_mine && threadIdx.x == 0) {
         tokens[row] = token;
         if (again) again[row] = token < 0 ? 0 : token;
-    }    if (CLUSTER > 1) sync_row();  // others may still read this block's sums
+    }
+    if (CLUSTER > 1) sync_row();  // others may still read this block's sums
 }

@@ -13,9 +13,9 @@ from receptance.engine.table_sampler import TableSampler
 from receptance.ops import cuda
 
 THREADS, BINS, LIST = 1024, 2048, 4096
-SHARED_BYTES = BINS * 12 + LIST * 4 + THREADS // 32 * 16 + 64
+SHARED_BYTES = BINS * 12 + LIST * 5 + THREADS // 32 * 16 + 96
 
-CLUSTERS = (16, 8), (48, 4), (96, 2)  # up to how many rows so many blocks share one
+CLUSTERS = (16, 4), (64, 2)  # up to how many rows so many blocks share one
 
 
 class GpuSampler(TableSampler):
@@ -38,7 +38,9 @@ class GpuSampler(TableSampler):
         """A row's logits go to `cluster` blocks."""
         if cluster not in self._kernels:
             macros = {"BFLOAT16": 1} if self.dtype == torch.bfloat16 else {}
-            program = cuda.load(Path(__file__).with_name("sampler.cu"), CLUSTER=cluster, **macros)
+            program = cuda.load(
+                Path(__file__).with_name("sampler.cu"), CLUSTER=cluster, SHARED_BYTES=SHARED_BYTES, **macros
+            )
             self._kernels[cluster] = program.sample
         return self._kernels[cluster]
 

@@ -9,16 +9,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from receptance.engine.gpu.model import GpuModel
+from receptance.engine.gpu.model import GpuModel, bucket
 from receptance.engine.gpu.sampler import GpuSampler
 from receptance.engine.table_sampler import ROW
 
 UNIFORM: int = ROW.fields["uniform"][1] // 8  # type: ignore[index]
-
-
-def bucket(rows: int, most: int) -> int:
-    """The number of rows that is run for `rows`: a power of two, at most `most`."""
-    return min(1 << (rows - 1).bit_length(), most)
 
 
 @dataclass(eq=False)
@@ -49,8 +44,9 @@ class Step:
 class Stepper:
     """Gives each of some sequences a token and draws the next.
 
-    The graph for each bucket of rows is captured at its first step (a fraction of a second); rows beyond the batch work
-    on the pool's last row, and take the largest logit.
+    The graph for each bucket of rows is captured at its first step (a fraction of a second; once on each GPU about a
+    second more to choose its kernels, see `GpuModel.tune`); rows beyond the batch work on the pool's last row, and take
+    the largest logit.
     """
 
     def __init__(self, model: GpuModel, sampler: GpuSampler):
@@ -114,6 +110,7 @@ class Stepper:
         step = Step.of(size, self.model.device)
         if self.model.device.type != "cuda":
             return step
+        self.model.tune(size)
         step.parts(step.inputs)[2].fill_(self.model.slots)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())

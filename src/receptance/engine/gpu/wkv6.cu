@@ -87,7 +87,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, STEP_THREADS / THREADS) wk
     }
 }
 
-/// For prompts: place[token]: its place in the operator's tensors [batch, T, H, N]: r, k, v in `inputs`, the decay's logarithm.
+/// For prompts: place[token]: its place in the operator's tensors [batch, T, H, N], -1 for padding: r, k, v in `inputs`, the decay's logarithm.
 /// low [rows, C] or null.
 extern "C" __global__ void __launch_bounds__(256) wkv6_prepare(
     const u16* r, const u16* k, const u16* v, const u16* low, const float* base, const int* place, u16* inputs,
@@ -95,7 +95,7 @@ extern "C" __global__ void __launch_bounds__(256) wkv6_prepare(
     let_next_start();
     wait_for_previous();
     const int head = blockIdx.x, row = blockIdx.y * TOKENS + threadIdx.x / 32, C = gridDim.x * N;
-    if (row >= rows) return;
+    if (row >= rows || place[row] < 0) return;
     const int channel = head * N + threadIdx.x % 32 * EACH;
     const i64 at = (i64)row * C + channel, to = (i64)place[row] * C + channel;
     Few decay;
@@ -114,7 +114,7 @@ extern "C" __global__ void __launch_bounds__(256) wkv6_finish(
     let_next_start();
     wait_for_previous();
     const int head = blockIdx.x, row = blockIdx.y * TOKENS + threadIdx.x / 32, C = gridDim.x * N;
-    if (row >= rows) return;
+    if (row >= rows || place[row] < 0) return;
     const int channel = head * N + threadIdx.x % 32 * EACH;
     const i64 at = (i64)row * C + channel;
     Few x = normed(read(y + (i64)place[row] * C + channel), channel, eps, norm_weight, norm_bias);

@@ -58,14 +58,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, STEP_THREADS / THREADS) wk
     }
 }
 
-/// place[token]: its place in the operator's tensors [batch, T, H, N]: six of them, r, log decay, k, v, a, b.
+/// place[token]: its place in the operator's tensors [batch, T, H, N], -1 for padding: six of them, r, log decay, k, v, a, b.
 extern "C" __global__ void __launch_bounds__(256) wkv7_prepare(
     const u16* rkv, int stride, const u16* low, u16* v_first, int is_first, const u16* w0, const u16* a0, const u16* v0,
     const u16* k_k, const u16* k_a, const u16* r_k, const int* place, u16* inputs, int inputs_stride, float* bonuses, int rows) {
     let_next_start();
     wait_for_previous();
     const int head = blockIdx.x, row = blockIdx.y * TOKENS + threadIdx.x / 32, H = gridDim.x, C = H * N;
-    if (row >= rows) return;
+    if (row >= rows || place[row] < 0) return;
     const int channel = head * N + threadIdx.x % 32 * EACH;
     const i64 at = (i64)row * C + channel;
     const auto given = [&](const u16* x, int part) { return read(x + (i64)part * stride + at); };
@@ -104,7 +104,7 @@ extern "C" __global__ void __launch_bounds__(256) wkv7_finish(
     let_next_start();
     wait_for_previous();
     const int head = blockIdx.x, row = blockIdx.y * TOKENS + threadIdx.x / 32, H = gridDim.x, C = H * N;
-    if (row >= rows) return;
+    if (row >= rows || place[row] < 0) return;
     const int channel = head * N + threadIdx.x % 32 * EACH;
     const i64 from = (i64)place[row] * C + channel, at = (i64)row * C + channel;
     const Few value = read(v + from), g = read(gate + at);
