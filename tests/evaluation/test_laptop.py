@@ -91,7 +91,7 @@ def test_costs(tmp_path):
     rows = compared("costs-laptop", tmp_path)
     for name in ("RWKV-4", "RWKV-7"):
         assert len(set(rows[name]["generation"]["state_bytes"])) == 1
-        assert rows[name]["generation"]["exponent"] == pytest.approx(1, abs=0.25)  # a busy machine is no clock
+        assert rows[name]["generation"]["exponent"] == pytest.approx(1, abs=0.1)
     cache = rows["Transformer"]["generation"]
     assert cache["state_bytes"][-1] == 16 * cache["state_bytes"][0]
     assert rows["Transformer"]["training"]["length"][-1] == 2048
@@ -137,7 +137,8 @@ def test_copying(tmp_path):
 
 def test_digits(tmp_path, shared):
     scores = learnt("digits-laptop", tmp_path, shared / "data/image")
-    assert max(score["accuracy"] for score in scores.values()) > 0.3  # chance is 0.1
+    for name in ("RWKV-7", "RWKV-4"):
+        assert scores[name, "digits of 49 pixels in 16 shades"]["accuracy"] > 0.4  # chance is 0.1
 
 
 def test_listops(tmp_path):

@@ -81,7 +81,7 @@ def read_trials(path: Path, overrides: Mapping[str, str] = {}) -> tuple[Path, li
 
 
 def _task(path: Path, given: Mapping[str, Any], root: Path) -> tuple[Task, tuple[Task, ...], dict[str, Any]]:
-    fields = dict(given)
+    fields = {key: tuple(x) if isinstance(x, list) and key != "test_lengths" else x for key, x in given.items()}
     kind, lengths, options = fields.pop("task", None), fields.pop("test_lengths", []), fields.pop("train", {})
     if kind not in TASKS:
         raise ConfigError(f"{path}: unknown task {kind!r}; there are {sorted(TASKS)}")

@@ -83,7 +83,8 @@ def draw_comparison(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         by_time.plot(seconds, losses, **look)
         texts = [text for text in mine[0]["looks"][0] if text != "tokens"] if mine[0]["looks"] else []
         for text in texts[:1]:
-            at, bits = mean_curve([[(x["tokens"], x[text]) for x in row["looks"] if text in x] for row in mine])
+            looks = ([(x["tokens"], x[text]) for x in row["looks"] if x.get(text) is not None] for row in mine)
+            at, bits = mean_curve(list(looks))
             held.plot([x / 1e6 for x in at], bits, markersize=4, **style(name, names))
             tidy(held, "million tokens", f"bits per byte, {text}", "held out")
     for axes, skip in ((by_tokens, 0.1), (by_time, 0.1), (held, 0.0)):
