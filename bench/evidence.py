@@ -12,6 +12,7 @@ import json
 import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -241,10 +242,11 @@ def scaling_table(name: str) -> str:
     return table(["model", "parameters, million", "tokens, million", "bits per byte"], body)
 
 
+@cache  # seconds
 def scaling_laws(name: str) -> list[Row]:
-    rows = rows_of(name)
-    families = list(dict.fromkeys(row["name"] for row in rows))
-    laws = [scaling.fit([row | {"family": family} for row in rows if row["name"] == family]) for family in families]
+    rows = [row | {"family": row["name"].split(",")[0]} for row in rows_of(name)]  # RWKV-7, 900,000, 2,500,000
+    families = dict.fromkeys(row["family"] for row in rows)
+    laws = [scaling.fit([row for row in rows if row["family"] == family]) for family in families]
     return [law for law in laws if law is not None]
 
 

@@ -117,7 +117,7 @@ def test_pixels_are_read_row_by_row_and_the_label_is_asked_for_at_the_end(images
 def test_validation_and_test_images_are_not_trained_on(images, monkeypatch):
     seen = {}
     rows = Digits._rows
-    monkeypatch.setattr(Digits, "_rows", lambda self, part, index, _=1: seen.setdefault(len(seen), (part, index)))
+    monkeypatch.setattr(Digits, "_rows", lambda self, part, index: seen.setdefault(len(seen), (part, index)))
     task = Digits(side=7)
     task.examples(60_000, rng()), task.held(60_000, rng()), task.test(rng())
     (train, a), (valid, b), (test, c) = seen.values()
@@ -143,17 +143,6 @@ def test_shades_are_steps_of_equal_width(images):
     assert len(np.unique(coarse.test(rng())[0])) == 4
     with pytest.raises(ConfigError, match="9 shades"):
         Digits(shades=9)
-
-
-def test_the_digit_is_asked_for_at_the_last_pixels_in_training_alone(images):
-    task = Digits(side=7, asked=9)
-    _, targets = task.examples(20, rng())
-    assert (targets[:, :-9] == IGNORE).all()
-    assert (targets[:, -9:] == Digits(side=7).examples(20, rng())[1][:, -1:]).all()
-    for _, targets in (task.held(20, rng()), task.test(rng())):
-        assert ((targets != IGNORE).sum(1) == 1).all()
-    with pytest.raises(ConfigError, match="asked 50: from 1 to the 49"):
-        Digits(side=7, asked=50)
 
 
 def test_mnist_files_are_read_plain_and_packed(tmp_path):

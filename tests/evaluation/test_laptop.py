@@ -91,7 +91,8 @@ def test_costs(tmp_path):
     rows = compared("costs-laptop", tmp_path)
     for name in ("RWKV-4", "RWKV-7"):
         assert len(set(rows[name]["generation"]["state_bytes"])) == 1
-        assert rows[name]["generation"]["exponent"] == pytest.approx(1, abs=0.1)
+        assert rows[name]["generation"]["exponent"] == pytest.approx(1, abs=0.2)
+        assert rows[name]["generation"]["exponent"] < rows["Transformer"]["generation"]["exponent"] - 0.2
     cache = rows["Transformer"]["generation"]
     assert cache["state_bytes"][-1] == 16 * cache["state_bytes"][0]
     assert rows["Transformer"]["training"]["length"][-1] == 2048
@@ -102,8 +103,8 @@ def test_scaling(tmp_path, texts):
     found = json.loads((tmp_path / "out/scaling.json").read_text())
     assert len(found["runs"]) == 6
     (law,) = found["laws"]
-    assert law["compute"]["exponent"] > 0.01  # more compute, less loss
-    assert law["held_out"]["predicted"] == pytest.approx(law["held_out"]["loss"], rel=0.3)
+    assert law["compute"]["exponent"] > 0.05  # more compute, less loss
+    assert law["held_out"]["predicted"] == pytest.approx(law["held_out"]["loss"], rel=0.1)
 
 
 def test_recall(tmp_path):

@@ -21,10 +21,10 @@ from receptance.errors import ConfigError
 from receptance.evaluation.synthetic import Ids, Task
 
 
-def at_end(tokens: Ids, answers: Ids, places: int = 1) -> tuple[Ids, Ids]:
-    """Targets of rows [n, T] that ask at the last token, or at each of the last `places`."""
+def at_end(tokens: Ids, answers: Ids) -> tuple[Ids, Ids]:
+    """Targets of rows [n, T] that ask once, at the last token."""
     targets = np.full(tokens.shape, IGNORE)
-    targets[:, -places:] = answers[:, None]
+    targets[:, -1] = answers
     return tokens, targets
 
 
@@ -133,23 +133,19 @@ class Digits(Task):
 
     root: the folder with the four IDX files, plain, .gz or .xz. permuted: one fixed order of the pixels (seed 92916).
     side: 28; 14 or 7 take means of blocks, for rows that a laptop can learn. shades: steps of grey, of equal width;
-    each is a token of its own, so that with fewer a model learns more of each. asked: in training the digit is asked for
-    at each of so many last pixels, so that a model also learns from images that it has seen in part.
+    each is a token of its own, so that with fewer a model learns more of each.
     """
 
     root: str = "."
     permuted: bool = False
     side: int = 28
     shades: int = 256
-    asked: int = 1
 
     def __post_init__(self) -> None:
         if self.side not in (28, 14, 7):
             raise ConfigError(f"side {self.side}: images are 28 wide, or reduced to 14 or 7")
         if not 10 <= self.shades <= 256:
             raise ConfigError(f"{self.shades} shades: from 10 (answers are tokens too) to 256")
-        if not 1 <= self.asked <= self.length:
-            raise ConfigError(f"asked {self.asked}: from 1 to the {self.length} pixels")
 
     @property
     def name(self) -> str:
@@ -165,7 +161,7 @@ class Digits(Task):
         return self.side**2
 
     def examples(self, n: int, rng: np.random.Generator) -> tuple[Ids, Ids]:
-        return self._rows("train", rng.permutation(60_000 - VALIDATION)[:n], self.asked)
+        return self._rows("train", rng.permutation(60_000 - VALIDATION)[:n])
 
     def held(self, n: int, rng: np.random.Generator) -> tuple[Ids, Ids]:
         return self._rows("train", 60_000 - VALIDATION + rng.permutation(VALIDATION)[:n])
@@ -173,7 +169,7 @@ class Digits(Task):
     def test(self, rng: np.random.Generator) -> tuple[Ids, Ids]:
         return self._rows("t10k", np.arange(10_000))
 
-    def _rows(self, part: str, index: Ids, asked: int = 1) -> tuple[Ids, Ids]:
+    def _rows(self, part: str, index: Ids) -> tuple[Ids, Ids]:
         images, labels = (
             _idx(Path(self.root), f"mnist-{part}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1")
         )
@@ -182,7 +178,7 @@ class Digits(Task):
         pixels = blocks.mean((2, 4)).astype(np.int64).reshape(len(index), -1) * self.shades // 256
         if self.permuted:
             pixels = pixels[:, np.random.default_rng(92_916).permutation(self.length)]
-        return at_end(pixels, labels[index].astype(np.int64), asked)
+        return at_end(pixels, labels[index].astype(np.int64))
 
 
 @cache
