@@ -25,23 +25,36 @@ from receptance.cli.model_source import find_model
 from receptance.cli.serve_load import load
 from receptance.server.app import Application
 from receptance.server.config import ServedConfig, read_config
+from receptance.server.protocol import protocol
+from receptance.server.run import set_up_python
 
 CLIENT = """
 import asyncio, json, sys
+try:
+    from uvloop import run
+except ImportError:
+    from asyncio import run
 port, batch, tokens, stream = map(int, sys.argv[1:])
+class One(asyncio.Protocol):
+    def __init__(self, seed):
+        self.data, self.whole = [], asyncio.get_running_loop().create_future()
+        self.seed = seed
+    def connection_made(self, transport):
+        body = json.dumps({"prompt": "Once upon a time", "max_tokens": tokens, "seed": self.seed, "ignore_eos": True,
+                           "temperature": 1, "stream": bool(stream)}).encode()
+        transport.write(b"POST /v1/completions HTTP/1.1\\r\\nHost: localhost\\r\\nConnection: close\\r\\n"
+                        b"Content-Type: application/json\\r\\nContent-Length: %d\\r\\n\\r\\n" % len(body) + body)
+    def data_received(self, data):
+        self.data.append(data)
+    def connection_lost(self, error):
+        self.whole.set_result(b"".join(self.data))
 async def one(seed):
-    body = json.dumps({"prompt": "Once upon a time", "max_tokens": tokens, "seed": seed, "ignore_eos": True,
-                       "temperature": 1, "stream": bool(stream)}).encode()
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(b"POST /v1/completions HTTP/1.1\\r\\nHost: localhost\\r\\nConnection: close\\r\\n"
-                 b"Content-Type: application/json\\r\\nContent-Length: %d\\r\\n\\r\\n" % len(body) + body)
-    data = await reader.read(-1)
-    writer.close()
-    return data
-async def run():
+    _, protocol = await asyncio.get_running_loop().create_connection(lambda: One(seed), "127.0.0.1", port)
+    return await protocol.whole
+async def all():
     return await asyncio.gather(*(one(i) for i in range(batch)))
 while sys.stdin.readline():
-    found = asyncio.run(run())
+    found = run(all())
     whole = sum(b"[DONE]" in x if stream else b'"finish_reason":"length"' in x for x in found)
     print(whole, flush=True)
 """
@@ -58,7 +71,10 @@ def main() -> None:
     arguments = parser.parse_args()
     served = load("m", find_model(arguments.model), ServedConfig(threads=arguments.threads, slots=arguments.batch))
     config = read_config(None, [f"sessions.folder={tempfile.mkdtemp()}"])
-    server = uvicorn.Server(uvicorn.Config(Application(config, [served]), port=0, log_config=None, access_log=False))
+    set_up_python()
+    app = Application(config, [served])
+    http = protocol(config.limits.header_seconds)
+    server = uvicorn.Server(uvicorn.Config(app, http=http, port=0, log_config=None, access_log=False))
     threading.Thread(target=server.run, daemon=True).start()
     while not server.started:
         time.sleep(0.01)

@@ -5,6 +5,7 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -46,13 +47,10 @@ class Handle:
         self._engine = engine
         self._news: deque[tuple[int, Token]] = deque()  # that nobody has taken yet
         self._changed = threading.Condition()
-        self._wakers: list[Callable[[], None]] = []
+        self._waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
         self._open = request.n
+        self.is_done = False
         self._scheduled: list[Scheduled] = []
-
-    @property
-    def is_done(self) -> bool:
-        return self.future.done()
 
     def result(self, timeout: float | None = None) -> list[Completion]:
         """Wait for all texts. Raises what made one fail, and TimeoutError."""
@@ -84,13 +82,10 @@ class Handle:
 
     async def aevents(self) -> AsyncIterator[tuple[int, Token]]:
         """`events` without blocking the event loop. Leaving it early cancels the request."""
-        loop, changed = asyncio.get_running_loop(), asyncio.Event()
-
-        def wake() -> None:
-            loop.call_soon_threadsafe(changed.set)
-
+        changed = asyncio.Event()
+        waiting = asyncio.get_running_loop(), changed
         with self._changed:
-            self._wakers.append(wake)
+            self._waiting.append(waiting)
         try:
             while True:
                 changed.clear()
@@ -101,7 +96,7 @@ class Handle:
                 await changed.wait()
         finally:
             with self._changed:
-                self._wakers.remove(wake)
+                self._waiting.remove(waiting)
             if not self.is_done:
                 self.cancel()
         self.result()
@@ -126,20 +121,20 @@ class Handle:
                 self._scheduled = []  # they refer to us: the texts would wait for the garbage collector
                 error = next((c.error for c in self.completions if c.error is not None), None)
                 self._finish(error)
-        self._wake()
+        self._engine._told.add(self)
 
     def _finish(self, error: Exception | None) -> None:
         if error is None:
             self.future.set_result(self.completions)
         else:
             self.future.set_exception(error)
+        self.is_done = True
 
-    def _wake(self) -> None:
+    def _wake(self) -> list[tuple[asyncio.AbstractEventLoop, asyncio.Event]]:
+        """Wake the threads that wait for it. Gives who waits in event loops."""
         with self._changed:
             self._changed.notify_all()
-            wakers = list(self._wakers)
-        for wake in wakers:
-            wake()
+            return list(self._waiting)
 
 
 class Engine:
@@ -206,6 +201,7 @@ class Engine:
         )
         self._lock = threading.Condition()
         self._asked: deque[Callable[[], object]] = deque()  # to be done between steps
+        self._told: set[Handle] = set()  # who has news since the last `_wake_told`
         self._closed = False
         self._thread = threading.Thread(target=self._serve, name="receptance-engine", daemon=True)
         self._thread.start()
@@ -360,6 +356,7 @@ class Engine:
                 asked, self._asked = self._asked, deque()
             while asked:
                 asked.popleft()()  # nothing of it is held while the thread sleeps
+            self._wake_told()
             try:
                 if self._core.has_work:
                     self._core.step()
@@ -367,9 +364,21 @@ class Engine:
                 Exception
             ) as error:  # the model or the machine failed: what was under way is lost, the engine goes on
                 self._core.fail_all(error)
+            self._wake_told()
         for action in self._asked:
             action()
         self._core.fail_all(EngineError("the engine was closed before the text was finished"))
+        self._wake_told()
+
+    def _wake_told(self) -> None:
+        """Once a step, and each event loop once: a wake-up costs as much as drawing some tokens."""
+        loops: dict[asyncio.AbstractEventLoop, list[asyncio.Event]] = {}
+        while self._told:
+            for loop, changed in self._told.pop()._wake():
+                loops.setdefault(loop, []).append(changed)
+        for loop, events in loops.items():
+            with suppress(RuntimeError):  # it was closed meanwhile
+                loop.call_soon_threadsafe(_set_all, events)
 
     def close(self) -> None:
         """End: requests under way fail with EngineError."""
@@ -380,6 +389,11 @@ class Engine:
             self._lock.notify()
         self._thread.join()
         self._core.pool.close()
+
+
+def _set_all(events: list[asyncio.Event]) -> None:
+    for event in events:
+        event.set()
 
 
 def make_runner(model: Any, slots: int, tokenizer: Tokenizer, invariant: bool = False) -> Runner:

@@ -2,8 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -180,48 +180,64 @@ async def chunks(texts: Texts, request: CompletionRequest) -> AsyncIterator[byte
         choice = {"index": number, "text": text, "logprobs": logprobs, "finish_reason": reason, **more}
         return http.event({**base, "choices": [choice]})
 
-    queue: asyncio.Queue[bytes | BaseException | None] = asyncio.Queue(64)
-
-    async def one_by_one(i: int, one: Running) -> None:
-        try:
-            async for index, token in one.generation.events():
-                report = None
-                if request.logprobs is not None:
-                    report = Report(texts.model)
-                    report.add_token(token)
-                if token.text or report:
-                    await queue.put(chunk(i * n + index, token.text, None, report.body if report else None))
-            for made in one.generation.completions:
-                more = {"state_data": await one.generation.state_data(made.index)} if request.return_state else {}
-                await queue.put(chunk(i * n + made.index, "", made.finish_reason, **more))
-            await queue.put(None)
-        except Exception as error:
-            await queue.put(error)
-
-    tasks: list[asyncio.Task[None]] = []
     try:
         if request.echo:
             for i, one in enumerate(texts.running):
                 for index in range(n):
                     yield chunk(i * n + index, one.text)
-        tasks = [asyncio.ensure_future(one_by_one(i, one)) for i, one in enumerate(texts.running)]
-        left = len(tasks)
-        while left:
-            found = await queue.get()
-            if isinstance(found, BaseException):
-                raise found
-            if found is None:
-                left -= 1
-            else:
-                yield found
+        async with aclosing(_together([one.generation for one in texts.running])) as tokens:
+            async for i, found in tokens:
+                if found is None:
+                    generation = texts.running[i].generation
+                    for made in generation.completions:
+                        more = {"state_data": await generation.state_data(made.index)} if request.return_state else {}
+                        yield chunk(i * n + made.index, "", made.finish_reason, **more)
+                    continue
+                index, token = found
+                report = None
+                if request.logprobs is not None:
+                    report = Report(texts.model)
+                    report.add_token(token)
+                if token.text or report:
+                    yield chunk(i * n + index, token.text, None, report.body if report else None)
         if request.stream_options is not None and request.stream_options.include_usage:
             yield http.event({**base, "choices": [], "usage": texts.usage})
         yield http.DONE
     finally:
+        await texts.release()
+
+
+async def _together(generations: list[Generation]) -> AsyncGenerator[tuple[int, tuple[int, Token] | None], None]:
+    """What all of them give, as it comes: (number of the generation, its event), with None at its end."""
+    if len(generations) == 1:  # the usual case: nothing to wait for in between
+        async with aclosing(generations[0].events()) as events:
+            async for event in events:
+                yield 0, event
+        yield 0, None
+        return
+    queue: asyncio.Queue[tuple[int, tuple[int, Token] | None] | Exception] = asyncio.Queue(64)
+
+    async def pass_on(i: int, generation: Generation) -> None:
+        try:
+            async for event in generation.events():
+                await queue.put((i, event))
+            await queue.put((i, None))
+        except Exception as error:
+            await queue.put(error)
+
+    tasks = [asyncio.ensure_future(pass_on(i, generation)) for i, generation in enumerate(generations)]
+    try:
+        left = len(tasks)
+        while left:
+            found = await queue.get()
+            if isinstance(found, Exception):
+                raise found
+            left -= found[1] is None
+            yield found
+    finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await texts.release()
 
 
 def routes(hub: Hub) -> APIRouter:

@@ -1,9 +1,11 @@
 """Figures for Prometheus. The names are vLLM's, with our prefix, so that its dashboards serve here too."""
 
+from bisect import bisect_left
 from collections.abc import Iterable
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from receptance.server.served import Models
 
@@ -28,17 +30,18 @@ class Metrics:
         self._hits = counter("prefix_cache_hits_total", "Tokens of prompts that were not read again.")
         self._success = counter("request_success_total", "Texts that ended.", ["finished_reason"])
         self._first = histogram("time_to_first_token_seconds", "From the request to its first token.")
-        self._between = histogram("inter_token_latency_seconds", "Between two tokens of a text.")
+        self._between = _Between()
         self._whole = histogram("e2e_request_latency_seconds", "From the request to its end.")
         self.http = Counter("receptance:http_requests_total", "Answers.", ["method", "status"], registry=self.registry)
         self.connections = Gauge("receptance:http_requests_active", "Requests under way.", registry=self.registry)
         self.registry.register(_Load(models))
+        self.registry.register(self._between)
 
     def first_token(self, model: str, seconds: float) -> None:
         self._first.labels(model).observe(seconds)
 
     def between_tokens(self, model: str, seconds: float) -> None:
-        self._between.labels(model).observe(seconds)
+        self._between.observe(model, seconds)
 
     def finished(self, model: str, reasons: list[str], prompt: int, cached: int, written: int, seconds: float) -> None:
         self._prompt.labels(model).inc(prompt)
@@ -51,6 +54,32 @@ class Metrics:
 
     def render(self) -> bytes:
         return generate_latest(self.registry)
+
+
+class _Between:
+    """A histogram of one thread, without locks: it is told of every token."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, list[int]] = {}
+        self._sums: dict[str, float] = {}
+
+    def observe(self, model: str, seconds: float) -> None:
+        if model not in self._counts:
+            self._counts[model], self._sums[model] = [0] * (len(SECONDS) + 1), 0.0
+        self._counts[model][bisect_left(SECONDS, seconds)] += 1
+        self._sums[model] += seconds
+
+    def describe(self) -> Iterable[Metric]:
+        return []
+
+    def collect(self) -> Iterable[Metric]:
+        family = HistogramMetricFamily(
+            "receptance:inter_token_latency_seconds", "Between two tokens of a text.", labels=["model_name"]
+        )
+        for model, counts in self._counts.items():
+            names = [*map(str, SECONDS), "+Inf"]
+            family.add_metric([model], list(zip(names, accumulate(counts))), self._sums[model])
+        return [family]
 
 
 class _Load:

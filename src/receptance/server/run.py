@@ -46,6 +46,11 @@ def set_up_logs(level: str) -> None:
     logging.getLogger("uvicorn.access").handlers = []  # it would log whole paths
 
 
+def set_up_python() -> None:
+    sys.setswitchinterval(0.0005)  # a thread that reads a long prompt must not make others wait 5 ms for each token
+    gc.set_threshold(10_000, 10, 10)  # a body of a million lists would be looked through hundreds of times
+
+
 class Server(uvicorn.Server):
     """After SIGTERM or SIGINT: no new requests (503), those under way end in `drain_seconds`; then the sockets close.
 
@@ -89,8 +94,7 @@ def load_all(hub: Hub, loaders: Sequence[Loader], failed: Callable[[], None]) ->
 def serve(config: ServerConfig, loaders: Sequence[Loader]) -> int:
     """Listen until told to end. Returns the exit code. Raises ConfigError."""
     set_up_logs(config.log.level)
-    sys.setswitchinterval(0.0005)  # a thread that reads a long prompt must not make others wait 5 ms for each token
-    gc.set_threshold(10_000, 10, 10)  # a body of a million lists would be looked through hundreds of times
+    set_up_python()
     server: Server
 
     def failed() -> None:
@@ -116,7 +120,6 @@ def serve(config: ServerConfig, loaders: Sequence[Loader]) -> int:
             ws="none",
             timeout_keep_alive=30,
             timeout_graceful_shutdown=5,  # after our own draining
-            h11_max_incomplete_event_size=64 << 10,
             backlog=4096,
         ),
         app,
