@@ -327,7 +327,7 @@ def draw_ablation(rows: Sequence[Row], path: Path) -> None:
 Panel = dict[str, dict[str, float]]  # line → model → value
 
 
-def draw_scores(panels: dict[str, Panel], path: Path, published: Panel = {}) -> None:
+def draw_scores(panels: dict[str, Panel], path: Path, published: Panel | None = None) -> None:
     """A dot for each model on a line for each test; published values, by line and name, are grey ticks."""
     names = [m for m in MODELS if any(m in line for panel in panels.values() for line in panel.values())]
     most = max(len(panel) for panel in panels.values())
@@ -339,7 +339,7 @@ def draw_scores(panels: dict[str, Panel], path: Path, published: Panel = {}) -> 
             for name, value in values.items():
                 look = plots.style(name, MODELS)
                 axes.plot([value], [place], linestyle="none", markersize=8, label=name, **look)
-            for i, (name, value) in enumerate(published.get(label, {}).items()):
+            for i, (name, value) in enumerate((published or {}).get(label, {}).items()):
                 axes.plot([value] * 2, [place - 0.3, place + 0.3], color="0.6", linewidth=1)
                 above = i % 2 == 0  # neighbours do not cover each other
                 axes.annotate(name, (value, place - 0.32 if above else place + 0.32), ha="center", fontsize=7,
@@ -364,13 +364,14 @@ def score_panel(name: str) -> Panel:
 
 FIRST, AFTER = "question before the story", "question after the story"
 BABI = {"qa1": "one fact", "qa4": "two relations", "qa5": "three relations", "qa6": "yes or no", "qa7": "counting",
-        "qa8": "lists", "qa9": "negation", "qa10": "indefinite", "qa12": "conjunction", "qa15": "deduction"}  # fmt: skip
+        "qa8": "lists", "qa9": "negation", "qa10": "perhaps", "qa12": "conjunction", "qa15": "deduction"}  # fmt: skip
 
 
 def question_panels(name: str) -> dict[str, Panel]:
     """The mean of the tasks for both orders, and for each task what is gained by asking first."""
     gain: Panel = {}
-    of = {(row["name"], test): score["groups"] for row in rows_of(name, MODELS) for test, score in row["scores"].items()}
+    rows = rows_of(name, MODELS)
+    of = {(row["name"], test): score["groups"] for row in rows for test, score in row["scores"].items()}
     for model in MODELS:
         first, after = of.get((model, FIRST), {}), of.get((model, AFTER), {})
         for task in sorted(first.keys() & after.keys(), key=natural):
