@@ -153,13 +153,14 @@ def test_digits(tmp_path, shared):
 
 def test_listops(tmp_path):
     scores = learnt("listops-laptop", tmp_path)
-    assert max(score["accuracy"] for score in scores.values()) > 0.25  # the commonest answer: 0.2 or less
+    assert min(score["accuracy"] for score in scores.values()) > 0.25  # the commonest answer: 0.2 or less
+    assert scores["RWKV-7", "ListOps to 50"]["accuracy"] > 0.3
 
 
 def test_questions(tmp_path, shared):
     scores = learnt("questions-laptop", tmp_path, shared / "data/reasoning")
     assert {test for _, test in scores} == {"question before the story", "question after the story"}
-    assert max(score["accuracy"] for score in scores.values()) > 0.4  # two answers of two tasks: 0.3 by guessing
+    assert min(score["accuracy"] for score in scores.values()) > 0.4  # two answers of two tasks: 0.3 by guessing
 
 
 def test_forecast(tmp_path, shared):
