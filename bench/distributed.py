@@ -18,7 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from receptance.models import VERSIONS
 from receptance.training.batch import Batch
 from receptance.training.config import ParallelConfig, RunConfig, TrainConfig
 from receptance.training.distributed import Parallel
-from receptance.training.loop import autocast, has_masters
+from receptance.training.loop import casts, has_masters
 from receptance.training.master import MasterAdamW
 from receptance.training.optim import build_optimizer, set_learning_rate
 from receptance.training.passes import Passes
@@ -68,9 +68,9 @@ class Trainer:
         masters = has_masters(config, self.parallel, self.model)
         self.optimizer = build_optimizer(self.model, recipe, config.optim, masters=masters)
         set_learning_rate(self.optimizer, 1e-3)
-        cast = nullcontext if masters else lambda: autocast(config, self.device)
-        self.passes = Passes(config, self.model, self.parallel, cast)
-        self.weights = "bfloat16" if masters else "float32"
+        model, parallel = self.model, self.parallel  # the lambda holds no trainer, whose memory could not go at once
+        self.passes = Passes(config, model, parallel, lambda: casts(config, parallel, model))
+        self.weights = "bfloat16" if masters or self.parallel.gathers_half else "float32"
         text = torch.randint(vocab, (rows, tokens + 1), generator=torch.Generator().manual_seed(2)).to(self.device)
         self.batch = self.parallel.share(Batch.of(text[:, :-1], text[:, 1:], None))
 

@@ -6,11 +6,12 @@ import sys
 
 import pytest
 
-PLAIN_NUMBERS = {**dict.fromkeys(("rows", "T", "C", "H", "N", "n", "V", "SPAN", "R", "OFFSET", "WIDTH"), "i32"),
+PLAIN_NUMBERS = {**dict.fromkeys(("rows", "T", "C", "H", "N", "n", "V", "SPAN", "R0", "R1", "R2", "R3",
+                                 "WIDTH"), "i32"),
                  **dict.fromkeys(("eps", "penalty", "beta1", "rest1", "beta2", "rest2"), "fp32")}  # fmt: skip
 # float32 in any call
 EXACT = {"partial_ptr", "mean_ptr", "inverse_ptr", "weights_ptr", "loss_ptr", "statistics_ptr", "master_ptr",
-         "square_ptr", "numbers_ptr", "bonus_ptr", "g_bonus_ptr", "u_ptr", "gu_ptr"}  # fmt: skip
+         "shares_ptr", "square_ptr", "numbers_ptr", "bonus_ptr", "g_bonus_ptr", "u_ptr", "gu_ptr"}  # fmt: skip
 
 
 @pytest.mark.slow
@@ -34,18 +35,19 @@ def main() -> None:
     from receptance.ops.norm import triton as norm
     from receptance.ops.prepare import triton as prepare
     from receptance.ops.products import triton as products
+    from receptance.ops.shares import triton as shares
     from receptance.ops.shift import triton as shift
 
     tile = {"BR": 32, "BN": 64}
-    limits = {"LOW": prepare.MIN_LOG_DECAY, "MIN_NORM": prepare.MIN_NORM, **tile}
+    limits = {"LOW": prepare.MIN_LOG_DECAY, "MIN_NORM": prepare.MIN_NORM, "STAGES": 3, **tile}
     plain = dict.fromkeys(("delta_ptr", "weight_ptr", "bias_ptr", "sum_ptr", "end_ptr", "statistics_ptr", "g_sum_ptr",
                            "g_end_ptr"))  # fmt: skip
     alone = {"own_ptr": None, "g_own_ptr": None, "resets_ptr": None}
     mixes = [{"NORM": False, "M": 5, "PRESENT": True, **plain}, {"NORM": True, "M": 4, "PRESENT": False, **alone}]
-    mixes = [{**options, "BC": 1024} for options in mixes]
-    gates = [{"GATE": g, "BONUS": b, **tile} for g, b in ((1, True), (2, False), (0, False))]
+    mixes = [{**options, "BC": 1024, "STAGES": 3} for options in mixes]
+    gates = [{"GATE": g, "BONUS": b, "STAGES": 3, **tile} for g, b in ((1, True), (2, False), (0, False))]
     rows = [{"ADD": add, "BR": 2, "BC": 1024} for add in (True, False)]
-    losses = [{"WEIGHTED": w, "GRADIENT": g, "BLOCK": 8192} for w, g in ((True, True), (False, False))]
+    losses = [{"WEIGHTED": w, "GRADIENT": g, "GROUPS": 1024, "BN": 8} for w, g in ((True, True), (False, False))]
     kernels = [
         *((kernel, options) for kernel in (shift._mix, shift._mix_backward) for options in mixes),
         *((kernel, {**limits, **more}) for kernel in (prepare._keys, prepare._keys_backward)
@@ -57,8 +59,9 @@ def main() -> None:
           ("_relu_square", "_relu_square_backward", "_gate", "_gate_backward")),
         *((loss._softmax_gradient, options) for options in losses),
         *((kernel, {"BR": 64, "BN": 64}) for kernel in (low_rank._stack, low_rank._stack_backward)),
-        *((kernel, {"BR": 32, "BN": 64, "F": f, **more}) for kernel in (low_rank._shift, low_rank._shift_backward)
-          for f, more in ((0, {}), (1, {"resets_ptr": None}), (2, {}))),
+        *((kernel, {"BR": 32, "BN": 64, **{f"F{j}": f for j, f in enumerate((1, 0, 2, 0))}, **more})
+          for kernel in (low_rank._shift, low_rank._shift_backward) for more in ({}, {"resets_ptr": None})),
+        (shares._sum_shares, {"BR": 128, "BN": 32}),
         (adamw._update, {"BLOCK": 2048}),
     ]  # fmt: skip
     for kernel, options in kernels:

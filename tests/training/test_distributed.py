@@ -157,17 +157,41 @@ def test_four_processes_reproduce_the_run_of_one(folder, tmp_path, name):
     compare_with_one(folder, tmp_path, name, CASES[name])
 
 
-def test_two_processes_with_weights_in_half_are_near_one(tmp_path):
-    """Gradients are averaged in bfloat16: 8 bits, in losses that a step changes by a tenth."""
-    half = {"half": ("model.version=7", "run.precision=bfloat16", "run.weights=bfloat16", "optim.ema=0.9")}
-    (tmp_path / "two").mkdir()
-    (tmp_path / "one").mkdir()
-    run(2, run_cases, tmp_path, tmp_path / "two", half)
-    whole = rc.load(train(config_of(tmp_path / "one", "half", *half["half"]), Listener())).state_dict()
-    assert losses(tmp_path / "two", "half") == pytest.approx(losses(tmp_path / "one", "half"), rel=2e-3)
-    found = rc.load(tmp_path / "two" / "half" / "run" / "model").state_dict()
+HALF = ("model.version=7", "run.precision=bfloat16", "run.weights=bfloat16", "optim.ema=0.9")
+
+
+def in_half(folder):
+    sharded = (*HALF, "parallel.kind=fsdp")
+    cases = {"ddp": HALF, "fsdp": sharded, "slices": (*sharded, "run.accumulate=3")}
+    cases |= {"context": (*HALF, "parallel.context=2"), "both": (*sharded, "parallel.context=2")}
+    run_cases(folder, cases)
+    setup = loop.set_up(config_of(folder, "types", *cases["fsdp"]), Listener())
+    assert not isinstance(setup.optimizer, loop.MasterAdamW)
+    seen = []
+    setup.model.blocks[1].att.key.register_forward_hook(lambda module, _, out: seen.append((module.weight, out)))
+    setup.passes.backward(setup.parallel.share(setup.batch(0)), last=True)
+    assert [(weight.dtype, out.dtype) for weight, out in seen] == [(torch.bfloat16, torch.bfloat16)]
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in setup.model.parameters() if p.grad is not None)
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("halves")
+    for name in ("two", "one"):
+        (folder / name).mkdir()
+    run(2, in_half, folder, folder / "two")
+    train(config_of(folder / "one", "half", *HALF), Listener())
+    return folder
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "slices", "context", "both"])
+def test_two_processes_with_weights_in_half_are_near_one(halves, name):
+    """Gradients leave each process in bfloat16: 8 bits, in losses that a step changes by a tenth."""
+    assert losses(halves / "two", name) == pytest.approx(losses(halves / "one", "half"), rel=2e-3)
+    whole, found = (rc.load(halves / x / "run" / "model").state_dict() for x in ("one/half", f"two/{name}"))
     for key, x in whole.items():
         assert (found[key] - x).norm() <= 3e-2 * x.norm() + 1e-6, key
+    assert any((x != x.bfloat16().float()).any() for x in found.values())  # the masters
 
 
 @pytest.mark.slow

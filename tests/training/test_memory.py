@@ -86,3 +86,19 @@ def test_flops_are_six_per_parameter_and_token_plus_the_state(version):
 
 def test_no_peak_is_claimed_for_a_cpu():
     assert peak_flops(torch.device("cpu"), "bfloat16") is None
+
+
+@pytest.mark.parametrize("version", ["4", "7"])
+def test_work_that_is_not_made_again_takes_memory_and_changes_no_weight(tmp_path, version):
+    runs = {}
+    for setting in ("on", "off"):
+        (tmp_path / setting).mkdir()
+        more = f"model.version={version}", "optim.dropout=0", f"run.recompute={setting}"
+        runs[setting] = set_up(configure(tmp_path / setting, *more), Listener())
+    assert plan_memory(runs["on"]).activations < 0.8 * plan_memory(runs["off"]).activations
+    for run in runs.values():
+        step = Step(run, print)
+        for i in range(2):
+            step(i)
+    pairs = zip(runs["on"].model.parameters(), runs["off"].model.parameters())
+    assert all(torch.equal(a, b) for a, b in pairs)

@@ -101,9 +101,9 @@ DEVICE void multiply_inputs(float (&c)[4], const word (&a)[4], word b0, word b1)
 #endif
 
 /// The largest magnitude among eight elements: its bits in the upper half of the word, the lower half is noise.
-DEVICE word largest_magnitude(const word* x) {
+DEVICE word largest_magnitude(const Quad& x) {
   const word mask = 0x7fff7fffu;
-  const word top = larger_halves(larger_halves(x[0] & mask, x[1] & mask), larger_halves(x[2] & mask, x[3] & mask));
+  const word top = larger_halves(larger_halves(x.x & mask, x.y & mask), larger_halves(x.z & mask, x.w & mask));
   return top > top << 16 ? top : top << 16;
 }
 

@@ -83,26 +83,32 @@ class ContextParallel:
         *,
         resets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The piece twice in one call: from zero, which gives Q, and with v = 0 from the identity, which gives P.
+        """First, without gradients, the piece from zero, which gives Q, and with v = 0 from the identity: P.
 
-        Each row of a state lives alone (S r and S P act from the right), so the second run's outputs P_t r_t turn any
-        start into its share of y, and no third run is needed. A reset ends both runs' past, so P is zero after one.
+        Each row of a state lives alone (S r and S P act from the right), so the second run's outputs P_t r_t say what y
+        owes to any start. A reset ends both runs' past, so P is zero after one. The start then known, the piece runs as
+        it would alone; its backward pass waits in `_Join` for the gradient of its end, found in the same way.
         """
-        r, w, k, a, b = (torch.cat([x, x]) for x in (r, w, k, a, b))  # [2B, T, H, N]
-        one = torch.eye(state.shape[-1], dtype=state.dtype, device=state.device).expand_as(state)
-        y, end = ops.wkv7(
-            r, w, k, torch.cat([v, torch.zeros_like(v)]), a, b, torch.cat([torch.zeros_like(state), one]),
-            resets=None if resets is None else torch.cat([resets, resets]), backend=self.form,
-        )  # fmt: skip
-        y, from_start = y.chunk(2)
-        q, p = end.chunk(2)
-        parts = self._gather(torch.stack([p, q + state @ p if self.rank == 0 else q]))  # [R, 2, B, H, N, N]
-        before = torch.cat([state[None], parts[: self.rank, 1]])
-        start = before[0] if self.rank == 0 else before[1]
-        for i in range(1, self.rank):
-            start = start @ parts[i, 0] + before[i + 1]
-        read = torch.einsum("bhij,bthj->bthi", start, from_start.to(start.dtype))
-        return (y + read).to(v.dtype), start @ p + q
+        with torch.no_grad():
+            two_r, two_w, two_k, two_a, two_b = (torch.cat([x, x]) for x in (r, w, k, a, b))  # [2B, T, H, N]
+            one = torch.eye(state.shape[-1], dtype=state.dtype, device=state.device).expand_as(state)
+            y, end = ops.wkv7(
+                two_r, two_w, two_k, torch.cat([v, torch.zeros_like(v)]), two_a, two_b,
+                torch.cat([torch.zeros_like(state), one]),
+                resets=None if resets is None else torch.cat([resets, resets]), backend=self.form,
+            )  # fmt: skip
+            from_start = y.chunk(2)[1].clone()  # [B, T, H, N]
+            q, p = end.chunk(2)
+            parts = self._gather(torch.stack([p, q + state @ p if self.rank == 0 else q]))  # [R, 2, B, H, N, N]
+            start = parts[0, 1]
+            for i in range(1, self.rank):
+                start = start @ parts[i, 0] + parts[i, 1]
+        start = state if self.rank == 0 else start
+        y, end = ops.wkv7(r, w, k, v, a, b, start, resets=resets, backend=self.form)
+        found: tuple[Tensor, Tensor] = _Join.apply(  # type: ignore[no-untyped-call]
+            y, end, state, from_start, parts[:, 0], self.rank, self.group
+        )
+        return found
 
     def wkv6(
         self, r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor, *, resets: Tensor | None = None
@@ -168,6 +174,35 @@ def _add(a: ops.State4, b: ops.State4) -> ops.State4:
     top = torch.maximum(a[2], b[2]).detach()
     ea, eb = (a[2] - top).exp(), (b[2].detach() - top).exp()
     return ea * a[0] + eb * b[0], ea * a[1] + eb * b[1], top
+
+
+class _Join(torch.autograd.Function):
+    """y and the end state of a piece of RWKV-7; backwards, what the pieces after it say about its end comes in.
+
+    A start's gradient is what its own piece's y and end say, and Gᵢ₊₁ Pᵢᵀ, from the next piece's start on.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, end: Tensor, state: Tensor, from_start: Tensor, maps: Tensor, rank: int,
+        group: dist.ProcessGroup,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        ctx.save_for_backward(from_start, maps)
+        ctx.rank, ctx.group = rank, group
+        return y.view_as(y), end.view_as(end)
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor, g_end: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        from_start, maps = ctx.saved_tensors
+        dtype = g_end.dtype
+        own = torch.einsum("bthi,bthj->bhij", gy.to(dtype), from_start.to(dtype)) + g_end @ maps[ctx.rank].mT
+        parts = [torch.empty_like(own) for _ in range(len(maps))]
+        dist.all_gather(parts, own.contiguous(), group=ctx.group)
+        later = torch.zeros_like(own)
+        for i in range(len(maps) - 1, ctx.rank, -1):
+            later = parts[i] + later @ maps[i].mT
+        unused = None if ctx.rank == 0 else torch.zeros_like(own)  # of the state that only the first rank starts from
+        return gy, g_end + later, unused, None, None, None, None
 
 
 class _Gather(torch.autograd.Function):

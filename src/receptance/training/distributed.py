@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -35,6 +35,13 @@ PATIENCE = timedelta(days=1)  # the others wait so long while the first one toke
 def started_rank() -> int:
     """This process's rank as its launcher says (torchrun and Ray set RANK); 0 without one."""
     return int(os.environ.get("RANK", "0"))
+
+
+def precision(config: TrainConfig, device: torch.device) -> str:
+    """Of matrix products: "float32" or "bfloat16"."""
+    if config.run.precision != "auto":
+        return config.run.precision
+    return "bfloat16" if device.type == "cuda" else "float32"
 
 
 class Parallel:
@@ -99,6 +106,18 @@ class Parallel:
         return self.size > 1 and self.config.parallel.kind == "fsdp"
 
     @property
+    def gathers_half(self) -> bool:
+        """Whether shards, float32 themselves, are gathered as bfloat16, so that blocks see weights of that type.
+
+        Gradients leave a block in bfloat16 and are averaged and added up in float32, however many passes a step has.
+        """
+        return (
+            self.is_sharded
+            and self.config.run.weights == "bfloat16"
+            and precision(self.config, self.device) == "bfloat16"
+        )
+
+    @property
     def operators(self) -> str | Operators:
         """The back end for the training pass."""
         return self.ranks or "auto"
@@ -120,13 +139,16 @@ class Parallel:
         if shard_size < self.size:
             shape = (self.size // shard_size, shard_size)  # replicate × shard: HSDP
         mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+        policy = MixedPrecisionPolicy()
+        if self.gathers_half:  # what a block is given stays as it is: WKV states are float32
+            policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")  # none is changed
         fully_shard(
-            model.blocks[0].get_submodule("ln0"), mesh=mesh
+            model.blocks[0].get_submodule("ln0"), mesh=mesh, mp_policy=policy
         )  # used by the frame, before the block it belongs to
         for block in model.blocks:
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh, reshard_after_forward=False)
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
         register_fsdp_forward_method(model, "hidden")  # what all uses of the model go through
         return model
 

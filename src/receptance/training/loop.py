@@ -26,7 +26,7 @@ from receptance.training.ablation import freeze, without
 from receptance.training.batch import Batch
 from receptance.training.config import HEADLESS, TrainConfig, fixed_settings, to_json
 from receptance.training.data import TrainingData, is_token_file, open_data, source_path
-from receptance.training.distributed import Parallel
+from receptance.training.distributed import Parallel, precision
 from receptance.training.evaluate import Loss
 from receptance.training.master import MasterAdamW, widen
 from receptance.training.memory import plan_memory
@@ -71,7 +71,7 @@ class Run:
 
     def autocast(self) -> AbstractContextManager[object]:
         """For passes of the model, whose weights are of the products' type or are cast to it."""
-        return nullcontext() if self.model.dtype == torch.bfloat16 else autocast(self.config, self.device)
+        return casts(self.config, self.parallel, self.model)
 
     def batch(self, step: int) -> Batch:
         """All of one step, on the device."""
@@ -85,30 +85,32 @@ class Run:
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
 
-def precision(config: TrainConfig, device: torch.device) -> str:
-    if config.run.precision != "auto":
-        return config.run.precision
-    return "bfloat16" if device.type == "cuda" else "float32"
-
-
 def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager[object]:
     in_half = precision(config, device) == "bfloat16"
     return torch.autocast(device.type, torch.bfloat16) if in_half else nullcontext()
 
 
+def casts(config: TrainConfig, parallel: Parallel, model: RWKV) -> AbstractContextManager[object]:
+    """What a pass runs under: autocast, unless its weights are bfloat16 when it sees them."""
+    in_half = model.dtype == torch.bfloat16 or parallel.gathers_half
+    return nullcontext() if in_half else autocast(config, parallel.device)
+
+
 def has_masters(config: TrainConfig, parallel: Parallel, model: RWKV) -> bool:
     """Whether weights are bfloat16 beside float32 masters. Raises ConfigError when that is asked for and cannot be.
 
-    bfloat16 gradients must not be added up over many passes, where what comes late would be rounded away.
+    bfloat16 gradients must not be added up over many passes, where what comes late would be rounded away. Shards need
+    no masters: they are float32, and gathered as bfloat16 (`Parallel.gathers_half`).
     """
     wish, run = config.run.weights, config.run
+    if parallel.gathers_half:
+        return False
     reasons = {
         "run.precision = 'float32'": precision(config, parallel.device) == "float32",
         "optim.optimizer = 'muon'": config.optim.optimizer == "muon",
         "run.accumulate > 1": run.accumulate > 1,
         "run.segment_len": bool(run.segment_len),
         "parallel.kind = 'fsdp'": parallel.is_sharded,
-        "parallel.context > 1": config.parallel.context > 1,
         f"model.version = {config.model.version!r}": config.model.version in BASELINES,
         "weights that are not trained": not all(p.requires_grad for p in model.parameters()),
     }
@@ -265,6 +267,7 @@ def set_up(config: TrainConfig, reporter: Reporter) -> Run:
     model = parallel.shard(_model(config, tokenizer, torch.device("cpu")))
     model.dropout = config.optim.dropout
     model.activation_checkpointing = config.run.activation_checkpointing
+    model.recompute = {"auto": None, "on": True, "off": False}[config.run.recompute]
     optim = config.optim
     freeze(model, config.model.without)
     recipe = recipe_of(model, config)
@@ -278,8 +281,7 @@ def set_up(config: TrainConfig, reporter: Reporter) -> Run:
     )
     for line in data.report(config.steps * config.run.batch_size):
         reporter.message(line)
-    in_half = model.dtype == torch.bfloat16
-    passes = Passes(config, model, parallel, autocast=lambda: nullcontext() if in_half else autocast(config, device))
+    passes = Passes(config, model, parallel, autocast=lambda: casts(config, parallel, model))
     model.train()
     return Run(config, out, device, tokenizer, data, valid, model, optimizer, parallel, passes)
 

@@ -5,8 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from receptance.ops.shares.triton import common_dtype, stages, sum_shares
+
 TILE, WARPS = 1024, 4  # elements of a tile: 16 bytes of bfloat16 a thread
-PROGRAMS = 1056  # of the backward pass: each sums its tiles' share of the gradients of vectors before it writes them
+PROGRAMS = 528  # of the backward pass: each sums its tiles' share of the gradients of vectors before it writes them
 GATES = {"none": 0, "plain": 1, "silu": 2}
 
 
@@ -62,10 +64,11 @@ def _gate_heads(y_ptr, weight_ptr, bias_ptr, gate_ptr, u_ptr, v_ptr, out_ptr, ro
 @triton.jit
 def _gate_heads_backward(y_ptr, weight_ptr, bias_ptr, gate_ptr, u_ptr, v_ptr, g_ptr,
                          gy_ptr, g_gate_ptr, gu_ptr, gv_ptr, partial_ptr, rows, H, N, eps, SPAN,
-                         GATE: tl.constexpr, BONUS: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+                         GATE: tl.constexpr, BONUS: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
+                         STAGES: tl.constexpr):  # fmt: skip
     """A program's share of the gradients of weight and bias goes to `partial`."""
     g_weight, g_bias = tl.zeros((BR, BN), tl.float32), tl.zeros((BR, BN), tl.float32)
-    for i in range(SPAN):
+    for i in tl.range(0, SPAN, num_stages=STAGES):
         c, at, inside, mask = _tile(tl.program_id(0) * SPAN + i, rows, H, N, BR, BN)
         normed, inverse = _normalise(y_ptr, at, mask, N, eps)
         weight = _load(weight_ptr, c, inside)[None, :]
@@ -150,13 +153,14 @@ def _norm_and_gate_backward(
     span = triton.cdiv(tiles, max(1, PROGRAMS // h))
     grid = triton.cdiv(tiles, span), h
     shares = torch.empty(grid[0], 2, h * n, dtype=torch.float32, device=y.device)
-    _gate_heads_backward[grid](y, weight, bias, gate, u, v, g, *outs, shares, b * t, h, n, eps, span, **meta)
-    return [*outs, shares.sum(0)]
+    _gate_heads_backward[grid](y, weight, bias, gate, u, v, g, *outs, shares, b * t, h, n, eps, span,
+                               STAGES=stages(4, int(meta["BR"] * meta["BN"]), y.element_size()), **meta)  # fmt: skip
+    return [*outs, sum_shares(shares, common_dtype(weight, bias))]
 
 
 @_norm_and_gate_backward.register_fake
 def _(g, y, weight, bias, gate, u, v, eps, activation, bonus):
-    shares = torch.empty(2, y.shape[2] * y.shape[3], dtype=torch.float32, device=y.device)
+    shares = torch.empty(2, y.shape[2] * y.shape[3], dtype=common_dtype(weight, bias), device=y.device)
     return [*_outputs(y, gate, u, v, activation, bonus), shares]
 
 

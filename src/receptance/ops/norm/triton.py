@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from receptance.ops.shares.triton import sum_shares
+
 TILE = 2048  # elements of a tile, at least one row
 PROGRAMS = 1056  # of the backward pass, each with its share of the gradients of weight and bias
 
@@ -114,7 +116,7 @@ def _norm_backward(
         x, weight, *statistics, x if g_sum is None else g_sum, g, gx, partial, rows, c, span,
         ADD=g_sum is not None, BC=width, num_warps=min(16, max(1, width // 256)),
     )  # fmt: skip
-    return gx, partial.sum(0)
+    return gx, sum_shares(partial, torch.float32)
 
 
 @_norm_backward.register_fake

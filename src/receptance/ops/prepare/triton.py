@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from receptance.ops.prepare import MIN_LOG_DECAY, MIN_NORM
+from receptance.ops.shares.triton import common_dtype, stages, sum_shares
 
 TILE, WARPS = 1024, 4  # elements of a tile: 16 bytes of bfloat16 a thread
 COLS = 64  # channels of a tile where heads do not matter
@@ -75,11 +76,12 @@ def _keys(w_ptr, k_ptr, a_ptr, r_ptr, w0_ptr, a0_ptr, kk_ptr, ka_ptr, rk_ptr, ou
 @triton.jit
 def _keys_backward(w_ptr, k_ptr, a_ptr, r_ptr, w0_ptr, a0_ptr, kk_ptr, ka_ptr, rk_ptr, gw_ptr, gk_ptr, ga_ptr, gb_ptr,
                    gr_ptr, g_bonus_ptr, out_w, out_k, out_a, out_r, partial_ptr, rows, C, N, SPAN,
-                   LOW: tl.constexpr, MIN_NORM: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+                   LOW: tl.constexpr, MIN_NORM: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
+                   STAGES: tl.constexpr):  # fmt: skip
     sum_w, sum_a = tl.zeros((BR, BN), tl.float32), tl.zeros((BR, BN), tl.float32)
     sum_kk, sum_ka = tl.zeros((BR, BN), tl.float32), tl.zeros((BR, BN), tl.float32)
     sum_rk = tl.zeros((BR, BN), tl.float32)
-    for i in range(SPAN):
+    for i in tl.range(0, SPAN, num_stages=STAGES):
         c, at, inside, mask = _tile(tl.program_id(0) * SPAN + i, rows, C, N, BR, BN)
         decay, k, rate, k_k, k_a, inverse, counts, kk = _keys_of(
             w_ptr, k_ptr, a_ptr, w0_ptr, a0_ptr, kk_ptr, ka_ptr, c, at, inside, mask, MIN_NORM
@@ -180,7 +182,7 @@ def _run_keys(
 
 def _run_keys_backward(
     grads: tuple[Tensor, ...], w: Tensor, k: Tensor, a: Tensor, vectors: tuple[Tensor, ...], reading: Reading,
-    g_reading: Reading,
+    g_reading: Reading, dtype: torch.dtype = torch.float32,
 ) -> tuple[list[Tensor], Tensor | None, Tensor]:  # fmt: skip
     """Gradients of w, k, a; of r; [5, C]: of the vectors and r_k. g_reading: those of r so far, and of the bonus."""
     b, t, h, n = k.shape
@@ -190,8 +192,9 @@ def _run_keys_backward(
     grid, meta = _launch_backward(b * t, h * n, n)
     partial = torch.empty(grid[0], 5, h * n, dtype=torch.float32, device=k.device)
     _keys_backward[grid](w, k, a, r, *vectors, r_k, *grads, *(g_reading or (None, None)), *outs, out_r, partial,
-                         b * t, h * n, n, **_LIMITS, **meta)  # fmt: skip
-    return outs, out_r, partial.sum(0)
+                         b * t, h * n, n, STAGES=stages(9, meta["BR"] * meta["BN"], k.element_size()), **_LIMITS,
+                         **meta)  # fmt: skip
+    return outs, out_r, sum_shares(partial, dtype)
 
 
 def _make_keys(
@@ -259,7 +262,14 @@ class _KeysAndBonus(torch.autograd.Function):
         g_bonus = r.new_zeros(r.shape[:3]) if grads[5] is None else grads[5].contiguous()
         with torch.cuda.device_of(k):
             outs, out_r, sums = _run_keys_backward(
-                tuple(given[:4]), w, k, a, tuple(vectors[:4]), (r, vectors[4]), (given[4], g_bonus)
+                tuple(given[:4]),
+                w,
+                k,
+                a,
+                tuple(vectors[:4]),
+                (r, vectors[4]),
+                (given[4], g_bonus),
+                common_dtype(*vectors),
             )
         return *outs, out_r, *(g.view_as(p).to(p.dtype) for g, p in zip(sums.unbind(), vectors))
 
@@ -280,9 +290,9 @@ def _value_gradients(
     outs = [torch.empty_like(x) for x in (v, first, gate)]
     rows, c = v.shape[0] * v.shape[1], v.shape[2]
     grid, meta = _launch_backward(rows, c, COLS)
-    partial = torch.empty(grid[0], c, dtype=torch.float32, device=v.device)
+    partial = torch.empty(grid[0], 1, c, dtype=torch.float32, device=v.device)
     _residual_backward[grid](v, first, gate, v0, g, more, g_first, *outs, partial, rows, c, COLS, **meta)
-    return outs[0], outs[1], outs[2], partial.sum(0).view_as(v0).to(v0.dtype)
+    return outs[0], outs[1], outs[2], sum_shares(partial, v0.dtype).view_as(v0)
 
 
 _value_residual = torch.library.custom_op("receptance::value_residual", _make_value, mutates_args=())

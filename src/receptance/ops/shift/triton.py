@@ -12,10 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from receptance.ops.shares.triton import common_dtype, stages, sum_shares
+
 MOST = 6
 SPAN = 16  # rows of a program; the one before them is read twice
 CHANNELS = 256  # of a warp of the backward pass
-PROGRAMS = 1056  # of the backward pass, each with its share of the gradients of vectors: eight per multiprocessor
+PROGRAMS = 528  # of the backward pass, each with its share of the gradients of vectors: four per multiprocessor
 
 
 @triton.jit
@@ -120,7 +122,7 @@ def _take(g_ptr, mix_ptr, own_ptr, g_own_ptr, j: tl.constexpr, at, c, inside, ma
 def _mix_backward(x_ptr, weight_ptr, bias_ptr, statistics_ptr, last_ptr, resets_ptr, mix_ptr, own_ptr,
                   g0, g1, g2, g3, g4, g5, g_sum_ptr, g_end_ptr, gx_ptr, g_last_ptr, g_own_ptr, partial_ptr,
                   rows, T, C, SPAN, NORM: tl.constexpr, M: tl.constexpr, PRESENT: tl.constexpr,
-                  BC: tl.constexpr):  # fmt: skip
+                  BC: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """From a program's last row to its first: a row reaches its own mixes and those of the row after it."""
     c = tl.arange(0, BC)
     inside = c < C
@@ -143,7 +145,7 @@ def _mix_backward(x_ptr, weight_ptr, bias_ptr, statistics_ptr, last_ptr, resets_
         inverse = tl.load(statistics_ptr + rows + first + stop - 1, mask=stop > start, other=0.0)
         x = tl.where(inside, (x - tl.load(statistics_ptr + first + stop - 1, mask=stop > start, other=0.0)) * inverse,
                      0.0)  # fmt: skip
-    for i in range(stop - start):
+    for i in tl.range(0, stop - start, num_stages=STAGES):
         t = stop - 1 - i
         row = first + t
         at, behind = row * C + c, _row(c, C, t > 0)
@@ -238,7 +240,7 @@ def _backward(
     norm: tuple[Tensor, Tensor, Tensor] | None, last: Tensor, mixes: Tensor, own: Tensor | None, resets: Tensor | None,
     present: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:  # fmt: skip
-    """Gradients of x, last, own, and [M, C] or [M + 2, C] in float32: of the mixes, then the norm's weight and bias."""
+    """Gradients of x, last, own, and [M, C] or [M + 2, C]: of the mixes, then the norm's weight and bias."""
     b, t, c = x.shape
     gx, g_last, g_own = torch.empty_like(x), torch.empty_like(last), None if own is None else torch.empty_like(own)
     programs = max(1, PROGRAMS // b)
@@ -247,11 +249,15 @@ def _backward(
     n_vectors = len(mixes) + (0 if norm is None else 2)
     partial = torch.empty(b * programs, n_vectors, c, dtype=torch.float32, device=x.device)
     weight, bias, statistics = norm or (None, None, None)
+    sizes = _sizes_backward(c)
+    n_tiles = len(mixes) * (1 if own is None else 2) + 2
     _mix_backward[(programs, b)](
         x, weight, bias, statistics, last, resets, mixes, own, *_fill(grads), g_sum, g_end, gx, g_last, g_own, partial,
-        b * t, t, c, span, NORM=norm is not None, M=len(mixes), PRESENT=present, **_sizes_backward(c),
+        b * t, t, c, span, NORM=norm is not None, M=len(mixes), PRESENT=present,
+        STAGES=stages(n_tiles, sizes["BC"], x.element_size()), **sizes,
     )  # fmt: skip
-    return gx, g_last, g_own, partial.sum(0)
+    dtype = common_dtype(mixes) if norm is None else common_dtype(mixes, norm[0], norm[1])
+    return gx, g_last, g_own, sum_shares(partial, dtype)
 
 
 @torch.library.custom_op("receptance::shift_mix", mutates_args=())

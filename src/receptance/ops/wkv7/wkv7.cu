@@ -38,10 +38,21 @@ DEVICE void fetch(half_bits* raw, const half_bits* x, const Place& at, int chunk
   const int row = thread() / 8, n = thread() % 8 * 8, t = chunk * L + row;
   copy_async(raw + row * ROW + n, x + at.base + (uint64)(t < at.T ? t : 0) * at.stride + n, t < at.T);
 }
-/// The exponent of the largest magnitude that this warp fetched.
-DEVICE void note_top(word* tops, const half_bits* raw) {
-  const word top = largest_of_warp(largest_magnitude((const word*)(raw + thread() / 8 * ROW + thread() % 8 * 8)));
-  if (lane() == 0) tops[warp()] = exponent_of(top >> 16);
+/// The exponents of the largest magnitudes that this warp fetched, of the tensors in WHICH (a bit each).
+template <word WHICH>
+DEVICE void note_tops(word (&tops)[7][WARPS], const half_bits (*raw)[TILE]) {
+  word top[7];
+#pragma unroll
+  for (int x = 0; x < 7; ++x)
+    if (WHICH >> x & 1) top[x] = largest_magnitude(*(const Quad*)(raw[x] + thread() / 8 * ROW + thread() % 8 * 8));
+#pragma unroll
+  for (int x = 0; x < 7; ++x)  // one after another is one wait, each with its store would be as many
+    if (WHICH >> x & 1) top[x] = largest_of_warp(top[x]);
+  if (lane() == 0) {
+#pragma unroll
+    for (int x = 0; x < 7; ++x)
+      if (WHICH >> x & 1) tops[x][warp()] = exponent_of(top[x] >> 16);
+  }
 }
 DEVICE void note_top(word* tops, const float (&c)[8][4]) {  // of a state
   float top = 0;
@@ -96,8 +107,23 @@ struct Exponents {
 };
 
 DEVICE word& at(half_bits* tile, int place) { return *(word*)(tile + place); }
-/// An input in its unit (`power`: the inverse), times a decay, as float16.
-DEVICE word decayed(half_bits* raw, int place, word power, Pair decay) { return pack(read(scale_input(at(raw, place), power)) * decay); }
+DEVICE word at(const half_bits* tile, int place) { return *(const word*)(tile + place); }
+/// Of a tile of each of the tensors in WHICH, this lane's words: rows g and g + 8, columns from 0 and from 8 on of its
+/// warp. All are read before anything is written: the compiler cannot know that tiles are apart and would wait for each.
+template <word WHICH>
+struct Inputs {
+  word x[7][4];
+  DEVICE Inputs(const half_bits (*raw)[TILE], const Lane& my) {
+#pragma unroll
+    for (int tensor = 0; tensor < 7; ++tensor)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (WHICH >> tensor & 1) x[tensor][i] = at(raw[tensor], my.here + i % 2 * 8 * ROW + i / 2 * 8);
+  }
+};
+/// An input in its unit (`power`: the inverse), as float16, and times a decay.
+DEVICE word in_unit(word x, word power) { return pack(read(scale_input(x, power))); }
+DEVICE word decayed(word x, word power, Pair decay) { return pack(read(scale_input(x, power)) * decay); }
 
 /// [L × L] += x yᵀ
 DEVICE void scores(Square& c, const half_bits* x, const half_bits* y) {
@@ -284,11 +310,11 @@ DEVICE void forward(byte* memory, const half_bits* r, const half_bits* w, const 
       auto& to = m.chunks[chunk & 1];
       auto& raw = m.raw[chunk & 1];
       await_all_but_one();
-      for (int x = MAP ? K : R; x <= B; ++x)
-        if (x != W) note_top(m.tops[x], raw[x]);
+      note_tops<1 << K | 1 << V | 1 << A | 1 << B | (MAP ? 0 : 1 << R)>(m.tops, raw);
       const word documents = vote(flag);
       team_barrier(0);
 
+      const Inputs<1 << K | 1 << V | 1 << A | 1 << B | (MAP ? 0 : 1 << R)> in(raw, my);
       const Facts f = facts_of(m.tops, documents);
       if (thread() == 0) to.facts = f;
       const Exponents e(raw[W], my);
@@ -301,13 +327,13 @@ DEVICE void forward(byte* memory, const half_bits* r, const half_bits* w, const 
         tail[n] = {e.end[n][2], e.end[n][3]};
         if (my.g == 7) *(Pair*)(to.scale + column) = exp2(mid + before), *(Pair*)(to.tail + column) = exp2(tail[n]);
         for (int i = 0; i < 2; ++i) {
-          const int here = my.here + 8 * i * ROW + 8 * n;
+          const int here = my.here + 8 * i * ROW + 8 * n, x = 2 * n + i;
           const Pair rise = {e.end[n][2 * i], e.end[n][2 * i + 1]}, fall = exp2(rise * -1.f);
-          at(to.tiles[0], here) = decayed(raw[A], here, ap, exp2(Pair{e.start[n][2 * i], e.start[n][2 * i + 1]}));
-          if (!MAP) at(to.tiles[1], here) = decayed(raw[R], here, rp, exp2(rise));
-          at(to.tiles[2], here) = decayed(raw[B], here, bp, fall);
-          at(to.tiles[3], here) = decayed(raw[K], here, kp, fall);
-          at(to.tiles[4], here) = pack(read(scale_input(at(raw[V], here), vp)));
+          at(to.tiles[0], here) = decayed(in.x[A][x], ap, exp2(Pair{e.start[n][2 * i], e.start[n][2 * i + 1]}));
+          if (!MAP) at(to.tiles[1], here) = decayed(in.x[R][x], rp, exp2(rise));
+          at(to.tiles[2], here) = decayed(in.x[B][x], bp, fall);
+          at(to.tiles[3], here) = decayed(in.x[K][x], kp, fall);
+          at(to.tiles[4], here) = in_unit(in.x[V][x], vp);
         }
       }
       team_barrier(0);
@@ -499,11 +525,11 @@ DEVICE void backward(byte* memory, const half_bits* r, const half_bits* w, const
       auto& decays = m.decays[chunk % 3];
       auto& raw = m.raw[chunk & 1];
       await_all_but_one();
-      for (int x = R; x <= GY; ++x)
-        if (x != W && (!MAP || (x != V && x != K))) note_top(m.tops[x], raw[x]);
+      note_tops<1 << R | 1 << A | 1 << B | 1 << GY | (MAP ? 0 : 1 << V | 1 << K)>(m.tops, raw);
       const word documents = vote(flag);
       team_barrier(0);
 
+      const Inputs<1 << R | 1 << A | 1 << B | 1 << GY | (MAP ? 0 : 1 << V | 1 << K)> in(raw, my);
       const Facts f = facts_of(m.tops, documents);
       if (thread() == 0) {
         to.facts = f;
@@ -520,15 +546,15 @@ DEVICE void backward(byte* memory, const half_bits* r, const half_bits* w, const
         if (my.g == 7) *(Pair*)(step.mid + column) = exp2(mid[n]);
         if (!MAP && my.g == 0) *(Pair*)&decays.rise[0][column] = exp2(Pair{e.start[n][0], e.start[n][1]});
         for (int i = 0; i < 2; ++i) {
-          const int here = my.here + 8 * i * ROW + 8 * n, t = my.g + 8 * i;
+          const int here = my.here + 8 * i * ROW + 8 * n, t = my.g + 8 * i, x = 2 * n + i;
           const Pair end = {e.end[n][2 * i], e.end[n][2 * i + 1]}, rise = exp2(end), fall = exp2(end * -1.f);
-          at(to.tiles[0], here) = decayed(raw[A], here, ap, exp2(Pair{e.start[n][2 * i], e.start[n][2 * i + 1]}));
-          at(to.tiles[1], here) = decayed(raw[R], here, rp, rise);
-          at(to.tiles[2], here) = decayed(raw[B], here, bp, fall);
-          at(to.values[0], here) = pack(read(scale_input(at(raw[GY], here), yp)));
+          at(to.tiles[0], here) = decayed(in.x[A][x], ap, exp2(Pair{e.start[n][2 * i], e.start[n][2 * i + 1]}));
+          at(to.tiles[1], here) = decayed(in.x[R][x], rp, rise);
+          at(to.tiles[2], here) = decayed(in.x[B][x], bp, fall);
+          at(to.values[0], here) = in_unit(in.x[GY][x], yp);
           if (!MAP) {
-            at(to.tiles[3], here) = decayed(raw[K], here, kp, fall);
-            at(to.values[1], here) = pack(read(scale_input(at(raw[V], here), vp)));
+            at(to.tiles[3], here) = decayed(in.x[K][x], kp, fall);
+            at(to.values[1], here) = in_unit(in.x[V][x], vp);
             *(Pair*)&decays.rise[t + 1][column] = rise;
             *(Pair*)&decays.fall[t][column] = fall;
           }
@@ -706,14 +732,19 @@ DEVICE void backward(byte* memory, const half_bits* r, const half_bits* w, const
       const float* decay = (role < 2 ? m.decays[chunk % 3].rise[role] : m.decays[chunk % 3].fall[0]) + my.g * (N + 8) + my.q * 2;
       half_bits* tile = from.tiles[role] + my.g * ROW + my.q * 2;
       float* product = &m.products[role][my.g][my.q * 2];
-      for (int j = 0; j < 8; ++j)
-        for (int i = 0; i < 2; ++i) {
-          word& here = at(tile, i * 8 * ROW + j * 8);
-          const int offset = i * 8 * (N + 8) + j * 8;
-          const Pair value = {grad[j][2 * i], grad[j][2 * i + 1]};
-          *(Pair*)(product + offset) = value * unpack(here);
-          here = written(value * (*(const Pair*)(decay + offset) * out));
+      for (int i = 0; i < 2; ++i) {
+        word inputs[8];
+        Pair decays[8];
+        for (int j = 0; j < 8; ++j) {  // read before anything is written, as in Inputs
+          inputs[j] = at(tile, i * 8 * ROW + j * 8);
+          decays[j] = *(const Pair*)(decay + i * 8 * (N + 8) + j * 8) * out;
         }
+        for (int j = 0; j < 8; ++j) {
+          const Pair value = {grad[j][2 * i], grad[j][2 * i + 1]};
+          *(Pair*)(product + i * 8 * (N + 8) + j * 8) = value * unpack(inputs[j]);
+          at(tile, i * 8 * ROW + j * 8) = written(value * decays[j]);
+        }
+      }
     }
     warp_barrier();
     for (int i = 0; i < 4; ++i)
