@@ -12,6 +12,7 @@ import json
 import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -112,12 +113,12 @@ def speed_table() -> str:
 
 
 def timed(rows: Sequence[Row]) -> list[Row]:
-    """With the time that they take alone: some runs shared their GPU."""
+    """With the time that they take alone: some runs shared their GPU. Names may end in a rate: `RWKV-7, 1.6e-3`."""
     rate = {row["name"]: row["tokens_per_second"] for row in speeds()}
     return [
-        row | {"curve": [point | {"seconds": point["tokens"] / rate[row["name"]]} for point in row["curve"]]}
+        row | {"curve": [point | {"seconds": point["tokens"] / rate[model]} for point in row["curve"]]}
         for row in rows
-        if row["name"] in rate
+        if (model := row["name"].split(",")[0]) in rate
     ]
 
 
@@ -241,10 +242,11 @@ def scaling_table(name: str) -> str:
     return table(["model", "parameters, million", "tokens, million", "bits per byte"], body)
 
 
+@cache  # seconds
 def scaling_laws(name: str) -> list[Row]:
-    rows = rows_of(name)
-    families = list(dict.fromkeys(row["name"] for row in rows))
-    laws = [scaling.fit([row | {"family": family} for row in rows if row["name"] == family]) for family in families]
+    rows = [row | {"family": row["name"].split(",")[0]} for row in rows_of(name)]  # RWKV-7, 900,000, 2,500,000
+    families = dict.fromkeys(row["family"] for row in rows)
+    laws = [scaling.fit([row for row in rows if row["family"] == family]) for family in families]
     return [law for law in laws if law is not None]
 
 
@@ -322,6 +324,74 @@ def draw_ablation(rows: Sequence[Row], path: Path) -> None:
     plots.save(figure, path)
 
 
+Panel = dict[str, dict[str, float]]  # line → model → value
+
+
+def draw_scores(panels: dict[str, Panel], path: Path, published: Panel | None = None) -> None:
+    """A dot for each model on a line for each test; published values, by line and name, are grey ticks."""
+    names = [m for m in MODELS if any(m in line for panel in panels.values() for line in panel.values())]
+    most = max(len(panel) for panel in panels.values())
+    size = (4.2 + 4.2 * len(panels), 1.5 + 0.42 * most + 0.2 * bool(published))
+    figure, axes_of = plt.subplots(1, len(panels), figsize=size, squeeze=False)
+    for (title, panel), axes in zip(panels.items(), axes_of[0]):
+        axes.set_yticks(range(len(panel)), list(panel))
+        for place, (label, values) in enumerate(panel.items()):
+            for name, value in values.items():
+                look = plots.style(name, MODELS)
+                axes.plot([value], [place], linestyle="none", markersize=8, label=name, **look)
+            for i, (name, value) in enumerate((published or {}).get(label, {}).items()):
+                axes.plot([value] * 2, [place - 0.3, place + 0.3], color="0.6", linewidth=1)
+                above = i % 2 == 0  # neighbours do not cover each other
+                axes.annotate(name, (value, place - 0.32 if above else place + 0.32), ha="center", fontsize=7,
+                              color="0.4", va="bottom" if above else "top")  # fmt: skip
+        axes.set_ylim(len(panel) - 0.5, -0.7)
+        plots.tidy(axes, "", "", title)
+    found = {name: h for axes in axes_of[0] for h, name in zip(*axes.get_legend_handles_labels())}
+    order = [name for name in names if name in found]
+    figure.legend([found[n] for n in order], order, loc="center right", frameon=False, fontsize=9)
+    figure.tight_layout(rect=(0, 0, 1 - 1.5 / figure.get_figwidth(), 1))
+    plots.save(figure, path)
+
+
+def score_panel(name: str) -> Panel:
+    """test → model → accuracy, the mean of seeds."""
+    rows = rows_of(name, MODELS)
+    tests = sorted({test for row in rows for test in row["scores"]}, key=natural)
+    models = list(dict.fromkeys(row["name"] for row in rows))
+    found = {test: {model: memory.accuracies(rows, model, test) for model in models} for test in tests}
+    return {test: {m: statistics.mean(x) for m, x in by.items() if x} for test, by in found.items()}
+
+
+FIRST, AFTER = "question before the story", "question after the story"
+BABI = {"qa1": "one fact", "qa4": "two relations", "qa5": "three relations", "qa6": "yes or no", "qa7": "counting",
+        "qa8": "lists", "qa9": "negation", "qa10": "perhaps", "qa12": "conjunction", "qa15": "deduction"}  # fmt: skip
+
+
+def question_panels(name: str) -> dict[str, Panel]:
+    """The mean of the tasks for both orders, and for each task what is gained by asking first."""
+    gain: Panel = {}
+    rows = rows_of(name, MODELS)
+    of = {(row["name"], test): score["groups"] for row in rows for test, score in row["scores"].items()}
+    for model in MODELS:
+        first, after = of.get((model, FIRST), {}), of.get((model, AFTER), {})
+        for task in sorted(first.keys() & after.keys(), key=natural):
+            gain.setdefault(BABI[task], {})[model] = first[task] - after[task]
+    return {"accuracy, all tasks": score_panel(name), "gained by asking first": gain}
+
+
+def domain_panels(name: str) -> dict[str, Panel]:
+    rows = [row for row in rows_of(name, MODELS) if "tasks" in row]
+    texts, tasks = ({what: {r["name"]: r[key][what] for r in rows} for what in rows[0][key]}
+                    for key in ("validation", "tasks"))  # fmt: skip
+    accuracies = {task: {model: found["accuracy"] for model, found in by.items()} for task, by in tasks.items()}
+    return {"bits per byte": texts, "accuracy": accuracies}
+
+
+PUBLISHED = {"digits of 784 pixels in 16 shades": {"LSTM, Transformer": 0.989, "S4": 0.9963},
+             "permuted digits of 784 pixels": {"LSTM": 0.9511, "Transformer": 0.979, "S4": 0.987},
+             "ListOps to 2000": {"commonest": 0.174, "Transformer": 0.364, "RWKV-4": 0.5588, "S4": 0.596}}  # fmt: skip
+
+
 def by_model(name: str) -> list[Row]:
     """One row a model and seed, in the page's order."""
     return rows_of(name, MODELS)
@@ -362,6 +432,11 @@ DRAWERS: dict[str, Callable[[Path], None]] = {
     "generation": lambda path: plots.draw_positions(by_model("costs"), path),
     "training": lambda path: plots.draw_training(by_model("costs"), path),
     "scaling": lambda path: plots.draw_scaling(scaling_laws("scaling"), path),
+    "bytes-more": lambda path: plots.draw_comparison(timed(by_model("bytes-more")), path),
+    "bpe": lambda path: draw_scores(domain_panels("bpe"), path),
+    "questions": lambda path: draw_scores(question_panels("questions"), path),
+    "digits": lambda path: draw_scores({"accuracy; ticks: published": score_panel("digits")}, path, PUBLISHED),
+    "listops": lambda path: draw_scores({"accuracy; ticks: published": score_panel("listops")}, path, PUBLISHED),
 }
 SOURCES = {"positions": "bytes", "generation": "costs", "training": "costs"}  # results of another name
 

@@ -135,6 +135,16 @@ def test_a_permutation_is_the_same_for_all(images):
     assert np.array_equal(plain[:, order], permuted)
 
 
+def test_shades_are_steps_of_equal_width(images):
+    fine, coarse = (Digits(side=7, shades=n) for n in (256, 16))
+    assert coarse.vocab_size == 16
+    assert coarse.name == "digits of 49 pixels in 16 shades"
+    assert np.array_equal(coarse.test(rng())[0], fine.test(rng())[0] // 16)  # shades from 100 to 152
+    assert len(np.unique(coarse.test(rng())[0])) == 4
+    with pytest.raises(ConfigError, match="9 shades"):
+        Digits(shades=9)
+
+
 def test_mnist_files_are_read_plain_and_packed(tmp_path):
     data = b"\0\0\x08\x03" + b"".join(n.to_bytes(4, "big") for n in (2, 3, 4)) + bytes(range(24))
     for i, pack in enumerate((bytes, gzip.compress, lzma.compress)):

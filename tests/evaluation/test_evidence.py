@@ -41,6 +41,19 @@ def test_results_are_collected_by_run_and_cell(evidence, tmp_path, monkeypatch):
     assert evidence.rows_of("recall") == [{"name": "RWKV-7", "accuracy": 0.123457, "gpu": "a GPU"}]
 
 
+def test_a_law_is_that_of_a_family_not_of_a_run(evidence, monkeypatch):
+    sizes = [(n, d) for n in (1_000_000, 4_000_000) for d in (2_000_000, 8_000_000, 32_000_000)]
+    rows = [
+        {"name": f"{family}, {n:,}, {d:,}", "parameters_without_embedding": n, "tokens": d,
+         "validation": {"wiki": c * (n * d) ** -0.05}}
+        for family, c in (("RWKV-7", 5.0), ("Transformer", 6.0)) for n, d in sizes
+    ]  # fmt: skip
+    monkeypatch.setattr(evidence, "rows_of", lambda name: rows)
+    laws = evidence.scaling_laws("of this test")
+    assert [law["family"] for law in laws] == ["RWKV-7", "Transformer"]
+    assert [len(law["points"]) for law in laws] == [6, 6]
+
+
 @pytest.mark.parametrize(("step", "longest"), [(0, 2), (49, 32), (99, 62), (100, 62), (199, 62)])
 def test_a_curriculum_counts_longer_and_longer_rows(step, longest):
     import torch

@@ -13,14 +13,15 @@ from receptance.evaluation.memory import read_trials
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 LIMIT = 300  # seconds
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(6 * LIMIT)]  # of a machine that does other things too
 
 
 @pytest.fixture(autouse=True)
 def in_time():
-    start = time.perf_counter()
+    start, processor = time.perf_counter(), time.process_time()
     yield
-    assert time.perf_counter() - start < LIMIT
+    # alone on two cores a test takes no longer than either: other work stretches the first, the second counts both
+    assert min(time.perf_counter() - start, time.process_time() - processor) < LIMIT
 
 
 def receptance(verb: str, *arguments: object) -> str:
@@ -83,14 +84,15 @@ def test_ablation(tmp_path, texts):
     assert len(bits) == 4
     assert bits["whole recipe"] < bits["no token shift"]
     early = {name: row["looks"][0]["held"] for name, row in rows.items()}
-    assert early["whole recipe"] < early["N(0, 0.02), no ln0"]
+    assert early["whole recipe"] < early["no token shift"]
 
 
 def test_costs(tmp_path):
     rows = compared("costs-laptop", tmp_path)
     for name in ("RWKV-4", "RWKV-7"):
         assert len(set(rows[name]["generation"]["state_bytes"])) == 1
-        assert rows[name]["generation"]["exponent"] == pytest.approx(1, abs=0.25)  # a busy machine is no clock
+        assert rows[name]["generation"]["exponent"] == pytest.approx(1, abs=0.2)
+        assert rows[name]["generation"]["exponent"] < rows["Transformer"]["generation"]["exponent"] - 0.2
     cache = rows["Transformer"]["generation"]
     assert cache["state_bytes"][-1] == 16 * cache["state_bytes"][0]
     assert rows["Transformer"]["training"]["length"][-1] == 2048
@@ -101,15 +103,19 @@ def test_scaling(tmp_path, texts):
     found = json.loads((tmp_path / "out/scaling.json").read_text())
     assert len(found["runs"]) == 6
     (law,) = found["laws"]
-    assert law["compute"]["exponent"] > 0.01  # more compute, less loss
-    assert law["held_out"]["predicted"] == pytest.approx(law["held_out"]["loss"], rel=0.3)
+    assert law["compute"]["exponent"] > 0.05  # more compute, less loss
+    assert law["held_out"]["predicted"] == pytest.approx(law["held_out"]["loss"], rel=0.1)
 
 
 def test_recall(tmp_path):
     scores = learnt("recall-laptop", tmp_path)
-    two = {name: score["accuracy"] for (name, test), score in scores.items() if "of 2 pairs" in test}
-    assert max(two["RWKV-6"], two["RWKV-7"]) > 0.9
-    assert two["RWKV-4"] < 0.75  # it knows which values there were, not whose they are
+    two, four = (
+        {name: score["accuracy"] for (name, test), score in scores.items() if f"of {n} pairs" in test} for n in (2, 4)
+    )
+    for name in ("RWKV-6", "RWKV-7"):
+        assert min(two[name], four[name]) > 0.9
+    assert two["RWKV-4"] < 0.6  # it knows which values there were, not whose they are
+    assert four["RWKV-4"] < 0.4
 
 
 def test_groups(tmp_path):
@@ -124,30 +130,37 @@ def test_groups(tmp_path):
 def test_needle_and_length(tmp_path):
     scores = learnt("needle-laptop", tmp_path)
     assert len(scores) == 9  # three models at three lengths
-    assert max(score["accuracy"] for (_, test), score in scores.items() if "32" in test) > 0.9
+    for name in ("RWKV-4", "RWKV-7", "Transformer"):
+        assert scores[name, "needle in 32"]["accuracy"] > 0.95
+    assert scores["RWKV-7", "needle in 128"]["accuracy"] > 0.9
+    assert scores["Transformer", "needle in 128"]["accuracy"] < 0.8  # its positions are new there
 
 
 def test_copying(tmp_path):
     scores = learnt("copying-laptop", tmp_path)
     trained = {name: score["accuracy"] for (name, test), score in scores.items() if "6" in test}
-    assert trained["RWKV-7"] > 0.3  # chance is 1 in 8
-    assert len(scores) == 8
+    assert len(trained) == 4
+    assert trained["RWKV-7"] > 0.95
+    twice = {name: score["accuracy"] for (name, test), score in scores.items() if "12" in test}
+    assert 1 / 8 < max(twice.values()) < 0.8  # nobody copies twice as much
 
 
 def test_digits(tmp_path, shared):
     scores = learnt("digits-laptop", tmp_path, shared / "data/image")
-    assert max(score["accuracy"] for score in scores.values()) > 0.3  # chance is 0.1
+    for name in ("RWKV-7", "RWKV-4"):
+        assert scores[name, "digits of 49 pixels in 16 shades"]["accuracy"] > 0.4  # chance is 0.1
 
 
 def test_listops(tmp_path):
     scores = learnt("listops-laptop", tmp_path)
-    assert max(score["accuracy"] for score in scores.values()) > 0.25  # the commonest answer: 0.2 or less
+    assert min(score["accuracy"] for score in scores.values()) > 0.25  # the commonest answer: 0.2 or less
+    assert scores["RWKV-7", "ListOps to 50"]["accuracy"] > 0.3
 
 
 def test_questions(tmp_path, shared):
     scores = learnt("questions-laptop", tmp_path, shared / "data/reasoning")
     assert {test for _, test in scores} == {"question before the story", "question after the story"}
-    assert max(score["accuracy"] for score in scores.values()) > 0.4  # two answers of two tasks: 0.3 by guessing
+    assert min(score["accuracy"] for score in scores.values()) > 0.4  # two answers of two tasks: 0.3 by guessing
 
 
 def test_forecast(tmp_path, shared):

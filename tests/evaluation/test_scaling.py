@@ -14,6 +14,7 @@ from receptance.evaluation.scaling import at, fit, frontier, optimal, read_ladde
 SIZES = np.array([1e6, 3e6, 8e6, 2e7, 4e7])
 BUDGETS = np.array([2e7, 6e7, 2e8])
 LAW = (0.8, 300.0, 700.0, 0.45, 0.4)  # E, A, B, α, β
+WHOLE = scaling.resampled
 N, D = (x.ravel() for x in np.meshgrid(SIZES, BUDGETS, indexing="ij"))
 
 
@@ -65,6 +66,15 @@ def test_bands_widen_with_noise():
     quiet, loud = (fit(runs(losses(noise))) for noise in (0.001, 0.02))
     wide = [law["held_out"]["band"][1] - law["held_out"]["band"][0] for law in (quiet, loud)]
     assert wide[1] > 3 * wide[0] > 0
+
+
+@pytest.mark.slow
+def test_nine_bands_of_ten_hold_the_run_that_they_predict(monkeypatch):
+    """Which is what a band from the 5th to the 95th percentile promises; a wide enough one would hold everything."""
+    monkeypatch.setattr(scaling, "resampled", WHOLE)
+    found = [fit(runs(losses(0.01, seed)))["held_out"] for seed in range(16)]
+    assert sum(held["band"][0] < held["loss"] < held["band"][1] for held in found) >= 12
+    assert np.mean([(held["band"][1] - held["band"][0]) / held["loss"] for held in found]) < 0.06
 
 
 def test_the_frontier_is_what_no_cheaper_run_beats():

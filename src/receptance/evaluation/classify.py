@@ -129,27 +129,32 @@ VALIDATION = 5000  # of the 60,000 training images, the last ones
 
 @dataclass(frozen=True)
 class Digits(Task):
-    """MNIST pixel by pixel, 256 shades as tokens; the digit is asked for at the last pixel.
+    """MNIST pixel by pixel, shades as tokens; the digit is asked for at the last pixel.
 
     root: the folder with the four IDX files, plain, .gz or .xz. permuted: one fixed order of the pixels (seed 92916).
-    side: 28; 14 or 7 take means of blocks, for rows that a laptop can learn.
+    side: 28; 14 or 7 take means of blocks, for rows that a laptop can learn. shades: steps of grey, of equal width;
+    each is a token of its own, so that with fewer a model learns more of each.
     """
 
     root: str = "."
     permuted: bool = False
     side: int = 28
+    shades: int = 256
 
     def __post_init__(self) -> None:
         if self.side not in (28, 14, 7):
             raise ConfigError(f"side {self.side}: images are 28 wide, or reduced to 14 or 7")
+        if not 10 <= self.shades <= 256:
+            raise ConfigError(f"{self.shades} shades: from 10 (answers are tokens too) to 256")
 
     @property
     def name(self) -> str:
-        return ("permuted " if self.permuted else "") + f"digits of {self.length} pixels"
+        shades = f" in {self.shades} shades" if self.shades < 256 else ""
+        return ("permuted " if self.permuted else "") + f"digits of {self.length} pixels" + shades
 
     @property
     def vocab_size(self) -> int:
-        return 256
+        return self.shades
 
     @property
     def length(self) -> int:
@@ -170,7 +175,7 @@ class Digits(Task):
         )
         k = 28 // self.side
         blocks = images[index].reshape(-1, self.side, k, self.side, k)
-        pixels = blocks.mean((2, 4)).astype(np.int64).reshape(len(index), -1)
+        pixels = blocks.mean((2, 4)).astype(np.int64).reshape(len(index), -1) * self.shades // 256
         if self.permuted:
             pixels = pixels[:, np.random.default_rng(92_916).permutation(self.length)]
         return at_end(pixels, labels[index].astype(np.int64))

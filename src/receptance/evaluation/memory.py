@@ -83,6 +83,7 @@ def read_trials(path: Path, overrides: Mapping[str, str] = {}) -> tuple[Path, li
 def _task(path: Path, given: Mapping[str, Any], root: Path) -> tuple[Task, tuple[Task, ...], dict[str, Any]]:
     fields = dict(given)
     kind, lengths, options = fields.pop("task", None), fields.pop("test_lengths", []), fields.pop("train", {})
+    fields = {key: tuple(x) if isinstance(x, list) else x for key, x in fields.items()}  # a task is a key of caches
     if kind not in TASKS:
         raise ConfigError(f"{path}: unknown task {kind!r}; there are {sorted(TASKS)}")
     if kind in FILES:

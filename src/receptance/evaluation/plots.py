@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22")
 MARKS = "osD^vP*Xhd"
@@ -83,7 +83,8 @@ def draw_comparison(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         by_time.plot(seconds, losses, **look)
         texts = [text for text in mine[0]["looks"][0] if text != "tokens"] if mine[0]["looks"] else []
         for text in texts[:1]:
-            at, bits = mean_curve([[(x["tokens"], x[text]) for x in row["looks"] if text in x] for row in mine])
+            looks = ([(x["tokens"], x[text]) for x in row["looks"] if x.get(text) is not None] for row in mine)
+            at, bits = mean_curve(list(looks))
             held.plot([x / 1e6 for x in at], bits, markersize=4, **style(name, names))
             tidy(held, "million tokens", f"bits per byte, {text}", "held out")
     for axes, skip in ((by_tokens, 0.1), (by_time, 0.1), (held, 0.0)):
@@ -219,6 +220,8 @@ def draw_scaling(laws: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.legend(frameon=False, fontsize=9)
+    for ticks in (losses.yaxis.set_major_formatter, losses.yaxis.set_minor_formatter):
+        ticks(FuncFormatter(lambda value, _: f"{value:.3g}"))
     tidy(losses, "compute 6ND, FLOP", "bits per byte, held out", "x: the largest run as predicted without it")
     tidy(sizes, "compute 6ND, FLOP", "parameters", "compute-optimal size, with the best runs")
     figure.tight_layout()
