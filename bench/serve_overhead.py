@@ -28,33 +28,30 @@ from receptance.server.config import ServedConfig, read_config
 from receptance.server.protocol import protocol
 from receptance.server.run import set_up_python
 
-CLIENT = """
-import asyncio, json, sys
-try:
-    from uvloop import run
-except ImportError:
-    from asyncio import run
+CLIENT = """  # reads as much as it can at a time, so that most of what is measured is the server's
+import json, selectors, socket, sys
 port, batch, tokens, stream = map(int, sys.argv[1:])
-class One(asyncio.Protocol):
-    def __init__(self, seed):
-        self.data, self.whole = [], asyncio.get_running_loop().create_future()
-        self.seed = seed
-    def connection_made(self, transport):
-        body = json.dumps({"prompt": "Once upon a time", "max_tokens": tokens, "seed": self.seed, "ignore_eos": True,
-                           "temperature": 1, "stream": bool(stream)}).encode()
-        transport.write(b"POST /v1/completions HTTP/1.1\\r\\nHost: localhost\\r\\nConnection: close\\r\\n"
-                        b"Content-Type: application/json\\r\\nContent-Length: %d\\r\\n\\r\\n" % len(body) + body)
-    def data_received(self, data):
-        self.data.append(data)
-    def connection_lost(self, error):
-        self.whole.set_result(b"".join(self.data))
-async def one(seed):
-    _, protocol = await asyncio.get_running_loop().create_connection(lambda: One(seed), "127.0.0.1", port)
-    return await protocol.whole
-async def all():
-    return await asyncio.gather(*(one(i) for i in range(batch)))
+def ask(seed):
+    body = json.dumps({"prompt": "Once upon a time", "max_tokens": tokens, "seed": seed, "ignore_eos": True,
+                       "temperature": 1, "stream": bool(stream)}).encode()
+    sock = socket.create_connection(("127.0.0.1", port))
+    sock.sendall(b"POST /v1/completions HTTP/1.1\\r\\nHost: localhost\\r\\nConnection: close\\r\\n"
+                 b"Content-Type: application/json\\r\\nContent-Length: %d\\r\\n\\r\\n" % len(body) + body)
+    sock.setblocking(False)
+    return sock
 while sys.stdin.readline():
-    found = run(all())
+    waiting, answers = selectors.DefaultSelector(), []
+    for seed in range(batch):
+        answers.append([])
+        waiting.register(ask(seed), selectors.EVENT_READ, answers[-1])
+    while waiting.get_map():
+        for key, _ in waiting.select():
+            data = key.fileobj.recv(1 << 16)
+            key.data.append(data)
+            if not data:
+                waiting.unregister(key.fileobj)
+                key.fileobj.close()
+    found = [b"".join(parts) for parts in answers]
     whole = sum(b"[DONE]" in x if stream else b'"finish_reason":"length"' in x for x in found)
     print(whole, flush=True)
 """

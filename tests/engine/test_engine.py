@@ -368,6 +368,13 @@ def test_embeddings_have_length_one_and_tell_texts_apart(engine: Engine) -> None
     assert float((a * b).sum()) < 0.99
 
 
+def test_what_only_a_gpu_has_is_refused_elsewhere(model, tok):
+    with pytest.raises(ConfigError, match="weights='int8' needs a model with kernels for a GPU"):
+        Engine(model, tok, weights="int8")
+    with pytest.raises(ConfigError, match="weights is 'int3', expected full, int8 or float8"):
+        Engine(model, tok, weights="int3")
+
+
 def test_what_cannot_run_is_refused_at_once(engine: Engine, model: Any) -> None:
     with pytest.raises(GenerationError, match="token id 999999"):
         engine.submit([999_999])

@@ -41,7 +41,7 @@ def load(name: str, source: ModelSource, wanted: "ServedConfig") -> "ServedModel
         states.setdefault("", rwkv.load_state(preset.state))
     return ServedModel(
         name=name,
-        engine=Engine(rwkv, tok, slots=wanted.slots, cache_bytes=wanted.cache_bytes),
+        engine=Engine(rwkv, tok, slots=wanted.slots, cache_bytes=wanted.cache_bytes, weights=wanted.weights),
         template=template,
         thinking=thinking,
         system=wanted.system or preset.system,

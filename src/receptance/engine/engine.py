@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Any, Literal, Unpack, cast
 
 from numpy.typing import NDArray
 
@@ -32,6 +32,14 @@ class EngineError(ReceptanceError):
     """The engine was closed, or what it was doing failed."""
 
 
+class Waiting:
+    """A task of an event loop that waits for news. future: done when there may be some."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        self.loop = loop
+        self.future: asyncio.Future[None] = loop.create_future()
+
+
 class Handle:
     """A request that was submitted: its texts as they grow. Iterate over it, or over it in an event loop.
 
@@ -47,7 +55,7 @@ class Handle:
         self._engine = engine
         self._news: deque[tuple[int, Token]] = deque()  # that nobody has taken yet
         self._changed = threading.Condition()
-        self._waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+        self._waiting: list[Waiting] = []
         self._open = request.n
         self.is_done = False
         self._scheduled: list[Scheduled] = []
@@ -82,18 +90,17 @@ class Handle:
 
     async def aevents(self) -> AsyncIterator[tuple[int, Token]]:
         """`events` without blocking the event loop. Leaving it early cancels the request."""
-        changed = asyncio.Event()
-        waiting = asyncio.get_running_loop(), changed
+        waiting = Waiting(asyncio.get_running_loop())
         with self._changed:
             self._waiting.append(waiting)
         try:
             while True:
-                changed.clear()
+                waiting.future = waiting.loop.create_future()
                 while self._news:
                     yield self._news.popleft()
                 if self.is_done and not self._news:
                     break
-                await changed.wait()
+                await waiting.future
         finally:
             with self._changed:
                 self._waiting.remove(waiting)
@@ -130,7 +137,7 @@ class Handle:
             self.future.set_exception(error)
         self.is_done = True
 
-    def _wake(self) -> list[tuple[asyncio.AbstractEventLoop, asyncio.Event]]:
+    def _wake(self) -> list[Waiting]:
         """Wake the threads that wait for it. Gives who waits in event loops."""
         with self._changed:
             self._changed.notify_all()
@@ -149,6 +156,8 @@ class Engine:
     limits: how many tokens a step takes; None: by device.
     invariant: on a GPU, where products of other sizes round otherwise: every text is, token for token, the one that its
     request gives alone in this mode, at the price of speed. On a CPU it is so but for ties within rounding.
+    weights: "int8" or "float8": on a GPU, steps of few texts read the large matrices in 8 bits; docs/engine.md has the
+    price. "full": in the model's own dtype.
     Use it as a context manager, or close it.
     """
 
@@ -164,6 +173,7 @@ class Engine:
         speculate: Literal["lookup"] | Model | None = "lookup",
         limits: Limits | None = None,
         invariant: bool = False,
+        weights: str = "full",
     ):
         if isinstance(model, str | Path):
             from receptance.checkpoint import load
@@ -192,7 +202,7 @@ class Engine:
         self._core = Core(
             model,
             tokenizer,
-            make_runner(model, slots, tokenizer, invariant),
+            make_runner(model, slots, tokenizer, invariant, weights),
             limits,
             cache_bytes=cache_bytes,
             host_bytes=host_bytes,
@@ -372,13 +382,13 @@ class Engine:
 
     def _wake_told(self) -> None:
         """Once a step, and each event loop once: a wake-up costs as much as drawing some tokens."""
-        loops: dict[asyncio.AbstractEventLoop, list[asyncio.Event]] = {}
+        loops: dict[asyncio.AbstractEventLoop, list[Waiting]] = {}
         while self._told:
-            for loop, changed in self._told.pop()._wake():
-                loops.setdefault(loop, []).append(changed)
-        for loop, events in loops.items():
+            for waiting in self._told.pop()._wake():
+                loops.setdefault(waiting.loop, []).append(waiting)
+        for loop, found in loops.items():
             with suppress(RuntimeError):  # it was closed meanwhile
-                loop.call_soon_threadsafe(_set_all, events)
+                loop.call_soon_threadsafe(_wake_all, found)
 
     def close(self) -> None:
         """End: requests under way fail with EngineError."""
@@ -391,27 +401,37 @@ class Engine:
         self._core.pool.close()
 
 
-def _set_all(events: list[asyncio.Event]) -> None:
-    for event in events:
-        event.set()
+def _wake_all(found: list[Waiting]) -> None:
+    for waiting in found:
+        if not waiting.future.done():
+            waiting.future.set_result(None)
 
 
-def make_runner(model: Any, slots: int, tokenizer: Tokenizer, invariant: bool = False) -> Runner:
-    """The runner of this model, on its device. Raises ConfigError where there is no invariant one."""
+def make_runner(model: Any, slots: int, tokenizer: Tokenizer, invariant: bool = False, weights: str = "full") -> Runner:
+    """The runner of this model, on its device. Raises ConfigError where there is none of the kind that is asked for."""
+    if weights not in ("full", "int8", "float8"):
+        raise ConfigError(f"weights is {weights!r}, expected full, int8 or float8")
     vocab = min(tokenizer.vocab_size, model.config.vocab_size)
-    if model.engine == "native":
-        from receptance.engine.native_runner import NativeRunner
-
-        return NativeRunner(model, slots, vocab, tokenizer.token_bytes, tokenizer.eos_id)
-    if model.device.type == "cuda":
+    if model.engine != "native" and model.device.type == "cuda":
         from receptance.engine.gpu.versions import misfit
 
         if misfit(model, model.dtype) is None:
             from receptance.engine.gpu_runner import GpuRunner
 
-            return GpuRunner(model, slots, vocab, tokenizer.token_bytes, tokenizer.eos_id, invariant=invariant)
-    if invariant:
-        raise ConfigError("invariant=True needs a model with kernels for a GPU, in float16 or bfloat16 there")
+            bits = cast(Literal["full", "int8", "float8"], weights)
+            return GpuRunner(
+                model, slots, vocab, tokenizer.token_bytes, tokenizer.eos_id, invariant=invariant, weights=bits
+            )
+    if invariant or weights != "full":
+        asked = "invariant=True" if invariant else f"weights={weights!r}"
+        raise ConfigError(
+            f"{asked} needs a model with kernels for a GPU, in float16 or bfloat16 there; "
+            "on a CPU, 8 bits are a model's dtype"
+        )
+    if model.engine == "native":
+        from receptance.engine.native_runner import NativeRunner
+
+        return NativeRunner(model, slots, vocab, tokenizer.token_bytes, tokenizer.eos_id)
     from receptance.engine.torch_runner import TorchRunner
 
     return TorchRunner(model, slots, vocab, tokenizer.token_bytes, tokenizer.eos_id)

@@ -186,20 +186,17 @@ async def chunks(texts: Texts, request: CompletionRequest) -> AsyncIterator[byte
                 for index in range(n):
                     yield chunk(i * n + index, one.text)
         async with aclosing(_together([one.generation for one in texts.running])) as tokens:
-            async for i, found in tokens:
-                if found is None:
-                    generation = texts.running[i].generation
-                    for made in generation.completions:
-                        more = {"state_data": await generation.state_data(made.index)} if request.return_state else {}
-                        yield chunk(i * n + made.index, "", made.finish_reason, **more)
-                    continue
-                index, token = found
+            async for number, token in tokens:
                 report = None
                 if request.logprobs is not None:
                     report = Report(texts.model)
                     report.add_token(token)
                 if token.text or report:
-                    yield chunk(i * n + index, token.text, None, report.body if report else None)
+                    yield chunk(number, token.text, None, report.body if report else None)
+        for i, one in enumerate(texts.running):
+            for made in one.generation.completions:
+                more = {"state_data": await one.generation.state_data(made.index)} if request.return_state else {}
+                yield chunk(i * n + made.index, "", made.finish_reason, **more)
         if request.stream_options is not None and request.stream_options.include_usage:
             yield http.event({**base, "choices": [], "usage": texts.usage})
         yield http.DONE
@@ -207,33 +204,36 @@ async def chunks(texts: Texts, request: CompletionRequest) -> AsyncIterator[byte
         await texts.release()
 
 
-async def _together(generations: list[Generation]) -> AsyncGenerator[tuple[int, tuple[int, Token] | None], None]:
-    """What all of them give, as it comes: (number of the generation, its event), with None at its end."""
-    if len(generations) == 1:  # the usual case: nothing to wait for in between
-        async with aclosing(generations[0].events()) as events:
-            async for event in events:
-                yield 0, event
-        yield 0, None
-        return
-    queue: asyncio.Queue[tuple[int, tuple[int, Token] | None] | Exception] = asyncio.Queue(64)
+def _together(generations: list[Generation]) -> AsyncGenerator[tuple[int, Token], None]:
+    """What all of them give, as it comes: (number of the text among all, token)."""
+    return generations[0].events() if len(generations) == 1 else _merged(generations)
 
-    async def pass_on(i: int, generation: Generation) -> None:
+
+async def _merged(generations: list[Generation]) -> AsyncGenerator[tuple[int, Token], None]:
+    queue: asyncio.Queue[tuple[int, Token] | Exception | None] = asyncio.Queue(64)
+
+    async def pass_on(first: int, generation: Generation) -> None:
         try:
-            async for event in generation.events():
-                await queue.put((i, event))
-            await queue.put((i, None))
+            async for index, token in generation.events():
+                await queue.put((first + index, token))
+            await queue.put(None)
         except Exception as error:
             await queue.put(error)
 
-    tasks = [asyncio.ensure_future(pass_on(i, generation)) for i, generation in enumerate(generations)]
+    tasks, first = [], 0
+    for generation in generations:
+        tasks.append(asyncio.ensure_future(pass_on(first, generation)))
+        first += len(generation.completions)
     try:
         left = len(tasks)
         while left:
             found = await queue.get()
             if isinstance(found, Exception):
                 raise found
-            left -= found[1] is None
-            yield found
+            if found is None:
+                left -= 1
+            else:
+                yield found
     finally:
         for task in tasks:
             task.cancel()

@@ -85,7 +85,7 @@ class SessionConfig:
 class ServedConfig:
     """A model, and how it is run. An empty word means what the model's own files say.
 
-    states: names of tuned states, with their files; a request picks one with `state`.
+    weights: as `Engine` takes them. states: names of tuned states, with their files; a request picks one with `state`.
     """
 
     model: str = ""
@@ -98,6 +98,7 @@ class ServedConfig:
     thinking: str | None = None
     system: str | None = None
     slots: int | None = None
+    weights: str = "full"
     cache_bytes: int = 256 << 20
     states: dict[str, str] = field(default_factory=dict)
 
