@@ -111,11 +111,8 @@ def step_bytes(fast: GpuModel, batch: int) -> int:
     matrices = [x for y in fast.layers for x in (y.time.inputs, y.time.output, y.channel, y.value)] + [fast.head]
     matrices += [x for y in fast.layers for x in vars(y.time.own).values() if isinstance(x, Matrix)]
     if fast.weights != "full" and batch <= GEMV_ROWS:
-        own = [
-            x
-            for x in own
-            if x.untyped_storage().data_ptr() not in {y.full.untyped_storage().data_ptr() for y in matrices}
-        ]
+        unread = {x.full.untyped_storage().data_ptr() for x in matrices}
+        own = [x for x in own if x.untyped_storage().data_ptr() not in unread]
         used = [x for y in matrices for x in (y.numbers, y.scales)]
     else:
         used = [y.full for y in matrices]

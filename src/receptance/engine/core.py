@@ -554,13 +554,16 @@ class Core:
         late, self._late = self._late, []
         for job, token in late:
             text, _ = job.reader.accept(token)
-            drawn = Token(token, text)
-            job.completion.tokens.append(drawn)
-            if job.drafts:
-                job.drafts.add(token)
-            if job.watch:
-                job.watch(drawn)
-        self.stats.written += len(late)
+            self._record(job, Token(token, text))
+
+    def _record(self, job: TextJob, drawn: Token) -> None:
+        """A token with its text: for the completion, the guesses to come and who watches."""
+        job.completion.tokens.append(drawn)
+        self.stats.written += 1
+        if job.drafts:
+            job.drafts.add(drawn.id)
+        if job.watch:
+            job.watch(drawn)
 
     def _accept(self, sequence: Sequence, token: int, report: Report) -> bool:
         """Take a drawn token. Returns whether the text goes on."""
@@ -577,14 +580,8 @@ class Core:
                 self._fail(sequence, error)
                 return False
             reason, text = "stop", text + job.reader.finish()
-        drawn = Token(token, text, *report)
         job.drawn += 1
-        job.completion.tokens.append(drawn)
-        self.stats.written += 1
-        if job.drafts:
-            job.drafts.add(token)
-        if job.watch:
-            job.watch(drawn)
+        self._record(job, Token(token, text, *report))
         if reason is None:
             sequence.tokens.append(token)
             return True

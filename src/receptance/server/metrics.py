@@ -76,8 +76,8 @@ class _Between:
         family = HistogramMetricFamily(
             "receptance:inter_token_latency_seconds", "Between two tokens of a text.", labels=["model_name"]
         )
+        names = [*map(str, SECONDS), "+Inf"]
         for model, counts in self._counts.items():
-            names = [*map(str, SECONDS), "+Inf"]
             family.add_metric([model], list(zip(names, accumulate(counts))), self._sums[model])
         return [family]
 
