@@ -161,7 +161,6 @@ inline __m512 start_of(__m512 scale, float offset) {
 template <int T>
 void widen_packed(const uint8_t* p, int64_t blocks, Halves& w) {
   constexpr bool small = Packed<T>::numbers == BLOCK;
-  const __m512i fifteen = _mm512_set1_epi8(15);
   for (int64_t b = 0; b < blocks; b++) {
     const uint8_t* header = small ? p + b * Packed<T>::size : p;
     const uint8_t* numbers = header + Packed<T>::header + (small ? 0 : b * Packed<T>::part);
@@ -192,19 +191,8 @@ void widen_packed(const uint8_t* p, int64_t blocks, Halves& w) {
       }
     }
     for (int j = 0; j < 4; j++) {
-      __m512i low = _mm512_loadu_si512(numbers + j * 64);
-      __m512i high = _mm512_and_si512(_mm512_srli_epi16(low, 4), fifteen);
-      low = _mm512_and_si512(low, fifteen);
-      if (T == Q5_K) {  // bit i of a byte belongs to columns 4 i to 4 i + 3
-        const __m512i h = _mm512_loadu_si512(numbers + 256), bit = _mm512_set1_epi8(16);
-        low = _mm512_or_si512(low, _mm512_and_si512(_mm512_slli_epi16(h, 4 - j), bit));
-        high = _mm512_or_si512(high, _mm512_and_si512(_mm512_srli_epi16(h, j), bit));
-      }
-      if (T == Q6_K) {  // of two vectors, bits 2 i and 2 i + 1: columns 8 i to 8 i + 3, and in the second 8 i + 4 to 8 i + 7
-        const __m512i h = _mm512_loadu_si512(numbers + 256 + j % 2 * 64), twice = _mm512_set1_epi8(48);
-        low = _mm512_or_si512(low, _mm512_and_si512(_mm512_slli_epi16(h, 4 - j / 2 * 2), twice));
-        high = _mm512_or_si512(high, _mm512_and_si512(_mm512_srli_epi16(h, j / 2 * 2), twice));
-      }
+      __m512i low, high;
+      read_bits<T>(numbers, j, low, high);
       put_quads<6>(low, scale[0], start[0], to + 2 * j);
       put_quads<6>(high, scale[1], start[1], to + 2 * j + 8);
     }
