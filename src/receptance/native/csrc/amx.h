@@ -17,6 +17,12 @@ struct alignas(64) Halves {
   uint16_t high[8 * 16][32], low[8 * 16][32];
 };
 
+// 32 columns of 16 rows of x as the second operand: vectors of 16 rows x 2 columns, in two parts. They lie where the XGroups would
+struct alignas(64) XTile {
+  uint16_t high[16][32], low[16][32];
+};
+static_assert(sizeof(XTile) * 8 <= sizeof(XGroup) * PANEL, "room for them");
+
 constexpr int64_t TOGETHER = 4;  // panels that meet the same tile of x
 static_assert(TOGETHER * sizeof(Halves) <= PANEL_FLOATS * sizeof(float), "room for four");
 static_assert(TOGETHER * PANEL == MOST_ROWS, "all panels of one product");
@@ -51,31 +57,46 @@ struct WithTiles {  // while a thread works
   ~WithTiles() { TILES_END(); }
 };
 
-// sums [G][16, 16] (lds numbers apart) += what `blocks` blocks of 32 columns give, of 16 rows of x that lie `stride` bytes apart
-template <int KIND, int G>
-inline void tile_of_16(const Halves* w, int64_t blocks, const XGroup* x, int64_t stride, float* sums, int64_t lds) {
+// Where a block of 32 columns of 16 rows of x lies in memory: bytes from row to row, from the upper to the lower part, and from
+// block to block
+struct InGroups {
+  int64_t stride;
+  static constexpr int64_t low = offsetof(XGroup, low) - offsetof(XGroup, high), block = 2 * BLOCK;
+};
+struct InTiles {
+  static constexpr int64_t stride = 64, low = sizeof(XTile) / 2, block = sizeof(XTile);
+};
+
+// sums [G][16, 16] (lds numbers apart) += what `blocks` blocks of 32 columns give, of 16 rows of x; [x, w], or if x is in tiles [w, x]
+template <int KIND, int G, class In>
+inline void tile_of_16(const Halves* w, int64_t blocks, const char* x, In in, float* sums, int64_t lds) {
+  constexpr bool turned = std::is_same<In, InTiles>::value;
   TILE_LOAD(0, sums, 64);
   if constexpr (G > 1) TILE_LOAD(1, sums + lds, 64);
   if constexpr (G > 2) TILE_LOAD(2, sums + 2 * lds, 64);
   if constexpr (G > 3) TILE_LOAD(3, sums + 3 * lds, 64);
-  for (int64_t b = 0; b < blocks; b++) {
-    TILE_LOAD(4, x->high + b * BLOCK, stride);
-    if constexpr (KIND != ONE_PART) TILE_LOAD(5, x->low + b * BLOCK, stride);
+  for (int64_t b = 0; b < blocks; b++, x += In::block) {
+    TILE_LOAD(4, x, in.stride);
+    if constexpr (KIND != ONE_PART) TILE_LOAD(5, x + In::low, in.stride);
+#define MULTIPLY(g, xs, ws)                           \
+  if constexpr (turned) { TILE_PRODUCT(g, ws, xs); }  \
+  else { TILE_PRODUCT(g, xs, ws); }
 #define PANEL_STEP(g, even)                                                \
   if constexpr (G > g) {                                                   \
     TILE_LOAD(even, w[g].high[16 * b], 64);                                \
-    TILE_PRODUCT(g, 4, even);                                              \
-    if constexpr (KIND != ONE_PART) TILE_PRODUCT(g, 5, even);              \
+    MULTIPLY(g, 4, even)                                                   \
+    if constexpr (KIND != ONE_PART) { MULTIPLY(g, 5, even) }               \
   }
     PANEL_STEP(0, 6) PANEL_STEP(1, 7) PANEL_STEP(2, 6) PANEL_STEP(3, 7)
 #undef PANEL_STEP
 #define PANEL_STEP(g, even)                                                \
   if constexpr (G > g && KIND == THREE_PRODUCTS) {                         \
     TILE_LOAD(even, w[g].low[16 * b], 64);                                 \
-    TILE_PRODUCT(g, 4, even);                                              \
+    MULTIPLY(g, 4, even)                                                   \
   }
     PANEL_STEP(0, 6) PANEL_STEP(1, 7) PANEL_STEP(2, 6) PANEL_STEP(3, 7)
 #undef PANEL_STEP
+#undef MULTIPLY
   }
   TILE_STORE(0, sums);
   if constexpr (G > 1) TILE_STORE(1, sums + lds);
@@ -83,11 +104,21 @@ inline void tile_of_16(const Halves* w, int64_t blocks, const XGroup* x, int64_t
   if constexpr (G > 3) TILE_STORE(3, sums + 3 * lds);
 }
 
-template <int KIND, int G>
-inline void tiles_of(const Halves* w, int64_t blocks, const XGroup* x, int64_t ldq, int64_t rows, float* sums) {
+// x: of each 16 rows, `apart` bytes from the 16 before
+template <int KIND, int G, class In>
+inline void tiles_of(const Halves* w, int64_t blocks, const char* x, int64_t apart, In in, int64_t rows, float* sums) {
   const int64_t lds = whole_tiles(rows) * PANEL;
-  for (int64_t m = 0; m < rows; m += PANEL) {
-    tile_of_16<KIND, G>(w, blocks, x + m * ldq, ldq * (int64_t)sizeof(XGroup), sums + m * PANEL, lds);
+  for (int64_t m = 0; m < rows; m += PANEL) tile_of_16<KIND, G>(w, blocks, x + m / PANEL * apart, in, sums + m * PANEL, lds);
+}
+
+// `panels` panels, at most four
+template <int KIND, class In>
+inline void tiles_of(int64_t panels, const Halves* w, int64_t blocks, const char* x, int64_t apart, In in, int64_t rows, float* sums) {
+  switch (panels) {
+    case 1: tiles_of<KIND, 1>(w, blocks, x, apart, in, rows, sums); break;
+    case 2: tiles_of<KIND, 2>(w, blocks, x, apart, in, rows, sums); break;
+    case 3: tiles_of<KIND, 3>(w, blocks, x, apart, in, rows, sums); break;
+    default: tiles_of<KIND, 4>(w, blocks, x, apart, in, rows, sums); break;
   }
 }
 
@@ -98,18 +129,14 @@ inline void half_panels(const Product& p, int64_t first, int64_t last, int64_t r
   const WithTiles tiles(2);
   Halves* w = (Halves*)local;
   const int64_t panels = (last - first + PANEL - 1) / PANEL, lds = whole_tiles(rows) * PANEL;
+  const InGroups in = {ldq * (int64_t)sizeof(XGroup)};
   float* sums = local + PANEL_FLOATS;
   __builtin_memset(sums, 0, panels * lds * sizeof(float));
   for (int64_t group = 0; group < groups_of(p.w->cols); group++) {
     const int64_t blocks = blocks_of_group(p.w->cols, group);
     const XGroup* x = inputs(group);
     for (int64_t i = 0; i < panels; i++) widen(first + i * PANEL, group, w[i]);
-    switch (panels) {
-      case 1: tiles_of<KIND, 1>(w, blocks, x, ldq, rows, sums); break;
-      case 2: tiles_of<KIND, 2>(w, blocks, x, ldq, rows, sums); break;
-      case 3: tiles_of<KIND, 3>(w, blocks, x, ldq, rows, sums); break;
-      default: tiles_of<KIND, 4>(w, blocks, x, ldq, rows, sums); break;
-    }
+    tiles_of<KIND>(panels, w, blocks, (const char*)x->high, PANEL * in.stride, in, rows, sums);
   }
   for (int64_t m = 0; m < rows; m++) {
     for (int64_t n = first; n < last; n += PANEL) {
@@ -210,45 +237,174 @@ void widen_rows(const uint8_t* p, int64_t stride, int64_t blocks, Halves& w) {
   widen_packed<KERNEL>(packed, blocks, w);
 }
 
-// Two columns of 16 rows in 16 bits (the first in the low halves): the parts of each
+// Two vectors of 16 numbers of 16 bits, side by side: the upper parts (the first in the low halves), and what they leave over
 template <int T>
-inline void put_words(__m512i v, uint16_t* high, uint16_t* low) {
+inline void put_words(__m256i first, __m256i second, uint16_t* high, uint16_t* low) {
   if (T == BF16) {
-    _mm512_store_si512(high, v);
+    _mm512_store_si512(high, _mm512_or_si512(_mm512_cvtepu16_epi32(first), _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16)));
     return;
   }
-  const __m512i upper = _mm512_set1_epi32(0xffff0000);
-  const __m512 f[2] = {_mm512_cvtph_ps(_mm512_cvtepi32_epi16(v)), _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(v, 16)))};
-  __m512i h[2], l[2];
-  for (int i = 0; i < 2; i++) {
-    h[i] = _mm512_and_si512(rounded(f[i]), upper);
-    l[i] = rounded(_mm512_sub_ps(f[i], _mm512_castsi512_ps(h[i])));
-  }
-  _mm512_store_si512(high, two_columns(h[0], h[1]));
-  _mm512_store_si512(low, two_columns(l[0], l[1]));
-}
-
-// Up to 16 rows of 16-bit numbers, `stride` bytes apart; the results of those that are not there are nobody's
-template <int T>
-void widen_plain(const char* p, int64_t stride, int64_t height, int64_t blocks, Halves& w) {
-  for (int64_t b = 0; b < blocks; b++, p += 64) {
-    __m512i v[16];
-    for (int64_t r = 0; r < 16; r++) {
-      v[r] = r < height ? _mm512_loadu_si512(p + r * stride) : _mm512_setzero_si512();
-      __builtin_prefetch(p + r * stride + 512);
-    }
-    transpose16(v);
-    for (int i = 0; i < 16; i++) put_words<T>(v[i], w.high[16 * b + i], w.low[16 * b + i]);
-  }
+  const __m512i upper = _mm512_set1_epi32(0xffff0000);  // cut off: what is left over has three bits
+  const __m512 a = _mm512_cvtph_ps(first), b = _mm512_cvtph_ps(second);
+  const __m512i ai = _mm512_castps_si512(a), bi = _mm512_castps_si512(b);
+  const __m512 rest_a = _mm512_sub_ps(a, _mm512_castsi512_ps(_mm512_and_si512(ai, upper)));
+  const __m512 rest_b = _mm512_sub_ps(b, _mm512_castsi512_ps(_mm512_and_si512(bi, upper)));
+  _mm512_store_si512(high, two_columns(ai, bi));
+  _mm512_store_si512(low, two_columns(_mm512_castps_si512(rest_a), _mm512_castps_si512(rest_b)));
 }
 
 // Lines of 16 outputs, `size` bytes apart: 32 of them are a block
 template <int T>
 void widen_lines(const char* p, int64_t size, int64_t blocks, Halves& w) {
   for (int64_t i = 0; i < 16 * blocks; i++, p += 2 * size) {
-    const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
-    const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(p + size)));
-    put_words<T>(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)), w.high[i], w.low[i]);
+    put_words<T>(_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + size)), w.high[i], w.low[i]);
+  }
+}
+
+// Rows of 16 bits as they lie: first operand of products whose second is x in tiles ------------------------------------------
+
+// The order of columns in a tile is that of pairs (j, j + 16), which two loads give; numbers that need no widening keep theirs
+template <int T>
+inline void put_row(const char* p, uint16_t* high, uint16_t* low) {
+  if (T == BF16) _mm512_store_si512(high, _mm512_loadu_si512(p));
+  else put_words<T>(_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32)), high, low);
+}
+
+// 32 columns of `count` rows of x, at most 16; the others are zero
+template <int T>
+void fill_tile(const float* x, int64_t ldx, int64_t count, XTile& to) {
+  const __m512i upper = _mm512_set1_epi32(0xffff0000);
+  __m512i high[16], low[16];
+  for (int64_t r = 0; r < 16; r++) {
+    __m512i h[2] = {}, l[2] = {};
+    for (int i = 0; r < count && i < 2; i++) {
+      const __m512 v = _mm512_loadu_ps(x + r * ldx + 16 * i);
+      h[i] = _mm512_and_si512(rounded(v), upper);
+      l[i] = rounded(_mm512_sub_ps(v, _mm512_castsi512_ps(h[i])));
+    }
+    if (T == BF16) {
+      const auto in_order = [](const __m512i* v) {
+        const __m256i a = _mm512_cvtepi32_epi16(_mm512_srli_epi32(v[0], 16)), b = _mm512_cvtepi32_epi16(_mm512_srli_epi32(v[1], 16));
+        return _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
+      };
+      high[r] = in_order(h), low[r] = in_order(l);
+    } else {
+      high[r] = two_columns(h[0], h[1]), low[r] = two_columns(l[0], l[1]);
+    }
+  }
+  transpose16(high);
+  transpose16(low);
+  for (int i = 0; i < 16; i++) {
+    _mm512_store_si512(to.high[i], high[i]);
+    _mm512_store_si512(to.low[i], low[i]);
+  }
+}
+
+// Tickets of 256 columns of 16 rows
+inline int64_t tickets_of_tiles(const Matrix& w, int64_t rows) { return whole_tiles(rows) / PANEL * groups_of(w.cols); }
+
+inline void fill_tiles(const Product& p, int64_t rows, int64_t ticket) {
+  const int64_t groups = groups_of(p.w->cols), m = ticket / groups * PANEL, group = ticket % groups;
+  XTile* to = (XTile*)p.q + m / PANEL * (p.w->cols / BLOCK) + group * 8;
+  const float* x = p.x + m * p.ldx + group * DEPTH;
+  const int64_t count = rows - m < PANEL ? rows - m : PANEL;
+  for (int64_t b = 0; b < blocks_of_group(p.w->cols, group); b++) {
+    if (p.w->type == BF16) fill_tile<BF16>(x + b * BLOCK, p.ldx, count, to[b]);
+    else fill_tile<F16>(x + b * BLOCK, p.ldx, count, to[b]);
+  }
+}
+
+// Results of 16 rows of w from n on: sums [16, 16] of rows of x from m on
+inline void put_turned(const Product& p, int64_t m, int64_t rows, int64_t n, int64_t last, const float* sums) {
+  __m512i v[16];
+  alignas(64) float y[16];
+  for (int i = 0; i < 16; i++) v[i] = _mm512_loadu_si512(sums + i * PANEL);
+  transpose16(v);
+  for (int64_t i = 0; i < 16 && m + i < rows; i++) {
+    _mm512_store_si512(y, v[i]);
+    put(p, m + i, n, last - n < PANEL ? last - n : PANEL, y);
+  }
+}
+
+// Up to 16 rows of x: while 256 columns of 16 rows of w meet them, the next 256 are widened
+template <int T>
+void few_tiled_rows(const Product& p, int64_t first, int64_t last, int64_t rows, float* local) {
+  const WithTiles tiles(2);
+  const int64_t stride = 2 * p.w->cols, groups = groups_of(p.w->cols), panels = (last - first + PANEL - 1) / PANEL;
+  const XTile* x = (const XTile*)p.q;
+  const char* data = (const char*)p.w->data;
+  Halves* w = (Halves*)local;
+  alignas(64) float sums[3][16 * PANEL];
+  const auto widen = [&](int64_t step, int64_t r) {  // a row of 256 columns, of the step's panel and group
+    const int64_t group = step % groups, n = first + step / groups * PANEL + r, row = n < last ? n : last - 1;
+    const char* from = data + row * stride + group * DEPTH * 2;
+    Halves& to = w[step % 2];
+    for (int64_t b = 0; b < blocks_of_group(p.w->cols, group); b++) {
+      __builtin_prefetch(from + b * 64 + 512);
+      put_row<T>(from + b * 64, to.high[16 * b + r], to.low[16 * b + r]);
+    }
+  };
+  for (int64_t r = 0; r < 16; r++) widen(0, r);
+  for (int64_t step = 0; step < panels * groups; step++) {
+    const int64_t group = step % groups, blocks = blocks_of_group(p.w->cols, group);
+    const Halves& now = w[step % 2];
+    if (group == 0) {
+      TILE_ZERO(0);
+      TILE_ZERO(1);
+      if (T == F16) TILE_ZERO(2);
+    }
+    for (int64_t b = 0; b < 8; b++) {
+      if (b < blocks) {
+        const XTile& xs = x[group * 8 + b];
+        TILE_LOAD(4, xs.high, 64);
+        TILE_LOAD(5, xs.low, 64);
+        TILE_LOAD(6, now.high[16 * b], 64);
+        TILE_PRODUCT(0, 6, 4);
+        TILE_PRODUCT(1, 6, 5);
+        if (T == F16) {
+          TILE_LOAD(7, now.low[16 * b], 64);
+          TILE_PRODUCT(2, 7, 4);
+        }
+      }
+      if (step + 1 < panels * groups) widen(step + 1, 2 * b), widen(step + 1, 2 * b + 1);
+    }
+    if (group + 1 < groups) continue;
+    TILE_STORE(0, sums[0]);
+    TILE_STORE(1, sums[1]);
+    if (T == F16) TILE_STORE(2, sums[2]);
+    for (int i = 0; i < 16 * PANEL; i += 16) {
+      __m512 all = _mm512_add_ps(_mm512_load_ps(sums[0] + i), _mm512_load_ps(sums[1] + i));
+      if (T == F16) all = _mm512_add_ps(all, _mm512_load_ps(sums[2] + i));
+      _mm512_store_ps(sums[0] + i, all);
+    }
+    put_turned(p, 0, rows, first + step / groups * PANEL, last, sums[0]);
+  }
+}
+
+template <int T>
+void tiled_rows(const Product& p, int64_t first, int64_t last, int64_t rows, float* local) {
+  if (rows <= PANEL) return few_tiled_rows<T>(p, first, last, rows, local);
+  const WithTiles tiles(2);
+  Halves* w = (Halves*)local;
+  const int64_t stride = 2 * p.w->cols, panels = (last - first + PANEL - 1) / PANEL, lds = whole_tiles(rows) * PANEL;
+  const int64_t apart = p.w->cols / BLOCK * (int64_t)sizeof(XTile);
+  float* sums = local + PANEL_FLOATS;
+  __builtin_memset(sums, 0, panels * lds * sizeof(float));
+  for (int64_t group = 0; group < groups_of(p.w->cols); group++) {
+    const int64_t blocks = blocks_of_group(p.w->cols, group);
+    for (int64_t r = 0; r < panels * PANEL; r++) {
+      const char* from = (const char*)p.w->data + (first + r < last ? first + r : last - 1) * stride + group * DEPTH * 2;
+      Halves& to = w[r / PANEL];
+      for (int64_t b = 0; b < blocks; b++) {
+        __builtin_prefetch(from + b * 64 + 512);
+        put_row<T>(from + b * 64, to.high[16 * b + r % PANEL], to.low[16 * b + r % PANEL]);
+      }
+    }
+    const char* x = (const char*)((const XTile*)p.q + group * 8);
+    tiles_of<parts_of<T>()>(panels, w, blocks, x, apart, InTiles(), rows, sums);
+  }
+  for (int64_t m = 0; m < rows; m += PANEL) {
+    for (int64_t n = first; n < last; n += PANEL) put_turned(p, m, rows, n, last, sums + (n - first) / PANEL * lds + m * PANEL);
   }
 }
 
@@ -276,6 +432,7 @@ inline const uint8_t* bytes_of(const uint8_t* numbers, uint8_t (*to)[64]) {
 template <int T>
 __attribute__((noinline)) void byte_tile(const uint8_t* w, int64_t blocks, const XGroup* x, int64_t ldq, float* sums) {
   const int64_t stride = ldq * (int64_t)sizeof(XGroup);
+  const int parts = T == Q8 && x->has_rest ? 2 : 1;
   alignas(64) uint8_t numbers[4][8][64];
   alignas(64) int32_t dots[4][16][16];
   __m512 acc[16];
@@ -283,11 +440,12 @@ __attribute__((noinline)) void byte_tile(const uint8_t* w, int64_t blocks, const
   for (int m = 0; m < 16; m++) acc[m] = _mm512_load_ps(sums + m * PANEL);
   for (int64_t first = 0; first < blocks; first += 4, w += 4 * Packed<T>::size) {
     const int64_t count = blocks - first < 4 ? blocks - first : 4;
+    for (int part = 0; part < parts; part++) {
 #define BLOCK_STEP(i, xs, ws)                                                                        \
   if (i < count) {                                                                                   \
     const uint8_t* at = bytes_of<T>(w + i * Packed<T>::size + Packed<T>::header, numbers[i]);        \
     TILE_ZERO(i);                                                                                    \
-    TILE_LOAD(xs, x->q + (first + i) * BLOCK, stride);                                               \
+    TILE_LOAD(xs, (part ? x->rest : x->q) + (first + i) * BLOCK, stride);                            \
     TILE_LOAD(ws, at, 64);                                                                           \
     TILE_PRODUCT_BYTES(i, xs, ws);                                                                   \
   }
@@ -298,12 +456,14 @@ __attribute__((noinline)) void byte_tile(const uint8_t* w, int64_t blocks, const
     if (count > 2) TILE_STORE(2, dots[2]);
     if (count > 3) TILE_STORE(3, dots[3]);
     for (int64_t i = 0; i < count; i++) {
-      const __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(w + i * Packed<T>::size)));
+      __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(w + i * Packed<T>::size)));
+      if (part) scale = _mm512_mul_ps(scale, _mm512_set1_ps(1.0f / 256));
 #pragma GCC unroll 16
       for (int m = 0; m < 16; m++) {
         const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(x[m * ldq].scale[first + i]));
         acc[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_load_si512(dots[i][m])), both, acc[m]);
       }
+    }
     }
   }
 #pragma GCC unroll 16

@@ -11,7 +11,11 @@ void packed_product(const Product& p, int64_t first, int64_t last, int64_t rows,
 
 template <int T>
 void plain_product(const Product& p, int64_t first, int64_t last, int64_t rows, float* panel) {
-#if defined(ISA_AVX512)
+#if defined(ISA_AMX)
+  if constexpr (T != F32) {
+    if (p.q && by_tiles(*p.w, rows)) return tiled_rows<T>(p, first, last, rows, panel);
+  }
+#elif defined(ISA_AVX512)
   if constexpr (T != F32) {
     if (p.q && by_words(*p.w, rows)) return tiled_plain<T>(p, first, last, rows, panel);
   }
@@ -88,7 +92,7 @@ void product(const Product& p, int64_t first, int64_t last, int64_t rows, float*
   for (int64_t n = first; n < last; n += most) product_part(p, n, n + most < last ? n + most : last, rows, panel);
   if (!p.y_quantised) return;
   for (int64_t m = 0; m < rows; m++) {
-    quantise(p.y + m * p.ldy + first, last - first, rows, p.y_quantised + m * groups_of(p.w->rows), first / BLOCK);
+    quantise(p.y + m * p.ldy + first, last - first, rows, p.y_for, p.y_quantised + m * groups_of(p.w->rows), first / BLOCK);
   }
 }
 

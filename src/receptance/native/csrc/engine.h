@@ -59,6 +59,20 @@ inline int64_t ticket_rows(const Matrix& w, int64_t rows, int threads) {
 // All products of a stage
 void products(Run& run, int thread, const Product* list, int count, int64_t rows) {
   int64_t starts[16], step[16], total = 0;
+#if defined(ISA_AMX)
+  for (int i = 0; i < count; i++) {
+    starts[i] = total;
+    if (list[i].q && by_tiles(*list[i].w, rows)) total += tickets_of_tiles(*list[i].w, rows);
+  }
+  if (total > 0) {
+    each(run, total, [&](int64_t ticket) {
+      int i = count - 1;
+      while (starts[i] > ticket) i--;
+      fill_tiles(list[i], rows, ticket - starts[i]);
+    });
+  }
+  total = 0;
+#endif
   for (int i = 0; i < count; i++) {
     const Matrix& w = *list[i].w;
     step[i] = ticket_rows(w, rows, run.threads);
@@ -74,7 +88,7 @@ void products(Run& run, int thread, const Product* list, int count, int64_t rows
 }
 
 inline Product make(const Matrix& w, const float* x, const XGroup* q, float* y, int epilogue = STORE) {
-  return {&w, x, w.cols, q, y, w.rows, epilogue, nullptr, nullptr};
+  return {&w, x, w.cols, q, y, w.rows, epilogue, nullptr, nullptr, 0};
 }
 
 // Element-wise parts ---------------------------------------------------------------------------------------------------
@@ -157,7 +171,7 @@ void keep_shift(Run& run, int thread, const float* last, float* shift) {
 
 inline void quantise_for(Run& run, const Matrix& w, int input, int64_t m, int64_t rows) {
   const int64_t c = w.cols;
-  if (takes_blocks(w, rows)) quantise(run.mixed[input] + m * c, c, rows, run.quantised[input] + m * groups_of(c));
+  if (takes_blocks(w, rows)) quantise(run.mixed[input] + m * c, c, rows, w.type, run.quantised[input] + m * groups_of(c));
 }
 
 // Channel mix ----------------------------------------------------------------------------------------------------------
@@ -180,7 +194,7 @@ void channel_mix(Run& run, int thread, const ChannelMix& ffn, const float* weigh
   if (gated) list[1] = make(ffn.receptance, run.mixed[IN_R], run.quantised[IN_R], run.gate, SIGMOID);
   const bool by_outputs = has_rows_of_outputs(ffn.value.type);
   const bool in_blocks = rows > 1 && (is_bands(ffn.value.type) || lines_by_words(ffn.value, rows));
-  if (by_outputs || in_blocks) list[0].y_quantised = run.hidden_quantised;
+  if (by_outputs || in_blocks) list[0].y_quantised = run.hidden_quantised, list[0].y_for = ffn.value.type;
   products(run, thread, list, gated ? 2 : 1, rows);
 
   if (by_outputs) {  // its rows are channels: all hidden units are read
@@ -254,12 +268,17 @@ inline void quantise_output(Run& run, const Matrix& output, int64_t row, int64_t
   if (!output_in_blocks(run, output)) return;
   const int64_t a = output.cols;
   for (int64_t m = row; m < row + t; m++) {
-    quantise(run.y + m * a + channel, n, run.rows, run.y_quantised + m * groups_of(a), channel / BLOCK);
+    quantise(run.y + m * a + channel, n, run.rows, output.type, run.y_quantised + m * groups_of(a), channel / BLOCK);
   }
 }
 
 void output_product(Run& run, int thread, const Layer& layer) {
-  const XGroup* q = output_in_blocks(run, layer.output) ? run.y_quantised : nullptr;
+#if defined(ISA_AMX)
+  const bool quantised = output_in_blocks(run, layer.output) || by_tiles(layer.output, run.rows);
+#else
+  const bool quantised = output_in_blocks(run, layer.output);
+#endif
+  const XGroup* q = quantised ? run.y_quantised : nullptr;
   Product list[1] = {make(layer.output, run.y, q, run.x, ADD)};
   products(run, thread, list, 1, run.rows);
 }
@@ -361,7 +380,7 @@ void time_mix6(Run& run, int thread, int64_t index) {
   const int inputs[5] = {IN_W, IN_K, IN_V, IN_R, IN_G};
   Product corrections[5];
   for (int i = 0; i < 5; i++) {
-    corrections[i] = {&layer.maa2[i], run.low[0] + i * rank, 5 * rank, nullptr, run.mixed[inputs[i]], c, STORE, nullptr, nullptr};
+    corrections[i] = {&layer.maa2[i], run.low[0] + i * rank, 5 * rank, nullptr, run.mixed[inputs[i]], c, STORE, nullptr, nullptr, 0};
   }
   products(run, thread, corrections, 5, run.rows);
   const Matrix* by[MIXES] = {&layer.receptance, &layer.w1, &layer.key, &layer.value, nullptr, &layer.gate};
@@ -384,7 +403,7 @@ void time_mix6(Run& run, int thread, int64_t index) {
   heads(run, n, [&](int64_t s, int64_t row, int64_t t, int64_t channel) {
     const int64_t o = row * c + channel, r = layer.w2.cols;
     const int64_t from = ((at + run.from[s]) * c + channel) * n, place = ((at + run.to[s]) * c + channel) * n;
-    Product decay = {&layer.w2, run.low[0] + row * r, r, nullptr, run.decay + row * c, c, STORE, nullptr, nullptr};
+    Product decay = {&layer.w2, run.low[0] + row * r, r, nullptr, run.decay + row * c, c, STORE, nullptr, nullptr, 0};
     product(decay, channel, channel + n, t, panel_of(run, thread));
     for (int64_t m = row; m < row + t; m++) {
       float *w = run.decay + m * c + channel;
@@ -682,9 +701,15 @@ void multiply_thread(void* context, int thread) {
   const Product& p = *job.product;
   const int64_t groups = groups_of(p.w->cols);
   if (takes_blocks(*p.w, job.rows)) {
-    for (int64_t m; (m = team_next(job.team)) < job.rows;) quantise(p.x + m * p.ldx, p.w->cols, job.rows, job.q + m * groups);
+    for (int64_t m; (m = team_next(job.team)) < job.rows;) quantise(p.x + m * p.ldx, p.w->cols, job.rows, p.w->type, job.q + m * groups);
     team_barrier(job.team);
   }
+#if defined(ISA_AMX)
+  if (by_tiles(*p.w, job.rows)) {
+    for (int64_t i; (i = team_next(job.team)) < tickets_of_tiles(*p.w, job.rows);) fill_tiles(p, job.rows, i);
+    team_barrier(job.team);
+  }
+#endif
   const int64_t step = ticket_rows(*p.w, job.rows, team_size(job.team));
   for (int64_t n; (n = team_next(job.team) * step) < p.w->rows;) {
     const int64_t last = n + step < p.w->rows ? n + step : p.w->rows;

@@ -7,6 +7,9 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <cstddef>
+#include <type_traits>
+
 #define ISA_AVX512
 #define ISA_AMX
 

@@ -241,6 +241,7 @@ inline void one_tile(const uint8_t* w, int64_t blocks, const XGroup* x, int64_t 
   constexpr bool small = Packed<T>::numbers == BLOCK;
   constexpr int offset = T == Q8 ? 128 : T == Q4 ? 8 : T == Q6_K ? 32 : 0;  // added to the numbers
   const __m512i fifteen = _mm512_set1_epi8(15);
+  const bool has_rest = T == Q8 && x->has_rest;
   __m512 acc[M];
   for (int m = 0; m < M; m++) acc[m] = _mm512_loadu_ps(sums + m * GROUP);
   for (int64_t b = 0; b < blocks; b++) {
@@ -248,11 +249,11 @@ inline void one_tile(const uint8_t* w, int64_t blocks, const XGroup* x, int64_t 
     const uint8_t* p = header + Packed<T>::header + (small ? 0 : b * Packed<T>::part);
     for (int i = 0; M == 1 && i < Packed<T>::part; i += 64) __builtin_prefetch(p + i + 2048);
     const __m512 d = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)header));
-    __m512i dot[M], upper[M];  // Q6_K: columns 0-15 and 16-31, which have scales of their own
+    __m512i dot[M], upper[M];  // Q6_K: columns 0-15 and 16-31, which have scales of their own; Q8: the rest of x
     for (int m = 0; m < M; m++) {
       const int16_t* sum = x[m * ldq].sum + 2 * b;
       dot[m] = _mm512_set1_epi32(-offset * (T == Q6_K ? sum[0] : sum[0] + sum[1]));
-      upper[m] = _mm512_set1_epi32(-offset * sum[1]);
+      upper[m] = _mm512_set1_epi32(-offset * (T == Q8 ? x[m * ldq].rest_sum[b] : sum[1]));
     }
     for (int j = 0; j < (T == Q8 ? 8 : 4); j++) {
       __m512i low = _mm512_loadu_si512(p + j * 64), high = low;
@@ -275,7 +276,11 @@ inline void one_tile(const uint8_t* w, int64_t blocks, const XGroup* x, int64_t 
       for (int m = 0; m < M; m++) {
         const int8_t* q = x[m * ldq].q + b * BLOCK + 4 * j;
         dot[m] = _mm512_dpbusd_epi32(dot[m], low, _mm512_set1_epi32(read<int32_t>(q)));
-        if (T == Q8) continue;
+        if (T == Q8) {
+          const int8_t* rest = x[m * ldq].rest + b * BLOCK + 4 * j;
+          if (has_rest) upper[m] = _mm512_dpbusd_epi32(upper[m], low, _mm512_set1_epi32(read<int32_t>(rest)));
+          continue;
+        }
         __m512i& to = T == Q6_K ? upper[m] : dot[m];
         to = _mm512_dpbusd_epi32(to, high, _mm512_set1_epi32(read<int32_t>(q + 16)));
       }
@@ -283,7 +288,9 @@ inline void one_tile(const uint8_t* w, int64_t blocks, const XGroup* x, int64_t 
     if (small) {
       for (int m = 0; m < M; m++) {
         const __m512 both = _mm512_mul_ps(d, _mm512_set1_ps(x[m * ldq].scale[b]));
-        acc[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[m]), both, acc[m]);
+        __m512 sum = _mm512_cvtepi32_ps(dot[m]);
+        if (has_rest) sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(upper[m]), _mm512_set1_ps(1.0f / 256), sum);
+        acc[m] = _mm512_fmadd_ps(sum, both, acc[m]);
       }
       continue;
     }
@@ -345,12 +352,17 @@ void one_tile(const uint8_t* w, int64_t blocks, const XGroup* x, int64_t ldq, fl
     }
     for (int m = 0; m < M; m++) {
       const XGroup& group = x[m * ldq];
-      int32_t dot[2][GROUP] = {};
+      int32_t dot[2][GROUP] = {}, rest[GROUP] = {};
       for (int i = 0; i < 8; i++) {
 #if defined(ISA_NEON)
         const int8x16_t xs = vreinterpretq_s8_s32(vdupq_n_s32(read<int32_t>(group.q + b * BLOCK + 4 * i)));
         for (int r = 0; r < GROUP; r += 4) {
           vst1q_s32(dot[i / 4] + r, vdotq_s32(vld1q_s32(dot[i / 4] + r), vld1q_s8(quads[i] + 4 * r), xs));
+        }
+        if (T != Q8 || !group.has_rest) continue;
+        const int8x16_t rs = vreinterpretq_s8_s32(vdupq_n_s32(read<int32_t>(group.rest + b * BLOCK + 4 * i)));
+        for (int r = 0; r < GROUP; r += 4) {
+          vst1q_s32(rest + r, vdotq_s32(vld1q_s32(rest + r), vld1q_s8(quads[i] + 4 * r), rs));
         }
 #else
         for (int r = 0; r < GROUP; r++) {
@@ -363,7 +375,7 @@ void one_tile(const uint8_t* w, int64_t blocks, const XGroup* x, int64_t ldq, fl
       }
       const float x_scale = group.scale[b] * (wide ? WIDE_UNIT : 1);
       for (int r = 0; r < GROUP; r++) {
-        const float both = (float)dot[0][r] * scales[0][r] + (float)dot[1][r] * scales[1][r];
+        const float both = (float)dot[0][r] * scales[0][r] + ((float)dot[1][r] + (float)rest[r] / 256) * scales[1][r];
         sums[m * GROUP + r] += both * x_scale - minima[r] * group.taken[b];
       }
     }

@@ -3,7 +3,7 @@
 
 enum Epilogue { STORE, ADD, GATED_ADD, RELU2, SIGMOID, TANH };
 
-// Eight blocks of a quantised x, twice: q * scale for weights of 4 to 6 bits, and wide * scale * WIDE_UNIT for those of 8 bits
+// Eight blocks of a quantised x: q * scale for weights of 4 to 6 bits (and Q8_0), and wide * scale * WIDE_UNIT for those of 8 bits
 // where 16-bit products cost no more (WIDE), or for weights of 16 bits (tiles.h). Sums (of 16 q; of 32 q, times the scale) take
 // back what unsigned weights add.
 //
@@ -18,7 +18,11 @@ struct alignas(64) XGroup {
   int16_t wide[8 * BLOCK];
 #if defined(ISA_AVX512)
   uint8_t shifted[8 * BLOCK];  // q + 128
+  uint8_t rest_shifted[8 * BLOCK];
 #endif
+  int8_t rest[8 * BLOCK];  // 256 times what q leaves over, for matrices of type Q8, which meet both
+  int16_t rest_sum[8];
+  int32_t has_rest;
 };
 
 #if defined(ISA_AVX512) || defined(ISA_NEON)
@@ -50,33 +54,49 @@ struct Product {
   int epilogue;
   const float* gate;  // [m, ldy], GATED_ADD: y += gate * product
   XGroup* y_quantised;  // null, or [m, groups_of(w->rows)]: y once more, quantised
+  int32_t y_for;        // for a matrix of this type
 };
 
 // One block of 32 numbers. The scale's inverse must be finite; NaN become the least integer, and sums of those must not overflow
 #if defined(ISA_AVX512)
-inline void quantise_block(const float* x, XGroup& group, int64_t b) {
+inline void quantise_block(const float* x, XGroup& group, int64_t b, bool with_rest) {
   const __m512 low = _mm512_loadu_ps(x), high = _mm512_loadu_ps(x + 16);
   const float largest = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high)));
   const float inverse = largest > 1e-30f ? 127 / largest : 0;
   group.scale[b] = largest / 127;
-  const __m512 by = _mm512_set1_ps(inverse), by_wide = _mm512_set1_ps(inverse / WIDE_UNIT);
+  const __m512 by = _mm512_set1_ps(inverse);
   const __m512i whole[2] = {_mm512_cvtps_epi32(_mm512_mul_ps(low, by)), _mm512_cvtps_epi32(_mm512_mul_ps(high, by))};
   int32_t total = 0;
   for (int h = 0; h < 2; h++) {
     const __m128i q = _mm512_cvtepi32_epi8(whole[h]);
     _mm_storeu_si128((__m128i*)(group.q + b * BLOCK + 16 * h), q);
     _mm_storeu_si128((__m128i*)(group.shifted + b * BLOCK + 16 * h), _mm_xor_si128(q, _mm_set1_epi8((char)128)));
-    const __m512i wide = _mm512_cvtps_epi32(_mm512_mul_ps(h ? high : low, by_wide));
+#if !defined(ISA_AMX)
+    const __m512i wide = _mm512_cvtps_epi32(_mm512_mul_ps(h ? high : low, _mm512_set1_ps(inverse / WIDE_UNIT)));
     _mm256_storeu_si256((__m256i*)(group.wide + b * BLOCK + 16 * h), _mm512_cvtepi32_epi16(wide));
+#endif
     const __m128i sums = _mm_sad_epu8(_mm_xor_si128(q, _mm_set1_epi8((char)128)), _mm_setzero_si128());
     const int32_t sum = _mm_cvtsi128_si32(sums) + _mm_extract_epi16(sums, 4) - 16 * 128;
     group.sum[b * 2 + h] = (int16_t)sum;
     total += sum;
   }
   group.taken[b] = group.scale[b] * (float)total;
+  group.has_rest = with_rest;
+  if (!with_rest) return;
+  int32_t rest_sum = 0;
+  for (int h = 0; h < 2; h++) {
+    const __m512 left = _mm512_fmsub_ps(h ? high : low, by, _mm512_cvtepi32_ps(whole[h]));
+    const __m512i steps = _mm512_min_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(left, _mm512_set1_ps(256))), _mm512_set1_epi32(127));
+    const __m128i q = _mm512_cvtepi32_epi8(_mm512_max_epi32(steps, _mm512_set1_epi32(-128)));
+    const __m128i shifted = _mm_xor_si128(q, _mm_set1_epi8((char)128)), sums = _mm_sad_epu8(shifted, _mm_setzero_si128());
+    _mm_storeu_si128((__m128i*)(group.rest + b * BLOCK + 16 * h), q);
+    _mm_storeu_si128((__m128i*)(group.rest_shifted + b * BLOCK + 16 * h), shifted);
+    rest_sum += _mm_cvtsi128_si32(sums) + _mm_extract_epi16(sums, 4) - 16 * 128;
+  }
+  group.rest_sum[b] = (int16_t)rest_sum;
 }
 #else
-inline void quantise_block(const float* x, XGroup& group, int64_t b) {
+inline void quantise_block(const float* x, XGroup& group, int64_t b, bool with_rest) {
   int8_t* q = group.q + b * BLOCK;
   int16_t* wide = group.wide + b * BLOCK;
   float largest = 0;
@@ -96,6 +116,11 @@ inline void quantise_block(const float* x, XGroup& group, int64_t b) {
     group.sum[b * 2 + h] = (int16_t)total;
   }
   group.taken[b] = group.scale[b] * (float)sum_of(group, b);
+  group.has_rest = with_rest;
+  for (int i = 0; !WIDE && with_rest && i < BLOCK; i++) {
+    const float left = (x[i] * inverse - (float)whole[i]) * 256, steps = left < 127 ? left : 127;
+    group.rest[b * BLOCK + i] = (int8_t)(int32_t)((steps + 12582912.0f) - 12582912.0f);
+  }
   if (!WIDE) return;
 #pragma omp simd
   for (int i = 0; i < BLOCK; i++) wide[i] = (int16_t)(int32_t)((x[i] * (inverse / WIDE_UNIT) + 12582912.0f) - 12582912.0f);
@@ -120,12 +145,12 @@ inline void into_parts(const float* x, int64_t n, XGroup* out, int64_t first) {
 }
 #endif
 
-// n numbers, whole blocks, into the blocks from `first` on; rows: how many of x the product has
-void quantise(const float* x, int64_t n, int64_t rows, XGroup* out, int64_t first = 0) {
+// n numbers, whole blocks, into the blocks from `first` on; rows: how many of x the product has, with weights of this type
+void quantise(const float* x, int64_t n, int64_t rows, int32_t type, XGroup* out, int64_t first = 0) {
 #if defined(ISA_AMX)
-  if (rows >= HALVED) return into_parts(x, n, out, first);
+  if (rows >= HALVED || type <= BF16) return into_parts(x, n, out, first);
 #endif
-  for (int64_t b = first; b < first + n / BLOCK; b++, x += BLOCK) quantise_block(x, out[b / 8], b % 8);
+  for (int64_t b = first; b < first + n / BLOCK; b++, x += BLOCK) quantise_block(x, out[b / 8], b % 8, type == Q8);
 }
 
 void finish(float* y, int64_t n, int epilogue) {

@@ -9,7 +9,7 @@
 
 static_assert(WIDE_UNIT == 1.0f / 64, "words_of");
 
-enum Kind { BYTES, MINIMA, HALVES, WORDS };  // one scale for 32 columns; and a minimum; two scales; 16-bit integers
+enum Kind { BYTES, BOTH, MINIMA, HALVES, WORDS };  // one scale for 32 columns; x and its rest; and a minimum; two scales; 16-bit integers
 
 template <int T>
 constexpr int kind_of() {
@@ -184,29 +184,31 @@ inline void add_products(__m512i& sums, __m512i x, __m512i w) {
 template <int KIND, int M, int G>
 __attribute__((noinline)) void wide_tile(const Widened* w, int64_t blocks, const XGroup* x, int64_t ldq, float* sums,
                                          int64_t lds) {
-  constexpr int PARTS = KIND == HALVES ? 2 : 1, COUNT = STEPS<KIND> / PARTS;
+  constexpr int PARTS = KIND == HALVES || KIND == BOTH ? 2 : 1, COUNT = STEPS<KIND> / (KIND == HALVES ? 2 : 1);
   for (int64_t b = 0; b < blocks; b++) {
     for (int part = 0; part < PARTS; part++) {
       __m512i dot[G][M];
       for (int g = 0; g < G; g++) {
-        const __m512i start = KIND == WORDS ? _mm512_setzero_si512() : _mm512_load_si512(w[g].start[b][part]);
+        const __m512i start = KIND == WORDS ? _mm512_setzero_si512() : _mm512_load_si512(w[g].start[b][KIND == BOTH ? 0 : part]);
         for (int m = 0; m < M; m++) dot[g][m] = start;
       }
 #pragma GCC unroll 2
       for (int j = 0; j < COUNT; j++) {
         __m512i ws[G];
-        for (int g = 0; g < G; g++) ws[g] = _mm512_load_si512(w[g].numbers[STEPS<KIND> * b + part * COUNT + j]);
+        for (int g = 0; g < G; g++) ws[g] = _mm512_load_si512(w[g].numbers[STEPS<KIND> * b + (KIND == BOTH ? 0 : part * COUNT) + j]);
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++) {
           const XGroup& group = x[m * ldq];
+          const uint8_t* bytes = (KIND == BOTH && part ? group.rest_shifted : group.shifted) + b * BLOCK;
           const __m512i xs = KIND == WORDS ? four_bytes(group.wide + b * BLOCK + 2 * j)
-                                           : four_bytes(group.shifted + b * BLOCK + 4 * (part * COUNT + j));
+                                           : four_bytes(bytes + 4 * (KIND == BOTH ? j : part * COUNT + j));
 #pragma GCC unroll 2
           for (int g = 0; g < G; g++) add_products<KIND>(dot[g][m], xs, ws[g]);
         }
       }
       for (int g = 0; g < G; g++) {
-        const __m512 scale = _mm512_load_ps(w[g].scale[b][part]);
+        __m512 scale = _mm512_load_ps(w[g].scale[b][KIND == BOTH ? 0 : part]);
+        if (KIND == BOTH && part) scale = _mm512_mul_ps(scale, _mm512_set1_ps(1.0f / 256));
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++) {
           const XGroup& group = x[m * ldq];
@@ -265,10 +267,14 @@ inline void wide_panels(const Product& p, int64_t first, int64_t last, int64_t r
 // widen(row, group, Widened& or Halves&)
 template <int T, class F>
 inline void panels_of(const Product& p, int64_t first, int64_t last, int64_t rows, float* local, F widen) {
+  constexpr int KIND = kind_of<T>();
 #if defined(ISA_AMX)
-  if (rows >= HALVED) return half_panels<parts_of<T>()>(p, first, last, rows, local, widen);
+  if (rows >= HALVED || KIND == WORDS) return half_panels<parts_of<T>()>(p, first, last, rows, local, widen);
 #endif
-  wide_panels<kind_of<T>()>(p, first, last, rows, local, widen);
+  if constexpr (KIND == BYTES) {
+    if (p.q->has_rest) return wide_panels<BOTH>(p, first, last, rows, local, widen);
+  }
+  wide_panels<KIND>(p, first, last, rows, local, widen);
 }
 
 template <int T>
@@ -319,6 +325,7 @@ void tiled_blocks(const Product& p, int64_t first, int64_t last, int64_t rows, f
   });
 }
 
+#if !defined(ISA_AMX)
 template <int T>
 void tiled_plain(const Product& p, int64_t first, int64_t last, int64_t rows, float* local) {
   const int64_t cols = p.w->cols, stride = 2 * cols;
@@ -328,6 +335,7 @@ void tiled_plain(const Product& p, int64_t first, int64_t last, int64_t rows, fl
     widen_plain<T>(data + n * stride + group * DEPTH * 2, stride, height, blocks_of_group(cols, group), w);
   });
 }
+#endif
 
 // p.w: [outputs, inputs], whose data are lines of outputs; whole panels of outputs and blocks of inputs
 template <int T>
@@ -339,10 +347,16 @@ void tiled_lines(const Product& p, int64_t first, int64_t last, int64_t rows, fl
   });
 }
 
-// Whether so many rows of x meet plain weights as integers
-inline bool by_words(const Matrix& w, int64_t rows) {
+// Whether so many rows of x meet plain weights as integers, or (AMX) in tiles
+inline bool takes_sixteen_bits(const Matrix& w, int64_t rows) {
   return (w.type == F16 || w.type == BF16) && !w.exact && rows >= TILED && w.cols % BLOCK == 0;
 }
+#if defined(ISA_AMX)
+inline bool by_words(const Matrix&, int64_t) { return false; }
+inline bool by_tiles(const Matrix& w, int64_t rows) { return takes_sixteen_bits(w, rows); }
+#else
+inline bool by_words(const Matrix& w, int64_t rows) { return takes_sixteen_bits(w, rows); }
+#endif
 inline bool lines_by_words(const Matrix& w, int64_t rows) {
   return (w.type == F16 || w.type == BF16) && !w.exact && rows >= TILED && w.cols % PANEL == 0 && w.rows % BLOCK == 0;
 }
