@@ -21,7 +21,12 @@ struct alignas(64) Halves {
 struct alignas(64) XTile {
   uint16_t high[16][32], low[16][32];
 };
-static_assert(sizeof(XTile) * 8 <= sizeof(XGroup) * PANEL, "room for them");
+// The same as bytes: vectors of 16 rows x 4 columns, and the rows' scales
+struct alignas(64) XBytes {
+  int8_t q[8][64];
+  float scale[PANEL];
+};
+static_assert(sizeof(XTile) * 8 <= sizeof(XGroup) * PANEL && sizeof(XBytes) <= sizeof(XTile), "room for them");
 
 constexpr int64_t TOGETHER = 4;  // panels that meet the same tile of x
 static_assert(TOGETHER * sizeof(Halves) <= PANEL_FLOATS * sizeof(float), "room for four");
@@ -122,8 +127,8 @@ inline void tiles_of(int64_t panels, const Halves* w, int64_t blocks, const char
   }
 }
 
-// Panels `first`..`last` (rows of w, at most four panels): widen(row, group, Halves&) and the tiles; inputs(group): 256 columns of
-// x, of row after row `ldq` apart
+// Panels `first`..`last` (rows of w, at most four panels): widen(group, Halves*) of all of them, and the tiles; inputs(group): 256
+// columns of x, of row after row `ldq` apart
 template <int KIND, class X, class F>
 inline void half_panels(const Product& p, int64_t first, int64_t last, int64_t rows, float* local, X inputs, int64_t ldq, F widen) {
   const WithTiles tiles(2);
@@ -135,7 +140,7 @@ inline void half_panels(const Product& p, int64_t first, int64_t last, int64_t r
   for (int64_t group = 0; group < groups_of(p.w->cols); group++) {
     const int64_t blocks = blocks_of_group(p.w->cols, group);
     const XGroup* x = inputs(group);
-    for (int64_t i = 0; i < panels; i++) widen(first + i * PANEL, group, w[i]);
+    widen(group, w);
     tiles_of<KIND>(panels, w, blocks, (const char*)x->high, PANEL * in.stride, in, rows, sums);
   }
   for (int64_t m = 0; m < rows; m++) {
@@ -253,11 +258,16 @@ inline void put_words(__m256i first, __m256i second, uint16_t* high, uint16_t* l
   _mm512_store_si512(low, two_columns(_mm512_castps_si512(rest_a), _mm512_castps_si512(rest_b)));
 }
 
-// Lines of 16 outputs, `size` bytes apart: 32 of them are a block
+// Lines of outputs, `size` bytes apart: 32 of them are a block. Panel after panel lies `apart` bytes further on. Lines of a large
+// matrix are in different pages, so that no processor sees them coming
 template <int T>
-void widen_lines(const char* p, int64_t size, int64_t blocks, Halves& w) {
+void widen_lines(const char* p, int64_t size, int64_t blocks, int64_t panels, int64_t apart, Halves* w) {
   for (int64_t i = 0; i < 16 * blocks; i++, p += 2 * size) {
-    put_words<T>(_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + size)), w.high[i], w.low[i]);
+    for (int64_t n = 0; n < panels; n++) {
+      const char* at = p + n * apart;
+      if (n % 2 == 0) __builtin_prefetch(at + 32 * size), __builtin_prefetch(at + 33 * size);
+      put_words<T>(_mm256_loadu_si256((const __m256i*)at), _mm256_loadu_si256((const __m256i*)(at + size)), w[n].high[i], w[n].low[i]);
+    }
   }
 }
 
@@ -303,13 +313,24 @@ void fill_tile(const float* x, int64_t ldx, int64_t count, XTile& to) {
 // Tickets of 256 columns of 16 rows
 inline int64_t tickets_of_tiles(const Matrix& w, int64_t rows) { return whole_tiles(rows) / PANEL * groups_of(w.cols); }
 
+inline void fill_bytes(const float* x, int64_t ldx, int64_t count, XBytes& to) {
+  XGroup group;
+  for (int64_t r = 0; r < PANEL; r++) {
+    if (r < count) quantise_block(x + r * ldx, group, 0, false);
+    else __builtin_memset(group.q, 0, BLOCK);
+    to.scale[r] = r < count ? group.scale[0] : 0;
+    for (int i = 0; i < 8; i++) __builtin_memcpy(to.q[i] + 4 * r, group.q + 4 * i, 4);
+  }
+}
+
 inline void fill_tiles(const Product& p, int64_t rows, int64_t ticket) {
   const int64_t groups = groups_of(p.w->cols), m = ticket / groups * PANEL, group = ticket % groups;
   XTile* to = (XTile*)p.q + m / PANEL * (p.w->cols / BLOCK) + group * 8;
   const float* x = p.x + m * p.ldx + group * DEPTH;
   const int64_t count = rows - m < PANEL ? rows - m : PANEL;
   for (int64_t b = 0; b < blocks_of_group(p.w->cols, group); b++) {
-    if (p.w->type == BF16) fill_tile<BF16>(x + b * BLOCK, p.ldx, count, to[b]);
+    if (p.w->type == Q8_0) fill_bytes(x + b * BLOCK, p.ldx, count, ((XBytes*)p.q)[group * 8 + b]);
+    else if (p.w->type == BF16) fill_tile<BF16>(x + b * BLOCK, p.ldx, count, to[b]);
     else fill_tile<F16>(x + b * BLOCK, p.ldx, count, to[b]);
   }
 }
@@ -496,6 +517,54 @@ inline void byte_panels(const Product& p, int64_t first, int64_t last, int64_t r
   }
 }
 
+// Rows of Q8_0 as they lie, whole panels of them, with up to 16 rows of x: while the products of four blocks are made, those of the
+// four before are scaled and added
+inline void few_byte_rows(const Product& p, int64_t first, int64_t last, int64_t rows) {
+  const WithTiles tiles(1);
+  constexpr int64_t SIZE = 2 + BLOCK;
+  const int64_t blocks = p.w->cols / BLOCK, stride = blocks * SIZE;
+  const XBytes* x = (const XBytes*)p.q;
+  alignas(64) int32_t dots[2][4][16][16];
+  alignas(64) float sums[16 * PANEL], scales[4][16];
+  const __m512i at = _mm512_mullo_epi32(_mm512_set1_epi32((int32_t)stride), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+  for (int64_t n = first; n < last; n += PANEL) {
+    const uint8_t* w = (const uint8_t*)p.w->data + n * stride;
+    __m512 acc[16];
+#pragma GCC unroll 16
+    for (int r = 0; r < 16; r++) acc[r] = _mm512_setzero_ps();
+    for (int64_t b = 0; b < blocks + 4; b += 4) {
+      int32_t(*made)[16][16] = dots[b / 4 % 2];
+      int32_t(*before)[16][16] = dots[(b / 4 + 1) % 2];
+#define BLOCK_STEP(i, ws, xs)                                                 \
+  if (b + i < blocks) {                                                       \
+    const uint8_t* from = w + (b + i) * SIZE;                                 \
+    for (int r = i % 2 * 8; r < i % 2 * 8 + 8; r++) __builtin_prefetch(from + r * stride + 768); \
+    TILE_ZERO(i);                                                             \
+    TILE_LOAD(ws, from + 2, stride);                                          \
+    TILE_LOAD(xs, x[b + i].q, 64);                                            \
+    TILE_PRODUCT_BYTES(i, ws, xs);                                            \
+    TILE_STORE(i, made[i]);                                                   \
+  }
+      BLOCK_STEP(0, 4, 6) BLOCK_STEP(1, 5, 7) BLOCK_STEP(2, 4, 6) BLOCK_STEP(3, 5, 7)
+#undef BLOCK_STEP
+      for (int64_t i = b - 4; b > 0 && i < b && i < blocks; i++) {
+        const __m512i words = _mm512_i32gather_epi32(at, w + i * SIZE, 1);  // the scale, and two numbers
+        float* of_rows = scales[i % 4];
+        _mm512_store_ps(of_rows, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(words)));
+        const __m512 of_x = _mm512_load_ps(x[i].scale);
+#pragma GCC unroll 16
+        for (int r = 0; r < 16; r++) {
+          const __m512 both = _mm512_mul_ps(of_x, _mm512_set1_ps(of_rows[r]));
+          acc[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_load_si512(before[i % 4][r])), both, acc[r]);
+        }
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < 16; r++) _mm512_store_ps(sums + r * PANEL, acc[r]);
+    put_turned(p, 0, rows, n, last, sums);
+  }
+}
+
 // Low-rank maps: panels of plain numbers, and x as it is, brought into parts here. Whole blocks of columns
 template <int T>
 void tiled_panel(const Product& p, int64_t first, int64_t last, int64_t rows, float* local) {
@@ -506,8 +575,8 @@ void tiled_panel(const Product& p, int64_t first, int64_t last, int64_t rows, fl
     for (int64_t m = 0; m < rows; m++) into_parts(p.x + m * p.ldx + group * DEPTH, n, x + m, 0);
     return x;
   };
-  half_panels<parts_of<T>()>(p, first, last, rows, local, inputs, 1, [&](int64_t n, int64_t group, Halves& w) {
-    const char* from = (const char*)p.w->data + n / PANEL * bytes + offset<T>(PANEL * DEPTH * group);
-    widen_lines<T>(from, 2 * PANEL, blocks_of_group(cols, group), w);
+  half_panels<parts_of<T>()>(p, first, last, rows, local, inputs, 1, [&](int64_t group, Halves* w) {
+    const char* from = (const char*)p.w->data + first / PANEL * bytes + offset<T>(PANEL * DEPTH * group);
+    widen_lines<T>(from, 2 * PANEL, blocks_of_group(cols, group), (last - first + PANEL - 1) / PANEL, bytes, w);
   });
 }

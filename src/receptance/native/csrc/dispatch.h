@@ -30,6 +30,9 @@ template <int T>
 void many_block_rows(const Product& p, int64_t first, int64_t last, int64_t rows, float* local) {
   constexpr int KERNEL = T == Q8_0 ? Q8 : T == Q4_0 ? Q4 : T, NUMBERS = Block<T>::numbers;
   const int64_t cols = p.w->cols, size = line_bytes(T, cols), whole = (last - first) / PANEL * PANEL;
+#if defined(ISA_AMX)
+  if (T == Q8_0 && p.q && by_tiles(*p.w, rows)) return few_byte_rows(p, first, last, rows);
+#endif
 #if defined(ISA_AVX512)
   if (rows >= TILED) return tiled_blocks<T>(p, first, last, rows, local);
 #endif

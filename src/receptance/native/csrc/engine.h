@@ -227,9 +227,15 @@ void channel_mix(Run& run, int thread, const ChannelMix& ffn, const float* weigh
     const Matrix turned = {c, f, ffn.value.data, ffn.value.type, 0};
     Product p = make(turned, run.hidden, run.hidden_quantised, run.x, gated ? GATED_ADD : ADD);
     p.gate = run.gate;
-    each(run, (c + MOST_ROWS - 1) / MOST_ROWS, [&](int64_t ticket) {
-      const int64_t first = ticket * MOST_ROWS, last = first + MOST_ROWS < c ? first + MOST_ROWS : c;
-      turned_product(p, first, last, rows, panel_of(run, thread));
+    // Tickets of whole pairs of cache lines, which processors fetch together, if there are enough for all threads
+    int64_t step = ffn.value.type == BAND_Q4_0 ? 4 * MOST_ROWS : 2 * MOST_ROWS;
+    while (step > MOST_ROWS && c < 2 * step * run.threads) step /= 2;
+    each(run, (c + step - 1) / step, [&](int64_t ticket) {
+      const int64_t end = (ticket + 1) * step < c ? (ticket + 1) * step : c;
+      for (int64_t first = ticket * step; first < end; first += MOST_ROWS) {
+        const int64_t last = first + MOST_ROWS < end ? first + MOST_ROWS : end;
+        turned_product(p, first, last, rows, panel_of(run, thread));
+      }
     });
     return;
   }
@@ -265,7 +271,7 @@ inline bool output_in_blocks(const Run& run, const Matrix& output) {
 }
 
 inline void quantise_output(Run& run, const Matrix& output, int64_t row, int64_t t, int64_t channel, int64_t n) {
-  if (!output_in_blocks(run, output)) return;
+  if (!output_in_blocks(run, output) || by_tiles(output, run.rows)) return;
   const int64_t a = output.cols;
   for (int64_t m = row; m < row + t; m++) {
     quantise(run.y + m * a + channel, n, run.rows, output.type, run.y_quantised + m * groups_of(a), channel / BLOCK);
@@ -273,11 +279,7 @@ inline void quantise_output(Run& run, const Matrix& output, int64_t row, int64_t
 }
 
 void output_product(Run& run, int thread, const Layer& layer) {
-#if defined(ISA_AMX)
   const bool quantised = output_in_blocks(run, layer.output) || by_tiles(layer.output, run.rows);
-#else
-  const bool quantised = output_in_blocks(run, layer.output);
-#endif
   const XGroup* q = quantised ? run.y_quantised : nullptr;
   Product list[1] = {make(layer.output, run.y, q, run.x, ADD)};
   products(run, thread, list, 1, run.rows);

@@ -172,9 +172,19 @@ void finish(float* y, int64_t n, int epilogue) {
 
 // Results n..n+count of row m go where they belong
 inline void put(const Product& p, int64_t m, int64_t n, int64_t count, float* y) {
-  finish(y, count, p.epilogue);
   float* to = p.y + m * p.ldy + n;
   const float* gate = p.gate + m * p.ldy + n;
+  if (count == GROUP && p.epilogue <= RELU2) {  // nearly always, where there are many rows
+    for (int i = 0; i < GROUP; i += W) {
+      const vf v = load(y + i);
+      if (p.epilogue == STORE) store(to + i, v);
+      else if (p.epilogue == ADD) store(to + i, load(to + i) + v);
+      else if (p.epilogue == GATED_ADD) store(to + i, load(to + i) + load(gate + i) * v);
+      else store(to + i, v > vf{} ? v * v : vf{});
+    }
+    return;
+  }
+  finish(y, count, p.epilogue);
   for (int64_t i = 0; i < count; i++) {
     to[i] = p.epilogue == ADD ? to[i] + y[i] : p.epilogue == GATED_ADD ? to[i] + gate[i] * y[i] : y[i];
   }

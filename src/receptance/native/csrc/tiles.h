@@ -158,6 +158,7 @@ void widen_lines(const char* p, int64_t size, int64_t blocks, Widened& w) {
   for (int64_t b = 0; b < blocks; b++) {
     __m512i v[16];
     for (int i = 0; i < 16; i++, p += 2 * size) {
+      __builtin_prefetch(p + 32 * size), __builtin_prefetch(p + 33 * size);
       const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
       const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(p + size)));
       v[i] = _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
@@ -269,7 +270,11 @@ template <int T, class F>
 inline void panels_of(const Product& p, int64_t first, int64_t last, int64_t rows, float* local, F widen) {
   constexpr int KIND = kind_of<T>();
 #if defined(ISA_AMX)
-  if (rows >= HALVED || KIND == WORDS) return half_panels<parts_of<T>()>(p, first, last, rows, local, widen);
+  if (rows >= HALVED) {
+    return half_panels<parts_of<T>()>(p, first, last, rows, local, [&](int64_t group, Halves* w) {
+      for (int64_t n = first; n < last; n += PANEL) widen(n, group, *w++);
+    });
+  }
 #endif
   if constexpr (KIND == BYTES) {
     if (p.q->has_rest) return wide_panels<BOTH>(p, first, last, rows, local, widen);
@@ -300,19 +305,6 @@ void tiled_blocks(const Product& p, int64_t first, int64_t last, int64_t rows, f
   constexpr int64_t bytes = DEPTH / Block<T>::numbers * Block<T>::size;  // of 256 columns of one row
   const int64_t cols = p.w->cols, size = line_bytes(T, cols);
   const uint8_t* data = (const uint8_t*)p.w->data;
-#if defined(ISA_AMX)
-  if (by_bytes<KERNEL>(rows) && (last - first) % PANEL == 0) {
-    return byte_panels<KERNEL>(p, first, last, rows, local, [&](int64_t group, const uint8_t** w, uint8_t* room) {
-      for (int64_t n = first; n < last; n += GROUP) {
-        const uint8_t* from = data + n * size + group * bytes;
-        *w++ = room;
-        for (int64_t u = 0; u < blocks_of_group(cols, group) * BLOCK / Block<T>::numbers; u++, room += Packed<KERNEL>::size) {
-          repack<T>(from + u * Block<T>::size, size, room);
-        }
-      }
-    });
-  }
-#endif
   panels_of<KERNEL>(p, first, last, rows, local, [&](int64_t n, int64_t group, auto& w) {
     const uint8_t* from = data + n * size + group * bytes;
     const int64_t blocks = blocks_of_group(cols, group);
@@ -342,9 +334,16 @@ template <int T>
 void tiled_lines(const Product& p, int64_t first, int64_t last, int64_t rows, float* local) {
   const int64_t size = 2 * p.w->rows;
   const char* data = (const char*)p.w->data;
+#if defined(ISA_AMX)
+  return half_panels<parts_of<T>()>(p, first, last, rows, local, [&](int64_t group, Halves* w) {
+    const int64_t panels = (last - first + PANEL - 1) / PANEL;
+    widen_lines<T>(data + group * DEPTH * size + 2 * first, size, blocks_of_group(p.w->cols, group), panels, 2 * PANEL, w);
+  });
+#else
   panels_of<T>(p, first, last, rows, local, [&](int64_t n, int64_t group, auto& w) {
     widen_lines<T>(data + group * DEPTH * size + 2 * n, size, blocks_of_group(p.w->cols, group), w);
   });
+#endif
 }
 
 // Whether so many rows of x meet plain weights as integers, or (AMX) in tiles
@@ -353,7 +352,10 @@ inline bool takes_sixteen_bits(const Matrix& w, int64_t rows) {
 }
 #if defined(ISA_AMX)
 inline bool by_words(const Matrix&, int64_t) { return false; }
-inline bool by_tiles(const Matrix& w, int64_t rows) { return takes_sixteen_bits(w, rows); }
+inline bool by_tiles(const Matrix& w, int64_t rows) {
+  const bool few = w.type == Q8_0 && rows >= TILED && rows <= PANEL && w.rows % PANEL == 0;
+  return few || takes_sixteen_bits(w, rows);
+}
 #else
 inline bool by_words(const Matrix& w, int64_t rows) { return takes_sixteen_bits(w, rows); }
 #endif
@@ -368,4 +370,9 @@ inline bool lines_by_words(const Matrix&, int64_t) { return false; }
 
 #endif
 
-inline bool takes_blocks(const Matrix& w, int64_t rows) { return is_quantised(w.type) || by_words(w, rows); }
+#if !defined(ISA_AMX)
+inline bool by_tiles(const Matrix&, int64_t) { return false; }
+#endif
+
+// Whether so many rows of x meet w in blocks; in tiles they do not
+inline bool takes_blocks(const Matrix& w, int64_t rows) { return !by_tiles(w, rows) && (is_quantised(w.type) || by_words(w, rows)); }
