@@ -280,6 +280,15 @@ inline void put_row(const char* p, uint16_t* high, uint16_t* low) {
   else put_words<T>(_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32)), high, low);
 }
 
+// A block of Q8_0, rounded to 8 bits of mantissa with its scale
+inline void put_row_of_bytes(const char* p, uint16_t* high) {
+  const __m512 scale = _mm512_set1_ps(half_to_float(read<uint16_t>(p)));
+  const auto half = [&](const char* at) {
+    return rounded(_mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)at))), scale));
+  };
+  _mm512_store_si512(high, two_columns(half(p + 2), half(p + 18)));
+}
+
 // 32 columns of `count` rows of x, at most 16; the others are zero
 template <int T>
 void fill_tile(const float* x, int64_t ldx, int64_t count, XTile& to) {
@@ -329,7 +338,7 @@ inline void fill_tiles(const Product& p, int64_t rows, int64_t ticket) {
   const float* x = p.x + m * p.ldx + group * DEPTH;
   const int64_t count = rows - m < PANEL ? rows - m : PANEL;
   for (int64_t b = 0; b < blocks_of_group(p.w->cols, group); b++) {
-    if (p.w->type == Q8_0) fill_bytes(x + b * BLOCK, p.ldx, count, ((XBytes*)p.q)[group * 8 + b]);
+    if (p.w->type == Q8_0 && rows <= PANEL) fill_bytes(x + b * BLOCK, p.ldx, count, ((XBytes*)p.q)[group * 8 + b]);
     else if (p.w->type == BF16) fill_tile<BF16>(x + b * BLOCK, p.ldx, count, to[b]);
     else fill_tile<F16>(x + b * BLOCK, p.ldx, count, to[b]);
   }
@@ -362,6 +371,7 @@ void few_tiled_rows(const Product& p, int64_t first, int64_t last, int64_t rows,
     Halves& to = w[step % 2];
     for (int64_t b = 0; b < blocks_of_group(p.w->cols, group); b++) {
       __builtin_prefetch(from + b * 64 + 512);
+      if (T == BF16 && n - r + PANEL <= last) continue;
       put_row<T>(from + b * 64, to.high[16 * b + r], to.low[16 * b + r]);
     }
   };
@@ -379,7 +389,10 @@ void few_tiled_rows(const Product& p, int64_t first, int64_t last, int64_t rows,
         const XTile& xs = x[group * 8 + b];
         TILE_LOAD(4, xs.high, 64);
         TILE_LOAD(5, xs.low, 64);
-        TILE_LOAD(6, now.high[16 * b], 64);
+        const int64_t n = first + step / groups * PANEL;
+        const bool as_it_lies = T == BF16 && n + PANEL <= last;
+        if (as_it_lies) TILE_LOAD(6, data + n * stride + (group * DEPTH + b * BLOCK) * 2, stride);
+        else TILE_LOAD(6, now.high[16 * b], 64);
         TILE_PRODUCT(0, 6, 4);
         TILE_PRODUCT(1, 6, 5);
         if (T == F16) {
@@ -404,21 +417,25 @@ void few_tiled_rows(const Product& p, int64_t first, int64_t last, int64_t rows,
 
 template <int T>
 void tiled_rows(const Product& p, int64_t first, int64_t last, int64_t rows, float* local) {
-  if (rows <= PANEL) return few_tiled_rows<T>(p, first, last, rows, local);
+  if constexpr (T != Q8_0) {
+    if (rows <= PANEL) return few_tiled_rows<T>(p, first, last, rows, local);
+  }
   const WithTiles tiles(2);
   Halves* w = (Halves*)local;
-  const int64_t stride = 2 * p.w->cols, panels = (last - first + PANEL - 1) / PANEL, lds = whole_tiles(rows) * PANEL;
+  constexpr int64_t block = T == Q8_0 ? 2 + BLOCK : 2 * BLOCK;  // bytes
+  const int64_t stride = block * (p.w->cols / BLOCK), panels = (last - first + PANEL - 1) / PANEL, lds = whole_tiles(rows) * PANEL;
   const int64_t apart = p.w->cols / BLOCK * (int64_t)sizeof(XTile);
   float* sums = local + PANEL_FLOATS;
   __builtin_memset(sums, 0, panels * lds * sizeof(float));
   for (int64_t group = 0; group < groups_of(p.w->cols); group++) {
     const int64_t blocks = blocks_of_group(p.w->cols, group);
     for (int64_t r = 0; r < panels * PANEL; r++) {
-      const char* from = (const char*)p.w->data + (first + r < last ? first + r : last - 1) * stride + group * DEPTH * 2;
+      const char* from = (const char*)p.w->data + (first + r < last ? first + r : last - 1) * stride + group * 8 * block;
       Halves& to = w[r / PANEL];
-      for (int64_t b = 0; b < blocks; b++) {
-        __builtin_prefetch(from + b * 64 + 512);
-        put_row<T>(from + b * 64, to.high[16 * b + r % PANEL], to.low[16 * b + r % PANEL]);
+      for (int64_t b = 0; b < blocks; b++, from += block) {
+        __builtin_prefetch(from + 512);
+        if (T == Q8_0) put_row_of_bytes(from, to.high[16 * b + r % PANEL]);
+        else put_row<T>(from, to.high[16 * b + r % PANEL], to.low[16 * b + r % PANEL]);
       }
     }
     const char* x = (const char*)((const XTile*)p.q + group * 8);
@@ -453,7 +470,7 @@ inline const uint8_t* bytes_of(const uint8_t* numbers, uint8_t (*to)[64]) {
 template <int T>
 __attribute__((noinline)) void byte_tile(const uint8_t* w, int64_t blocks, const XGroup* x, int64_t ldq, float* sums) {
   const int64_t stride = ldq * (int64_t)sizeof(XGroup);
-  const int parts = T == Q8 && x->has_rest ? 2 : 1;
+  const int parts = T == Q8 && x->has_rest[0] ? 2 : 1;
   alignas(64) uint8_t numbers[4][8][64];
   alignas(64) int32_t dots[4][16][16];
   __m512 acc[16];

@@ -31,7 +31,9 @@ void many_block_rows(const Product& p, int64_t first, int64_t last, int64_t rows
   constexpr int KERNEL = T == Q8_0 ? Q8 : T == Q4_0 ? Q4 : T, NUMBERS = Block<T>::numbers;
   const int64_t cols = p.w->cols, size = line_bytes(T, cols), whole = (last - first) / PANEL * PANEL;
 #if defined(ISA_AMX)
-  if (T == Q8_0 && p.q && by_tiles(*p.w, rows)) return few_byte_rows(p, first, last, rows);
+  if (T == Q8_0 && p.q && by_tiles(*p.w, rows)) {
+    return rows <= PANEL ? few_byte_rows(p, first, last, rows) : tiled_rows<Q8_0>(p, first, last, rows, local);
+  }
 #endif
 #if defined(ISA_AVX512)
   if (rows >= TILED) return tiled_blocks<T>(p, first, last, rows, local);

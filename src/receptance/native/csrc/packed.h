@@ -241,7 +241,7 @@ inline void one_tile(const uint8_t* w, int64_t blocks, const XGroup* x, int64_t 
   constexpr bool small = Packed<T>::numbers == BLOCK;
   constexpr int offset = T == Q8 ? 128 : T == Q4 ? 8 : T == Q6_K ? 32 : 0;  // added to the numbers
   const __m512i fifteen = _mm512_set1_epi8(15);
-  const bool has_rest = T == Q8 && x->has_rest;
+  const bool has_rest = T == Q8 && x->has_rest[0];
   __m512 acc[M];
   for (int m = 0; m < M; m++) acc[m] = _mm512_loadu_ps(sums + m * GROUP);
   for (int64_t b = 0; b < blocks; b++) {
@@ -359,7 +359,7 @@ void one_tile(const uint8_t* w, int64_t blocks, const XGroup* x, int64_t ldq, fl
         for (int r = 0; r < GROUP; r += 4) {
           vst1q_s32(dot[i / 4] + r, vdotq_s32(vld1q_s32(dot[i / 4] + r), vld1q_s8(quads[i] + 4 * r), xs));
         }
-        if (T != Q8 || !group.has_rest) continue;
+        if (T != Q8 || !group.has_rest[b]) continue;
         const int8x16_t rs = vreinterpretq_s8_s32(vdupq_n_s32(read<int32_t>(group.rest + b * BLOCK + 4 * i)));
         for (int r = 0; r < GROUP; r += 4) {
           vst1q_s32(rest + r, vdotq_s32(vld1q_s32(rest + r), vld1q_s8(quads[i] + 4 * r), rs));

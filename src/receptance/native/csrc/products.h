@@ -22,7 +22,7 @@ struct alignas(64) XGroup {
 #endif
   int8_t rest[8 * BLOCK];  // 256 times what q leaves over, for matrices of type Q8, which meet both
   int16_t rest_sum[8];
-  int32_t has_rest;
+  int8_t has_rest[8];
 };
 
 #if defined(ISA_AVX512) || defined(ISA_NEON)
@@ -81,7 +81,7 @@ inline void quantise_block(const float* x, XGroup& group, int64_t b, bool with_r
     total += sum;
   }
   group.taken[b] = group.scale[b] * (float)total;
-  group.has_rest = with_rest;
+  group.has_rest[b] = with_rest;
   if (!with_rest) return;
   int32_t rest_sum = 0;
   for (int h = 0; h < 2; h++) {
@@ -116,7 +116,7 @@ inline void quantise_block(const float* x, XGroup& group, int64_t b, bool with_r
     group.sum[b * 2 + h] = (int16_t)total;
   }
   group.taken[b] = group.scale[b] * (float)sum_of(group, b);
-  group.has_rest = with_rest;
+  group.has_rest[b] = with_rest;
   for (int i = 0; !WIDE && with_rest && i < BLOCK; i++) {
     const float left = (x[i] * inverse - (float)whole[i]) * 256, steps = left < 127 ? left : 127;
     group.rest[b * BLOCK + i] = (int8_t)(int32_t)((steps + 12582912.0f) - 12582912.0f);

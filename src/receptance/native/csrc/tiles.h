@@ -277,7 +277,7 @@ inline void panels_of(const Product& p, int64_t first, int64_t last, int64_t row
   }
 #endif
   if constexpr (KIND == BYTES) {
-    if (p.q->has_rest) return wide_panels<BOTH>(p, first, last, rows, local, widen);
+    if (p.q->has_rest[0]) return wide_panels<BOTH>(p, first, last, rows, local, widen);
   }
   wide_panels<KIND>(p, first, last, rows, local, widen);
 }
@@ -353,8 +353,8 @@ inline bool takes_sixteen_bits(const Matrix& w, int64_t rows) {
 #if defined(ISA_AMX)
 inline bool by_words(const Matrix&, int64_t) { return false; }
 inline bool by_tiles(const Matrix& w, int64_t rows) {
-  const bool few = w.type == Q8_0 && rows >= TILED && rows <= PANEL && w.rows % PANEL == 0;
-  return few || takes_sixteen_bits(w, rows);
+  const bool bytes = w.type == Q8_0 && w.rows % PANEL == 0 && ((rows >= TILED && rows <= PANEL) || rows >= HALVED);
+  return bytes || takes_sixteen_bits(w, rows);
 }
 #else
 inline bool by_words(const Matrix& w, int64_t rows) { return takes_sixteen_bits(w, rows); }
