@@ -270,7 +270,8 @@ def test_quantised_weights_are_those_of_their_blocks(version, dtype, engine):
     assert_rounded(fast.forward(ids)[0], many)
     if engine == "amx":  # fewer rows are multiplied as bytes, as AVX-512 does
         few = torch_logits(quantised(wide_model(version), dtype, "avx512", many=True), ids[:20])
-        assert_rounded(fast.forward(ids[:20])[0], few)
+        for count in (9, 14, 20):  # in vectors, in tiles of 16 rows, in vectors
+            assert_rounded(fast.forward(ids[:count])[0], few[:count])
     state, by_token = None, []
     for token in ids:
         logits, state = fast.forward([token], state)

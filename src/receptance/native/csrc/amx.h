@@ -29,6 +29,7 @@ struct alignas(64) XBytes {
 static_assert(sizeof(XTile) * 8 <= sizeof(XGroup) * PANEL && sizeof(XBytes) <= sizeof(XTile), "room for them");
 
 constexpr int64_t TOGETHER = 4;  // panels that meet the same tile of x
+static_assert((PANEL * MOST_ROWS) * sizeof(float) + 3 * TOGETHER * 8 * Q8_BYTES <= PANEL_FLOATS * sizeof(float), "byte_panels");
 static_assert(TOGETHER * sizeof(Halves) <= PANEL_FLOATS * sizeof(float), "room for four");
 static_assert(TOGETHER * PANEL == MOST_ROWS, "all panels of one product");
 
@@ -450,86 +451,118 @@ void tiled_rows(const Product& p, int64_t first, int64_t last, int64_t rows, flo
 
 template <int T>
 constexpr bool by_bytes(int64_t rows) {
-  return rows >= 12 && rows <= 16 && (T == Q8 || T == Q4);
+  return rows >= 12 && rows <= PANEL && T != Q6_K;
 }
 
-// The numbers of a packed block of 16 rows as signed bytes, 8 vectors of 16 rows x 4 columns: where they lie, or in `to`
+// The numbers of 32 columns of 16 packed rows as signed bytes, 8 vectors of 16 rows x 4 columns: where they lie, or in `to`
 template <int T>
 inline const uint8_t* bytes_of(const uint8_t* numbers, uint8_t (*to)[64]) {
   if (T == Q8) return numbers;
-  const __m512i fifteen = _mm512_set1_epi8(15), eight = _mm512_set1_epi8(8);
   for (int j = 0; j < 4; j++) {
-    const __m512i both = _mm512_loadu_si512(numbers + j * 64);
-    _mm512_store_si512(to[j], _mm512_sub_epi8(_mm512_and_si512(both, fifteen), eight));
-    _mm512_store_si512(to[j + 4], _mm512_sub_epi8(_mm512_and_si512(_mm512_srli_epi16(both, 4), fifteen), eight));
+    __m512i low, high;
+    read_bits<T>(numbers, j, low, high);
+    if (T == Q4) low = _mm512_sub_epi8(low, _mm512_set1_epi8(8)), high = _mm512_sub_epi8(high, _mm512_set1_epi8(8));
+    _mm512_store_si512(to[j], low);
+    _mm512_store_si512(to[j + 4], high);
   }
   return to[0];
 }
 
-// sums [16, 16] += what `blocks` blocks of a packed group of 16 rows give, at most 8, of 16 rows of x that lie ldq apart
-template <int T>
-__attribute__((noinline)) void byte_tile(const uint8_t* w, int64_t blocks, const XGroup* x, int64_t ldq, float* sums) {
-  const int64_t stride = ldq * (int64_t)sizeof(XGroup);
-  const int parts = T == Q8 && x->has_rest[0] ? 2 : 1;
-  alignas(64) uint8_t numbers[4][8][64];
-  alignas(64) int32_t dots[4][16][16];
-  __m512 acc[16];
-#pragma GCC unroll 16
-  for (int m = 0; m < 16; m++) acc[m] = _mm512_load_ps(sums + m * PANEL);
-  for (int64_t first = 0; first < blocks; first += 4, w += 4 * Packed<T>::size) {
-    const int64_t count = blocks - first < 4 ? blocks - first : 4;
-    for (int part = 0; part < parts; part++) {
-#define BLOCK_STEP(i, xs, ws)                                                                        \
-  if (i < count) {                                                                                   \
-    const uint8_t* at = bytes_of<T>(w + i * Packed<T>::size + Packed<T>::header, numbers[i]);        \
-    TILE_ZERO(i);                                                                                    \
-    TILE_LOAD(xs, (part ? x->rest : x->q) + (first + i) * BLOCK, stride);                            \
-    TILE_LOAD(ws, at, 64);                                                                           \
-    TILE_PRODUCT_BYTES(i, xs, ws);                                                                   \
-  }
-    BLOCK_STEP(0, 4, 6) BLOCK_STEP(1, 5, 7) BLOCK_STEP(2, 4, 6) BLOCK_STEP(3, 5, 7)
-#undef BLOCK_STEP
-    TILE_STORE(0, dots[0]);
-    if (count > 1) TILE_STORE(1, dots[1]);
-    if (count > 2) TILE_STORE(2, dots[2]);
-    if (count > 3) TILE_STORE(3, dots[3]);
-    for (int64_t i = 0; i < count; i++) {
-      __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(w + i * Packed<T>::size)));
-      if (part) scale = _mm512_mul_ps(scale, _mm512_set1_ps(1.0f / 256));
-#pragma GCC unroll 16
-      for (int m = 0; m < 16; m++) {
-        const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(x[m * ldq].scale[first + i]));
-        acc[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_load_si512(dots[i][m])), both, acc[m]);
-      }
-    }
-    }
+// sums[m] += what block b of 16 packed rows, w the first byte of 256 columns of them, gives with its dots [m, 16]
+template <int T, int PART>
+inline void add_dots(const uint8_t* w, int64_t b, const int32_t (*dots)[16], const XGroup* x, int64_t ldq, __m512* sums) {
+  constexpr bool small = Packed<T>::numbers == BLOCK;
+  const uint8_t* header = small ? w + b * Packed<T>::size : w;
+  __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)header)), least = scale;
+  if (PART == 1) scale = _mm512_mul_ps(scale, _mm512_set1_ps(1.0f / 256));
+  if (!small) {
+    const __m512i pair = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(header + 64 + b / 2 * 32)));
+    const __m512i own = _mm512_srai_epi32(b % 2 ? pair : _mm512_slli_epi32(pair, 16), 16);
+    const __m128i minima = _mm_loadu_si128((const __m128i*)(header + 192 + b * GROUP));
+    scale = _mm512_mul_ps(scale, _mm512_cvtepi32_ps(own));
+    least = _mm512_mul_ps(_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(header + 32))),
+                          _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(minima)));
   }
 #pragma GCC unroll 16
-  for (int m = 0; m < 16; m++) _mm512_store_ps(sums + m * PANEL, acc[m]);
+  for (int m = 0; m < 16; m++) {
+    const XGroup& group = x[m * ldq];
+    const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(group.scale[b]));
+    sums[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_load_si512(dots[m])), both, sums[m]);
+    if (!small) sums[m] = _mm512_fnmadd_ps(least, _mm512_set1_ps(group.taken[b]), sums[m]);
+  }
 }
 
-// Panels `first`..`last`, at most four; packed(group, w, room): sets w[i] to 256 columns of the 16 rows of panel i as they lie in
-// a packed group, there or in `room`, which has space for all
+// Panels `first`..`last`, at most four, with up to 16 rows of x; packed(group, w, room): sets w[i] to 256 columns of the 16 rows of
+// panel i as they lie in a packed group, there or in `room`, which has space for all.
+//
+// Panels of 256 columns are passed from hand to hand: while the numbers of one become bytes, the one before meets x in tiles, and
+// the products of the one before that are scaled and added. Nothing then waits for what was stored just before.
 template <int T, class F>
 inline void byte_panels(const Product& p, int64_t first, int64_t last, int64_t rows, float* local, F packed) {
   const WithTiles tiles(1);
-  const int64_t ldq = groups_of(p.w->cols), lds = whole_tiles(rows) * PANEL, panels = (last - first + PANEL - 1) / PANEL;
+  constexpr int64_t ROOM = TOGETHER * 8 * Q8_BYTES;
+  struct Job {
+    const uint8_t *w, *numbers[8];
+    const XGroup* x;
+    int64_t panel, blocks;
+  };
+  alignas(64) uint8_t numbers[2][8][8][64];
+  alignas(64) int32_t dots[2][2][8][16][16];
+  const int64_t ldq = groups_of(p.w->cols), panels = (last - first + PANEL - 1) / PANEL, jobs = ldq * panels;
+  const int64_t stride = ldq * (int64_t)sizeof(XGroup);
   float* sums = local;
-  uint8_t* room = (uint8_t*)(local + HALVED * MOST_ROWS);
-  __builtin_memset(sums, 0, panels * lds * sizeof(float));
-  for (int64_t group = 0; group < ldq; group++) {
-    const uint8_t* w[TOGETHER];
-    packed(group, w, room);
-    for (int64_t i = 0; i < panels; i++) {
-      for (int64_t m = 0; m < rows; m += PANEL) {
-        byte_tile<T>(w[i], blocks_of_group(p.w->cols, group), p.q + m * ldq + group, ldq, sums + i * lds + m * PANEL);
-      }
+  uint8_t* room = (uint8_t*)(local + PANEL * MOST_ROWS);
+  const bool has_rest = T == Q8 && p.q->has_rest[0];
+  const uint8_t* w[TOGETHER];
+  Job ring[3] = {};
+  __builtin_memset(sums, 0, panels * PANEL * PANEL * sizeof(float));
+  for (int64_t step = 0; step < jobs + 2; step++) {
+    Job &next = ring[step % 3], &now = ring[(step + 2) % 3], &done = ring[(step + 1) % 3];
+    next.blocks = 0;
+    if (step < jobs) {
+      const int64_t group = step / panels;
+      if (step % panels == 0) packed(group, w, room + group % 3 * ROOM);
+      next.panel = step % panels, next.w = w[next.panel], next.x = p.q + group, next.blocks = blocks_of_group(p.w->cols, group);
     }
+    const auto& made = dots[step % 2];
+    auto& making = dots[(step + 1) % 2];
+    float* to = sums + done.panel * PANEL * PANEL;
+    __m512 acc[16];
+#pragma GCC unroll 16
+    for (int m = 0; m < 16; m++) acc[m] = _mm512_load_ps(to + m * PANEL);
+#define BLOCK_STEP(b, even)                                                                                             \
+  if (b < next.blocks) {                                                                                                \
+    const uint8_t* from = next.w + (Packed<T>::numbers == BLOCK ? b * Packed<T>::size + Packed<T>::header               \
+                                                                : Packed<T>::header + b * Packed<T>::part);             \
+    next.numbers[b] = bytes_of<T>(from, numbers[step % 2][b]);                                                          \
+  }                                                                                                                     \
+  if (b < now.blocks) {                                                                                                 \
+    TILE_ZERO(even);                                                                                                    \
+    TILE_LOAD(4, now.x->q + b * BLOCK, stride);                                                                         \
+    TILE_LOAD(6, now.numbers[b], 64);                                                                                   \
+    TILE_PRODUCT_BYTES(even, 4, 6);                                                                                     \
+    TILE_STORE(even, making[0][b]);                                                                                     \
+    if (has_rest) {                                                                                                     \
+      TILE_ZERO(3);                                                                                                     \
+      TILE_LOAD(5, now.x->rest + b * BLOCK, stride);                                                                    \
+      TILE_PRODUCT_BYTES(3, 5, 6);                                                                                      \
+      TILE_STORE(3, making[1][b]);                                                                                      \
+    }                                                                                                                   \
+  }                                                                                                                     \
+  if (b < done.blocks) {                                                                                                \
+    add_dots<T, 0>(done.w, b, made[0][b], done.x, ldq, acc);                                                            \
+    if (has_rest) add_dots<T, 1>(done.w, b, made[1][b], done.x, ldq, acc);                                              \
+  }
+    BLOCK_STEP(0, 0) BLOCK_STEP(1, 1) BLOCK_STEP(2, 0) BLOCK_STEP(3, 1) BLOCK_STEP(4, 0) BLOCK_STEP(5, 1) BLOCK_STEP(6, 0)
+    BLOCK_STEP(7, 1)
+#undef BLOCK_STEP
+#pragma GCC unroll 16
+    for (int m = 0; m < 16; m++) _mm512_store_ps(to + m * PANEL, acc[m]);
   }
   for (int64_t m = 0; m < rows; m++) {
     for (int64_t n = first; n < last; n += PANEL) {
       const int64_t count = last - n < PANEL ? last - n : PANEL;
-      put(p, m, n, count, sums + (n - first) / PANEL * lds + m * PANEL);
+      put(p, m, n, count, sums + (n - first) * PANEL + m * PANEL);
     }
   }
 }

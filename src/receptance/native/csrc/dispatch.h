@@ -62,7 +62,7 @@ template <int T>
 void low_rank_product(const Product& p, int64_t first, int64_t last, int64_t rows, float* panel) {
 #if defined(ISA_AMX)
   if constexpr (T != F32) {
-    if (rows >= HALVED && !p.w->exact && p.w->cols % BLOCK == 0) return tiled_panel<T>(p, first, last, rows, panel);
+    if (rows >= 12 && !p.w->exact && p.w->cols % BLOCK == 0) return tiled_panel<T>(p, first, last, rows, panel);
   }
 #endif
   panel_product<T>(p, first, last, rows, panel);
