@@ -497,10 +497,11 @@ inline void add_dots(const uint8_t* w, int64_t b, const int32_t (*dots)[16], con
 //
 // Panels of 256 columns are passed from hand to hand: while the numbers of one become bytes, the one before meets x in tiles, and
 // the products of the one before that are scaled and added. Nothing then waits for what was stored just before.
-template <int T, class F>
+template <int T, bool IN_MEMORY, class F>
 inline void byte_panels(const Product& p, int64_t first, int64_t last, int64_t rows, float* local, F packed) {
   const WithTiles tiles(1);
   constexpr int64_t ROOM = TOGETHER * 8 * Q8_BYTES;
+  constexpr int64_t AHEAD = 8 * BLOCK / Packed<T>::numbers * Packed<T>::size;  // the next 256 columns of these rows
   struct Job {
     const uint8_t *w, *numbers[8];
     const XGroup* x;
@@ -535,6 +536,7 @@ inline void byte_panels(const Product& p, int64_t first, int64_t last, int64_t r
     const uint8_t* from = next.w + (Packed<T>::numbers == BLOCK ? b * Packed<T>::size + Packed<T>::header               \
                                                                 : Packed<T>::header + b * Packed<T>::part);             \
     next.numbers[b] = bytes_of<T>(from, numbers[step % 2][b]);                                                          \
+    for (int i = 0; IN_MEMORY && i < Packed<T>::part; i += 64) __builtin_prefetch(from + AHEAD + i, 0, 2);              \
   }                                                                                                                     \
   if (b < now.blocks) {                                                                                                 \
     TILE_ZERO(even);                                                                                                    \

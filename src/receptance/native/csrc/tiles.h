@@ -289,7 +289,7 @@ void tiled_packed(const Product& p, int64_t first, int64_t last, int64_t rows, f
   const uint8_t* data = (const uint8_t*)p.w->data;
 #if defined(ISA_AMX)
   if (by_bytes<T>(rows)) {
-    return byte_panels<T>(p, first, last, rows, local, [&](int64_t group, const uint8_t** w, uint8_t*) {
+    return byte_panels<T, true>(p, first, last, rows, local, [&](int64_t group, const uint8_t** w, uint8_t*) {
       for (int64_t n = first; n < last; n += GROUP) *w++ = data + n / GROUP * bytes + group * step;
     });
   }
