@@ -120,7 +120,9 @@ def test_rows_widen_to_the_definition(format, engine):
 
 @needs_core
 @pytest.mark.parametrize("engine", COMPILED)
-@pytest.mark.parametrize("rows, tokens", [(1, 1), (7, 1), (70, 1), (70, 2), (70, 9), (64, 5), (64, 16), (64, 50), (33, 130)])
+@pytest.mark.parametrize(
+    "rows, tokens", [(1, 1), (7, 1), (70, 1), (70, 2), (70, 9), (64, 5), (64, 16), (64, 50), (33, 130)]
+)
 @pytest.mark.parametrize("format", FORMATS)
 def test_products_are_those_of_the_definition(format, rows, tokens, engine):
     blocks = random_blocks(format, rows, 768)

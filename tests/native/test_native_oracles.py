@@ -12,7 +12,7 @@ from receptance.native.arrays import Array, Weights
 
 MODELS = {"v4_dev": "4", "v50_dev": "5.0", "v51_dev": "5.1", "v52_dev": "5.2", "v6_dev": "6", "v7_dev": "7"}
 TYPES = {"F64": "<f8", "F32": "<f4", "BF16": "<u2", "I64": "<i8", "I32": "<i4"}
-TOLERANCE = 2e-4  # logits of size 1 to 5; float32, where AVX-512 and AMX do not round weights of 16 bits or their inputs
+TOLERANCE = 2e-4  # logits of size 1 to 5; float32, with which AVX-512 and AMX round no inputs
 STATE_TOLERANCE = 1e-3  # of the largest value, at least 1
 
 

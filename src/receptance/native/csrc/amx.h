@@ -1,9 +1,14 @@
-// Products with many rows of x by AMX: 16 rows x 256 columns of w are widened once to bfloat16 and meet 16 rows of x in tiles,
-// whose sums are float32; with 12 to 16 rows of x, for which that is not worth while, the weights of Q8 and Q4 meet x as bytes. Included by tiles.h, inside the namespace of the instruction set.
+// Products with many rows of x by AMX. Included by tiles.h, inside the namespace of the instruction set.
 //
-// Weights of 4 to 8 bits are rounded to 8 bits of mantissa with their scale, and so is x: 0.2 % of each number, where the rounding
-// of x to 127 steps of the largest of 32 costs two to three times as much. Weights of 16 bits, panels and their x come in two parts
-// that have 16 bits of mantissa together; of four products the one of both lower parts is left out.
+// Tiles multiply 16 rows by 16 rows of 32 columns (bfloat16, sums in float32) or of 32 columns in bytes. The first operand has its rows
+// as they lie, the second four bytes of 16 rows side by side. So:
+// - packed weights, bands, panels and lines, in that order already, are the second operand, and x, row by row, is the first;
+// - rows of w as they lie (float16, bfloat16, Q8_0) are the first, and x is brought into tiles before, in a stage of its own.
+//
+// From 32 rows of x on, and for weights of 16 bits from 4 on, x and w are bfloat16. Weights of 4 to 8 bits are rounded to 8 bits of
+// mantissa with their scale, and so is x: 0.2 % of each number, where the rounding of x to 127 steps of the largest of 32 costs two to
+// three times as much. Weights of 16 bits, panels and their x come in two parts that have 16 bits of mantissa together; of four
+// products the one of both lower parts is left out. With fewer rows, weights of 8 and 4 bits meet x as bytes.
 
 enum Parts { ONE_PART, TWO_PARTS, THREE_PRODUCTS };  // x and w once; x twice (bfloat16 is exact); both twice
 
@@ -17,10 +22,11 @@ struct alignas(64) Halves {
   uint16_t high[8 * 16][32], low[8 * 16][32];
 };
 
-// 32 columns of 16 rows of x as the second operand: vectors of 16 rows x 2 columns, in two parts. They lie where the XGroups would
+// 32 columns of 16 rows of x as the second operand: vectors of 16 rows x 2 columns, in two parts. They lie where XGroups would
 struct alignas(64) XTile {
   uint16_t high[16][32], low[16][32];
 };
+
 // The same as bytes: vectors of 16 rows x 4 columns, and the rows' scales
 struct alignas(64) XBytes {
   int8_t q[8][64];
@@ -44,7 +50,7 @@ static_assert(TOGETHER * PANEL == MOST_ROWS, "all panels of one product");
 #define TILES_END() __asm__ volatile("tilerelease" : : : "memory")
 #endif
 
-// Sums in tiles 0 to 3, x in 4 and 5, w in 6 and 7: of 32 columns, two bytes each or one
+// Sums in tiles 0 to 3, the first operand in 4 and 5, the second in 6 and 7: of 32 columns, two bytes each (all are alike) or one
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t bytes_of_rows[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -578,7 +584,8 @@ inline void few_byte_rows(const Product& p, int64_t first, int64_t last, int64_t
   const XBytes* x = (const XBytes*)p.q;
   alignas(64) int32_t dots[2][4][16][16];
   alignas(64) float sums[16 * PANEL], scales[4][16];
-  const __m512i at = _mm512_mullo_epi32(_mm512_set1_epi32((int32_t)stride), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+  const __m512i row = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i at = _mm512_mullo_epi32(_mm512_set1_epi32((int32_t)stride), row);
   for (int64_t n = first; n < last; n += PANEL) {
     const uint8_t* w = (const uint8_t*)p.w->data + n * stride;
     __m512 acc[16];
@@ -587,15 +594,15 @@ inline void few_byte_rows(const Product& p, int64_t first, int64_t last, int64_t
     for (int64_t b = 0; b < blocks + 4; b += 4) {
       int32_t(*made)[16][16] = dots[b / 4 % 2];
       int32_t(*before)[16][16] = dots[(b / 4 + 1) % 2];
-#define BLOCK_STEP(i, ws, xs)                                                 \
-  if (b + i < blocks) {                                                       \
-    const uint8_t* from = w + (b + i) * SIZE;                                 \
-    for (int r = i % 2 * 8; r < i % 2 * 8 + 8; r++) __builtin_prefetch(from + r * stride + 768); \
-    TILE_ZERO(i);                                                             \
-    TILE_LOAD(ws, from + 2, stride);                                          \
-    TILE_LOAD(xs, x[b + i].q, 64);                                            \
-    TILE_PRODUCT_BYTES(i, ws, xs);                                            \
-    TILE_STORE(i, made[i]);                                                   \
+#define BLOCK_STEP(i, ws, xs)                                                                        \
+  if (b + i < blocks) {                                                                              \
+    const uint8_t* from = w + (b + i) * SIZE;                                                        \
+    for (int r = i % 2 * 8; r < i % 2 * 8 + 8; r++) __builtin_prefetch(from + r * stride + 768);     \
+    TILE_ZERO(i);                                                                                    \
+    TILE_LOAD(ws, from + 2, stride);                                                                 \
+    TILE_LOAD(xs, x[b + i].q, 64);                                                                   \
+    TILE_PRODUCT_BYTES(i, ws, xs);                                                                   \
+    TILE_STORE(i, made[i]);                                                                          \
   }
       BLOCK_STEP(0, 4, 6) BLOCK_STEP(1, 5, 7) BLOCK_STEP(2, 4, 6) BLOCK_STEP(3, 5, 7)
 #undef BLOCK_STEP

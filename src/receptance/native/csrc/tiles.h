@@ -9,7 +9,8 @@
 
 static_assert(WIDE_UNIT == 1.0f / 64, "words_of");
 
-enum Kind { BYTES, BOTH, MINIMA, HALVES, WORDS };  // one scale for 32 columns; x and its rest; and a minimum; two scales; 16-bit integers
+// One scale for 32 columns; with the rest of x; with a minimum; two scales; 16-bit integers
+enum Kind { BYTES, BOTH, MINIMA, HALVES, WORDS };
 
 template <int T>
 constexpr int kind_of() {
