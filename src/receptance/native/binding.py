@@ -235,7 +235,7 @@ class Binding:
         kind = TYPES["panel " + type_name(x)]
         self.core.library.receptance_pack(self.core.engine, self.team, ctypes.byref(source), memory.ctypes.data, kind)
         self.kept.append(memory)
-        return Matrix(rows, cols, memory.ctypes.data, kind)
+        return Matrix(rows, cols, memory.ctypes.data, kind, self.dtype == "float32")
 
     def matrix(self, name: str, dtype: str | None) -> Matrix:
         """[out, in] for dot products: in place, or repacked into `dtype` where that is narrower or quantised."""

@@ -116,8 +116,7 @@ void add_pending(Run& run) {
 #pragma omp simd
     for (int64_t j = 0; j < c; j++) run.partial[j] += part[j];
   }
-#pragma omp simd
-  for (int64_t i = 0; i < c; i++) run.x[i] += run.pending ? run.pending[i] * run.partial[i] : run.partial[i];
+  add_gated(run.x, run.pending, run.partial, c);
 }
 
 // A stage over blocks of rows: layer norm, then `mixes(row, normed, previous)`. The last row of each sequence is kept in
@@ -221,13 +220,10 @@ void channel_mix(Run& run, int thread, const ChannelMix& ffn, const float* weigh
   }
   each(run, (c + STRIP - 1) / STRIP, [&](int64_t ticket) {
     const int64_t first = ticket * STRIP, width = c - first < STRIP ? c - first : STRIP;
-    float *strip = panel_of(run, thread), *y = strip + PANEL * DEPTH;
-    strip_product(ffn.value, run.hidden, rows, first, strip, y);
+    float *strip = panel_of(run, thread), *part = strip + PANEL_FLOATS, *y = part + rows * STRIP;
+    strip_product(ffn.value, run.hidden, rows, first, strip, part, y);
     for (int64_t m = 0; m < rows; m++) {
-      float* x = run.x + m * c + first;
-      for (int64_t i = 0; i < width; i++) {
-        x[i] += gated ? run.gate[m * c + first + i] * y[m * STRIP + i] : y[m * STRIP + i];
-      }
+      add_gated(run.x + m * c + first, gated ? run.gate + m * c + first : nullptr, y + m * STRIP, width);
     }
   });
 }

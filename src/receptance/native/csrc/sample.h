@@ -14,29 +14,70 @@ inline void sift(float* heap, int64_t n, int64_t i) {
   heap[i] = x;
 }
 
-// The probability at which the most probable tokens reach top_p, but at most the top_k-th one. p [n]; heap [n] is memory.
-inline float truncation(const float* p, int64_t n, double top_p, int64_t top_k, float* heap) {
-  // less probable tokens than this add up to less than 1 - top_p: they are not needed to reach top_p
-  const float least = top_p < 1 ? (float)((1 - top_p) * 0.999 / n) : 0;
-  int64_t count = 0;
+// How many of p [n] are at least `least`, and roughly what they add up to
+inline int64_t count_from(const float* p, int64_t n, float least, float& mass) {
+  float sum = 0;
+  int32_t count = 0;
+#pragma omp simd reduction(+ : sum, count)
   for (int64_t i = 0; i < n; i++) {
-    heap[count] = p[i];
+    sum += p[i] >= least ? p[i] : 0;
     count += p[i] >= least;
   }
-  for (int64_t i = count / 2 - 1; i >= 0; i--) sift(heap, count, i);
-  double sum = 0;
-  float last = 0;
-  for (int64_t rank = 0; count > 0; rank++) {
-    last = heap[0];
-    sum += last;
-    if (sum >= top_p || rank + 1 >= top_k) break;
-    heap[0] = heap[--count];
-    sift(heap, count, 0);
-  }
-  return last;
+  mass = sum;
+  return count;
 }
 
-inline float weight_of(float x) { return x < -87 ? 0 : exp_(x); }  // exp_ has no zero
+// The probability at which the most probable tokens reach top_p, but at most the top_k-th one. p [n], of which `most` is the
+// largest; heap [n] is memory.
+//
+// A heap gives tokens in order, one by one. Passes over all of p, each of which costs as much as a few of them, first find a
+// bound above which all are kept, and one below which none is needed.
+inline float truncation(const float* p, int64_t n, float most, double top_p, int64_t top_k, float* heap) {
+  constexpr float ROUGH = 1e-5f;  // what a rough sum may be off
+  // less probable tokens than this add up to less than 1 - top_p: they are not needed to reach top_p
+  const float never = top_p < 1 ? (float)((1 - top_p) * 0.999 / n) : 0;
+  float kept = __builtin_inff(), least = most;
+  auto place = [&](float bound) {  // returns whether the bound became one of the two
+    float mass;
+    const int64_t count = count_from(p, n, bound, mass);
+    if (mass > top_p + ROUGH || count >= top_k) least = bound;
+    else if (mass < top_p - ROUGH) kept = bound;
+    else return false;
+    return true;
+  };
+  while (least == most && kept > never && (kept > most || kept > 1e-30f)) {
+    const float bound = kept > most ? most * 0.25f : kept * 0.25f;
+    if (!place(bound > never ? bound : never)) break;
+  }
+  for (int i = 0; i < 6 && least < most && kept <= most && place(0.5f * (least + kept)); i++) {}
+  if (least == most) least = never;
+  while (true) {
+    double sum = 0;
+    int64_t rank = 0, count = 0;
+#pragma omp simd reduction(+ : sum, rank)
+    for (int64_t i = 0; i < n; i++) {
+      sum += p[i] >= kept ? p[i] : 0;
+      rank += p[i] >= kept;
+    }
+    for (int64_t i = 0; i < n; i++) {
+      heap[count] = p[i];
+      count += p[i] >= least && p[i] < kept;
+    }
+    for (int64_t i = count / 2 - 1; i >= 0; i--) sift(heap, count, i);
+    float last = 0;
+    for (; count > 0; rank++) {
+      last = heap[0];
+      sum += last;
+      if (sum >= top_p || rank + 1 >= top_k) return last;
+      heap[0] = heap[--count];
+      sift(heap, count, 0);
+    }
+    if (least <= never) return last;
+    least = never;  // a rough sum was further off
+  }
+}
+
+__attribute__((always_inline)) inline float weight_of(float x) { return x < -87 ? 0 : exp_(x); }  // exp_ has no zero
 
 inline double sum_of(const float* x, int64_t n) {
   double parts[4] = {};
@@ -116,7 +157,7 @@ void sample_row(SampleRow& row, int64_t vocab, float* scratch) {
 #pragma omp simd
       for (int64_t i = 0; i < vocab; i++) p[i] *= scale;
       if (sorted) {
-        const float at = truncation(p, vocab, row.top_p, row.top_k, p + vocab);
+        const float at = truncation(p, vocab, scale, row.top_p, row.top_k, p + vocab);
         floor = at > floor ? at : floor;
       }
       const float rate = 1 / (row.temperature > 1e-6f ? row.temperature : 1e-6f);
