@@ -144,7 +144,12 @@ class Worth:
             seconds = self._seconds.get(batch * (length + 1))
             if seconds is None:  # try it once, when that may pay
                 return length if held > HOPEFUL else best
-            tokens = (1 - held ** (length + 1)) / (1 - held) if held < 1 else length + 1
+            tokens, again = length + 1.0, 0.0
+            if held < 1:
+                tokens = (1 - held ** (length + 1)) / (1 - held)
+                # where only some guesses were right, the state after them is not at hand: the next call reads them again
+                again = held * (1 - length * held ** (length - 1) + (length - 1) * held**length) / (1 - held)
+            seconds += again * (seconds - plain) / length
             if tokens / seconds > best_rate:
                 best, best_rate = length, tokens / seconds
         return best

@@ -79,7 +79,8 @@ inline Product make(const Matrix& w, const float* x, const XGroup* q, float* y, 
 
 // Element-wise parts ---------------------------------------------------------------------------------------------------
 
-void layer_norm(const float* x, const float* weight, const float* bias, int64_t n, float* y) {
+// Not inlined, as group_norm: the same row may come by several ways, and copies of a sum need not round alike
+__attribute__((noinline)) void layer_norm(const float* x, const float* weight, const float* bias, int64_t n, float* y) {
   float total = 0, squares = 0;
 #pragma omp simd reduction(+ : total)
   for (int64_t i = 0; i < n; i++) total += x[i];
@@ -91,7 +92,7 @@ void layer_norm(const float* x, const float* weight, const float* bias, int64_t 
   for (int64_t i = 0; i < n; i++) y[i] = (x[i] - mean) * scale * weight[i] + bias[i];
 }
 
-void group_norm(float* y, const float* weight, const float* bias, int64_t n) {
+__attribute__((noinline)) void group_norm(float* y, const float* weight, const float* bias, int64_t n) {
   float total = 0, squares = 0;
 #pragma omp simd reduction(+ : total)
   for (int64_t i = 0; i < n; i++) total += y[i];

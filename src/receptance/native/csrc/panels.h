@@ -133,16 +133,16 @@ inline void dot_block(const char* w, int64_t stride, const float* x, int64_t ldx
     }
   }
   for (int m = 0; m < M; m++) {
-    float rest[R] = {};
-    for (int r = 0; r < R; r++) {
-      for (int64_t j = k; j < cols; j++) rest[r] += element<T>(w + r * stride, j) * x[m * ldx + j];
-    }
+    float* sums = y + m * ldy;
     if constexpr (R == 4) {
-      float sums[4];
       sum4(acc[0][m], acc[1][m], acc[2][m], acc[3][m], sums);
-      for (int r = 0; r < R; r++) y[m * ldy + r] = sums[r] + rest[r];
     } else {
-      for (int r = 0; r < R; r++) y[m * ldy + r] = sum(acc[r][m]) + rest[r];
+      for (int r = 0; r < R; r++) sums[r] = sum(acc[r][m]);
+    }
+    for (int r = 0; k < cols && r < R; r++) {
+      float rest = 0;
+      for (int64_t j = k; j < cols; j++) rest += element<T>(w + r * stride, j) * x[m * ldx + j];
+      sums[r] += rest;
     }
   }
 }
