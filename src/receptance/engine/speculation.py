@@ -147,7 +147,7 @@ class Worth:
             tokens, again = length + 1.0, 0.0
             if held < 1:
                 tokens = (1 - held ** (length + 1)) / (1 - held)
-                # where only some guesses were right, the state after them is not at hand: the next call reads them again
+                # where only some guesses were right, the state after them is lost: the next call reads them again
                 again = held * (1 - length * held ** (length - 1) + (length - 1) * held**length) / (1 - held)
             seconds += again * (seconds - plain) / length
             if tokens / seconds > best_rate:
