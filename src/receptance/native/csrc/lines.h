@@ -110,7 +110,7 @@ inline void widen_strip(const char* lines, int64_t stride, int64_t count, int64_
 template <int T>
 void strip_of_lines(const Matrix& w, const float* h, int64_t rows, int64_t first, float* strip, float* part, float* y) {
   const int64_t size = line_bytes(T, w.cols), width = w.cols - first < STRIP ? w.cols - first : STRIP;
-  const bool widens = rows >= WIDENED_FROM || width < STRIP;
+  const bool widens = rows >= 16 || width < STRIP;
   __builtin_memset(y, 0, rows * STRIP * sizeof(float));
   for (int64_t piece = 0; piece < w.rows; piece += piece_of(w.rows)) {
     const int64_t end = piece + piece_of(w.rows) < w.rows ? piece + piece_of(w.rows) : w.rows;

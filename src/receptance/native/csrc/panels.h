@@ -80,10 +80,11 @@ template <int T, int G>
 inline void panel_dots(const char* w, int64_t bytes, const float* x, int64_t cols, float* sums) {
   constexpr int V = G * LANES;
   vf acc[V] = {};
-  for (int64_t k = 0; k < cols; k++) {
+  int64_t k = 0;
+  do {  // see dot_block
     const vf xs = splat(x[k]);
     for (int v = 0; v < V; v++) acc[v] += elements<T>(w + v / LANES * bytes, k * PANEL + v % LANES * W) * xs;
-  }
+  } while (++k < cols);
   for (int v = 0; v < V; v++) store(sums + v * W, acc[v]);
 }
 
@@ -122,27 +123,32 @@ void panel_product(const Product& p, int64_t first, int64_t last, int64_t rows, 
 
 template <int T, int R, int M>
 inline void dot_block(const char* w, int64_t stride, const float* x, int64_t ldx, int64_t cols, float* y, int64_t ldy) {
-  vf acc[R][M] = {};
   int64_t k = 0;
-  for (; k + W <= cols; k += W) {
-    vf xs[M];
-    for (int m = 0; m < M; m++) xs[m] = load(x + m * ldx + k);
-    for (int r = 0; r < R; r++) {
-      const vf ws = elements<T>(w + r * stride, k);
-      for (int m = 0; m < M; m++) acc[r][m] += ws * xs[m];
+  for (int m = 0; cols < W && m < M; m++) __builtin_memset(y + m * ldy, 0, R * sizeof(float));
+  if (cols >= W) {
+    vf acc[R][M] = {};
+    do {
+      vf xs[M];
+      for (int m = 0; m < M; m++) xs[m] = load(x + m * ldx + k);
+      for (int r = 0; r < R; r++) {
+        const vf ws = elements<T>(w + r * stride, k);
+        for (int m = 0; m < M; m++) acc[r][m] += ws * xs[m];
+      }
+      k += W;
+    } while (k + W <= cols);  // not `for`: with a way past all rounds, GCC clears and keeps the sums in memory as well
+    for (int m = 0; m < M; m++) {
+      if constexpr (R == 4) {
+        sum4(acc[0][m], acc[1][m], acc[2][m], acc[3][m], y + m * ldy);
+      } else {
+        for (int r = 0; r < R; r++) y[m * ldy + r] = sum(acc[r][m]);
+      }
     }
   }
-  for (int m = 0; m < M; m++) {
-    float* sums = y + m * ldy;
-    if constexpr (R == 4) {
-      sum4(acc[0][m], acc[1][m], acc[2][m], acc[3][m], sums);
-    } else {
-      for (int r = 0; r < R; r++) sums[r] = sum(acc[r][m]);
-    }
-    for (int r = 0; k < cols && r < R; r++) {
+  for (int m = 0; k < cols && m < M; m++) {
+    for (int r = 0; r < R; r++) {
       float rest = 0;
       for (int64_t j = k; j < cols; j++) rest += element<T>(w + r * stride, j) * x[m * ldx + j];
-      sums[r] += rest;
+      y[m * ldy + r] += rest;
     }
   }
 }
@@ -164,7 +170,7 @@ inline void dot_blocks(const char* w, int64_t stride, const float* x, int64_t ld
 
 constexpr int64_t FEW = 32;              // rows of x whose numbers stay in the second-level cache
 constexpr int64_t X_FLOATS = 128 << 8;   // of x that pass over a block of w
-constexpr int64_t WIDENED_FROM = 8;      // rows of x for which 16-bit numbers are widened beforehand
+constexpr int64_t WIDENED_FROM = 24;     // rows of x for which 16-bit numbers are widened beforehand
 
 template <int T>
 void many_rows(const Product& p, int64_t first, int64_t last, int64_t rows, float* local) {

@@ -168,22 +168,22 @@ constexpr int ROW_AHEAD = 0;
 template <int T, int R>
 inline void dot_rows(const char* w, int64_t stride, const float* x, int64_t cols, float* y) {
   constexpr int STEP = T == F32 ? 16 : 32;  // 64 bytes
-  vf acc[R] = {};
   int64_t k = 0;
-  for (; k + STEP <= cols; k += STEP) {
-    for (int r = 0; ROW_AHEAD && r < R; r++) __builtin_prefetch(w + r * stride + offset<T>(k) + ROW_AHEAD);
-    for (int u = 0; u < STEP; u += W) {
-      vf xs = load(x + k + u);
-      for (int r = 0; r < R; r++) acc[r] += elements<T>(w + r * stride, k + u) * xs;
-    }
+  for (int r = 0; r < R; r++) y[r] = 0;
+  if (cols >= W) {
+    vf acc[R] = {};
+    do {  // not `for`: with a way past all rounds, GCC clears and keeps the sums in memory as well
+      for (int r = 0; ROW_AHEAD && k % STEP == 0 && r < R; r++) __builtin_prefetch(w + r * stride + offset<T>(k) + ROW_AHEAD);
+      const vf xs = load(x + k);
+      for (int r = 0; r < R; r++) acc[r] += elements<T>(w + r * stride, k) * xs;
+      k += W;
+    } while (k + W <= cols);
+    for (int r = 0; r < R; r++) y[r] = sum(acc[r]);
   }
-  for (; k + W <= cols; k += W) {
-    for (int r = 0; r < R; r++) acc[r] += elements<T>(w + r * stride, k) * load(x + k);
-  }
-  for (int r = 0; r < R; r++) {
+  for (int r = 0; k < cols && r < R; r++) {
     float rest = 0;
     for (int64_t j = k; j < cols; j++) rest += element<T>(w + r * stride, j) * x[j];
-    y[r] = sum(acc[r]) + rest;
+    y[r] += rest;
   }
 }
 
