@@ -442,14 +442,20 @@ class Core:
 
     def _drafts(self, plan: list[tuple[Sequence, int]]) -> list[list[int]] | None:
         """Guesses for each sequence of a plan in which all write; None: no draft pays."""
-        if not 0 < len(plan) <= MOST_TEXTS or any(s.phase is not Phase.WRITING for s, _ in plan):
+        if not 0 < len(plan) <= MOST_TEXTS or self.pool.free_slots < len(plan):
             return None
-        if self.pool.free_slots < len(plan):
+        is_hopeful = False
+        for sequence, _ in plan:
+            if sequence.phase is not Phase.WRITING:
+                return None
+            job: TextJob = sequence.job
+            job.evidence = job.drafts.evidence() if job.drafts else 0
+            is_hopeful |= job.evidence > 0
+        if not is_hopeful:
             return None
         drafts = []
         for sequence, _ in plan:
-            job: TextJob = sequence.job
-            job.evidence = job.drafts.evidence() if job.drafts else 0
+            job = sequence.job
             left = job.params.max_tokens - len(job.completion.tokens) - 1
             length = min(self.record.wanted(self.worth, job.evidence, len(plan)), left)
             drafts.append(job.drafts.propose(length) if job.drafts and length > 0 else [])

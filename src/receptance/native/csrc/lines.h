@@ -19,11 +19,11 @@ inline void add_lines(const char* const* line, const float* h, int64_t cols, flo
   for (; c + W <= cols; c += W) {
     for (int r = 0; ROW_AHEAD && c % (2 * W) == 0 && r < R; r++) __builtin_prefetch(line[r] + offset<T>(c) + ROW_AHEAD);
     vf acc = load(y + c);
-    for (int r = 0; r < R; r++) acc += elements<T>(line[r], c) * h[r];
+    for (int r = 0; r < R; r++) acc = add_product(acc, elements<T>(line[r], c), splat(h[r]));
     store(y + c, acc);
   }
   for (; c < cols; c++) {
-    for (int r = 0; r < R; r++) y[c] += element<T>(line[r], c) * h[r];
+    for (int r = 0; r < R; r++) y[c] = add_product(y[c], element<T>(line[r], c), h[r]);
   }
 }
 
@@ -89,7 +89,7 @@ inline void add_strip(const char* lines, int64_t stride, const float* h, int64_t
     for (uint64_t bits = active; bits; bits &= bits - 1) {
       const int64_t i = __builtin_ctzll(bits);
       const vf by = splat(h[i]);
-      for (int v = 0; v < V; v++) acc[v] += elements<T>(lines + i * stride, u + v * W) * by;
+      for (int v = 0; v < V; v++) acc[v] = add_product(acc[v], elements<T>(lines + i * stride, u + v * W), by);
     }
     for (int v = 0; v < V; v++) store(sums + u + v * W, acc[v]);
   }

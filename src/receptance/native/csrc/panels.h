@@ -57,7 +57,7 @@ inline void float_tile(const float* w, int64_t ldw, const float* x, int64_t ldx,
     for (int v = 0; v < V; v++) ws[v] = load(w + k * ldw + v * W);
     for (int m = 0; m < M; m++) {
       vf xs = splat(x[m * ldx + k]);
-      for (int v = 0; v < V; v++) acc[m][v] += ws[v] * xs;
+      for (int v = 0; v < V; v++) acc[m][v] = add_product(acc[m][v], ws[v], xs);
     }
   }
   for (int m = 0; m < M; m++) {
@@ -83,7 +83,7 @@ inline void panel_dots(const char* w, int64_t bytes, const float* x, int64_t col
   int64_t k = 0;
   do {  // see dot_block
     const vf xs = splat(x[k]);
-    for (int v = 0; v < V; v++) acc[v] += elements<T>(w + v / LANES * bytes, k * PANEL + v % LANES * W) * xs;
+    for (int v = 0; v < V; v++) acc[v] = add_product(acc[v], elements<T>(w + v / LANES * bytes, k * PANEL + v % LANES * W), xs);
   } while (++k < cols);
   for (int v = 0; v < V; v++) store(sums + v * W, acc[v]);
 }
@@ -132,7 +132,7 @@ inline void dot_block(const char* w, int64_t stride, const float* x, int64_t ldx
       for (int m = 0; m < M; m++) xs[m] = load(x + m * ldx + k);
       for (int r = 0; r < R; r++) {
         const vf ws = elements<T>(w + r * stride, k);
-        for (int m = 0; m < M; m++) acc[r][m] += ws * xs[m];
+        for (int m = 0; m < M; m++) acc[r][m] = add_product(acc[r][m], ws, xs[m]);
       }
       k += W;
     } while (k + W <= cols);  // not `for`: with a way past all rounds, GCC clears and keeps the sums in memory as well
@@ -147,7 +147,7 @@ inline void dot_block(const char* w, int64_t stride, const float* x, int64_t ldx
   for (int m = 0; k < cols && m < M; m++) {
     for (int r = 0; r < R; r++) {
       float rest = 0;
-      for (int64_t j = k; j < cols; j++) rest += element<T>(w + r * stride, j) * x[m * ldx + j];
+      for (int64_t j = k; j < cols; j++) rest = add_product(rest, element<T>(w + r * stride, j), x[m * ldx + j]);
       y[m * ldy + r] += rest;
     }
   }

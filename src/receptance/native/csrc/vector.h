@@ -26,6 +26,27 @@ inline vf splat(float x) {  // `vf{} + x` would add: 0 + -0 is not -0
 #endif
 }
 
+// sum + a b, rounded once where the processor can: a compiler that is left to choose does so in one function and not in another
+inline vf add_product(vf sum, vf a, vf b) {
+#if defined(ISA_AVX512)
+  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#elif defined(ISA_AVX2)
+  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+#elif defined(ISA_NEON)
+  return (vf)vfmaq_f32((float32x4_t)sum, (float32x4_t)a, (float32x4_t)b);
+#else
+  return sum + a * b;
+#endif
+}
+
+inline float add_product(float sum, float a, float b) {
+#if defined(ISA_AVX512) || defined(ISA_AVX2) || defined(ISA_NEON)
+  return __builtin_fmaf(a, b, sum);
+#else
+  return sum + a * b;
+#endif
+}
+
 template <class To, class From>
 inline To bits(From from) {
   static_assert(sizeof(To) == sizeof(From), "same size");
