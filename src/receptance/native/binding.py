@@ -194,12 +194,8 @@ class Binding:
 
     def is_exact(self) -> bool:
         """Whether every matrix meets float32 inputs as its own numbers: then sums have one order, whatever the rows."""
-        whole = [TYPES[name] for name in ("float32", "panel float32")]
-        plain = [*whole, *(TYPES[prefix + name] for prefix in ("", "panel ") for name in ("float16", "bfloat16"))]
-        by_words = self.core.name in ("avx512", "amx")  # where 16 bits meet several rows as integers, if they may
-        return all(
-            not m.data or m.type in whole or (m.type in plain and (m.exact or not by_words)) for m in self.matrices()
-        )
+        plain = [TYPES[prefix + name] for prefix in ("", "panel ") for name in NUMPY_TYPES]
+        return all(not m.data or (m.exact and m.type in plain) for m in self.matrices())
 
     def n_elements(self) -> int:
         return sum(int(matrix.rows * matrix.cols) for matrix in self.matrices())

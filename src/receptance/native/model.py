@@ -111,7 +111,7 @@ class NativeModel:
     def is_invariant(self) -> bool:
         """Whether a row's logits are, bit for bit, those that it has alone, however many there are.
 
-        So with dtype="float32" where no weight is in blocks; on machines without AVX-512 with 16 bits too.
+        So with dtype="float32", where no weight is in blocks.
         """
         return self._core is not None and self._binding.is_exact()
 
