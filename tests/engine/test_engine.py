@@ -368,6 +368,15 @@ def test_embeddings_have_length_one_and_tell_texts_apart(engine: Engine) -> None
     assert float((a * b).sum()) < 0.99
 
 
+def test_rows_that_others_would_round_are_refused_as_invariant(model, tok):
+    eight_bits = receptance.load("rwkv7-stories", engine="native", dtype="int8")
+    assert model.is_invariant
+    assert not eight_bits.is_invariant
+    make_runner(model, 2, tok, invariant=True)
+    with pytest.raises(ConfigError, match="dtype='float32'"):
+        make_runner(eight_bits, 2, tok, invariant=True)
+
+
 def test_what_only_a_gpu_has_is_refused_elsewhere(model, tok):
     with pytest.raises(ConfigError, match="weights='int8' needs a model with kernels for a GPU"):
         Engine(model, tok, weights="int8")

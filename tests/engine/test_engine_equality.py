@@ -11,20 +11,15 @@ import torch
 import receptance
 from receptance.engine.core import Core
 from receptance.engine.engine import make_runner
-from receptance.engine.numpy_sampling import Counts, ParamRows, adjusted, digit_weight, distribution, uniform
 from receptance.engine.params import SamplingParams
 from receptance.engine.request import Completion, Request
 from receptance.engine.scheduler import Limits, Sequence
 from receptance.engine.speculation import DraftModel, PromptLookup, Worth
 from receptance.generation import Generation, generate_tokens
 from receptance.models import RWKV4, RWKV6, RWKV7
-from receptance.native import NativeModel
 from receptance.tokenizers import Tokenizer, tokenizer
 
-# Logits of one row and of many are added in another order by the native core in float32: 4e-5 at most (measured), which
-# moves a running sum of probabilities by less. A draw in about 30,000 falls into that.
-ROUNDING = 4e-5
-TOLERANCE = 1e-4  # of states against the plain generator's: float32, other splits of the prompt
+TOLERANCE = 1e-9  # of states: other splits of the prompt, in float64
 
 STARTS = ("Once upon a time, there was", "The old man and", "A list: 1, 2, 3, 1, 2, 3, 1, 2,", "\n\n", "")
 WORDS = [
@@ -64,6 +59,7 @@ def small_torch(version: Any) -> Any:
 def model(request: pytest.FixtureRequest) -> tuple[Any, Tokenizer]:
     if request.param == "native":
         native = receptance.load("rwkv7-stories", engine="native", dtype="float32")
+        assert native.is_invariant
         return native, tokenizer("rwkv7-stories")
     return small_torch(RWKV7), tokenizer("byte")
 
@@ -104,54 +100,24 @@ def meaning(state: Any) -> dict[str, Any]:
     return fields
 
 
-def gap(
-    model: Any, tok: Tokenizer, completion: Completion, params: SamplingParams, written: list[int], id: int
-) -> float:
-    """How far the number that draws the token after `written` lies from where `id` would be drawn.
-
-    top_p may be larger or smaller by ROUNDING: who is kept at its edge decides what all others have.
-    """
-    logits, _ = model.forward(np.array([*completion.prompt_ids, *written])[None], last_only=True)
-    counts = Counts.start([completion.prompt_ids], digit_weight(map(tok.token_bytes, range(tok.vocab_size))))
-    gaps = []
-    for change in 0, -ROUNDING, ROUNDING:
-        rows = ParamRows.of([replace(params, top_p=min(params.top_p + change, 1.0))], tok.vocab_size, tok.eos_id)
-        if change == 0:
-            for token in written:
-                counts = counts.after([token], rows)
-        x = adjusted(logits[:, : tok.vocab_size], rows, counts if rows.has_penalties else None)
-        if params.temperature == 0:
-            return float(x[0].max() - x[0, id])
-        below = np.cumsum(distribution(x, rows)[0], dtype=np.float64)
-        u = uniform(completion.seed, len(written)) * below[-1]
-        gaps.append(max(0.0, u - below[id], (below[id - 1] if id else 0.0) - u))
-    return float(min(gaps))
-
-
-def check(model: Any, tok: Tokenizer, completion: Completion, alone: Generation, request: Request) -> bool:
-    """Whether every token is the same; in float32 a draw within rounding of the other token's may differ, once."""
+def check(completion: Completion, alone: Generation, request: Request) -> None:
+    """Every token is the same, and what is reported with it."""
     found = completion.tokens
     expected = alone.tokens[: len(found)]
-    ids, others = [t.id for t in found], [t.id for t in expected]
-    if ids != others and isinstance(model, NativeModel):
-        i = next(i for i, (a, b) in enumerate(zip(ids, others)) if a != b)
-        assert gap(model, tok, completion, request.params, others[:i], ids[i]) < ROUNDING
-        return False
-    assert ids == others
+    assert [t.id for t in found] == [t.id for t in expected]
     if completion.finish_reason == "cancelled":
-        return True
+        return
     assert completion.error is None
     assert (completion.text, completion.finish_reason) == (alone.text, alone.finish_reason)
     for token, other in zip(found, expected):
         if other.logprob is not None:
-            assert token.logprob == pytest.approx(other.logprob, abs=1e-3)
+            assert token.logprob == pytest.approx(other.logprob, abs=1e-5)
             assert len(token.top) == 2
     if request.keep_state:
         expected_state = meaning(alone.state)
         for name, x in meaning(completion.state).items():
             error = np.linalg.norm(x - expected_state[name])
             assert error <= TOLERANCE * np.linalg.norm(x) + 1e-6, name
-    return True
 
 
 class AlwaysPays(Worth):
@@ -198,12 +164,10 @@ def run_random(
         alive = [(r, s) for r, s in alive if not s.job.completion.is_done]
     assert not alive
     assert core.pool.free_slots == slots
-    differing = 0
     for request, completion in done:
         alone = generate_tokens(model, tok, request.prompt, params=request.params, seed=completion.seed)
         list(alone)
-        differing += not check(model, tok, completion, alone, request)
-    assert differing <= count // 300
+        check(completion, alone, request)
     return core
 
 
@@ -232,8 +196,9 @@ def test_a_draft_model_changes_no_token(model: tuple[Any, Tokenizer]) -> None:
 
 
 @pytest.mark.slow
-def test_a_thousand_requests_equal_those_alone(model: tuple[Any, Tokenizer]) -> None:
-    run_random(*model, count=1000, seed=4, slots=24, n_tokens=40, drafter=PromptLookup())
+@pytest.mark.parametrize("seed", [4, 5, 6, 7])  # in four parts, which processes can share
+def test_a_thousand_requests_equal_those_alone(model: tuple[Any, Tokenizer], seed: int) -> None:
+    run_random(*model, count=250, seed=seed, slots=24, n_tokens=40, drafter=PromptLookup())
 
 
 def test_a_free_row_of_nan_never_leaks(model: tuple[Any, Tokenizer]) -> None:
@@ -248,7 +213,7 @@ def test_a_free_row_of_nan_never_leaks(model: tuple[Any, Tokenizer]) -> None:
     for request, sequence in zip(requests, sequences):
         alone = generate_tokens(rwkv, tok, request.prompt, params=request.params)
         list(alone)
-        assert check(rwkv, tok, sequence.job.completion, alone, request)
+        check(sequence.job.completion, alone, request)
 
 
 def test_bad_logits_fail_their_own_request_alone(model: tuple[Any, Tokenizer]) -> None:

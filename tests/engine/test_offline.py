@@ -13,7 +13,8 @@ from receptance.engine.params import SamplingParams
 from receptance.engine.request import Grammar, Request, Score
 from receptance.errors import ConfigError
 
-COMMAND = [sys.executable, "-m", "receptance", "batch", "--quiet"]
+# float32 is batch-invariant: what runs together decides nothing
+COMMAND = [sys.executable, "-m", "receptance", "batch", "--quiet", "--dtype", "float32"]
 
 
 def write(path: Path, lines: list[Any]) -> Path:

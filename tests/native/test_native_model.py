@@ -88,6 +88,30 @@ def test_rows_of_a_batch_equal_rows_alone(version):
             assert_close(state.select(row)[name], x, 1e-4)
 
 
+@pytest.mark.parametrize("sizes", ["odd", "wide"])
+@pytest.mark.parametrize("engine", COMPILED)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_with_float32_a_row_has_its_bits_whatever_else_is_computed(version, engine, sizes):
+    options = ODD[version] if sizes == "odd" else WIDE
+    if version == "4" and sizes == "wide":
+        options = {name: size for name, size in WIDE.items() if name != "head_size"} | {"dim_att": 192}
+    for dtype in torch.float32, torch.bfloat16:
+        model = native(random_model(version, dtype=dtype, **options), engine_name=engine, dtype="float32")
+        ids = np.array([tokens(9, model.config.vocab_size, seed=i) for i in range(70)])
+        alone = []
+        for row in ids:
+            after, one_by_one = None, []
+            for token in row:
+                logits, after = model.forward([token], after)
+                one_by_one.append(logits[0])
+            alone.append((np.stack(one_by_one), after))
+        for count in 2, 5, 16, 70:
+            logits, state = model.forward(ids[:count])  # in one chunk, or in three
+            for row in range(count):
+                assert np.array_equal(logits[row], alone[row][0])
+                assert all(np.array_equal(x, alone[row][1][name]) for name, x in state.select(row).items())
+
+
 def test_a_long_batch_is_cut_into_chunks():
     model = native(random_model("6"))
     ids = np.array([tokens(300, seed=i) for i in range(3)])

@@ -353,13 +353,12 @@ class Core:
         done = self.runner.step(works, *points, meanwhile)
         if done is None:
             meanwhile()
-            logits = self._timed(works)
+            logits = self._forward(works)
             drawn = self._drawn(logits, points)
         else:
             drawn, logits = done
-            seconds = time.perf_counter() - clock
-            self.stats.run_seconds += seconds
-            self.worth.measured(len(works), seconds)
+            self.stats.run_seconds += time.perf_counter() - clock
+        self.worth.measured(len(works), time.perf_counter() - clock)
         for sequence, work in zip(sequences, works):
             sequence.fed += len(work.tokens)
         self._take(sequences, drawn, logits, may_be_late=self.runner.overlaps)
@@ -443,14 +442,20 @@ class Core:
 
     def _drafts(self, plan: list[tuple[Sequence, int]]) -> list[list[int]] | None:
         """Guesses for each sequence of a plan in which all write; None: no draft pays."""
-        if not 0 < len(plan) <= MOST_TEXTS or any(s.phase is not Phase.WRITING for s, _ in plan):
+        if not 0 < len(plan) <= MOST_TEXTS or self.pool.free_slots < len(plan):
             return None
-        if self.pool.free_slots < len(plan):
+        is_hopeful = False
+        for sequence, _ in plan:
+            if sequence.phase is not Phase.WRITING:
+                return None
+            job: TextJob = sequence.job
+            job.evidence = job.drafts.evidence() if job.drafts else 0
+            is_hopeful |= job.evidence > 0
+        if not is_hopeful:
             return None
         drafts = []
         for sequence, _ in plan:
-            job: TextJob = sequence.job
-            job.evidence = job.drafts.evidence() if job.drafts else 0
+            job = sequence.job
             left = job.params.max_tokens - len(job.completion.tokens) - 1
             length = min(self.record.wanted(self.worth, job.evidence, len(plan)), left)
             drafts.append(job.drafts.propose(length) if job.drafts and length > 0 else [])
@@ -468,20 +473,11 @@ class Core:
             works.append(Work(sequence.slot, unread + draft, spares[-1]))
             first.append(rows + len(unread) - 1)
             rows += len(unread) + len(draft)
-        logits = self._timed(works, all_logits=True)
-        right = [0] * len(sequences)
-        going = list(range(len(sequences)))
+        clock = time.perf_counter()
+        logits = self._forward(works, all_logits=True)
         ended = {id(sequence): len(sequence.tokens) for sequence in sequences}
-        while going:
-            picked = self.runner.pick(logits, [first[i] + right[i] for i in going])
-            on = set(map(id, self._draw([sequences[i] for i in going], picked)))
-            held = []
-            for i in going:
-                draft = drafts[i]
-                if id(sequences[i]) in on and right[i] < len(draft) and sequences[i].tokens[-1] == draft[right[i]]:
-                    right[i] += 1
-                    held.append(i)
-            going = held
+        right = self._check(sequences, drafts, logits, first)
+        self.worth.measured(rows, time.perf_counter() - clock)
         for sequence, draft, spare, count in zip(sequences, drafts, spares, right):
             job: TextJob = sequence.job
             if draft:
@@ -498,11 +494,46 @@ class Core:
                 sequence.slot, spare = spare, sequence.slot
             self.pool.release(spare)
 
-    def _timed(self, works: list[Work], *, all_logits: bool = False) -> Logits:
-        clock = time.perf_counter()
-        logits = self._forward(works, all_logits=all_logits)
-        self.worth.measured(sum(len(work.tokens) for work in works), time.perf_counter() - clock)
-        return logits
+    def _check(self, sequences: list[Sequence], drafts: list[list[int]], logits: Logits, first: list[int]) -> list[int]:
+        """Draw for as long as draws are the guesses. Returns how many guesses of each draft were right.
+
+        first: of the logits of each sequence, the row after which its draft begins.
+        """
+        jobs: list[TextJob] = [sequence.job for sequence in sequences]
+        ahead: list[list[int]] | None = None
+        if not any(job.matcher or job.params.has_penalties or job.params.logprobs is not None for job in jobs):
+            ahead = self._drawn_ahead(jobs, drafts, logits, first)  # a draw depends on nothing that others decide
+        right = [0] * len(sequences)
+        going = list(range(len(sequences)))
+        while going:
+            chosen = [sequences[i] for i in going]
+            if ahead is None:
+                on = self._draw(chosen, self.runner.pick(logits, [first[i] + right[i] for i in going]))
+            else:
+                on = self._take(chosen, [ahead[i][right[i]] for i in going], logits)
+            still = set(map(id, on))
+            held = []
+            for i in going:
+                draft = drafts[i]
+                if id(sequences[i]) in still and right[i] < len(draft) and sequences[i].tokens[-1] == draft[right[i]]:
+                    right[i] += 1
+                    held.append(i)
+            going = held
+        return right
+
+    def _drawn_ahead(
+        self, jobs: list[TextJob], drafts: list[list[int]], logits: Logits, first: list[int]
+    ) -> list[list[int]]:
+        """The tokens that each text has if its draft holds, drawn in one call."""
+        where, rows, uniforms = [], [], []
+        for job, draft, row in zip(jobs, drafts, first):
+            for i in range(len(draft) + 1):
+                where.append(row + i)
+                rows.append(job.row)
+                uniforms.append(uniform(job.completion.seed, job.drawn + i))
+        picked = logits if len(where) == len(logits) else self.runner.pick(logits, where)
+        drawn = iter(self._drawn(picked, (rows, uniforms, None)))
+        return [[next(drawn) for _ in range(len(draft) + 1)] for draft in drafts]
 
     # Drawing ----------------------------------------------------------------------------------------------------------
 

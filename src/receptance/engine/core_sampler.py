@@ -1,6 +1,5 @@
 """The sampler inside the C++ core (native/csrc/sample.h): rows are drawn by all threads, penalties counted in place."""
 
-import ctypes
 from collections.abc import Callable
 from typing import Any
 
@@ -26,19 +25,21 @@ class CoreSampler(TableSampler):
         super().__init__(vocab, eos_id, weight)
         self._core, self._team = core, team
         self._scratch = np.empty(3 * vocab * threads, np.float32)
+        self._scratch_address = self._scratch.ctypes.data
 
     def _place(self, array: NDArray[Any]) -> tuple[Any, int]:
         return array, array.ctypes.data
 
     def _draw(self, logits: NDArray[np.float32], entries: NDArray[Any]) -> list[int]:
-        entries["logits"] = logits.ctypes.data + np.arange(len(entries)) * logits.strides[0]
+        first = logits.ctypes.data
+        entries["logits"] = first if len(entries) == 1 else first + np.arange(len(entries)) * logits.strides[0]
         self._core.library.receptance_sample(
             self._core.engine,
             self._team(),
-            entries.ctypes.data_as(ctypes.c_void_p),
+            entries.ctypes.data,
             len(entries),
             self._vocab,
-            self._scratch.ctypes.data,
+            self._scratch_address,
         )
         tokens: list[int] = entries["token"].tolist()
         return tokens

@@ -154,8 +154,9 @@ class Engine:
     host_bytes: of states put aside, beyond which they go to files in `folder` (None: a temporary one).
     speculate: "lookup" guesses what was written before; a model (smaller, of the same tokenizer) guesses itself; None.
     limits: how many tokens a step takes; None: by device.
-    invariant: on a GPU, where products of other sizes round otherwise: every text is, token for token, the one that its
-    request gives alone in this mode, at the price of speed. On a CPU it is so but for ties within rounding.
+    invariant: every text is, token for token, the one that its request gives alone, where products of other sizes round
+    otherwise. On a GPU it costs speed; on a CPU it needs a native model whose `is_invariant` holds, as with
+    dtype="float32".
     weights: "int8" or "float8": on a GPU, steps of few texts read the large matrices in 8 bits; docs/engine.md has the
     price. "full": in the model's own dtype.
     Use it as a context manager, or close it.
@@ -191,7 +192,7 @@ class Engine:
             raise ConfigError("cache_bytes and host_bytes are sizes: 0 or more")
         step, busy = CHUNKS[device]
         limits = replace(limits or Limits(slots, step, busy), slots=slots)
-        if invariant:  # one token is another kernel than several, so drafts would round otherwise
+        if invariant and device == "cuda":  # one token is another kernel than several: drafts would round otherwise
             limits, speculate = replace(limits, align=PIECE), None
         drafter: Drafter | None = None
         if speculate == "lookup":
@@ -422,11 +423,15 @@ def make_runner(model: Any, slots: int, tokenizer: Tokenizer, invariant: bool = 
             return GpuRunner(
                 model, slots, vocab, tokenizer.token_bytes, tokenizer.eos_id, invariant=invariant, weights=bits
             )
-    if invariant or weights != "full":
-        asked = "invariant=True" if invariant else f"weights={weights!r}"
+    if weights != "full":
         raise ConfigError(
-            f"{asked} needs a model with kernels for a GPU, in float16 or bfloat16 there; "
+            f"weights={weights!r} needs a model with kernels for a GPU, in float16 or bfloat16 there; "
             "on a CPU, 8 bits are a model's dtype"
+        )
+    if invariant and not (model.engine == "native" and model.is_invariant):
+        raise ConfigError(
+            "invariant=True needs a model with kernels for a GPU, in float16 or bfloat16 there; "
+            "or on a CPU one loaded with engine='native' and dtype='float32', from weights that are not in blocks"
         )
     if model.engine == "native":
         from receptance.engine.native_runner import NativeRunner

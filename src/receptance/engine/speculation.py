@@ -12,9 +12,10 @@ from receptance.engine.runner import Runner, Work
 LENGTHS = (3, 7, 15)  # of drafts: with the token before them, 4, 8 and 16 rows in one call
 NGRAM = 3
 MOST_TEXTS = 8  # that draft at once: the rows of more fill a batch as well, and surely
-PROBE_EVERY = 256  # tokens without a draft, after which one is tried although it would not pay
+PROBE_EVERY = 256  # tokens with a guess but without a draft, after which one is tried although it would not pay
 STEPS = (3, 4, 6, 9, 13, 16)  # lengths of a match that are told apart
 LONGEST = STEPS[-1]
+STEP_OF = [max((step for step in STEPS if step <= length), default=0) for length in range(LONGEST + 1)]
 MODEL = 100  # the evidence of a model's guesses
 HOPEFUL = 0.8
 GAIN = 1.1  # a draft must promise this much
@@ -50,17 +51,18 @@ class PromptLookup:
 class Repeats:
     def __init__(self, tokens: list[int]):
         self._tokens: list[int] = []
-        self._ends: dict[tuple[int, ...], int] = {}  # of the last NGRAM tokens: where they ended before
+        self._ends: dict[tuple[int, int, int], int] = {}  # of the last NGRAM tokens: where they ended before
         self._match: int | None = None
         for token in tokens:
             self.add(token)
 
     def add(self, token: int) -> None:
-        self._tokens.append(token)
-        key = tuple(self._tokens[-NGRAM:])
-        if len(key) == NGRAM:
+        tokens = self._tokens
+        tokens.append(token)
+        if len(tokens) >= NGRAM:
+            key = (tokens[-3], tokens[-2], token)
             self._match = self._ends.get(key)
-            self._ends[key] = len(self._tokens)
+            self._ends[key] = len(tokens)
 
     def evidence(self) -> int:
         """The number of last tokens that were the same before, up to LONGEST, in steps of a half more."""
@@ -69,7 +71,7 @@ class Repeats:
         tokens, end, length = self._tokens, self._match, NGRAM
         while length < min(LONGEST, end) and tokens[end - length - 1] == tokens[-length - 1]:
             length += 1
-        return max(step for step in STEPS if step <= length)
+        return STEP_OF[length]
 
     def propose(self, limit: int) -> list[int]:
         assert self._match is not None
@@ -144,7 +146,12 @@ class Worth:
             seconds = self._seconds.get(batch * (length + 1))
             if seconds is None:  # try it once, when that may pay
                 return length if held > HOPEFUL else best
-            tokens = (1 - held ** (length + 1)) / (1 - held) if held < 1 else length + 1
+            tokens, again = length + 1.0, 0.0
+            if held < 1:
+                tokens = (1 - held ** (length + 1)) / (1 - held)
+                # where only some guesses were right, the state after them is lost: the next call reads them again
+                again = held * (1 - length * held ** (length - 1) + (length - 1) * held**length) / (1 - held)
+            seconds += again * (seconds - plain) / length
             if tokens / seconds > best_rate:
                 best, best_rate = length, tokens / seconds
         return best
@@ -155,7 +162,7 @@ class Record:
 
     def __init__(self) -> None:
         self._held: dict[int, float] = {}
-        self._idle = 0  # tokens since the last draft
+        self._idle = 0  # tokens with a guess since the last draft
 
     def held(self, evidence: int) -> float:
         """How probable it seems that the next guess is right."""
@@ -163,9 +170,9 @@ class Record:
 
     def wanted(self, worth: Worth, evidence: int, batch: int) -> int:
         """The length of the next draft; 0: it would not pay. Now and then one is tried all the same."""
-        self._idle += 1
         if evidence == 0:
             return 0
+        self._idle += 1
         length = worth.length(self.held(evidence), batch)
         return LENGTHS[0] if length == 0 and self._idle >= PROBE_EVERY else length
 

@@ -14,6 +14,7 @@ from receptance.errors import ConfigError
 from receptance.native.library import SampleRow
 
 ROW = np.dtype(SampleRow)
+BYTES = np.dtype((np.void, ROW.itemsize))  # a row as a whole: numpy copies a structure field by field
 
 
 class TableSampler(ABC):
@@ -82,7 +83,7 @@ class TableSampler(ABC):
             for row in rows:
                 if row in self._new:
                     self._enter(row)
-        entries = self._table[list(rows)]
+        entries = self._table.view(BYTES)[list(rows)].view(ROW)
         entries["uniform"] = uniforms
         held = []
         for i, mask in enumerate(masks or ()):

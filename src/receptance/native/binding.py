@@ -192,6 +192,11 @@ class Binding:
             for ffn in (layer.ffn, layer.ffn_pre):
                 yield from (ffn.key, ffn.receptance, ffn.value)
 
+    def is_exact(self) -> bool:
+        """Whether every matrix meets float32 inputs as its own numbers: then sums have one order, whatever the rows."""
+        plain = [TYPES[prefix + name] for prefix in ("", "panel ") for name in NUMPY_TYPES]
+        return all(not m.data or (m.exact and m.type in plain) for m in self.matrices())
+
     def n_elements(self) -> int:
         return sum(int(matrix.rows * matrix.cols) for matrix in self.matrices())
 
@@ -235,7 +240,7 @@ class Binding:
         kind = TYPES["panel " + type_name(x)]
         self.core.library.receptance_pack(self.core.engine, self.team, ctypes.byref(source), memory.ctypes.data, kind)
         self.kept.append(memory)
-        return Matrix(rows, cols, memory.ctypes.data, kind)
+        return Matrix(rows, cols, memory.ctypes.data, kind, self.dtype == "float32")
 
     def matrix(self, name: str, dtype: str | None) -> Matrix:
         """[out, in] for dot products: in place, or repacked into `dtype` where that is narrower or quantised."""

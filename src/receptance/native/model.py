@@ -31,8 +31,8 @@ class NativeModel:
     """An RWKV of any version on the CPU, without torch.
 
     dtype: how the large matrices are held; None = as in the file. float32 leaves narrower ones as they are (they widen
-    exactly), float16 and bfloat16 round wider ones, int8 and int4 quantise blocks of 32 numbers. Vectors and low-rank
-    maps stay as in the file; arithmetic and state are float32.
+    exactly; see `is_invariant`), float16 and bfloat16 round wider ones, int8 and int4 quantise blocks of 32 numbers.
+    Vectors and low-rank maps stay as in the file; arithmetic and state are float32.
     threads: None = one for each core that this process may use.
     repack: with dtype None, whether to copy matrices in GGUF's block formats (the same numbers) into the order in which
     they are read fastest, at a second or so per GB, or to read them where they lie in the file. None: copy, except Q8_0
@@ -106,6 +106,14 @@ class NativeModel:
         if self._team_process != os.getpid():  # a fork leaves the threads behind
             self._team, self._team_process = self._core.library.receptance_team_new(self.threads), os.getpid()
         return int(self._team)
+
+    @property
+    def is_invariant(self) -> bool:
+        """Whether a row's logits are, bit for bit, those that it has alone, however many there are.
+
+        So with dtype="float32", where no weight is in blocks.
+        """
+        return self._core is not None and self._binding.is_exact()
 
     @property
     def n_matrix_elements(self) -> int:

@@ -21,7 +21,7 @@ void plain_product(const Product& p, int64_t first, int64_t last, int64_t rows, 
   }
 #endif
   if (rows == 1) one_row<T>(p, first, last);
-  else if (rows <= FEW) few_rows<T>(p, first, last, rows, panel);
+  else if (rows > MANY && p.w->cols >= LONG_ROWS && !p.w->exact) rows_in_panels<T>(p, first, last, rows, panel);
   else many_rows<T>(p, first, last, rows, panel);
 }
 

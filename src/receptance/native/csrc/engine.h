@@ -93,7 +93,8 @@ inline Product make(const Matrix& w, const float* x, const XGroup* q, float* y, 
 
 // Element-wise parts ---------------------------------------------------------------------------------------------------
 
-void layer_norm(const float* x, const float* weight, const float* bias, int64_t n, float* y) {
+// Not inlined, as group_norm: the same row may come by several ways, and copies of a sum need not round alike
+__attribute__((noinline)) void layer_norm(const float* x, const float* weight, const float* bias, int64_t n, float* y) {
   float total = 0, squares = 0;
 #pragma omp simd reduction(+ : total)
   for (int64_t i = 0; i < n; i++) total += x[i];
@@ -105,7 +106,7 @@ void layer_norm(const float* x, const float* weight, const float* bias, int64_t 
   for (int64_t i = 0; i < n; i++) y[i] = (x[i] - mean) * scale * weight[i] + bias[i];
 }
 
-void group_norm(float* y, const float* weight, const float* bias, int64_t n) {
+__attribute__((noinline)) void group_norm(float* y, const float* weight, const float* bias, int64_t n) {
   float total = 0, squares = 0;
 #pragma omp simd reduction(+ : total)
   for (int64_t i = 0; i < n; i++) total += y[i];
@@ -130,8 +131,7 @@ void add_pending(Run& run) {
 #pragma omp simd
     for (int64_t j = 0; j < c; j++) run.partial[j] += part[j];
   }
-#pragma omp simd
-  for (int64_t i = 0; i < c; i++) run.x[i] += run.pending ? run.pending[i] * run.partial[i] : run.partial[i];
+  add_gated(run.x, run.pending, run.partial, c);
 }
 
 // A stage over blocks of rows: layer norm, then `mixes(row, normed, previous)`. The last row of each sequence is kept in
@@ -241,13 +241,10 @@ void channel_mix(Run& run, int thread, const ChannelMix& ffn, const float* weigh
   }
   each(run, (c + STRIP - 1) / STRIP, [&](int64_t ticket) {
     const int64_t first = ticket * STRIP, width = c - first < STRIP ? c - first : STRIP;
-    float *strip = panel_of(run, thread), *y = strip + PANEL * DEPTH;
-    strip_product(ffn.value, run.hidden, rows, first, strip, y);
+    float *strip = panel_of(run, thread), *part = strip + PANEL_FLOATS, *y = part + rows * STRIP;
+    strip_product(ffn.value, run.hidden, rows, first, strip, part, y);
     for (int64_t m = 0; m < rows; m++) {
-      float* x = run.x + m * c + first;
-      for (int64_t i = 0; i < width; i++) {
-        x[i] += gated ? run.gate[m * c + first + i] * y[m * STRIP + i] : y[m * STRIP + i];
-      }
+      add_gated(run.x + m * c + first, gated ? run.gate + m * c + first : nullptr, y + m * STRIP, width);
     }
   });
 }

@@ -4,8 +4,7 @@
 
 constexpr int PANEL = GROUP;     // rows of w
 constexpr int DEPTH = 256;       // columns of a panel
-constexpr int STRIP = 32;        // columns of a transposed product done at once, see lines.h
-constexpr int STRIP_ROWS = 64;
+constexpr int STRIP = 64;        // columns of a transposed product done at once, and lines of it, see lines.h
 constexpr int LANES = PANEL / W; // vectors of a column of a panel
 
 #if defined(ISA_AVX512)
@@ -28,7 +27,7 @@ inline int64_t local_floats(int64_t rows) {
 #else
 constexpr int64_t PANEL_FLOATS = W == 16 ? 5376 : PANEL * DEPTH;  // AVX-512: two panels, widened (tiles.h)
 inline int64_t whole_tiles(int64_t rows) { return rows; }
-inline int64_t local_floats(int64_t rows) { return PANEL_FLOATS + rows * MOST_ROWS; }
+inline int64_t local_floats(int64_t rows) { return PANEL_FLOATS + 2 * rows * MOST_ROWS; }
 #endif
 
 // Calls work(n, group, sums) for each panel of 16 rows (n the first) and each group of 256 columns: sums [rows, 16] += ...
@@ -58,7 +57,7 @@ inline void float_tile(const float* w, int64_t ldw, const float* x, int64_t ldx,
     for (int v = 0; v < V; v++) ws[v] = load(w + k * ldw + v * W);
     for (int m = 0; m < M; m++) {
       vf xs = splat(x[m * ldx + k]);
-      for (int v = 0; v < V; v++) acc[m][v] += ws[v] * xs;
+      for (int v = 0; v < V; v++) acc[m][v] = add_product(acc[m][v], ws[v], xs);
     }
   }
   for (int m = 0; m < M; m++) {
@@ -103,8 +102,9 @@ inline void fill_floats(const char* w, int64_t stride, int64_t height, int64_t d
   }
 }
 
+// Many rows of long ones: a sixth faster than many_rows, but sums have another order
 template <int T>
-void many_rows(const Product& p, int64_t first, int64_t last, int64_t rows, float* panel) {
+void rows_in_panels(const Product& p, int64_t first, int64_t last, int64_t rows, float* panel) {
   const int64_t cols = p.w->cols, stride = offset<T>(cols);
   __builtin_memset(panel, 0, PANEL * DEPTH * sizeof(float));
   each_panel(p, first, last, rows, panel + PANEL * DEPTH, [&](int64_t n, int64_t group, float* sums) {
@@ -117,25 +117,17 @@ void many_rows(const Product& p, int64_t first, int64_t last, int64_t rows, floa
 
 // Plain numbers that are stored in panels --------------------------------------------------------------------------------
 
-// sums [G, 16] of G panels that lie `bytes` apart, for one row of x
+// sums [G, 16] of G panels that lie `bytes` apart, for one row of x; added column by column, as float_tile adds
 template <int T, int G>
 inline void panel_dots(const char* w, int64_t bytes, const float* x, int64_t cols, float* sums) {
-  constexpr int V = G * LANES, U = V < 8 ? 8 / V : 1;  // eight chains of sums
-  vf acc[U][V] = {};
+  constexpr int V = G * LANES;
+  vf acc[V] = {};
   int64_t k = 0;
-  for (; k + U <= cols; k += U) {
-    for (int u = 0; u < U; u++) {
-      const vf xs = splat(x[k + u]);
-      for (int v = 0; v < V; v++) acc[u][v] += elements<T>(w + v / LANES * bytes, (k + u) * PANEL + v % LANES * W) * xs;
-    }
-  }
-  for (; k < cols; k++) {
-    for (int v = 0; v < V; v++) acc[0][v] += elements<T>(w + v / LANES * bytes, k * PANEL + v % LANES * W) * splat(x[k]);
-  }
-  for (int v = 0; v < V; v++) {
-    for (int u = 1; u < U; u++) acc[0][v] += acc[u][v];
-    store(sums + v * W, acc[0][v]);
-  }
+  do {  // see dot_block
+    const vf xs = splat(x[k]);
+    for (int v = 0; v < V; v++) acc[v] = add_product(acc[v], elements<T>(w + v / LANES * bytes, k * PANEL + v % LANES * W), xs);
+  } while (++k < cols);
+  for (int v = 0; v < V; v++) store(sums + v * W, acc[v]);
 }
 
 template <int T, int G>
@@ -168,43 +160,85 @@ void panel_product(const Product& p, int64_t first, int64_t last, int64_t rows, 
   });
 }
 
-// A few rows of x, whose numbers stay in the second-level cache: no panels, but R rows of w by M of x along the columns
-constexpr int64_t FEW = 32;
+// Plain numbers in rows: R rows of w by M of x along the columns, added in the order in which dot_rows adds one row of x, so that
+// a row's results do not depend on how many there are ------------------------------------------------------------------
 
 template <int T, int R, int M>
 inline void dot_block(const char* w, int64_t stride, const float* x, int64_t ldx, int64_t cols, float* y, int64_t ldy) {
-  vf acc[R][M] = {};
   int64_t k = 0;
-  for (; k + W <= cols; k += W) {
-    vf ws[R];
-    for (int r = 0; r < R; r++) ws[r] = elements<T>(w + r * stride, k);
+  for (int m = 0; cols < W && m < M; m++) __builtin_memset(y + m * ldy, 0, R * sizeof(float));
+  if (cols >= W) {
+    vf acc[R][M] = {};
+    do {
+      vf xs[M];
+      for (int m = 0; m < M; m++) xs[m] = load(x + m * ldx + k);
+      for (int r = 0; r < R; r++) {
+        const vf ws = elements<T>(w + r * stride, k);
+        for (int m = 0; m < M; m++) acc[r][m] = add_product(acc[r][m], ws, xs[m]);
+      }
+      k += W;
+    } while (k + W <= cols);  // not `for`: with a way past all rounds, GCC clears and keeps the sums in memory as well
     for (int m = 0; m < M; m++) {
-      const vf xs = load(x + m * ldx + k);
-      for (int r = 0; r < R; r++) acc[r][m] += ws[r] * xs;
+      if constexpr (R == 4) {
+        sum4(acc[0][m], acc[1][m], acc[2][m], acc[3][m], y + m * ldy);
+      } else {
+        for (int r = 0; r < R; r++) y[m * ldy + r] = sum(acc[r][m]);
+      }
     }
   }
-  for (int r = 0; r < R; r++) {
-    for (int m = 0; m < M; m++) {
+  for (int m = 0; k < cols && m < M; m++) {
+    for (int r = 0; r < R; r++) {
       float rest = 0;
-      for (int64_t j = k; j < cols; j++) rest += element<T>(w + r * stride, j) * x[m * ldx + j];
-      y[m * ldy + r] = sum(acc[r][m]) + rest;
+      for (int64_t j = k; j < cols; j++) rest = add_product(rest, element<T>(w + r * stride, j), x[m * ldx + j]);
+      y[m * ldy + r] += rest;
     }
   }
 }
 
+template <int T, int R>
+inline void dot_blocks(const char* w, int64_t stride, const float* x, int64_t ldx, int64_t cols, int64_t rows, float* y, int64_t ldy) {
+  constexpr int M = TILE > 6 ? 6 : 3;  // R M sums stay in registers
+  int64_t m = 0;
+  auto next = [&](auto count) {
+    constexpr int N = decltype(count)::value;
+    dot_block<T, R, N>(w, stride, x + m * ldx, ldx, cols, y + m * ldy, ldy);
+    m += N;
+  };
+  while (m + M <= rows) next(Number<M>());
+  while (m + 3 <= rows && rows - m != 4) next(Number<3>());
+  while (m + 2 <= rows) next(Number<2>());
+  if (m < rows) next(Number<1>());
+}
+
+constexpr int64_t FEW = 32;              // rows of x whose numbers stay in the second-level cache
+constexpr int64_t LONG_ROWS = 1536, MANY = 64;  // of w; of x: beyond both, panels are faster
+constexpr int64_t X_FLOATS = 128 << 8;   // of x that pass over a block of w
+constexpr int64_t WIDENED_FROM = 24;     // rows of x for which 16-bit numbers are widened beforehand
+
 template <int T>
-void few_rows(const Product& p, int64_t first, int64_t last, int64_t rows, float* local) {
-  constexpr int R = 2, M = 4;
+void many_rows(const Product& p, int64_t first, int64_t last, int64_t rows, float* local) {
+  constexpr int R = 4;
   const int64_t cols = p.w->cols, size = offset<T>(cols), count = last - first;
+  const bool widens = T != F32 && rows >= WIDENED_FROM && R * cols <= PANEL * DEPTH && cols % W == 0;
+  const int64_t fits = X_FLOATS / cols / 12 * 12, step = fits < 12 ? 12 : fits;
   float* y = local + PANEL * DEPTH;  // [rows, count]
-  for (int64_t n = 0; n < count; n += R) {
-    const char* w = (const char*)p.w->data + (first + n) * size;
-    int64_t m = 0;
-    if (n + R <= count) {
-      for (; m + M <= rows; m += M) dot_block<T, R, M>(w, size, p.x + m * p.ldx, p.ldx, cols, y + m * count + n, count);
-      for (; m < rows; m++) dot_block<T, R, 1>(w, size, p.x + m * p.ldx, p.ldx, cols, y + m * count + n, count);
+  for (int64_t from = 0; from < rows; from += step) {
+    const int64_t many = rows - from < step ? rows - from : step;
+    const float* x = p.x + from * p.ldx;
+    int64_t n = 0;
+    for (; n + R <= count; n += R) {
+      const char* w = (const char*)p.w->data + (first + n) * size;
+      if (widens) {
+        for (int64_t i = 0; i < R * cols; i += W) store(local + i, elements<T>(w, i));
+        dot_blocks<F32, R>((const char*)local, cols * 4, x, p.ldx, cols, many, y + from * count + n, count);
+      } else {
+        dot_blocks<T, R>(w, size, x, p.ldx, cols, many, y + from * count + n, count);
+      }
     }
-    for (; m < rows; m++) dot_block<T, 1, 1>(w, size, p.x + m * p.ldx, p.ldx, cols, y + m * count + n, count);
+    for (; n < count; n++) {
+      const char* w = (const char*)p.w->data + (first + n) * size;
+      dot_blocks<T, 1>(w, size, x, p.ldx, cols, many, y + from * count + n, count);
+    }
   }
   for (int64_t m = 0; m < rows; m++) put(p, m, first, count, y + m * count);
 }

@@ -153,7 +153,7 @@ void quantise(const float* x, int64_t n, int64_t rows, int32_t type, XGroup* out
   for (int64_t b = first; b < first + n / BLOCK; b++, x += BLOCK) quantise_block(x, out[b / 8], b % 8, type == Q8);
 }
 
-void finish(float* y, int64_t n, int epilogue) {
+__attribute__((noinline)) void finish(float* y, int64_t n, int epilogue) {
   switch (epilogue) {
     case RELU2:
 #pragma omp simd
@@ -200,25 +200,37 @@ constexpr int ROW_AHEAD = 512;
 constexpr int ROW_AHEAD = 0;
 #endif
 
+// Of at least STEP columns. Returns how many were taken: those that are left fill no vector
+template <int T, int R, int STEP>
+inline int64_t dot_steps(const char* w, int64_t stride, const float* x, int64_t cols, float* y) {
+  vf acc[R] = {};
+  int64_t k = 0;
+  do {  // not `for`: with a way past all rounds, GCC clears and keeps the sums in memory as well
+    for (int r = 0; ROW_AHEAD && r < R; r++) __builtin_prefetch(w + r * stride + offset<T>(k) + ROW_AHEAD);
+    for (int u = 0; u < STEP; u += W) {
+      const vf xs = load(x + k + u);
+      for (int r = 0; r < R; r++) acc[r] = add_product(acc[r], elements<T>(w + r * stride, k + u), xs);
+    }
+    k += STEP;
+  } while (k + STEP <= cols);
+  for (; k + W <= cols; k += W) {
+    for (int r = 0; r < R; r++) acc[r] = add_product(acc[r], elements<T>(w + r * stride, k), load(x + k));
+  }
+  for (int r = 0; r < R; r++) y[r] = sum(acc[r]);
+  return k;
+}
+
 template <int T, int R>
 inline void dot_rows(const char* w, int64_t stride, const float* x, int64_t cols, float* y) {
   constexpr int STEP = T == F32 ? 16 : 32;  // 64 bytes
-  vf acc[R] = {};
   int64_t k = 0;
-  for (; k + STEP <= cols; k += STEP) {
-    for (int r = 0; ROW_AHEAD && r < R; r++) __builtin_prefetch(w + r * stride + offset<T>(k) + ROW_AHEAD);
-    for (int u = 0; u < STEP; u += W) {
-      vf xs = load(x + k + u);
-      for (int r = 0; r < R; r++) acc[r] += elements<T>(w + r * stride, k + u) * xs;
-    }
-  }
-  for (; k + W <= cols; k += W) {
-    for (int r = 0; r < R; r++) acc[r] += elements<T>(w + r * stride, k) * load(x + k);
-  }
-  for (int r = 0; r < R; r++) {
+  if (cols >= STEP) k = dot_steps<T, R, STEP>(w, stride, x, cols, y);
+  else if (cols >= W) k = dot_steps<T, R, W>(w, stride, x, cols, y);
+  else for (int r = 0; r < R; r++) y[r] = 0;
+  for (int r = 0; k < cols && r < R; r++) {
     float rest = 0;
-    for (int64_t j = k; j < cols; j++) rest += element<T>(w + r * stride, j) * x[j];
-    y[r] = sum(acc[r]) + rest;
+    for (int64_t j = k; j < cols; j++) rest = add_product(rest, element<T>(w + r * stride, j), x[j]);
+    y[r] += rest;
   }
 }
 

@@ -26,6 +26,27 @@ inline vf splat(float x) {  // `vf{} + x` would add: 0 + -0 is not -0
 #endif
 }
 
+// sum + a b, rounded once where the processor can: a compiler that is left to choose does so in one function and not in another
+inline vf add_product(vf sum, vf a, vf b) {
+#if defined(ISA_AVX512)
+  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#elif defined(ISA_AVX2)
+  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+#elif defined(ISA_NEON)
+  return (vf)vfmaq_f32((float32x4_t)sum, (float32x4_t)a, (float32x4_t)b);
+#else
+  return sum + a * b;
+#endif
+}
+
+inline float add_product(float sum, float a, float b) {
+#if defined(ISA_AVX512) || defined(ISA_AVX2) || defined(ISA_NEON)
+  return __builtin_fmaf(a, b, sum);
+#else
+  return sum + a * b;
+#endif
+}
+
 template <class To, class From>
 inline To bits(From from) {
   static_assert(sizeof(To) == sizeof(From), "same size");
@@ -52,6 +73,26 @@ inline float sum(vf v) {
   return (v[0] + v[1]) + (v[2] + v[3]);
 #endif
 }
+
+// sums[i] = sum(of the i-th), added in the same order
+inline void sum4(vf a, vf b, vf c, vf d, float* sums) {
+#if defined(ISA_AVX2)
+  auto halves = [](vf x, vf y) {  // of x below, of y above
+    return _mm256_add_ps(_mm256_permute2f128_ps((__m256)x, (__m256)y, 0x20), _mm256_permute2f128_ps((__m256)x, (__m256)y, 0x31));
+  };
+  const __m256 ac = halves(a, c), bd = halves(b, d);
+  const __m256 s = _mm256_add_ps(_mm256_shuffle_ps(ac, bd, 0x44), _mm256_shuffle_ps(ac, bd, 0xee));
+  const __m128 ab = _mm256_castps256_ps128(s), cd = _mm256_extractf128_ps(s, 1);
+  _mm_storeu_ps(sums, _mm_add_ps(_mm_shuffle_ps(ab, cd, 0x88), _mm_shuffle_ps(ab, cd, 0xdd)));
+#else
+  sums[0] = sum(a), sums[1] = sum(b), sums[2] = sum(c), sums[3] = sum(d);
+#endif
+}
+
+template <int N>
+struct Number {  // as an argument
+  static constexpr int value = N;
+};
 
 // Half precision -------------------------------------------------------------------------------------------------------
 
@@ -159,7 +200,8 @@ inline vf nibbles(const uint8_t* p) {
 
 // Functions of one number, vectorised in loops -------------------------------------------------------------------------
 
-inline float exp_(float x) {  // within 2 units in the last place; no branches
+// Within 2 units in the last place; no branches. A call would keep a loop from becoming one of vectors
+__attribute__((always_inline)) inline float exp_(float x) {
   x = x < -87.0f ? -87.0f : x;
   x = x > 88.0f ? 88.0f : x;
   float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
