@@ -80,6 +80,19 @@ inline void bring_to_l2(const void*) {}
 template <int TEAM> void team_sync() { emulation::wait_in_team(TEAM); }
 #endif
 
+// -DCLUSTER blocks see each other's shared memory.
+#if !defined(EMULATED) && CLUSTER > 1
+DEVICE void sync_cluster() { asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory"); }
+template <class T> DEVICE const T* of_block(const T* p, int block) {  // the same place in another block's
+    const T* q;
+    asm("mapa.u64 %0, %1, %2;" : "=l"(q) : "l"(p), "r"(block));
+    return q;
+}
+#else
+DEVICE void sync_cluster() { __syncthreads(); }
+template <class T> DEVICE const T* of_block(const T* p, int) { return p; }
+#endif
+
 /// Threads of a block that have something of their own to do: TEAM side by side, a multiple of 32.
 template <int TEAM> DEVICE int team_thread() { return threadIdx.x % TEAM; }
 

@@ -16,22 +16,19 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from receptance.engine.gpu.choices import Choice, Choices, fastest, versions
+from receptance.engine.gpu.choices import CUBLAS, GEMM, GEMV, Choice, Choices, fastest, versions
 from receptance.engine.gpu.gemv import (
     ADD,
-    DEPTH,
     GATED,
     LOGITS,
     NONE,
     RELU_SQUARE,
     SIGMOID,
-    WARPS,
     WRITE,
     Matrix,
     Weights,
-    ring_bytes,
-    sums_bytes,
 )
+from receptance.engine.gpu.products import Outputs, Part, Products, Projection
 from receptance.models import RWKV
 from receptance.ops import cuda
 
@@ -39,47 +36,13 @@ if TYPE_CHECKING:
     from receptance.engine.gpu.prompts import Prompts, Reader
 
 HERE = Path(__file__).parent
-SHARED_BYTES = 227 * 1024  # of a multiprocessor
 NORM_THREADS, NORM_ROWS = 256, 128  # rows for which a norm fetches its weights ahead
 STEP_THREADS = 768  # of a multiprocessor, that step states of many rows; their registers fill it
 # Where nothing was measured: rows up to which the time mix applies low-rank maps itself, and products are `gemv`'s.
 # What is measured: up to, and from, which rows these are tried.
 FEW_ROWS, GEMV_ROWS = 16, 32
-MOST_FEW_ROWS, MOST_GEMV_ROWS, LEAST_CUBLAS_ROWS = 64, 64, 16
-GEMV_BLOCKS = 2  # of `gemv`, whose registers fill a multiprocessor
+MOST_FEW_ROWS, MOST_GEMV_ROWS, LEAST_CUBLAS_ROWS, LEAST_GEMM_ROWS, MOST_GEMM_ROWS = 64, 64, 16, 8, 1024
 MOST_TOKENS = 16384  # of one prefill call; offsets within a buffer are 32-bit
-
-
-@dataclass(frozen=True)
-class Part:
-    """Rows of a stacked matrix that read one mix, and where their products go: a region's columns from `column` on."""
-
-    rows: int
-    mix: int
-    region: int
-    activation: int = NONE
-    column: int = 0
-    padded: int = 0  # rows that it takes in the matrix, if not `rows`
-
-
-@dataclass(frozen=True)
-class Projection:
-    """A stacked matrix with several inputs and outputs. regions: widths of the outputs [rows, width]."""
-
-    parts: tuple[Part, ...]
-    regions: tuple[int, ...]
-
-
-class Outputs:
-    """The regions of a projection, in one allocation: a launch writes all of them."""
-
-    def __init__(self, projection: Projection, rows: int, dtype: torch.dtype, device: torch.device):
-        self.flat = torch.empty(rows * sum(projection.regions), dtype=dtype, device=device)
-        self.regions: list[Tensor] = []
-        first = 0
-        for width in projection.regions:
-            self.regions.append(self.flat[first : first + rows * width].view(rows, width))
-            first += rows * width
 
 
 class TimeMix(Protocol):
@@ -94,7 +57,7 @@ class TimeMix(Protocol):
     def buffers(self, rows: int) -> Any:
         """What it keeps beside `Buffers`."""
 
-    def decode(self, index: int, layer: "Layer", b: "Buffers", slots: Tensor, is_few: bool) -> None:
+    def decode(self, index: int, layer: "Layer", b: "Buffers", slots: Tensor, choice: Choice) -> None:
         """From b.mixed of len(slots) rows to b.att, with layer `index` of the states stepped in place."""
 
     def prefill(self, index: int, layer: "Layer", prompts: "Prompts") -> None:
@@ -240,12 +203,11 @@ class GpuModel:
         self.state = {name: x.repeat(1, slots + 1, *[1] * (x.dim() - 2)) for name, x in self.empty.items()}
         self.logits = torch.empty(most_rows, config.vocab_size, dtype=torch.float32, device=self.device)
         self.norm = self.load("norm.cu", WIDTH=self.c)
-        self._gemv = {x: self._load_gemv(*x) for x in ((1, 1), (1, 2), (1, 4), (1, 8), (2, 2), (2, 4))}
         on_gpu = self.device.type == "cuda"
         device: Any = torch.cuda.get_device_properties(self.device) if on_gpu else None
         self.processors: int = device.multi_processor_count if device else 1
+        self.products = Products(self)
         self._side = torch.cuda.Stream(self.device) if on_gpu else None
-        self._tables: dict[tuple[Projection, int], Tensor] = {}
         self._choices = Choices({**(versions(self.device) if on_gpu else {}), **self._shape(model)})
 
     def _layer(self, block: Any, cast: Cast) -> Layer:
@@ -277,16 +239,6 @@ class GpuModel:
     def load(self, source: str, **macros: int) -> cuda.Program:
         """Kernels for this model's weights."""
         return cuda.load(HERE / source, **macros, **({"BFLOAT16": 1} if self.dtype == torch.bfloat16 else {}))
-
-    def _load_gemv(self, row_tiles: int, batch_tiles: int) -> tuple[cuda.Kernel, int]:
-        """The kernel and the bytes of shared memory that it needs."""
-        ring, sums = ring_bytes(DEPTH, row_tiles), sums_bytes(batch_tiles, row_tiles)
-        kind = {} if self.weights != "float8" else {"FLOAT8": 1}
-        program = self.load(
-            "gemv.cu", GEMV_WARPS=WARPS, ROW_TILES=row_tiles, BATCH_TILES=batch_tiles, DEPTH=DEPTH,
-            WEIGHT_BITS=16 if self.weights == "full" else 8, SHARED_BYTES=ring + sums, **kind,
-        )  # fmt: skip
-        return program.gemv_product, ring + sums
 
     def _state_dtype(self, name: str, wkv: torch.dtype) -> torch.dtype:
         if name in ("num", "den", "exp"):
@@ -322,44 +274,16 @@ class GpuModel:
         if self._side is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._side)
 
-    def tasks(self, projection: Projection, tile: int) -> Tensor:
-        """What each tile of rows of the matrix does, see Task in gemv.cu: [tasks, 5] of 64 bits."""
-        if (projection, tile) not in self._tables:
-            c, rows = self.c, self.most_rows
-            starts = [rows * sum(projection.regions[:i]) for i in range(len(projection.regions))]
-            tasks, from_row = [], 0
-            for part in projection.parts:
-                width = projection.regions[part.region]
-                tasks += [
-                    [(from_row + i) * c, part.mix * rows * c, starts[part.region] + part.column + i,
-                     c | part.activation << 32, width | from_row + i << 32]
-                    for i in range(0, part.rows, tile)
-                ]  # fmt: skip
-                from_row += part.padded or part.rows
-            self._tables[projection, tile] = torch.tensor(tasks).to(self.device)
-        return self._tables[projection, tile]
-
     def project(
-        self, matrix: Matrix, x: Tensor, out: Tensor, mode: int, *, activation: int = NONE,
+        self, matrix: Matrix, x: Tensor, out: Tensor, mode: int, choice: Choice, *, activation: int = NONE,
         projection: Projection | None = None, gate: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """gemv: out [B, rows] of a matrix [rows, C] and x [B, C]; or what the projection says, B = len(x)."""
-        batch, rows, columns = len(x), *matrix.full.shape
-        if projection is not None and len(projection.parts) == 1:
-            (part,) = projection.parts
-            activation, projection, out = part.activation, None, out.view(-1, part.rows)
-        batch_tiles = next((n for n in (1, 2, 4) if batch <= 8 * n), 8)
-        is_even = rows % 32 == 0 and (projection is None or all(x.rows % 32 == 0 for x in projection.parts))
-        row_tiles = 2 if batch_tiles in (2, 4) and is_even and rows // 32 >= 2 * self.processors else 1
-        kernel, shared = self._gemv[row_tiles, batch_tiles]
-        tasks = None if projection is None else self.tasks(projection, 16 * row_tiles)
-        tiles = rows // (16 * row_tiles) if tasks is None else len(tasks)
-        blocks = min(tiles, self.processors * min(GEMV_BLOCKS, SHARED_BYTES // (shared + 1024)))
-        weight = matrix.full if matrix.numbers is None else matrix.numbers
-        kernel(
-            (blocks, -(-batch // (8 * batch_tiles))), 32 * WARPS, weight, matrix.scales, tasks, columns, activation, x,
-            x.stride(0), out, out.stride(0), gate, batch, mode, tiles, shared=shared, chained=True,
-        )  # fmt: skip
+        """out [B, rows] of a matrix [rows, C] and x [B, C]; or what the projection says, B = len(x)."""
+        if choice.products == GEMM:
+            pieces = None if projection is None else projection.pieces(self.c, self.most_rows)
+            self.products.many(matrix.full, x, out, mode, activation=activation, pieces=pieces, gate=gate)
+        else:
+            self.products.few(matrix, x, out, mode, activation=activation, projection=projection, gate=gate)
 
     def normalise(
         self, x: Tensor, total: Tensor, norm: tuple[Tensor, Tensor], out: Tensor, *, added: Added = NOTHING,
@@ -393,8 +317,9 @@ class GpuModel:
     def choice(self, rows: int) -> Choice:
         """How a step of so many rows is made: as measured, where `tune` was called, else by rule."""
         if self.invariant:  # the same products for all
-            return Choice(True, True)
-        return self._choices.get(bucket(rows, self.most_rows)) or Choice(rows <= GEMV_ROWS, rows <= FEW_ROWS)
+            return Choice(GEMV, True)
+        by_rule = Choice(GEMV if rows <= GEMV_ROWS else CUBLAS, rows <= FEW_ROWS)
+        return self._choices.get(bucket(rows, self.most_rows)) or by_rule
 
     def tune(self, rows: int) -> None:
         """Measure how a step of so many rows, as `bucket` gives them, is made fastest, unless that is known.
@@ -404,9 +329,11 @@ class GpuModel:
         """
         if self.device.type != "cuda" or self.invariant or self._choices.get(rows) is not None:
             return
-        own, blas = rows <= MOST_GEMV_ROWS, rows >= LEAST_CUBLAS_ROWS
-        few = [True, False] if rows <= MOST_FEW_ROWS and own else [False]
-        candidates = [Choice(True, x) for x in few if own] + [Choice(False, x) for x in few if blas]
+        kinds = [GEMV] * (rows <= MOST_GEMV_ROWS) + [CUBLAS] * (rows >= LEAST_CUBLAS_ROWS)
+        if self.products.has_gemm and LEAST_GEMM_ROWS <= rows <= MOST_GEMM_ROWS:
+            kinds.append(GEMM)
+        few = [True, False] if rows <= MOST_FEW_ROWS else [False]
+        candidates = [Choice(kind, x) for kind in kinds for x in few]
         best = candidates[0]
         if len(candidates) > 1:
             tokens = torch.zeros(rows, dtype=torch.int64, device=self.device)
@@ -422,7 +349,7 @@ class GpuModel:
         self._choices.put(rows, best)
 
     def _decode(self, tokens: Tensor, slots: Tensor, choice: Choice) -> Tensor:
-        return (self._decode_own if choice.own else self._decode_many)(tokens, slots, choice)
+        return (self._decode_many if choice.products == CUBLAS else self._decode_own)(tokens, slots, choice)
 
     def _decode_own(self, tokens: Tensor, slots: Tensor, choice: Choice) -> Tensor:
         """With our products."""
@@ -435,17 +362,19 @@ class GpuModel:
                 x, x, layer.ln1, b.mixed, tokens=tokens if i == 0 else None, mixes=layer.time.mixes,
                 last=att_shift[i], after=att_shift[i], begins=slots, ends=slots,
             )  # fmt: skip
-            self.time.decode(i, layer, b, slots, choice.few)
-            self.project(layer.time.output, att, x, ADD)
+            self.time.decode(i, layer, b, slots, choice)
+            self.project(layer.time.output, att, x, ADD, choice)
             self.normalise(
                 x, x, layer.ln2, b.mixed, mixes=layer.channel_mixes,
                 last=ffn_shift[i], after=ffn_shift[i], begins=slots, ends=slots,
             )  # fmt: skip
-            self.project(layer.channel, b.mixed[0, :batch], b.channel.flat, WRITE, projection=self.channel)
-            self.project(layer.value, key, x, ADD if gate is None else GATED, gate=gate)
+            self.project(layer.channel, b.mixed[0, :batch], b.channel.flat, WRITE, choice, projection=self.channel)
+            self.project(layer.value, key, x, ADD if gate is None else GATED, choice, gate=gate)
         normed, logits = b.normed[:batch], self.logits[:batch]
         self.normalise(x, x, self.ln_out, normed)
-        self.project(self.head, normed, logits, LOGITS)
+        if choice.products == GEMM:
+            logits = self._half_logits(batch)
+        self.project(self.head, normed, logits, LOGITS if choice.products == GEMV else WRITE, choice)
         return logits
 
     def _decode_many(self, tokens: Tensor, slots: Tensor, choice: Choice) -> Tensor:
@@ -459,7 +388,7 @@ class GpuModel:
                 x, x, layer.ln1, b.mixed, added=pending, tokens=tokens if i == 0 else None, mixes=layer.time.mixes,
                 last=att_shift[i], after=att_shift[i], begins=slots, ends=slots,
             )  # fmt: skip
-            self.time.decode(i, layer, b, slots, choice.few)
+            self.time.decode(i, layer, b, slots, choice)
             torch.mm(att, layer.time.output.full.T, out=delta)
             self.normalise(
                 x, x, layer.ln2, b.mixed, added=Added(delta), mixes=layer.channel_mixes,
@@ -468,9 +397,11 @@ class GpuModel:
             pending = self.channel_by_blas(layer, b, batch)
         normed = b.normed[:batch]
         self.normalise(x, x, self.ln_out, normed, added=pending)
-        logits = self.logits[:batch]
-        half = self.logits.view(-1).view(self.dtype)[: logits.numel()].view(logits.shape)
-        return torch.mm(normed, self.head.full.T, out=half)
+        return torch.mm(normed, self.head.full.T, out=self._half_logits(batch))
+
+    def _half_logits(self, rows: int) -> Tensor:
+        logits = self.logits[:rows]
+        return self.logits.view(-1).view(self.dtype)[: logits.numel()].view(logits.shape)
 
     def channel_by_blas(self, layer: Layer, b: Buffers, rows: int) -> Added:
         """The channel mix by cuBLAS: what is to be added to x."""

@@ -25,18 +25,6 @@ struct Row {
     int biases, top_k, count_digits, token;
 };
 
-#if !defined(EMULATED) && CLUSTER > 1
-DEVICE void sync_row() { asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory"); }
-template <class T> DEVICE const T* of_block(const T* p, int block) {  // the same place in another block's shared memory
-    const T* q;
-    asm("mapa.u64 %0, %1, %2;" : "=l"(q) : "l"(p), "r"(block));
-    return q;
-}
-#else
-DEVICE void sync_row() { __syncthreads(); }
-template <class T> DEVICE const T* of_block(const T* p, int) { return p; }
-#endif
-
 struct Shared {
     u32 low[BINS], high[BINS], count[BINS];  // a bin's mass in two words: atomics of 64 bits are loops
     u64 sums[WARPS];
@@ -148,7 +136,7 @@ struct Search {
         const int bin = (BLOCKS > 1 ? rank * SHARE : 0) + 2 * threadIdx.x;
         const bool has_bins = 2 * threadIdx.x < SHARE;
         u64 c[2] = {}, mass[2] = {}, count_of_share, mass_of_share;
-        BLOCKS > 1 ? sync_row() : __syncthreads();
+        BLOCKS > 1 ? sync_cluster() : __syncthreads();
         if (has_bins)
 #pragma unroll
             for (int i = 0; i < BLOCKS; ++i) {
@@ -160,7 +148,7 @@ struct Search {
         u64 total = mass_of_share;
         if (BLOCKS > 1) {
             if (threadIdx.x == 0) m.share_count = (u32)count_of_share, m.share_mass = mass_of_share;
-            sync_row();
+            sync_cluster();
             total = 0;
             for (int i = 0; i < BLOCKS; ++i) {
                 const u64 x = *of_block(&m.share_mass, i);
@@ -176,13 +164,13 @@ struct Search {
             m.bin = bin + !in_first;
             m.counted = (u32)(counts + (in_first ? 0 : c[0])), m.massed = masses + (in_first ? 0 : mass[0]);
         }
-        BLOCKS > 1 ? sync_row() : __syncthreads();
+        BLOCKS > 1 ? sync_cluster() : __syncthreads();
         u32 found = 0;
         for (int i = 0; i < BLOCKS; ++i) {
             const Shared& x = BLOCKS > 1 ? *of_block(&m, i) : m;
             if (x.bin != ~0u) found = x.bin, counted = x.counted, massed = x.massed;
         }
-        BLOCKS > 1 ? sync_row() : __syncthreads();
+        BLOCKS > 1 ? sync_cluster() : __syncthreads();
         if (shift < 0) {
             low = __float_as_uint(found / 64.f);
             if (found < BINS - 1) high = __float_as_uint((found + 1) / 64.f);
@@ -265,7 +253,7 @@ extern "C" __global__ void __launch_bounds__(1024) sample(
     }
     if (CLUSTER > 1) {
         if (threadIdx.x == 0) m.top = is_number ? top : __uint_as_float(0x7fc00000), m.best = best;
-        sync_row();
+        sync_cluster();
         for (int i = 0; i < CLUSTER; ++i) {
             const float x = *of_block(&m.top, i);
             const int other = *of_block(&m.best, i);
@@ -325,7 +313,7 @@ extern "C" __global__ void __launch_bounds__(1024) sample(
                         }
                     }
                 }
-                sync_row();
+                sync_cluster();
                 own = m.listed;
                 u32 listed = own;
                 for (int i = 0; i < CLUSTER; ++i) listed += i == rank ? 0 : *of_block(&m.listed, i);
@@ -365,7 +353,7 @@ extern "C" __global__ void __launch_bounds__(1024) sample(
         total = sum_of_block;
         if (CLUSTER > 1) {
             if (threadIdx.x == 0) m.mine = sum_of_block;
-            sync_row();
+            sync_cluster();
             total = 0;
             for (int i = 0; i < CLUSTER; ++i) {
                 const u64 x = *of_block(&m.mine, i);
@@ -411,5 +399,5 @@ extern "C" __global__ void __launch_bounds__(1024) sample(
         tokens[row] = token;
         if (again) again[row] = token < 0 ? 0 : token;
     }
-    if (CLUSTER > 1) sync_row();  // others may still read this block's sums
+    if (CLUSTER > 1) sync_cluster();  // others may still read this block's sums
 }
