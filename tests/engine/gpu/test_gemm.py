@@ -5,7 +5,7 @@ import torch
 from tests.engine.gpu.test_model import DEVICE, check_decoding, error, make, older
 
 from receptance.engine.gpu import gemm
-from receptance.engine.gpu.choices import GEMM, Choice
+from receptance.engine.gpu.choices import GEMM, MIXED, Choice
 from receptance.engine.gpu.gemv import ADD, GATED, LOGITS, NONE, RELU_SQUARE, SIGMOID, TANH, WRITE
 from receptance.engine.gpu.model import GpuModel
 from receptance.engine.gpu.products import Piece
@@ -36,9 +36,9 @@ def of(fast: GpuModel, shape: gemm.Shape | None, monkeypatch: pytest.MonkeyPatch
 SHAPES = [
     (gemm.Shape(groups, batch, depth, split), rows)
     for groups, batch, depth, split, rows in [
-        (1, 16, 9, 1, 11), (2, 16, 5, 1, 16), (1, 32, 8, 1, 32), (2, 32, 4, 8, 17), (1, 64, 6, 1, 50), (2, 64, 4, 1, 64),
-        (2, 64, 4, 4, 64), (2, 128, 6, 1, 100), (2, 128, 6, 2, 128), (2, 256, 4, 1, 300), (2, 256, 4, 4, 256),
-        (1, 64, 3, 8, 130),
+        (1, 16, 9, 1, 11), (2, 16, 5, 1, 16), (1, 32, 8, 1, 32), (2, 32, 4, 8, 17), (1, 64, 6, 1, 50),
+        (2, 64, 4, 1, 64), (2, 64, 4, 4, 64), (2, 128, 6, 1, 100), (2, 128, 6, 2, 128),
+        (2, 256, 4, 1, 300), (2, 256, 4, 4, 256), (1, 64, 3, 8, 130),
     ]
 ]  # fmt: skip
 
@@ -85,10 +85,10 @@ def test_ways_to_leave_a_product(model, shape, rows, monkeypatch):
         assert torch.equal(out, again)
 
 
-@pytest.mark.parametrize("few", [True, False])
+@pytest.mark.parametrize(("products", "few"), [(GEMM, True), (GEMM, False), (MIXED, False)])
 @pytest.mark.parametrize("version", ["7", "6", "5.0", "5.2", "4"])
-def test_steps_of_the_models(version, few, monkeypatch):
-    monkeypatch.setattr(GpuModel, "choice", lambda *_: Choice(GEMM, few))
+def test_steps_of_the_models(version, products, few, monkeypatch):
+    monkeypatch.setattr(GpuModel, "choice", lambda *_: Choice(products, few))
     model = make(heads=3, layers=3) if version == "7" else older(version, heads=3)
     of(GpuModel(model, slots=1, most_rows=8), None, monkeypatch)
     check_decoding(model, 9)

@@ -18,17 +18,22 @@ from receptance.errors import CheckpointError
 from receptance.ops.cuda import cache_folder
 
 PREFIX = "choices-"
-GEMV, GEMM, CUBLAS = KINDS = "gemv", "gemm", "cublas"  # whose products a step's are
+# Whose products a step's are; MIXED: GEMM's between a time mix's norm and its state, CUBLAS's elsewhere.
+GEMV, GEMM, MIXED, CUBLAS = KINDS = "gemv", "gemm", "mixed", "cublas"
 WARM, TIMED = 3, 9  # replays of a step before it is timed, and of which the median counts
 
 
 @dataclass(frozen=True, order=True)
 class Choice:
-    """products: GEMV, GEMM or CUBLAS. few: the time mix applies its low-rank maps itself, else they are products of
-    their own."""
+    """products: one of KINDS. few: the time mix applies its low-rank maps itself, else they are products of their
+    own."""
 
     products: str
     few: bool
+
+    @property
+    def has_gemm(self) -> bool:
+        return self.products in (GEMM, MIXED)
 
     def __post_init__(self) -> None:
         if self.products not in KINDS or not isinstance(self.few, bool):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from receptance.engine.gpu.choices import CUBLAS, GEMM, GEMV, Choice, Choices, fastest, versions
+from receptance.engine.gpu.choices import CUBLAS, GEMM, GEMV, MIXED, Choice, Choices, fastest, versions
 from receptance.engine.gpu.gemv import (
     ADD,
     GATED,
@@ -36,12 +36,13 @@ if TYPE_CHECKING:
     from receptance.engine.gpu.prompts import Prompts, Reader
 
 HERE = Path(__file__).parent
-NORM_THREADS, NORM_ROWS = 256, 128  # rows for which a norm fetches its weights ahead
+NORM_ROWS, MANY_NORM_ROWS = 128, 512  # up to, a block for each row; from, blocks of several
 STEP_THREADS = 768  # of a multiprocessor, that step states of many rows; their registers fill it
 # Where nothing was measured: rows up to which the time mix applies low-rank maps itself, and products are `gemv`'s.
 # What is measured: up to, and from, which rows these are tried.
 FEW_ROWS, GEMV_ROWS = 16, 32
-MOST_FEW_ROWS, MOST_GEMV_ROWS, LEAST_CUBLAS_ROWS, LEAST_GEMM_ROWS, MOST_GEMM_ROWS = 64, 64, 16, 8, 1024
+MOST_FEW_ROWS, MOST_GEMV_ROWS, LEAST_CUBLAS_ROWS = 64, 64, 16
+LEAST_GEMM_ROWS, LEAST_MIXED_ROWS, MOST_GEMM_ROWS = 8, 128, 1024
 MOST_TOKENS = 16384  # of one prefill call; offsets within a buffer are 32-bit
 
 
@@ -279,7 +280,7 @@ class GpuModel:
         projection: Projection | None = None, gate: Tensor | None = None,
     ) -> None:  # fmt: skip
         """out [B, rows] of a matrix [rows, C] and x [B, C]; or what the projection says, B = len(x)."""
-        if choice.products == GEMM:
+        if choice.has_gemm:
             pieces = None if projection is None else projection.pieces(self.c, self.most_rows)
             self.products.many(matrix.full, x, out, mode, activation=activation, pieces=pieces, gate=gate)
         else:
@@ -288,19 +289,22 @@ class GpuModel:
     def normalise(
         self, x: Tensor, total: Tensor, norm: tuple[Tensor, Tensor], out: Tensor, *, added: Added = NOTHING,
         tokens: Tensor | None = None, mixes: Tensor | None = None, last: Tensor | None = None,
-        after: Tensor | None = None, begins: Tensor | None = None, ends: Tensor | None = None, each: int = 1,
+        after: Tensor | None = None, begins: Tensor | None = None, ends: Tensor | None = None, each: int | None = None,
     ) -> None:  # fmt: skip
-        """norm_mix in norm.cu: total [B, C] = x and what is added, or embeddings of tokens; out: its norm and mixes."""
+        """norm_mix in norm.cu, `each` rows a block: total [B, C] = x and what is added, or embeddings of tokens; out:
+        its norm and mixes."""
         rows = len(x)
         count, stride = (0, 0) if mixes is None else (len(mixes), out.stride(0))
         args = (
             x, total, None if tokens is None else self.table, tokens, added.delta, added.gate, *norm, self.eps, mixes,
             count, last, after, begins, ends, out, stride,
         )  # fmt: skip
-        if each == 1 and rows <= NORM_ROWS:
-            self.norm.norm_mix_row((rows,), NORM_THREADS, *args, chained=True)
-        else:
-            self.norm.norm_mix((-(-rows // each),), NORM_THREADS, *args, rows, each, chained=True)
+        threads = min(256, -(-self.c // 256) * 32)  # of eight channels
+        if each is None and rows <= NORM_ROWS:
+            self.norm.norm_mix_row((rows,), threads, *args, chained=True)
+            return
+        each = each or (4 if rows >= MANY_NORM_ROWS else 1)
+        self.norm.norm_mix((-(-rows // each),), threads, *args, rows, each, chained=True)
 
     @torch.inference_mode()
     def decode(self, tokens: Tensor, slots: Tensor) -> Tensor:
@@ -331,9 +335,9 @@ class GpuModel:
             return
         kinds = [GEMV] * (rows <= MOST_GEMV_ROWS) + [CUBLAS] * (rows >= LEAST_CUBLAS_ROWS)
         if self.products.has_gemm and LEAST_GEMM_ROWS <= rows <= MOST_GEMM_ROWS:
-            kinds.append(GEMM)
+            kinds += [GEMM] + [MIXED] * (rows >= LEAST_MIXED_ROWS)
         few = [True, False] if rows <= MOST_FEW_ROWS else [False]
-        candidates = [Choice(kind, x) for kind in kinds for x in few]
+        candidates = [Choice(kind, x) for kind in kinds for x in few if not (x and kind == MIXED)]
         best = candidates[0]
         if len(candidates) > 1:
             tokens = torch.zeros(rows, dtype=torch.int64, device=self.device)
@@ -349,7 +353,7 @@ class GpuModel:
         self._choices.put(rows, best)
 
     def _decode(self, tokens: Tensor, slots: Tensor, choice: Choice) -> Tensor:
-        return (self._decode_many if choice.products == CUBLAS else self._decode_own)(tokens, slots, choice)
+        return (self._decode_own if choice.products in (GEMV, GEMM) else self._decode_many)(tokens, slots, choice)
 
     def _decode_own(self, tokens: Tensor, slots: Tensor, choice: Choice) -> Tensor:
         """With our products."""

@@ -82,9 +82,10 @@ class Prompts:
     ) -> None:  # fmt: skip
         """total = x + delta and its mixes; the pool gets each prompt's last row only once all have read theirs."""
         pool = self.model.state[name][layer]
+        each = 8 if len(x) > 2048 else 4 if len(x) >= 1024 else 2
         self.model.normalise(
             x, total, norm, self.b.mixed, added=pending, tokens=self.tokens if first else None, mixes=mixes,
-            last=pool, after=self.carried, begins=self.begins, ends=self.ends, each=8 if len(x) > 2048 else 2,
+            last=pool, after=self.carried, begins=self.begins, ends=self.ends, each=each,
         )  # fmt: skip
         pool.index_copy_(0, self.slots, self.carried)
 

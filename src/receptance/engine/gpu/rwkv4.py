@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from receptance.engine.gpu.choices import GEMM, Choice
+from receptance.engine.gpu.choices import Choice
 from receptance.engine.gpu.gemv import WRITE
 from receptance.engine.gpu.model import (
     Buffers,
@@ -56,7 +56,7 @@ class TimeMix4:
 
     def decode(self, index: int, layer: Layer, b: Buffers, slots: Tensor, choice: Choice) -> None:
         gpu, own, batch = self.gpu, layer.time.own, len(slots)
-        if choice.few or choice.products == GEMM:
+        if choice.few or choice.has_gemm:
             x = b.mixed[0, :batch]
             gpu.project(layer.time.inputs, x, b.time.flat, WRITE, choice, projection=self.projection)
         else:

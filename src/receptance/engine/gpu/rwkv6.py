@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from receptance.engine.gpu.choices import GEMM, Choice
+from receptance.engine.gpu.choices import Choice
 from receptance.engine.gpu.gemv import TANH, WRITE, Matrix
 from receptance.engine.gpu.model import (
     STEP_THREADS,
@@ -108,7 +108,7 @@ class TimeMix5:
 
     def decode(self, index: int, layer: Layer, b: Buffers, slots: Tensor, choice: Choice) -> None:
         batch, own = len(slots), layer.time.own
-        is_by_us = choice.few or choice.products == GEMM
+        is_by_us = choice.few or choice.has_gemm
         if is_by_us:
             x = b.mixed[0, :batch]
             self.gpu.project(layer.time.inputs, x, b.time.flat, WRITE, choice, projection=self.projection)
@@ -237,7 +237,7 @@ class TimeMix6(TimeMix5):
 
     def decode(self, index: int, layer: Layer, b: Buffers, slots: Tensor, choice: Choice) -> None:
         batch, own, gpu = len(slots), layer.time.own, self.gpu
-        if not choice.few and choice.products != GEMM:
+        if not choice.few and not choice.has_gemm:
             self._mix(own, b, batch)
             with gpu.beside():
                 low = self._low_decay(own, b, batch)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from receptance.engine.gpu.choices import GEMM, Choice
+from receptance.engine.gpu.choices import Choice
 from receptance.engine.gpu.gemv import NONE, SIGMOID, TANH, WRITE
 from receptance.engine.gpu.model import (
     STEP_THREADS,
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from receptance.engine.gpu.prompts import Prompts
 
 R, K, V, W, A, G = range(6)  # order of the mixes; the last four feed the low-rank maps
-TOKENS = 8  # of a block around the operator on prompts
+TOKENS, TURNS = 8, 4  # of a block around the operator on prompts, at a time; times, behind it
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class TimeMix7:
         state = gpu.state["wkv"][index]
         rkv, hidden = b.time.flat[: 3 * b.rows * c].view(3, b.rows, c), b.time.regions[3]
         rest = b.own.v_first, int(index == 0), state, slots, *own.vectors, self.heads_eps, b.att
-        threads, is_by_us = 4 * self.n, choice.few or choice.products == GEMM
+        threads, is_by_us = 4 * self.n, choice.few or choice.has_gemm
         if is_by_us:
             gpu.project(time.inputs, b.mixed[0, :batch], b.time.flat, WRITE, choice, projection=self.projection)
         if choice.few:
@@ -160,6 +160,6 @@ class TimeMix7:
         y, end = wkv7(r, w, k, v, erase, write, pool[prompts.slots].float())
         pool.index_copy_(0, prompts.slots, end.to(pool.dtype))
         self._kernels.wkv7_finish(
-            grid, threads, y, v, b.own.low[3], bonuses, prompts.place, *own.vectors[6:], self.heads_eps, b.att, b.rows,
-            chained=True,
+            (self.h, -(-b.rows // (TOKENS * TURNS))), threads, y, v, b.own.low[3], bonuses, prompts.place,
+            *own.vectors[6:], self.heads_eps, b.att, b.rows, chained=True,
         )  # fmt: skip

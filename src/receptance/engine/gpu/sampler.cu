@@ -37,7 +37,9 @@ struct Shared {
     u32 list[LIST];  // the bits of distances in one bin, those of this block first
     u8 owners[LIST];  // of which warp's run
 };
-static_assert(sizeof(Shared) <= SHARED_BYTES, "the launch must give this much");
+// Behind them, -DROW_BYTES: room for the block's logits, which are read several times.
+constexpr int KEPT_FROM = (sizeof(Shared) + 15) / 16 * 16;
+static_assert(KEPT_FROM + ROW_BYTES <= SHARED_BYTES, "the launch must give this much");
 
 /// e^-distance in units, rounded; in two steps because conversions to 64 bits are slow.
 DEVICE u64 units(float distance) {
@@ -83,13 +85,11 @@ DEVICE u64 sum_before(u64 x, Shared& m, u64& total) {
 
 /// Four logits at i, a multiple of four; rows lie apart by one.
 struct Four { float f[4]; };
-DEVICE Four four_of(const float* wide, const u16* half, int i) {
-    if (half) {
-        const Pack<E, 2>* packs = (const Pack<E, 2>*)(half + i);
-        const Pack<E, 2> x = packs[0], y = packs[1];
-        return {x[0], x[1], y[0], y[1]};
+DEVICE Four four_of(uint4 x, bool is_half) {
+    if (is_half) {
+        const Pack<E, 2> low = {x.x}, high = {x.y};
+        return {low[0], low[1], high[0], high[1]};
     }
-    const uint4 x = load_fresh((const void*)(wide + i));
     return {__uint_as_float(x.x), __uint_as_float(x.y), __uint_as_float(x.z), __uint_as_float(x.w)};
 }
 /// body(i, logit) for ids from first to end, several loads on their way at a time.
@@ -219,8 +219,26 @@ extern "C" __global__ void __launch_bounds__(1024) sample(
             }
         __syncthreads();
     }
+    const char* const row_from = half ? (const char*)(narrow_row + from_id) : (const char*)(wide + from_id);
+    char* const kept_row = dynamic_shared() + KEPT_FROM;
+    const bool is_half = half && !is_adjusted;
+    const int size = is_half ? 2 : 4, bytes = ((to_id - from_id) * size + 15) / 16 * 16;
+    const bool is_kept = !is_adjusted && bytes <= ROW_BYTES && stride * size % 16 == 0;
+    if (is_kept) {
+        for (int i = 16 * threadIdx.x; i < bytes; i += 16 * THREADS) copy_async(kept_row + i, row_from + i, true);
+        commit_copies();
+        await_copies();
+        __syncthreads();
+    }
     const auto logit = [&](int i) {
-        Four x = is_adjusted ? four_of(own, nullptr, i) : four_of(wide, half ? narrow_row : nullptr, i);
+        uint4 words = make_uint4(0, 0, 0, 0);
+        if (is_kept) {
+            const char* here = kept_row + (i - from_id) * size;
+            if (is_half) *(uint2*)&words = *(const uint2*)here;
+            else words = *(const uint4*)here;
+        } else if (is_half) *(uint2*)&words = *(const uint2*)(narrow_row + i);
+        else words = load_fresh((const void*)((is_adjusted ? own : wide) + i));
+        Four x = four_of(words, is_half);
         if (!is_adjusted && p.allowed)
             for (int j = 0; j < 4; ++j)
                 if (i + j >= vocab || !(p.allowed[(i + j) / 32] >> (i + j) % 32 & 1)) x.f[j] = -__uint_as_float(0x7f800000);

@@ -97,19 +97,29 @@ extern "C" __global__ void __launch_bounds__(256) wkv7_prepare(
     write(to + 3ll * inputs_stride, v), write(to + 4ll * inputs_stride, erase), write(to + 5ll * inputs_stride, add);
     if (threadIdx.x % 32 == 0) bonuses[row * H + head] = bonus;
 }
-/// out = (GroupNorm(y) + bonus v) gate; y and v of the operator's shape.
+/// out = (GroupNorm(y) + bonus v) gate; y and v of the operator's shape. A warp does TURNS tokens, all on their way at once.
 extern "C" __global__ void __launch_bounds__(256) wkv7_finish(
     const u16* y, const u16* v, const u16* gate, const float* bonuses, const int* place, const u16* norm_weight,
     const u16* norm_bias, float eps, u16* out, int rows) {
     let_next_start();
     wait_for_previous();
-    const int head = blockIdx.x, row = blockIdx.y * TOKENS + threadIdx.x / 32, H = gridDim.x, C = H * N;
-    if (row >= rows || place[row] < 0) return;
+    const int head = blockIdx.x, first = blockIdx.y * TOKENS * TURNS + threadIdx.x / 32, H = gridDim.x, C = H * N;
     const int channel = head * N + threadIdx.x % 32 * EACH;
-    const i64 from = (i64)place[row] * C + channel, at = (i64)row * C + channel;
-    const Few value = read(v + from), g = read(gate + at);
-    Few x = normed(read(y + from), channel, eps, norm_weight, norm_bias);
-    const float bonus = bonuses[row * H + head];
-    for (int i = 0; i < EACH; ++i) x.f[i] = (x.f[i] + bonus * value.f[i]) * g.f[i];
-    write(out + at, x);
+    int places[TURNS];
+    float bonus[TURNS];
+    Few x[TURNS], value[TURNS], g[TURNS];
+#pragma unroll
+    for (int t = 0; t < TURNS; ++t) places[t] = first + t * TOKENS < rows ? place[first + t * TOKENS] : -1;
+#pragma unroll
+    for (int t = 0; t < TURNS; ++t) {  // padding reads the first row instead
+        const i64 row = places[t] < 0 ? 0 : first + t * TOKENS, from = (i64)(places[t] < 0 ? 0 : places[t]) * C + channel;
+        x[t] = read(y + from), value[t] = read(v + from), g[t] = read(gate + row * C + channel), bonus[t] = bonuses[row * H + head];
+    }
+#pragma unroll
+    for (int t = 0; t < TURNS; ++t) {
+        if (places[t] < 0) continue;
+        x[t] = normed(x[t], channel, eps, norm_weight, norm_bias);
+        for (int i = 0; i < EACH; ++i) x[t].f[i] = (x[t].f[i] + bonus[t] * value[t].f[i]) * g[t].f[i];
+        write(out + (i64)(first + t * TOKENS) * C + channel, x[t]);
+    }
 }
