@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from receptance.engine.gpu.model import NOTHING, Added, Buffers, GpuModel
+from receptance.engine.gpu.layers import NOTHING, Added, Buffers
+from receptance.engine.gpu.model import GpuModel
 
 GRAPH_TOKENS = 4096  # longest prompt of a graph; longer ones keep the GPU busy
 MOST_GRAPHS = 24

@@ -8,14 +8,8 @@ from torch import Tensor
 
 from receptance.engine.gpu.choices import Choice
 from receptance.engine.gpu.gemv import WRITE
-from receptance.engine.gpu.model import (
-    Buffers,
-    Cast,
-    GpuModel,
-    Layer,
-    TimeLayer,
-    vector,
-)
+from receptance.engine.gpu.layers import Buffers, Cast, Layer, TimeLayer, vector
+from receptance.engine.gpu.model import GpuModel
 from receptance.engine.gpu.products import Part, Projection
 from receptance.ops import wkv4
 

@@ -11,15 +11,8 @@ from torch import Tensor
 
 from receptance.engine.gpu.choices import Choice
 from receptance.engine.gpu.gemv import TANH, WRITE, Matrix
-from receptance.engine.gpu.model import (
-    STEP_THREADS,
-    Buffers,
-    Cast,
-    GpuModel,
-    Layer,
-    TimeLayer,
-    vector,
-)
+from receptance.engine.gpu.layers import Buffers, Cast, Layer, TimeLayer, vector
+from receptance.engine.gpu.model import STEP_THREADS, GpuModel
 from receptance.engine.gpu.products import Part, Piece, Projection
 from receptance.ops import wkv6
 

@@ -13,14 +13,8 @@ from torch import Tensor
 
 from receptance.engine.gpu.choices import Choice
 from receptance.engine.gpu.gemv import NONE, SIGMOID, TANH, WRITE
-from receptance.engine.gpu.model import (
-    STEP_THREADS,
-    Buffers,
-    Cast,
-    GpuModel,
-    Layer,
-    TimeLayer,
-)
+from receptance.engine.gpu.layers import Buffers, Cast, Layer, TimeLayer
+from receptance.engine.gpu.model import STEP_THREADS, GpuModel
 from receptance.engine.gpu.products import Part, Piece, Projection
 from receptance.ops import wkv7
 
