@@ -1,7 +1,8 @@
 // What the inference kernels share. Weights, activations and token shifts are of 16-bit type E; sums are float32.
 //
 // Kernels are chained: each may start while the one before it still runs, fetches weights, and only then waits. Whatever
-// another kernel writes is read after `wait_for_previous`, past the first-level cache.
+// another kernel writes is read after `wait_for_previous`, past the first-level cache. But for the states: the first kernel of
+// a step starts when all of the step before has ended, so that they lie ready.
 #pragma once
 #include "device.cuh"
 #define DEVICE __device__ __forceinline__

@@ -196,12 +196,13 @@ class GpuModel:
             x, total, None if tokens is None else self.table, tokens, added.delta, added.gate, *norm, self.eps, mixes,
             count, last, after, begins, ends, out, stride,
         )  # fmt: skip
+        is_chained = tokens is None  # the first of a step: what comes after it may read states at once
         threads = min(256, -(-self.c // 256) * 32)  # of eight channels
         if each is None and rows <= NORM_ROWS:
-            self.norm.norm_mix_row((rows,), threads, *args, chained=True)
+            self.norm.norm_mix_row((rows,), threads, *args, chained=is_chained)
             return
         each = each or (4 if rows >= MANY_NORM_ROWS else 1)
-        self.norm.norm_mix((-(-rows // each),), threads, *args, rows, each, chained=True)
+        self.norm.norm_mix((-(-rows // each),), threads, *args, rows, each, chained=is_chained)
 
     @torch.inference_mode()
     def decode(self, tokens: Tensor, slots: Tensor) -> Tensor:

@@ -13,11 +13,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) wkv7_step(
     const i64 at = (i64)row * gridDim.x * N + blockIdx.x * N + threadIdx.x;  // of the first N threads
     const Maps maps(low_rank, gridDim.x * N, blockIdx.x * N);
     load_vectors(memory.step, {w0, a0, v0, k_k, k_a, r_k, norm_weight, norm_bias}, blockIdx.x);
+    Kept* mine = state_of(state, slots[row], blockIdx.x, gridDim.x);
+    StateRow kept;
+    kept.load(mine);
     let_next_start();
     wait_for_previous();
-    Kept* mine = state_of(state, slots[row], blockIdx.x, gridDim.x);
     step_of_few(
-        memory, maps, rkv, rkv_stride, hidden + (i64)row * Maps::EACH * 32, v_first, is_first, mine, at, eps, out);
+        memory, maps, rkv, rkv_stride, hidden + (i64)row * Maps::EACH * 32, v_first, is_first, kept, mine, at, eps, out);
 }
 /// The same where the maps are applied already, given [4][low_stride] of [rows, C]; blocks (head, ·), each for some of the
 /// rows: a row's state is on its way while the one before it is stepped.
@@ -26,6 +28,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, STEP_THREADS / THREADS) wk
     __shared__ Step memory;
     const i64 C = (i64)gridDim.x * N, from = blockIdx.x * N + threadIdx.x;  // of the first N threads
     load_vectors(memory, {w0, a0, v0, k_k, k_a, r_k, norm_weight, norm_bias}, blockIdx.x);
+    int row = blockIdx.y, after = row + gridDim.y;
+    Kept* mine = state_of(state, slots[row], blockIdx.x, gridDim.x);
+    int slot = after < rows ? slots[after] : 0;
+    StateRow kept, next_kept;
+    kept.load(mine);
     let_next_start();
     wait_for_previous();
     const auto load = [&](Given& x, i64 at) {
@@ -35,12 +42,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, STEP_THREADS / THREADS) wk
         for (int i = 0; i < 4; ++i)
             if (i >= is_first) x.low[i] = load_fresh(given + (i64)i * low_stride + at);
     };
-    int row = blockIdx.y, after = row + gridDim.y;
-    Kept* mine = state_of(state, slots[row], blockIdx.x, gridDim.x);
-    int slot = after < rows ? slots[after] : 0;
     Given x = {}, next = {};
-    StateRow kept, next_kept;
-    kept.load(mine);
     load(x, row * C + from);
     for (; row < rows; row = after, after += gridDim.y) {
         Kept* other = state_of(state, slot, blockIdx.x, gridDim.x);
