@@ -59,7 +59,10 @@ class Prompts:
         model = self.model
         self.b = b = Buffers(model, self.rows)
         self.own = None
-        self.carried = torch.empty(self.n, model.c, dtype=model.dtype, device=model.device)
+        shape = len(model.layers), self.n, model.c  # each prompt's last rows; the pool gets them once all is read
+        self.carried = {
+            name: torch.empty(shape, dtype=model.dtype, device=model.device) for name in ("att_shift", "ffn_shift")
+        }
         x, spare = b.x, b.sum
         pending = NOTHING
         for i, layer in enumerate(model.layers):
@@ -70,6 +73,8 @@ class Prompts:
             self._normalise(x, spare, layer.ln2, i, "ffn_shift", layer.channel_mixes, Added(b.delta))
             x, spare = spare, x
             pending = model.channel_by_blas(layer, b, self.rows)
+        for name, rows in self.carried.items():
+            model.state[name].index_copy_(1, self.slots, rows)
         if not all_logits:
             x = x[self.last_rows]
             pending = Added(*(None if y is None else y[self.last_rows] for y in (pending.delta, pending.gate)))
@@ -81,14 +86,13 @@ class Prompts:
         self, x: Tensor, total: Tensor, norm: tuple[Tensor, Tensor], layer: int, name: str, mixes: Tensor,
         pending: Added, first: bool = False,
     ) -> None:  # fmt: skip
-        """total = x + delta and its mixes; the pool gets each prompt's last row only once all have read theirs."""
-        pool = self.model.state[name][layer]
+        """total = x + delta and its mixes."""
         each = 8 if len(x) > 2048 else 4 if len(x) >= 1024 else 2
         self.model.normalise(
             x, total, norm, self.b.mixed, added=pending, tokens=self.tokens if first else None, mixes=mixes,
-            last=pool, after=self.carried, begins=self.begins, ends=self.ends, each=each,
+            last=self.model.state[name][layer], after=self.carried[name][layer], begins=self.begins, ends=self.ends,
+            each=each,
         )  # fmt: skip
-        pool.index_copy_(0, self.slots, self.carried)
 
 
 class Reader:
