@@ -21,6 +21,7 @@ from receptance.engine.gpu.layers import NOTHING, Added, Buffers, Cast, Layer, T
 from receptance.engine.gpu.products import Part, Products, Projection
 from receptance.models import RWKV
 from receptance.ops import cuda
+from receptance.ops.products import has_kernel, relu_square_product
 
 if TYPE_CHECKING:
     from receptance.engine.gpu.prompts import Reader
@@ -308,8 +309,12 @@ class GpuModel:
     def channel_by_blas(self, layer: Layer, b: Buffers, rows: int) -> Added:
         """The channel mix by cuBLAS: what is to be added to x."""
         key, delta = b.key[:rows], b.delta[:rows]
-        torch.mm(b.mixed[0, :rows], layer.channel.full[: self.f].T, out=key)
-        self.activate(key[None], [RELU_SQUARE])
+        x, weight = b.mixed[0, :rows], layer.channel.full[: self.f]
+        if has_kernel(x, weight):
+            relu_square_product(x, weight, key)
+        else:
+            torch.mm(x, weight.T, out=key)
+            self.activate(key[None], [RELU_SQUARE])
         torch.mm(key, layer.value.full.T, out=delta)
         gate = None
         if b.gate is not None:
