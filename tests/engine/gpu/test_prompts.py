@@ -65,9 +65,10 @@ def test_graphs_give_the_bits_of_kernels_one_by_one(version, all_logits):
 @pytest.mark.gpu
 @pytest.mark.parametrize("lengths", [[300], [130, 7, 64]])
 def test_squares_are_made_within_the_product_of_many_tokens(lengths, monkeypatch):
-    monkeypatch.setattr("receptance.ops.products.triton.WAVES", 0)
+    monkeypatch.setattr("receptance.engine.gpu.prompts.SQUARED_WAVES", 0)
+    monkeypatch.setattr("receptance.engine.gpu.prompts.SLOW_SQUARED_WAVES", 0)
     model = make()
     x = torch.zeros(8, 128, dtype=torch.float16, device=DEVICE)
-    if not has_kernel(x, model.blocks[0].ffn.key.weight):
+    if not has_kernel(x, model.blocks[0].ffn.key.weight, waves=0):
         pytest.skip("needs compute capability 9.0 and Triton")
     check_prefill(model, lengths)

@@ -34,6 +34,9 @@ STEP_THREADS = 768  # of a multiprocessor, that step states of many rows; their 
 FEW_ROWS, GEMV_ROWS = 16, 32
 MOST_FEW_ROWS, MOST_GEMV_ROWS, LEAST_CUBLAS_ROWS = 64, 64, 16
 LEAST_GEMM_ROWS, LEAST_MIXED_ROWS, MOST_GEMM_ROWS = 8, 128, 1024
+# Tiles a multiprocessor from which keys are squared within their product: as measured on an H100 in a graph; and
+# without one, where the host takes long to launch it.
+SQUARED_WAVES, SLOW_SQUARED_WAVES = 0.7, 4.0
 MOST_TOKENS = 16384  # of one prefill call; offsets within a buffer are 32-bit
 
 
@@ -306,11 +309,11 @@ class GpuModel:
         logits = self.logits[:rows]
         return self.logits.view(-1).view(self.dtype)[: logits.numel()].view(logits.shape)
 
-    def channel_by_blas(self, layer: Layer, b: Buffers, rows: int) -> Added:
-        """The channel mix by cuBLAS: what is to be added to x."""
+    def channel_by_blas(self, layer: Layer, b: Buffers, rows: int, waves: float = SQUARED_WAVES) -> Added:
+        """The channel mix by cuBLAS: what is to be added to x. waves: see `has_kernel`."""
         key, delta = b.key[:rows], b.delta[:rows]
         x, weight = b.mixed[0, :rows], layer.channel.full[: self.f]
-        if has_kernel(x, weight):
+        if has_kernel(x, weight, waves=waves):
             relu_square_product(x, weight, key)
         else:
             torch.mm(x, weight.T, out=key)

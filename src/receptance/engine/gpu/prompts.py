@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from receptance.engine.gpu.layers import NOTHING, Added, Buffers
-from receptance.engine.gpu.model import GpuModel
+from receptance.engine.gpu.model import SLOW_SQUARED_WAVES, SQUARED_WAVES, GpuModel
 
 GRAPH_TOKENS = 4096  # longest prompt of a graph; longer ones keep the GPU busy
 MOST_GRAPHS = 24
@@ -72,7 +72,8 @@ class Prompts:
             torch.mm(b.att, layer.time.output.full.T, out=b.delta)
             self._normalise(x, spare, layer.ln2, i, "ffn_shift", layer.channel_mixes, Added(b.delta))
             x, spare = spare, x
-            pending = model.channel_by_blas(layer, b, self.rows)
+            waves = SQUARED_WAVES if self.n == 1 else SLOW_SQUARED_WAVES
+            pending = model.channel_by_blas(layer, b, self.rows, waves)
         for name, rows in self.carried.items():
             model.state[name].index_copy_(1, self.slots, rows)
         if not all_logits:

@@ -23,13 +23,16 @@ def relu_square_products(x: Tensor, key: Tensor, value: Tensor, *, backend: str 
     return linear(relu_square(linear(x, key), backend=backend), value)
 
 
-def has_kernel(x: Tensor, key: Tensor, backend: str = "auto") -> bool:
-    """Whether these are squared within the product, by a kernel that beats cuBLAS and a pass after it."""
+def has_kernel(x: Tensor, key: Tensor, backend: str = "auto", waves: float | None = None) -> bool:
+    """Whether these are squared within the product, by a kernel that beats cuBLAS and a pass after it.
+
+    waves: tiles a multiprocessor from which it does; None: in training.
+    """
     if not uses_triton("products", x, backend) or torch.compiler.is_compiling():
         return False
     from receptance.ops.products.triton import fits
 
-    return fits(x, key, compute_dtype(x))
+    return fits(x, key, compute_dtype(x), waves)
 
 
 def relu_square_product(x: Tensor, key: Tensor, out: Tensor) -> Tensor:

@@ -74,13 +74,17 @@ def _run(a: Tensor, b: Tensor, squares: Tensor | None, out: Tensor | None = None
     return out
 
 
-def fits(x: Tensor, key: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the kernels take x [..., C] with key [F, C] as `dtype`, and beat cuBLAS and a pass after it."""
+def fits(x: Tensor, key: Tensor, dtype: torch.dtype, waves: float | None = None) -> bool:
+    """Whether the kernels take x [..., C] with key [F, C] as `dtype`, and beat cuBLAS and a pass after it.
+
+    waves: tiles a multiprocessor from which they do; for training WAVES.
+    """
     f, c = key.shape
     if not x.is_cuda or dtype not in (torch.bfloat16, torch.float16) or c % ALIGNED or f % ALIGNED:
         return False
     tiles = triton.cdiv(x.numel() // c, BM) * triton.cdiv(f, BN)
-    return tiles >= WAVES * _multiprocessors(x.device) and torch.cuda.get_device_capability(x.device)[0] == 9
+    least = (WAVES if waves is None else waves) * _multiprocessors(x.device)
+    return tiles >= least and torch.cuda.get_device_capability(x.device)[0] == 9
 
 
 class _Products(torch.autograd.Function):
