@@ -44,11 +44,6 @@ DEVICE u16 load_fresh(const u16* p) {
     asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(x) : "l"(p) : "memory");
     return x;
 }
-DEVICE float add_down(float x, float y) {  // towards zero
-    float z;
-    asm("add.rz.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
-    return z;
-}
 /// Four bytes, each 128 too large, as numbers of 16 bits (float16).
 DEVICE void widen_int8(u32 x, u32& low, u32& high) {
     asm("prmt.b32 %0, %1, 0x64646464, 0x4140;" : "=r"(low) : "r"(x));  // 1024 + byte
@@ -73,11 +68,6 @@ inline uint4 load_weights(const void* p) { return *(const uint4*)p; }
 inline uint4 load_fresh(const void* p) { return *(const uint4*)p; }
 inline float load_fresh(const float* p) { return *p; }
 inline u16 load_fresh(const u16* p) { return *p; }
-inline float add_down(float x, float y) {
-    const double sum = (double)x + y;
-    const float z = (float)sum;
-    return std::fabs((double)z) > std::fabs(sum) ? std::nextafter(z, 0.f) : z;
-}
 inline void widen_int8(u32 x, u32& low, u32& high) {
     const auto value = [&](int i) { return (float)(int)(x >> 8 * i & 255) - 128.f; };
     low = two_halves(value(0), value(1)), high = two_halves(value(2), value(3));

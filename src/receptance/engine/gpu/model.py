@@ -33,10 +33,10 @@ STEP_THREADS = 768  # of a multiprocessor, that step states of many rows; their 
 # What is measured: up to, and from, which rows these are tried.
 FEW_ROWS, GEMV_ROWS = 16, 32
 MOST_FEW_ROWS, MOST_GEMV_ROWS, LEAST_CUBLAS_ROWS = 64, 64, 16
-LEAST_GEMM_ROWS, LEAST_MIXED_ROWS, MOST_GEMM_ROWS = 8, 128, 1024
+LEAST_GEMM_ROWS, LEAST_MIXED_ROWS, MOST_GEMM_ROWS = 8, 128, 256
 # Tiles a multiprocessor from which keys are squared within their product: as measured on an H100 in a graph; and
 # without one, where the host takes long to launch it.
-SQUARED_WAVES, SLOW_SQUARED_WAVES = 0.7, 4.0
+SQUARED_WAVES, SLOW_SQUARED_WAVES = 0.7, 8.0
 MOST_TOKENS = 16384  # of one prefill call; offsets within a buffer are 32-bit
 
 

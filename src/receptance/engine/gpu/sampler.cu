@@ -41,18 +41,11 @@ struct Shared {
 constexpr int KEPT_FROM = (sizeof(Shared) + 15) / 16 * 16;
 static_assert(KEPT_FROM + ROW_BYTES <= SHARED_BYTES, "the launch must give this much");
 
-/// A number from 0 to below 2^23, rounded down: by the adders, of which there are eight times as many as of converters.
-struct Whole {
-    float sum;  // with 2^23
-    DEVICE explicit Whole(float x) : sum(add_down(x, 8388608.f)) {}
-    DEVICE u32 bits() const { return __float_as_uint(sum) & 0x7fffff; }
-    DEVICE float value() const { return sum - 8388608.f; }
-};
-/// e^-distance in units, rounded.
+/// e^-distance in units, rounded; in two steps because conversions to 64 bits are slow.
 DEVICE u64 units(float distance) {
     const float x = ex2(-LOG2_E * distance) * ROOT;
-    const Whole high(x), low((x - high.value()) * ROOT + 0.5f);
-    return ((u64)high.bits() << 20) + low.bits();
+    const u32 high = (u32)x;
+    return ((u64)high << 20) + (u32)((x - (float)high) * ROOT + 0.5f);
 }
 DEVICE void add_mass(Shared& m, u32 bin, u64 mass) {
     const u32 low = (u32)mass, before = atomicAdd(&m.low[bin], low), high = (u32)(mass >> 32) + (before + low < before);
@@ -132,7 +125,7 @@ struct Search {
     DEVICE void enter(Shared& m, u32 bits) const {
         if (bits < low || bits >= high) return;
         const float d = __uint_as_float(bits);
-        const u32 bin = shift < 0 ? (d < BINS / 64 ? Whole(d * 64.f).bits() : BINS - 1) : (bits - low) >> shift;
+        const u32 bin = shift < 0 ? (d < BINS / 64 ? (u32)(d * 64.f) : BINS - 1) : (bits - low) >> shift;
         if (counts_matter) atomicAdd(&m.count[bin], 1u);
         const u64 mass = units(d);
         if (mass) add_mass(m, bin, mass);
