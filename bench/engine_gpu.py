@@ -107,7 +107,9 @@ def plain_error(model: RWKV) -> float:
 
 def step_bytes(fast: GpuModel, batch: int) -> int:
     """Weights once, states in and out."""
-    own = [x for y in fast.layers for x in vars(y.time.own).values() if isinstance(x, torch.Tensor)]
+    copies = "second_halves", "decay_second"  # of what is counted, in another order
+    items = [z for y in fast.layers for z in vars(y.time.own).items()]
+    own = [x for name, x in items if isinstance(x, torch.Tensor) and name not in copies]
     matrices = [x for y in fast.layers for x in (y.time.inputs, y.time.output, y.channel, y.value)] + [fast.head]
     matrices += [x for y in fast.layers for x in vars(y.time.own).values() if isinstance(x, Matrix)]
     if fast.weights != "full" and batch <= GEMV_ROWS:

@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
-from tests.engine.gpu.test_model import DEVICE, make, put, start
+from tests.engine.gpu.test_model import DEVICE, error, make, older, put, start
 
 from receptance.cli import doctor
-from receptance.engine.gpu.choices import Choice, Choices, fastest, kept, kernels
+from receptance.engine.gpu.choices import CUBLAS, GEMM, GEMV, KINDS, MIXED, Choice, Choices, fastest, kept, kernels
 from receptance.engine.gpu.model import GpuModel
 
-OWN, BLAS = Choice(True, True), Choice(False, False)
+OWN, BLAS = Choice(GEMV, True), Choice(CUBLAS, False)
 KEY = {"gpu": "NVIDIA Test", "kernels": kernels(), "model": "RWKV7, 2 x 128, full", "rows": 8}
 
 
@@ -30,7 +30,16 @@ def test_what_another_process_measured_meanwhile_stays():
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{}", "[1]", '{"key": {}, "steps": {"8": {"speed": 1}}}', '{"key": 1, "steps": {"x": {}}}']
+    "text",
+    [
+        "",
+        "{}",
+        "[1]",
+        '{"key": {}, "steps": {"8": {"speed": 1}}}',
+        '{"key": 1, "steps": {"x": {}}}',
+        '{"key": {}, "steps": {"8": {"products": "none", "few": true}}}',
+        '{"key": {}, "steps": {"8": {"products": "gemm", "few": 1}}}',
+    ],
 )
 def test_a_damaged_file_counts_as_none_and_is_written_anew(text, choices_folder):
     made = Choices(KEY)
@@ -62,21 +71,26 @@ def test_doctor_names_what_was_measured_on_this_gpu_by_these_kernels():
 def test_files_are_plain_json(choices_folder):
     Choices(KEY).put(8, BLAS)
     (file,) = choices_folder.iterdir()
-    assert json.loads(file.read_text()) == {"key": KEY, "steps": {"8": {"own": False, "few": False}}}
+    assert json.loads(file.read_text()) == {"key": KEY, "steps": {"8": {"products": "cublas", "few": False}}}
 
 
 @pytest.mark.usefixtures("kernels")
-def test_every_choice_gives_the_same_logits_but_for_rounding():
-    model = make()
+@pytest.mark.parametrize("version", ["7", "6", "5.2", "4"])
+def test_every_choice_gives_the_same_logits_but_for_rounding(version):
+    model = make() if version == "7" else older(version)
     fast = GpuModel(model, slots=3, most_rows=8)
     slots, tokens = torch.arange(3, dtype=torch.int32, device=DEVICE), torch.tensor([5, 90, 7], device=DEVICE)
-    results = []
-    for own, few in (True, True), (True, False), (False, True), (False, False):
-        put(fast, [0, 1, 2], start(model, 3))
-        fast._choices._made = {4: Choice(own, few)}
-        results.append(fast.decode(tokens, slots).double())
-    for other in results[1:]:
-        assert 0 < float((other - results[0]).norm() / results[0].norm()) < 3e-3
+    results: dict[str, list[torch.Tensor]] = {}
+    for kind in KINDS:
+        for few in (True, False) if kind not in (GEMM, MIXED) or fast.products.has_gemm else ():
+            put(fast, [0, 1, 2], start(model, 3))
+            fast._choices._made = {4: Choice(kind, few)}
+            results.setdefault(kind, []).append(fast.decode(tokens, slots).double())
+    first = results[GEMV][0]
+    for kind, (few, many) in results.items():
+        assert error(few, first) < 3e-3
+        assert error(many, first) < 3e-3
+        assert kind in (GEMV, MIXED) or not torch.equal(few, first)  # other products, which add in another order
 
 
 @pytest.mark.gpu

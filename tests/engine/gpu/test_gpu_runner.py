@@ -145,6 +145,7 @@ def test_with_the_fastest_kernels_nearly_every_greedy_token_is(model: Any, tok: 
 @on_gpu
 def test_a_graph_gives_what_the_kernels_give(model: Any, tok: Tokenizer) -> None:
     runner, twin = runner_of(model, tok, 9), runner_of(model, tok, 9)
+    twin.gpu._choices = runner.gpu._choices  # which are measured at the first step
     for x in runner.pool.values():
         x.fill_(torch.nan)  # free rows, and padding's: nothing of them may leak
     for step in range(5):
@@ -158,6 +159,31 @@ def test_a_graph_gives_what_the_kernels_give(model: Any, tok: Tokenizer) -> None
             torch.tensor([w.slot for w in works], device="cuda", dtype=torch.int32),
         )
         torch.testing.assert_close(runner.run(works), eager, rtol=0, atol=0)
+
+
+@on_gpu
+@pytest.mark.parametrize("weights", ["int8", "float8"])
+def test_the_engine_writes_what_its_runner_does_with_weights_of_8_bits(
+    model: Any, tok: Tokenizer, weights: Any
+) -> None:
+    prompts = [TEXT[: 9 * i + 1] for i in range(6)]
+    params = SamplingParams(max_tokens=30, temperature=0, ignore_eos=True)
+    with receptance.Engine(model, tok, weights=weights) as engine:
+        texts = engine.generate([Request(x, params) for x in prompts])
+    runner = GpuRunner(model, 6, tok.vocab_size, tok.token_bytes, tok.eos_id, weights=weights)
+    assert runner.gpu.head.numbers is not None
+    core = core_of(runner, tok, 6)
+    jobs = [core.submit(Request(x, params))[0].job for x in prompts]
+    while core.has_work:
+        core.step()
+    assert [len(x.ids) for x in texts] == [30] * 6
+    assert sum(x.ids != job.completion.ids for x, job in zip(texts, jobs)) <= 1  # other sizes of batches: ties
+    full = core_of(runner_of(model, tok, 6), tok, 6)
+    plain = [full.submit(Request(x, params))[0].job for x in prompts]
+    while full.has_work:
+        full.step()
+    first = [x.ids[:3] == job.completion.ids[:3] for x, job in zip(texts, plain)]
+    assert sum(first) >= 4  # rounded weights, but the same model
 
 
 @on_gpu

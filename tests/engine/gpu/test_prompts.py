@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from tests.engine.gpu.test_model import BOUND, DEVICE, OLDER, check_state, error, make, older, put, start
+from tests.engine.gpu.test_model import BOUND, DEVICE, OLDER, check_prefill, check_state, error, make, older, put, start
 
 from receptance.engine.gpu.model import GpuModel
 from receptance.engine.gpu.prompts import Prompts, padded
+from receptance.ops.products import has_kernel
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -59,3 +60,15 @@ def test_graphs_give_the_bits_of_kernels_one_by_one(version, all_logits):
             assert torch.equal(found[0], found[2 * turn])
             assert torch.equal(found[1], found[2 * turn + 1])
     assert len(fast.reader._graphs) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [[300], [130, 7, 64]])
+def test_squares_are_made_within_the_product_of_many_tokens(lengths, monkeypatch):
+    monkeypatch.setattr("receptance.engine.gpu.prompts.SQUARED_WAVES", 0)
+    monkeypatch.setattr("receptance.engine.gpu.prompts.SLOW_SQUARED_WAVES", 0)
+    model = make()
+    x = torch.zeros(8, 128, dtype=torch.float16, device=DEVICE)
+    if not has_kernel(x, model.blocks[0].ffn.key.weight, waves=0):
+        pytest.skip("needs compute capability 9.0 and Triton")
+    check_prefill(model, lengths)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from receptance.engine.gpu import sampler as sampler_module
 from receptance.engine.gpu.sampler import GpuSampler
 from receptance.engine.params import SamplingParams
 from receptance.engine.sampling import Counts, ParamRows, sample
@@ -68,6 +69,28 @@ def test_half_precision_logits_have_ties():
     logits = make_logits(len(PARAMS), 5).half()
     got, expected = draws(PARAMS, logits, [0.3] * len(PARAMS))
     assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("half", [True, False])
+@pytest.mark.parametrize("room", [0, sampler_module.ROW_BYTES])
+def test_logits_that_find_room_on_the_multiprocessor_and_that_do_not(room, half, monkeypatch):
+    """Rows that lie a multiple of eight apart, and of four alone, which are not copied."""
+    monkeypatch.setattr(sampler_module, "ROW_BYTES", room)
+    chosen = [PARAMS[i] for i in (0, 1, 3, 5, 8)]
+    fast = sampler(np.ones(V, np.float32))
+    for row, params in enumerate(chosen):
+        fast.admit(row, params, [])
+    entries = torch.from_numpy(fast.entries(range(5), [0.6] * 5, None)[0].view(np.uint8)).to(DEVICE)
+    expected = None
+    for beyond in 0, 4:
+        wide = torch.full((5, V + beyond), torch.nan, device=DEVICE)
+        wide[:, :V] = make_logits(5, 8)
+        wide = wide.half() if half else wide
+        tokens = torch.empty(5, dtype=torch.int64, device=DEVICE)
+        fast.launch(wide, entries, tokens)
+        if expected is None:
+            expected = sample(wide.float(), ParamRows.of(chosen, V, 0, DEVICE), [0.6] * 5, None)
+        assert tokens.tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("u", [0.0, 1 - 2**-53])

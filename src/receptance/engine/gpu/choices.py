@@ -18,16 +18,26 @@ from receptance.errors import CheckpointError
 from receptance.ops.cuda import cache_folder
 
 PREFIX = "choices-"
+# Whose products a step's are; MIXED: GEMM's between a time mix's norm and its state, CUBLAS's elsewhere.
+GEMV, GEMM, MIXED, CUBLAS = KINDS = "gemv", "gemm", "mixed", "cublas"
 WARM, TIMED = 3, 9  # replays of a step before it is timed, and of which the median counts
 
 
 @dataclass(frozen=True, order=True)
 class Choice:
-    """own: products by `gemv`, else by cuBLAS. few: the time mix applies its low-rank maps itself, else they are
-    products of their own."""
+    """products: one of KINDS. few: the time mix applies its low-rank maps itself, else they are products of their
+    own."""
 
-    own: bool
+    products: str
     few: bool
+
+    @property
+    def has_gemm(self) -> bool:
+        return self.products in (GEMM, MIXED)
+
+    def __post_init__(self) -> None:
+        if self.products not in KINDS or not isinstance(self.few, bool):
+            raise ValueError(f"products are one of {', '.join(KINDS)} and few is a bool, found {self}")
 
 
 class Choices:
@@ -58,7 +68,7 @@ def read(file: Path) -> tuple[dict[str, str | int | bool], dict[int, Choice]]:
     """A file's key and choices; nothing for one that is missing or damaged."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        steps = {int(rows): Choice(**{k: bool(v) for k, v in x.items()}) for rows, x in found["steps"].items()}
+        steps = {int(rows): Choice(**x) for rows, x in found["steps"].items()}
         return dict(found["key"]), steps
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}, {}

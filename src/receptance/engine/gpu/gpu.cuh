@@ -1,7 +1,8 @@
 // What the inference kernels share. Weights, activations and token shifts are of 16-bit type E; sums are float32.
 //
 // Kernels are chained: each may start while the one before it still runs, fetches weights, and only then waits. Whatever
-// another kernel writes is read after `wait_for_previous`, past the first-level cache.
+// another kernel writes is read after `wait_for_previous`, past the first-level cache. But for the states: the first kernel of
+// a step starts when all of the step before has ended, so that they lie ready.
 #pragma once
 #include "device.cuh"
 #define DEVICE __device__ __forceinline__
@@ -78,6 +79,19 @@ inline void widen_float8(u32 x, u32& low, u32& high) {
 template <int N> void await_all_but() {}
 inline void bring_to_l2(const void*) {}
 template <int TEAM> void team_sync() { emulation::wait_in_team(TEAM); }
+#endif
+
+// -DCLUSTER blocks see each other's shared memory.
+#if !defined(EMULATED) && CLUSTER > 1
+DEVICE void sync_cluster() { asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory"); }
+template <class T> DEVICE const T* of_block(const T* p, int block) {  // the same place in another block's
+    const T* q;
+    asm("mapa.u64 %0, %1, %2;" : "=l"(q) : "l"(p), "r"(block));
+    return q;
+}
+#else
+DEVICE void sync_cluster() { __syncthreads(); }
+template <class T> DEVICE const T* of_block(const T* p, int) { return p; }
 #endif
 
 /// Threads of a block that have something of their own to do: TEAM side by side, a multiple of 32.

@@ -127,7 +127,7 @@ DEVICE void store_state(Kept* to, const float (&s)[GROUP]) {
 
 // For the tokens of prompts, in two halves around the operator on whole rows: a warp for each (head, token), the lane's
 // channels side by side.
-constexpr int EACH = N / 32, TOKENS = 8;  // warps of a block
+constexpr int EACH = N / 32, TOKENS = 8, TURNS = 4;  // warps of a block; tokens that a warp does one after the other
 struct Few { float f[EACH]; };
 DEVICE Few read(const u16* p) {
     const Pack<E, EACH <= 2 ? EACH : 1>* packs = (const Pack<E, EACH <= 2 ? EACH : 1>*)p;

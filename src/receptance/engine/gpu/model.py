@@ -2,177 +2,42 @@
 
 A layer of a decoding step is norm + shift + mixes | the projections of the mixes | the rest of the time mix, state
 included | its output | norm + shift + mixes | key (and receptance) | value. Only the time mix differs between versions:
-`TimeMix`. Up to a few dozen rows the products are `gemv`'s; beyond, they are cuBLAS's.
+`TimeMix`. Whose the products are (`gemv`'s, `gemm`'s, cuBLAS's) depends on the number of rows and is measured.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from receptance.engine.gpu.choices import Choice, Choices, fastest, versions
-from receptance.engine.gpu.gemv import (
-    ADD,
-    DEPTH,
-    GATED,
-    LOGITS,
-    NONE,
-    RELU_SQUARE,
-    SIGMOID,
-    WARPS,
-    WRITE,
-    Matrix,
-    Weights,
-    ring_bytes,
-    sums_bytes,
-)
+from receptance.engine.gpu.choices import CUBLAS, GEMM, GEMV, MIXED, Choice, Choices, fastest, versions
+from receptance.engine.gpu.gemv import ADD, GATED, LOGITS, NONE, RELU_SQUARE, SIGMOID, WRITE, Matrix, Weights
+from receptance.engine.gpu.layers import NOTHING, Added, Buffers, Cast, Layer, TimeMix
+from receptance.engine.gpu.products import Part, Products, Projection
 from receptance.models import RWKV
 from receptance.ops import cuda
+from receptance.ops.products import has_kernel, relu_square_product
 
 if TYPE_CHECKING:
-    from receptance.engine.gpu.prompts import Prompts, Reader
+    from receptance.engine.gpu.prompts import Reader
 
 HERE = Path(__file__).parent
-SHARED_BYTES = 227 * 1024  # of a multiprocessor
-NORM_THREADS, NORM_ROWS = 256, 128  # rows for which a norm fetches its weights ahead
+NORM_ROWS, MANY_NORM_ROWS = 128, 512  # up to, a block for each row; from, blocks of several
 STEP_THREADS = 768  # of a multiprocessor, that step states of many rows; their registers fill it
 # Where nothing was measured: rows up to which the time mix applies low-rank maps itself, and products are `gemv`'s.
 # What is measured: up to, and from, which rows these are tried.
 FEW_ROWS, GEMV_ROWS = 16, 32
 MOST_FEW_ROWS, MOST_GEMV_ROWS, LEAST_CUBLAS_ROWS = 64, 64, 16
-GEMV_BLOCKS = 2  # of `gemv`, whose registers fill a multiprocessor
+LEAST_GEMM_ROWS, LEAST_MIXED_ROWS, MOST_GEMM_ROWS = 8, 128, 256
+# Tiles a multiprocessor from which keys are squared within their product: as measured on an H100 in a graph; and
+# without one, where the host takes long to launch it.
+SQUARED_WAVES, SLOW_SQUARED_WAVES = 0.7, 8.0
 MOST_TOKENS = 16384  # of one prefill call; offsets within a buffer are 32-bit
-
-
-@dataclass(frozen=True)
-class Part:
-    """Rows of a stacked matrix that read one mix, and where their products go: a region's columns from `column` on."""
-
-    rows: int
-    mix: int
-    region: int
-    activation: int = NONE
-    column: int = 0
-    padded: int = 0  # rows that it takes in the matrix, if not `rows`
-
-
-@dataclass(frozen=True)
-class Projection:
-    """A stacked matrix with several inputs and outputs. regions: widths of the outputs [rows, width]."""
-
-    parts: tuple[Part, ...]
-    regions: tuple[int, ...]
-
-
-class Outputs:
-    """The regions of a projection, in one allocation: a launch writes all of them."""
-
-    def __init__(self, projection: Projection, rows: int, dtype: torch.dtype, device: torch.device):
-        self.flat = torch.empty(rows * sum(projection.regions), dtype=dtype, device=device)
-        self.regions: list[Tensor] = []
-        first = 0
-        for width in projection.regions:
-            self.regions.append(self.flat[first : first + rows * width].view(rows, width))
-            first += rows * width
-
-
-class TimeMix(Protocol):
-    """A version's time mix between the norm and the output projection."""
-
-    mixes: int  # made by the norm
-    copies: int  # [rows, C] in Buffers.mixed, these among them
-    projection: Projection
-
-    def layer(self, block: Any, cast: "Cast") -> "TimeLayer": ...
-
-    def buffers(self, rows: int) -> Any:
-        """What it keeps beside `Buffers`."""
-
-    def decode(self, index: int, layer: "Layer", b: "Buffers", slots: Tensor, is_few: bool) -> None:
-        """From b.mixed of len(slots) rows to b.att, with layer `index` of the states stepped in place."""
-
-    def prefill(self, index: int, layer: "Layer", prompts: "Prompts") -> None:
-        """The same for the tokens of prompts."""
-
-
-@dataclass(frozen=True)
-class TimeLayer:
-    mixes: Tensor  # [mixes, C], of the previous token
-    inputs: Matrix  # of the time mix's projection [·, C]
-    output: Matrix  # [C, C]
-    own: Any  # the version's other weights
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One block's weights as the kernels read them."""
-
-    ln1: tuple[Tensor, Tensor]
-    ln2: tuple[Tensor, Tensor]
-    time: TimeLayer
-    channel_mixes: Tensor  # [1 or 2, C]
-    channel: Matrix  # [F, C], with receptance [F + C, C]
-    value: Matrix  # [C, F]
-
-
-@dataclass(frozen=True)
-class Cast:
-    dtype: torch.dtype
-    weights: Weights
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return x.detach().to(self.dtype, copy=True).contiguous()
-
-    def matrix(self, x: Tensor) -> Matrix:
-        return Matrix.of(self(x), self.weights)
-
-
-def vector(x: Tensor) -> Tensor:
-    """A vector whose rounding would be felt, in float32."""
-    return x.detach().flatten().to(torch.float32, copy=True)
-
-
-@dataclass(frozen=True)
-class Added:
-    """What the next norm adds to x: delta, or delta sigmoid(gate)."""
-
-    delta: Tensor | None = None  # [rows, C]
-    gate: Tensor | None = None
-
-
-NOTHING = Added()
-
-
-class Buffers:
-    """Activations of up to `rows` tokens."""
-
-    def __init__(self, model: "GpuModel", rows: int):
-        c = model.c
-
-        def empty(*shape: int, dtype: torch.dtype = model.dtype) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=model.device)
-
-        self.rows = rows
-        self.x, self.sum = empty(rows, c, dtype=torch.float32), empty(rows, c, dtype=torch.float32)
-        self.normed, self.mixed = empty(rows, c), empty(model.time.copies, rows, c)
-        self.att, self.delta = empty(rows, c), empty(rows, c)
-        self.time = Outputs(model.time.projection, rows, model.dtype, model.device)
-        self.channel = Outputs(model.channel, rows, model.dtype, model.device)
-        self.own = model.time.buffers(rows)
-
-    @property
-    def key(self) -> Tensor:
-        return self.channel.regions[0]
-
-    @property
-    def gate(self) -> Tensor | None:
-        return self.channel.regions[1] if len(self.channel.regions) > 1 else None
 
 
 def bucket(rows: int, most: int) -> int:
@@ -240,12 +105,11 @@ class GpuModel:
         self.state = {name: x.repeat(1, slots + 1, *[1] * (x.dim() - 2)) for name, x in self.empty.items()}
         self.logits = torch.empty(most_rows, config.vocab_size, dtype=torch.float32, device=self.device)
         self.norm = self.load("norm.cu", WIDTH=self.c)
-        self._gemv = {x: self._load_gemv(*x) for x in ((1, 1), (1, 2), (1, 4), (1, 8), (2, 2), (2, 4))}
         on_gpu = self.device.type == "cuda"
         device: Any = torch.cuda.get_device_properties(self.device) if on_gpu else None
         self.processors: int = device.multi_processor_count if device else 1
+        self.products = Products(self)
         self._side = torch.cuda.Stream(self.device) if on_gpu else None
-        self._tables: dict[tuple[Projection, int], Tensor] = {}
         self._choices = Choices({**(versions(self.device) if on_gpu else {}), **self._shape(model)})
 
     def _layer(self, block: Any, cast: Cast) -> Layer:
@@ -277,16 +141,6 @@ class GpuModel:
     def load(self, source: str, **macros: int) -> cuda.Program:
         """Kernels for this model's weights."""
         return cuda.load(HERE / source, **macros, **({"BFLOAT16": 1} if self.dtype == torch.bfloat16 else {}))
-
-    def _load_gemv(self, row_tiles: int, batch_tiles: int) -> tuple[cuda.Kernel, int]:
-        """The kernel and the bytes of shared memory that it needs."""
-        ring, sums = ring_bytes(DEPTH, row_tiles), sums_bytes(batch_tiles, row_tiles)
-        kind = {} if self.weights != "float8" else {"FLOAT8": 1}
-        program = self.load(
-            "gemv.cu", GEMV_WARPS=WARPS, ROW_TILES=row_tiles, BATCH_TILES=batch_tiles, DEPTH=DEPTH,
-            WEIGHT_BITS=16 if self.weights == "full" else 8, SHARED_BYTES=ring + sums, **kind,
-        )  # fmt: skip
-        return program.gemv_product, ring + sums
 
     def _state_dtype(self, name: str, wkv: torch.dtype) -> torch.dtype:
         if name in ("num", "den", "exp"):
@@ -322,61 +176,37 @@ class GpuModel:
         if self._side is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._side)
 
-    def tasks(self, projection: Projection, tile: int) -> Tensor:
-        """What each tile of rows of the matrix does, see Task in gemv.cu: [tasks, 5] of 64 bits."""
-        if (projection, tile) not in self._tables:
-            c, rows = self.c, self.most_rows
-            starts = [rows * sum(projection.regions[:i]) for i in range(len(projection.regions))]
-            tasks, from_row = [], 0
-            for part in projection.parts:
-                width = projection.regions[part.region]
-                tasks += [
-                    [(from_row + i) * c, part.mix * rows * c, starts[part.region] + part.column + i,
-                     c | part.activation << 32, width | from_row + i << 32]
-                    for i in range(0, part.rows, tile)
-                ]  # fmt: skip
-                from_row += part.padded or part.rows
-            self._tables[projection, tile] = torch.tensor(tasks).to(self.device)
-        return self._tables[projection, tile]
-
     def project(
-        self, matrix: Matrix, x: Tensor, out: Tensor, mode: int, *, activation: int = NONE,
+        self, matrix: Matrix, x: Tensor, out: Tensor, mode: int, choice: Choice, *, activation: int = NONE,
         projection: Projection | None = None, gate: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """gemv: out [B, rows] of a matrix [rows, C] and x [B, C]; or what the projection says, B = len(x)."""
-        batch, rows, columns = len(x), *matrix.full.shape
-        if projection is not None and len(projection.parts) == 1:
-            (part,) = projection.parts
-            activation, projection, out = part.activation, None, out.view(-1, part.rows)
-        batch_tiles = next((n for n in (1, 2, 4) if batch <= 8 * n), 8)
-        is_even = rows % 32 == 0 and (projection is None or all(x.rows % 32 == 0 for x in projection.parts))
-        row_tiles = 2 if batch_tiles in (2, 4) and is_even and rows // 32 >= 2 * self.processors else 1
-        kernel, shared = self._gemv[row_tiles, batch_tiles]
-        tasks = None if projection is None else self.tasks(projection, 16 * row_tiles)
-        tiles = rows // (16 * row_tiles) if tasks is None else len(tasks)
-        blocks = min(tiles, self.processors * min(GEMV_BLOCKS, SHARED_BYTES // (shared + 1024)))
-        weight = matrix.full if matrix.numbers is None else matrix.numbers
-        kernel(
-            (blocks, -(-batch // (8 * batch_tiles))), 32 * WARPS, weight, matrix.scales, tasks, columns, activation, x,
-            x.stride(0), out, out.stride(0), gate, batch, mode, tiles, shared=shared, chained=True,
-        )  # fmt: skip
+        """out [B, rows] of a matrix [rows, C] and x [B, C]; or what the projection says, B = len(x)."""
+        if choice.has_gemm:
+            pieces = None if projection is None else projection.pieces(self.c, self.most_rows)
+            self.products.many(matrix.full, x, out, mode, activation=activation, pieces=pieces, gate=gate)
+        else:
+            self.products.few(matrix, x, out, mode, activation=activation, projection=projection, gate=gate)
 
     def normalise(
         self, x: Tensor, total: Tensor, norm: tuple[Tensor, Tensor], out: Tensor, *, added: Added = NOTHING,
         tokens: Tensor | None = None, mixes: Tensor | None = None, last: Tensor | None = None,
-        after: Tensor | None = None, begins: Tensor | None = None, ends: Tensor | None = None, each: int = 1,
+        after: Tensor | None = None, begins: Tensor | None = None, ends: Tensor | None = None, each: int | None = None,
     ) -> None:  # fmt: skip
-        """norm_mix in norm.cu: total [B, C] = x and what is added, or embeddings of tokens; out: its norm and mixes."""
+        """norm_mix in norm.cu, `each` rows a block: total [B, C] = x and what is added, or embeddings of tokens; out:
+        its norm and mixes."""
         rows = len(x)
         count, stride = (0, 0) if mixes is None else (len(mixes), out.stride(0))
         args = (
             x, total, None if tokens is None else self.table, tokens, added.delta, added.gate, *norm, self.eps, mixes,
             count, last, after, begins, ends, out, stride,
         )  # fmt: skip
-        if each == 1 and rows <= NORM_ROWS:
-            self.norm.norm_mix_row((rows,), NORM_THREADS, *args, chained=True)
-        else:
-            self.norm.norm_mix((-(-rows // each),), NORM_THREADS, *args, rows, each, chained=True)
+        is_chained = tokens is None  # the first of a step: what comes after it may read states at once
+        threads = min(256, -(-self.c // 256) * 32)  # of eight channels
+        if each is None and rows <= NORM_ROWS:
+            self.norm.norm_mix_row((rows,), threads, *args, chained=is_chained)
+            return
+        each = each or (4 if rows >= MANY_NORM_ROWS else 1)
+        self.norm.norm_mix((-(-rows // each),), threads, *args, rows, each, chained=is_chained)
 
     @torch.inference_mode()
     def decode(self, tokens: Tensor, slots: Tensor) -> Tensor:
@@ -393,8 +223,9 @@ class GpuModel:
     def choice(self, rows: int) -> Choice:
         """How a step of so many rows is made: as measured, where `tune` was called, else by rule."""
         if self.invariant:  # the same products for all
-            return Choice(True, True)
-        return self._choices.get(bucket(rows, self.most_rows)) or Choice(rows <= GEMV_ROWS, rows <= FEW_ROWS)
+            return Choice(GEMV, True)
+        by_rule = Choice(GEMV if rows <= GEMV_ROWS else CUBLAS, rows <= FEW_ROWS)
+        return self._choices.get(bucket(rows, self.most_rows)) or by_rule
 
     def tune(self, rows: int) -> None:
         """Measure how a step of so many rows, as `bucket` gives them, is made fastest, unless that is known.
@@ -404,9 +235,11 @@ class GpuModel:
         """
         if self.device.type != "cuda" or self.invariant or self._choices.get(rows) is not None:
             return
-        own, blas = rows <= MOST_GEMV_ROWS, rows >= LEAST_CUBLAS_ROWS
-        few = [True, False] if rows <= MOST_FEW_ROWS and own else [False]
-        candidates = [Choice(True, x) for x in few if own] + [Choice(False, x) for x in few if blas]
+        kinds = [GEMV] * (rows <= MOST_GEMV_ROWS) + [CUBLAS] * (rows >= LEAST_CUBLAS_ROWS)
+        if self.products.has_gemm and LEAST_GEMM_ROWS <= rows <= MOST_GEMM_ROWS:
+            kinds += [GEMM] + [MIXED] * (rows >= LEAST_MIXED_ROWS)
+        few = [True, False] if rows <= MOST_FEW_ROWS else [False]
+        candidates = [Choice(kind, x) for kind in kinds for x in few if not (x and kind == MIXED)]
         best = candidates[0]
         if len(candidates) > 1:
             tokens = torch.zeros(rows, dtype=torch.int64, device=self.device)
@@ -422,7 +255,7 @@ class GpuModel:
         self._choices.put(rows, best)
 
     def _decode(self, tokens: Tensor, slots: Tensor, choice: Choice) -> Tensor:
-        return (self._decode_own if choice.own else self._decode_many)(tokens, slots, choice)
+        return (self._decode_own if choice.products in (GEMV, GEMM) else self._decode_many)(tokens, slots, choice)
 
     def _decode_own(self, tokens: Tensor, slots: Tensor, choice: Choice) -> Tensor:
         """With our products."""
@@ -435,17 +268,19 @@ class GpuModel:
                 x, x, layer.ln1, b.mixed, tokens=tokens if i == 0 else None, mixes=layer.time.mixes,
                 last=att_shift[i], after=att_shift[i], begins=slots, ends=slots,
             )  # fmt: skip
-            self.time.decode(i, layer, b, slots, choice.few)
-            self.project(layer.time.output, att, x, ADD)
+            self.time.decode(i, layer, b, slots, choice)
+            self.project(layer.time.output, att, x, ADD, choice)
             self.normalise(
                 x, x, layer.ln2, b.mixed, mixes=layer.channel_mixes,
                 last=ffn_shift[i], after=ffn_shift[i], begins=slots, ends=slots,
             )  # fmt: skip
-            self.project(layer.channel, b.mixed[0, :batch], b.channel.flat, WRITE, projection=self.channel)
-            self.project(layer.value, key, x, ADD if gate is None else GATED, gate=gate)
+            self.project(layer.channel, b.mixed[0, :batch], b.channel.flat, WRITE, choice, projection=self.channel)
+            self.project(layer.value, key, x, ADD if gate is None else GATED, choice, gate=gate)
         normed, logits = b.normed[:batch], self.logits[:batch]
         self.normalise(x, x, self.ln_out, normed)
-        self.project(self.head, normed, logits, LOGITS)
+        if choice.products == GEMM:
+            logits = self._half_logits(batch)
+        self.project(self.head, normed, logits, LOGITS if choice.products == GEMV else WRITE, choice)
         return logits
 
     def _decode_many(self, tokens: Tensor, slots: Tensor, choice: Choice) -> Tensor:
@@ -459,7 +294,7 @@ class GpuModel:
                 x, x, layer.ln1, b.mixed, added=pending, tokens=tokens if i == 0 else None, mixes=layer.time.mixes,
                 last=att_shift[i], after=att_shift[i], begins=slots, ends=slots,
             )  # fmt: skip
-            self.time.decode(i, layer, b, slots, choice.few)
+            self.time.decode(i, layer, b, slots, choice)
             torch.mm(att, layer.time.output.full.T, out=delta)
             self.normalise(
                 x, x, layer.ln2, b.mixed, added=Added(delta), mixes=layer.channel_mixes,
@@ -468,15 +303,21 @@ class GpuModel:
             pending = self.channel_by_blas(layer, b, batch)
         normed = b.normed[:batch]
         self.normalise(x, x, self.ln_out, normed, added=pending)
-        logits = self.logits[:batch]
-        half = self.logits.view(-1).view(self.dtype)[: logits.numel()].view(logits.shape)
-        return torch.mm(normed, self.head.full.T, out=half)
+        return torch.mm(normed, self.head.full.T, out=self._half_logits(batch))
 
-    def channel_by_blas(self, layer: Layer, b: Buffers, rows: int) -> Added:
-        """The channel mix by cuBLAS: what is to be added to x."""
+    def _half_logits(self, rows: int) -> Tensor:
+        logits = self.logits[:rows]
+        return self.logits.view(-1).view(self.dtype)[: logits.numel()].view(logits.shape)
+
+    def channel_by_blas(self, layer: Layer, b: Buffers, rows: int, waves: float = SQUARED_WAVES) -> Added:
+        """The channel mix by cuBLAS: what is to be added to x. waves: see `has_kernel`."""
         key, delta = b.key[:rows], b.delta[:rows]
-        torch.mm(b.mixed[0, :rows], layer.channel.full[: self.f].T, out=key)
-        self.activate(key[None], [RELU_SQUARE])
+        x, weight = b.mixed[0, :rows], layer.channel.full[: self.f]
+        if has_kernel(x, weight, waves=waves):
+            relu_square_product(x, weight, key)
+        else:
+            torch.mm(x, weight.T, out=key)
+            self.activate(key[None], [RELU_SQUARE])
         torch.mm(key, layer.value.full.T, out=delta)
         gate = None
         if b.gate is not None:

@@ -8,16 +8,22 @@
 #define ROWS {x, sum, table, tokens, delta, gate, weight, bias, eps, mix, mixes, last, next, begins, ends, out, out_stride}
 
 /// See layer_norm::Rows. A block does `each` rows.
-extern "C" __global__ void __launch_bounds__(256) norm_mix(PARAMETERS, int rows, int each) {
+extern "C" __global__ void __launch_bounds__(layer_norm::THREADS) norm_mix(PARAMETERS, int rows, int each) {
     __shared__ float shared[layer_norm::THREADS / 32];
     const int first = blockIdx.x * each, end = first + each < rows ? first + each : rows;
     const layer_norm::Rows task = ROWS;
     let_next_start();
-    wait_for_previous();
-    task.run(first, end, shared, layer_norm::Direct{task});
+    if (layer_norm::EACH <= 2) {  // weights that fit in registers
+        const layer_norm::Held weights(task);
+        wait_for_previous();
+        task.run(first, end, shared, weights);
+    } else {
+        wait_for_previous();
+        task.run(first, end, shared, layer_norm::Direct{task});
+    }
 }
 /// A block for each row, its weights at hand when the row is there.
-extern "C" __global__ void __launch_bounds__(256) norm_mix_row(PARAMETERS) {
+extern "C" __global__ void __launch_bounds__(layer_norm::THREADS) norm_mix_row(PARAMETERS) {
     __shared__ float shared[layer_norm::THREADS / 32];
     const int row = blockIdx.x;
     const layer_norm::Rows task = ROWS;

@@ -3,7 +3,7 @@
 #include "gpu.cuh"
 
 namespace layer_norm {
-constexpr int THREADS = 256, GROUPS = WIDTH / 8, EACH = (GROUPS + THREADS - 1) / THREADS;
+constexpr int GROUPS = WIDTH / 8, THREADS = GROUPS < 256 ? (GROUPS + 31) / 32 * 32 : 256, EACH = (GROUPS + THREADS - 1) / THREADS;
 
 /// One row's channels in a thread's registers: groups thread, thread + THREADS, … of eight.
 typedef float Row[EACH][8];
@@ -80,40 +80,63 @@ struct Rows {
         const int thread = team_thread<THREADS>();
         if (mixes && begins[row] >= 0 && thread * 64 < WIDTH) bring_to_l2(last + (i64)begins[row] * WIDTH + thread * 64);
     }
-    /// shared: THREADS / 32 numbers of the team. weights: Held or Direct.
-    template <class Weights> DEVICE void run(int first, int end, float* shared, const Weights& weights) const {
-        Row now, before;
-        const auto take = [&](int row, bool keeps) {
-            if (table) load_row(now, table + tokens[row] * WIDTH);
-            else load_row(now, x + (i64)row * WIDTH);
-            if (delta) {
-                Row more;
-                load_row(more, delta + (i64)row * WIDTH);
-                if (gate) {
-                    Row open;
-                    load_row(open, gate + (i64)row * WIDTH);
-                    for_groups([&](int i, int) { for (int j = 0; j < 8; ++j) more[i][j] *= sigmoid(open[i][j]); });
+    /// What a row is made of, not yet widened: that would wait for it.
+    struct Ahead {
+        uint4 x[EACH][2], more[EACH], open[EACH];
+        int begins, ends;
+    };
+    DEVICE void fetch(Ahead& a, int row) const {
+        if (mixes) a.begins = begins[row], a.ends = ends[row];
+        const i64 at = (i64)row * WIDTH, from = table ? tokens[row] * WIDTH : at;
+        for_groups([&](int i, int c) {
+            if (table) a.x[i][0] = load_fresh((const void*)(table + from + c));
+            else a.x[i][0] = load_fresh((const void*)(x + at + c)), a.x[i][1] = load_fresh((const void*)(x + at + c + 4));
+            if (delta) a.more[i] = load_fresh((const void*)(delta + at + c));
+            if (gate) a.open[i] = load_fresh((const void*)(gate + at + c));
+        });
+    }
+    /// The norm of a row; where `keeps`, its sum is written.
+    template <class Weights> DEVICE void take(Row& now, const Ahead& a, int row, bool keeps, float* shared, const Weights& weights) const {
+        for_groups([&](int i, int c) {
+            if (table) {
+                const Eight eight(a.x[i][0]);
+                for (int j = 0; j < 8; ++j) now[i][j] = eight.f[j];
+            } else
+                for (int h = 0; h < 2; ++h) {
+                    now[i][4 * h] = __uint_as_float(a.x[i][h].x), now[i][4 * h + 1] = __uint_as_float(a.x[i][h].y);
+                    now[i][4 * h + 2] = __uint_as_float(a.x[i][h].z), now[i][4 * h + 3] = __uint_as_float(a.x[i][h].w);
                 }
-                for_groups([&](int i, int) { for (int j = 0; j < 8; ++j) now[i][j] += more[i][j]; });
+            if (delta) {
+                Eight more(a.more[i]);
+                if (gate) {
+                    const Eight open(a.open[i]);
+                    for (int j = 0; j < 8; ++j) more.f[j] *= sigmoid(open.f[j]);
+                }
+                for (int j = 0; j < 8; ++j) now[i][j] += more.f[j];
             }
             if (keeps && (table || delta))
-                for_groups([&](int i, int c) {
-                    for (int h = 0; h < 2; ++h) *(float4*)(sum + (i64)row * WIDTH + c + 4 * h) = make_float4(now[i][4 * h], now[i][4 * h + 1], now[i][4 * h + 2], now[i][4 * h + 3]);
-                });
-            normalise(now, eps, shared);
-            for_groups([&](int i, int c) {
-                const Eight w(weights.scale(i, c)), b(weights.shift(i, c));
-                for (int j = 0; j < 8; ++j) now[i][j] = now[i][j] * w.f[j] + b.f[j];
-            });
-        };
+                for (int h = 0; h < 2; ++h) *(float4*)(sum + (i64)row * WIDTH + c + 4 * h) = make_float4(now[i][4 * h], now[i][4 * h + 1], now[i][4 * h + 2], now[i][4 * h + 3]);
+        });
+        normalise(now, eps, shared);
+        for_groups([&](int i, int c) {
+            const Eight w(weights.scale(i, c)), b(weights.shift(i, c));
+            for (int j = 0; j < 8; ++j) now[i][j] = now[i][j] * w.f[j] + b.f[j];
+        });
+    }
+    /// shared: THREADS / 32 numbers of the team. weights: Held or Direct. A row is on its way while the one before it is mixed.
+    template <class Weights> DEVICE void run(int first, int end, float* shared, const Weights& weights) const {
+        Row now, before;
+        Ahead here, next;
+        fetch(here, first);
         for (int row = first; row < end; ++row) {
-            if (mixes && begins[row] >= 0) load_row(before, last + (i64)begins[row] * WIDTH);
+            if (mixes && here.begins >= 0) load_row(before, last + (i64)here.begins * WIDTH);
             else if (mixes && row == first) {
-                take(row - 1, false);
-                for_groups([&](int i, int) { for (int j = 0; j < 8; ++j) before[i][j] = now[i][j]; });
+                fetch(next, row - 1);
+                take(before, next, row - 1, false, shared, weights);
             }
-            take(row, true);
-            if (mixes && ends[row] >= 0) store_row(next + (i64)ends[row] * WIDTH, now);
+            if (row + 1 < end) fetch(next, row + 1);
+            take(now, here, row, true, shared, weights);
+            if (mixes && here.ends >= 0) store_row(this->next + (i64)here.ends * WIDTH, now);
             if (!mixes) store_row(out + (i64)row * WIDTH, now);
 #pragma unroll
             for (int m = 0; m < MOST_MIXES; ++m)
@@ -124,6 +147,7 @@ struct Rows {
                     *(uint4*)(out + (i64)m * out_stride + (i64)row * WIDTH + c) = packed(mixed);
                 });
             for_groups([&](int i, int) { for (int j = 0; j < 8; ++j) before[i][j] = now[i][j]; });
+            here = next;
         }
     }
 };

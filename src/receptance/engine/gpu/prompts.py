@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from receptance.engine.gpu.model import NOTHING, Added, Buffers, GpuModel
+from receptance.engine.gpu.layers import NOTHING, Added, Buffers
+from receptance.engine.gpu.model import SLOW_SQUARED_WAVES, SQUARED_WAVES, GpuModel
 
 GRAPH_TOKENS = 4096  # longest prompt of a graph; longer ones keep the GPU busy
 MOST_GRAPHS = 24
@@ -58,7 +59,10 @@ class Prompts:
         model = self.model
         self.b = b = Buffers(model, self.rows)
         self.own = None
-        self.carried = torch.empty(self.n, model.c, dtype=model.dtype, device=model.device)
+        shape = len(model.layers), self.n, model.c  # each prompt's last rows; the pool gets them once all is read
+        self.carried = {
+            name: torch.empty(shape, dtype=model.dtype, device=model.device) for name in ("att_shift", "ffn_shift")
+        }
         x, spare = b.x, b.sum
         pending = NOTHING
         for i, layer in enumerate(model.layers):
@@ -68,7 +72,10 @@ class Prompts:
             torch.mm(b.att, layer.time.output.full.T, out=b.delta)
             self._normalise(x, spare, layer.ln2, i, "ffn_shift", layer.channel_mixes, Added(b.delta))
             x, spare = spare, x
-            pending = model.channel_by_blas(layer, b, self.rows)
+            waves = SQUARED_WAVES if self.n == 1 else SLOW_SQUARED_WAVES
+            pending = model.channel_by_blas(layer, b, self.rows, waves)
+        for name, rows in self.carried.items():
+            model.state[name].index_copy_(1, self.slots, rows)
         if not all_logits:
             x = x[self.last_rows]
             pending = Added(*(None if y is None else y[self.last_rows] for y in (pending.delta, pending.gate)))
@@ -80,13 +87,13 @@ class Prompts:
         self, x: Tensor, total: Tensor, norm: tuple[Tensor, Tensor], layer: int, name: str, mixes: Tensor,
         pending: Added, first: bool = False,
     ) -> None:  # fmt: skip
-        """total = x + delta and its mixes; the pool gets each prompt's last row only once all have read theirs."""
-        pool = self.model.state[name][layer]
+        """total = x + delta and its mixes."""
+        each = 8 if len(x) > 2048 else 4 if len(x) >= 1024 else 2
         self.model.normalise(
             x, total, norm, self.b.mixed, added=pending, tokens=self.tokens if first else None, mixes=mixes,
-            last=pool, after=self.carried, begins=self.begins, ends=self.ends, each=8 if len(x) > 2048 else 2,
+            last=self.model.state[name][layer], after=self.carried[name][layer], begins=self.begins, ends=self.ends,
+            each=each,
         )  # fmt: skip
-        pool.index_copy_(0, self.slots, self.carried)
 
 
 class Reader:

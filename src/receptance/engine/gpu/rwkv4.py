@@ -6,17 +6,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from receptance.engine.gpu.choices import Choice
 from receptance.engine.gpu.gemv import WRITE
-from receptance.engine.gpu.model import (
-    Buffers,
-    Cast,
-    GpuModel,
-    Layer,
-    Part,
-    Projection,
-    TimeLayer,
-    vector,
-)
+from receptance.engine.gpu.layers import Buffers, Cast, Layer, TimeLayer, vector
+from receptance.engine.gpu.model import GpuModel
+from receptance.engine.gpu.products import Part, Projection
 from receptance.ops import wkv4
 
 if TYPE_CHECKING:
@@ -54,10 +48,11 @@ class TimeMix4:
         kvr = b.time.flat.view(3, b.rows, c)[:, :rows]
         torch.bmm(b.mixed[:, :rows], layer.time.inputs.full.view(3, c, c).transpose(1, 2), out=kvr)
 
-    def decode(self, index: int, layer: Layer, b: Buffers, slots: Tensor, is_few: bool) -> None:
+    def decode(self, index: int, layer: Layer, b: Buffers, slots: Tensor, choice: Choice) -> None:
         gpu, own, batch = self.gpu, layer.time.own, len(slots)
-        if is_few:
-            gpu.project(layer.time.inputs, b.mixed[0, :batch], b.time.flat, WRITE, projection=self.projection)
+        if choice.few or choice.has_gemm:
+            x = b.mixed[0, :batch]
+            gpu.project(layer.time.inputs, x, b.time.flat, WRITE, choice, projection=self.projection)
         else:
             self._project(layer, b, batch)
         state = (gpu.state[name][index] for name in ("num", "den", "exp"))

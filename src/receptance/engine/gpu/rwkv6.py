@@ -9,18 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from receptance.engine.gpu.choices import Choice
 from receptance.engine.gpu.gemv import TANH, WRITE, Matrix
-from receptance.engine.gpu.model import (
-    STEP_THREADS,
-    Buffers,
-    Cast,
-    GpuModel,
-    Layer,
-    Part,
-    Projection,
-    TimeLayer,
-    vector,
-)
+from receptance.engine.gpu.layers import Buffers, Cast, Layer, TimeLayer, vector
+from receptance.engine.gpu.model import STEP_THREADS, GpuModel
+from receptance.engine.gpu.products import Part, Piece, Projection
 from receptance.ops import wkv6
 
 if TYPE_CHECKING:
@@ -45,6 +38,8 @@ class Weights6(Weights):
     mix_base: Tensor  # [5, C]
     decay_in: Tensor  # [C, Q], in × out
     decay_out: Tensor  # [Q, C]
+    second_halves: Tensor  # [5, C, P]: mix_out
+    decay_second: Tensor  # [C, Q]: decay_out
 
 
 class TimeMix5:
@@ -104,14 +99,18 @@ class TimeMix5:
         out = b.time.flat[: n * b.rows * c].view(n, b.rows, c)[:, :rows]
         torch.bmm(b.mixed[self.first_mix : self.first_mix + n, :rows], layer.time.own.projections, out=out)
 
-    def decode(self, index: int, layer: Layer, b: Buffers, slots: Tensor, is_few: bool) -> None:
+    def decode(self, index: int, layer: Layer, b: Buffers, slots: Tensor, choice: Choice) -> None:
         batch, own = len(slots), layer.time.own
-        if is_few:
-            self.gpu.project(layer.time.inputs, b.mixed[0, :batch], b.time.flat, WRITE, projection=self.projection)
-            self._step(index, own, b, slots)
+        is_by_us = choice.few or choice.has_gemm
+        if is_by_us:
+            x = b.mixed[0, :batch]
+            self.gpu.project(layer.time.inputs, x, b.time.flat, WRITE, choice, projection=self.projection)
         else:
             self._project(layer, b, batch)
-            self._step_many(index, own, b, slots)
+        if choice.few:
+            self._step(index, own, b, slots)
+        else:
+            self._step_many(index, own, b, slots, chained=is_by_us)
 
     def _step_inputs(self, index: int, own: Weights, b: Buffers, slots: Tensor) -> tuple[Any, ...]:
         state = self.gpu.state["wkv"][index]
@@ -127,11 +126,14 @@ class TimeMix5:
         inputs = self._step_inputs(index, own, b, slots)
         self._kernels.wkv6_step((self.h, len(slots)), 4 * self.n, *inputs, hidden, weight, chained=True)
 
-    def _step_many(self, index: int, own: Weights, b: Buffers, slots: Tensor, low: Tensor | None = None) -> None:
+    def _step_many(
+        self, index: int, own: Weights, b: Buffers, slots: Tensor, low: Tensor | None = None, *, chained: bool
+    ) -> None:
         """low [B, C]: what is added to `decay`."""
         rows, threads = len(slots), 4 * self.n
         grid = self.h, self.gpu.shares(rows, self.h, threads)
-        self._kernels.wkv6_step_many(grid, threads, *self._step_inputs(index, own, b, slots), low, rows)
+        inputs = self._step_inputs(index, own, b, slots)
+        self._kernels.wkv6_step_many(grid, threads, *inputs, low, rows, chained=chained)
 
     def prefill(self, index: int, layer: Layer, prompts: "Prompts") -> None:
         self._project(layer, prompts.b, prompts.b.rows)
@@ -193,6 +195,8 @@ class TimeMix6(TimeMix5):
             mix_base=cast(torch.cat(base)),
             decay_in=inputs.full[4 * c :].T,
             decay_out=cast(att.time_decay_w2),
+            second_halves=cast(att.time_maa_w2[order].transpose(1, 2)),
+            decay_second=cast(att.time_decay_w2.T),
         )
         return TimeLayer(cast(mixes.view(3, c)), inputs, cast.matrix(att.output.weight), own)
 
@@ -210,9 +214,12 @@ class TimeMix6(TimeMix5):
         torch.mm(b.mixed[MIXED, :rows], own.mix_in.full.T, out=inner[:rows])
         self.gpu.activate(inner[None, :rows], [TANH])
         torch.bmm(inner[:rows].view(rows, 5, -1).transpose(0, 1), own.mix_out, out=low[:, :rows])
+        self._mix_many(own, b, rows)
+
+    def _mix_many(self, own: Weights6, b: Buffers, rows: int) -> None:
         groups = rows * self.c // 8
         self._kernels.wkv6_mix_many(
-            (-(-groups // 256), 5), 256, low, own.mix_base, b.mixed, b.rows * self.c, groups, self.c, chained=True
+            (-(-groups // 256), 5), 256, b.own[1], own.mix_base, b.mixed, b.rows * self.c, groups, self.c, chained=True
         )
 
     def _low_decay(self, own: Weights6, b: Buffers, rows: int) -> Tensor:
@@ -221,23 +228,36 @@ class TimeMix6(TimeMix5):
         self.gpu.activate(hidden[None], [TANH])
         return torch.mm(hidden, own.decay_out, out=low)
 
-    def decode(self, index: int, layer: Layer, b: Buffers, slots: Tensor, is_few: bool) -> None:
+    def decode(self, index: int, layer: Layer, b: Buffers, slots: Tensor, choice: Choice) -> None:
         batch, own, gpu = len(slots), layer.time.own, self.gpu
-        if not is_few:
+        if not choice.few and not choice.has_gemm:
             self._mix(own, b, batch)
             with gpu.beside():
                 low = self._low_decay(own, b, batch)
             self._project(layer, b, batch)
             gpu.join()
-            self._step_many(index, own, b, slots, low)
+            self._step_many(index, own, b, slots, low, chained=False)
             return
-        inner = b.own[0][:batch]
-        gpu.project(own.mix_in, b.mixed[MIXED, :batch], inner, WRITE, activation=TANH)
-        self._kernels.wkv6_mix(
-            (self.h, batch), 4 * self.n, inner, own.mix_out, own.mix_base, b.mixed, b.rows * self.c, chained=True
-        )
-        gpu.project(layer.time.inputs, b.mixed[0, :batch], b.time.flat, WRITE, projection=self.projection)
-        self._step(index, own, b, slots, b.time.regions[4], own.decay_out)
+        inner, outer, low = b.own[0][:batch], b.own[1], b.own[2][:batch]
+        gpu.project(own.mix_in, b.mixed[MIXED, :batch], inner, WRITE, choice, activation=TANH)
+        if choice.few:
+            self._kernels.wkv6_mix(
+                (self.h, batch), 4 * self.n, inner, own.mix_out, own.mix_base, b.mixed, b.rows * self.c, chained=True
+            )
+        else:
+            gpu.products.many(own.second_halves, inner, outer, WRITE, pieces=self._second_pieces(b.rows))
+            self._mix_many(own, b, batch)
+        gpu.project(layer.time.inputs, b.mixed[0, :batch], b.time.flat, WRITE, choice, projection=self.projection)
+        if choice.few:
+            self._step(index, own, b, slots, b.time.regions[4], own.decay_out)
+        else:
+            gpu.products.many(own.decay_second, b.time.regions[4][:batch], low, WRITE)
+            self._step_many(index, own, b, slots, low, chained=True)
+
+    def _second_pieces(self, rows: int) -> tuple[Piece, ...]:
+        """From the inner vectors to what the maps make of them."""
+        c, rank = self.c, self.mix_rank
+        return tuple(Piece(c, rank, i * c * rank, i * rank, i * rows * c, c) for i in range(5))
 
     def prefill(self, index: int, layer: Layer, prompts: "Prompts") -> None:
         b, own = prompts.b, layer.time.own

@@ -5,29 +5,24 @@ the state, group norm, bonus and gate are one kernel.
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from receptance.engine.gpu.choices import Choice
 from receptance.engine.gpu.gemv import NONE, SIGMOID, TANH, WRITE
-from receptance.engine.gpu.model import (
-    STEP_THREADS,
-    Buffers,
-    Cast,
-    GpuModel,
-    Layer,
-    Part,
-    Projection,
-    TimeLayer,
-)
+from receptance.engine.gpu.layers import Buffers, Cast, Layer, TimeLayer
+from receptance.engine.gpu.model import STEP_THREADS, GpuModel
+from receptance.engine.gpu.products import Part, Piece, Projection
 from receptance.ops import wkv7
 
 if TYPE_CHECKING:
     from receptance.engine.gpu.prompts import Prompts
 
 R, K, V, W, A, G = range(6)  # order of the mixes; the last four feed the low-rank maps
-TOKENS = 8  # of a block around the operator on prompts
+TOKENS, TURNS = 8, 4  # of a block around the operator on prompts, at a time; times, behind it
 
 
 @dataclass(frozen=True)
@@ -37,6 +32,7 @@ class Weights:
     rkv: Tensor  # [3, C, C], in × out
     first_halves: Tensor  # [4, C, P], in × out
     low_rank: Tensor  # [4, P, C]: their second halves
+    second_halves: Tensor  # the same, each [C, rank], one behind the other
     vectors: tuple[Tensor, ...]  # w0, a0, v0, k_k, k_a, r_k, ln_x weight and bias
 
 
@@ -90,6 +86,7 @@ class TimeMix7:
             rkv=inputs.full[: 3 * c].view(3, c, c).transpose(1, 2),
             first_halves=inputs.full[3 * c :].view(4, -1, c).transpose(1, 2),
             low_rank=cast(torch.stack([pad(x, (0, 0, 0, padded - x.shape[0])) for x in seconds])),
+            second_halves=cast(torch.cat([x.T.reshape(-1) for x in seconds])),
             vectors=tuple(cast(x.flatten()) for x in vectors),
         )
         return TimeLayer(cast(torch.cat([x.reshape(1, c) for x in mixes])), inputs, cast.matrix(att.output.weight), own)
@@ -97,25 +94,37 @@ class TimeMix7:
     def buffers(self, rows: int) -> Own:
         return Own(rows, self.c, max(self.ranks), self.gpu.dtype, self.gpu.device)
 
-    def decode(self, index: int, layer: Layer, b: Buffers, slots: Tensor, is_few: bool) -> None:
+    def decode(self, index: int, layer: Layer, b: Buffers, slots: Tensor, choice: Choice) -> None:
         gpu, time, batch, c = self.gpu, layer.time, len(slots), self.c
         own: Weights = time.own
         state = gpu.state["wkv"][index]
-        rkv = b.time.flat[: 3 * b.rows * c].view(3, b.rows, c)
+        rkv, hidden = b.time.flat[: 3 * b.rows * c].view(3, b.rows, c), b.time.regions[3]
         rest = b.own.v_first, int(index == 0), state, slots, *own.vectors, self.heads_eps, b.att
-        threads = 4 * self.n
-        if is_few:
-            gpu.project(time.inputs, b.mixed[0, :batch], b.time.flat, WRITE, projection=self.projection)
-            hidden = b.time.regions[3]
+        threads, is_by_us = 4 * self.n, choice.few or choice.has_gemm
+        if is_by_us:
+            gpu.project(time.inputs, b.mixed[0, :batch], b.time.flat, WRITE, choice, projection=self.projection)
+        if choice.few:
             grid = self.h, batch
             self._kernels.wkv7_step(grid, threads, rkv, b.rows * c, hidden, own.low_rank, *rest, chained=True)
+            return
+        if is_by_us:
+            gpu.products.many(own.second_halves, hidden[:batch], b.own.low, WRITE, pieces=self._second_pieces(b.rows))
         else:
             with gpu.beside():
                 self._low_rank(own, b, batch)
             torch.bmm(b.mixed[: V + 1, :batch], own.rkv, out=rkv[:, :batch])
             gpu.join()
-            grid = self.h, gpu.shares(batch, self.h, threads)
-            self._kernels.wkv7_step_many(grid, threads, rkv, b.rows * c, b.own.low, b.rows * c, *rest, batch)
+        grid = self.h, gpu.shares(batch, self.h, threads)
+        self._kernels.wkv7_step_many(
+            grid, threads, rkv, b.rows * c, b.own.low, b.rows * c, *rest, batch, chained=is_by_us
+        )
+
+    def _second_pieces(self, rows: int) -> tuple[Piece, ...]:
+        """From the inner vectors to b.own.low."""
+        c, firsts = self.c, (0, *accumulate(self.ranks))
+        return tuple(
+            Piece(c, rank, c * first, first, i * rows * c, c) for i, (rank, first) in enumerate(zip(self.ranks, firsts))
+        )
 
     def _low_rank(self, own: Weights, b: Buffers, rows: int) -> None:
         """b.own.low: the low-rank maps of the last four mixes."""
@@ -145,6 +154,6 @@ class TimeMix7:
         y, end = wkv7(r, w, k, v, erase, write, pool[prompts.slots].float())
         pool.index_copy_(0, prompts.slots, end.to(pool.dtype))
         self._kernels.wkv7_finish(
-            grid, threads, y, v, b.own.low[3], bonuses, prompts.place, *own.vectors[6:], self.heads_eps, b.att, b.rows,
-            chained=True,
+            (self.h, -(-b.rows // (TOKENS * TURNS))), threads, y, v, b.own.low[3], bonuses, prompts.place,
+            *own.vectors[6:], self.heads_eps, b.att, b.rows, chained=True,
         )  # fmt: skip

@@ -25,18 +25,6 @@ struct Row {
     int biases, top_k, count_digits, token;
 };
 
-#if !defined(EMULATED) && CLUSTER > 1
-DEVICE void sync_row() { asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory"); }
-template <class T> DEVICE const T* of_block(const T* p, int block) {  // the same place in another block's shared memory
-    const T* q;
-    asm("mapa.u64 %0, %1, %2;" : "=l"(q) : "l"(p), "r"(block));
-    return q;
-}
-#else
-DEVICE void sync_row() { __syncthreads(); }
-template <class T> DEVICE const T* of_block(const T* p, int) { return p; }
-#endif
-
 struct Shared {
     u32 low[BINS], high[BINS], count[BINS];  // a bin's mass in two words: atomics of 64 bits are loops
     u64 sums[WARPS];
@@ -49,7 +37,9 @@ struct Shared {
     u32 list[LIST];  // the bits of distances in one bin, those of this block first
     u8 owners[LIST];  // of which warp's run
 };
-static_assert(sizeof(Shared) <= SHARED_BYTES, "the launch must give this much");
+// Behind them, -DROW_BYTES: room for the block's logits, which are read several times.
+constexpr int KEPT_FROM = (sizeof(Shared) + 15) / 16 * 16;
+static_assert(KEPT_FROM + ROW_BYTES <= SHARED_BYTES, "the launch must give this much");
 
 /// e^-distance in units, rounded; in two steps because conversions to 64 bits are slow.
 DEVICE u64 units(float distance) {
@@ -95,13 +85,11 @@ DEVICE u64 sum_before(u64 x, Shared& m, u64& total) {
 
 /// Four logits at i, a multiple of four; rows lie apart by one.
 struct Four { float f[4]; };
-DEVICE Four four_of(const float* wide, const u16* half, int i) {
-    if (half) {
-        const Pack<E, 2>* packs = (const Pack<E, 2>*)(half + i);
-        const Pack<E, 2> x = packs[0], y = packs[1];
-        return {x[0], x[1], y[0], y[1]};
+DEVICE Four four_of(uint4 x, bool is_half) {
+    if (is_half) {
+        const Pack<E, 2> low = {x.x}, high = {x.y};
+        return {low[0], low[1], high[0], high[1]};
     }
-    const uint4 x = load_fresh((const void*)(wide + i));
     return {__uint_as_float(x.x), __uint_as_float(x.y), __uint_as_float(x.z), __uint_as_float(x.w)};
 }
 /// body(i, logit) for ids from first to end, several loads on their way at a time.
@@ -148,7 +136,7 @@ struct Search {
         const int bin = (BLOCKS > 1 ? rank * SHARE : 0) + 2 * threadIdx.x;
         const bool has_bins = 2 * threadIdx.x < SHARE;
         u64 c[2] = {}, mass[2] = {}, count_of_share, mass_of_share;
-        BLOCKS > 1 ? sync_row() : __syncthreads();
+        BLOCKS > 1 ? sync_cluster() : __syncthreads();
         if (has_bins)
 #pragma unroll
             for (int i = 0; i < BLOCKS; ++i) {
@@ -160,7 +148,7 @@ struct Search {
         u64 total = mass_of_share;
         if (BLOCKS > 1) {
             if (threadIdx.x == 0) m.share_count = (u32)count_of_share, m.share_mass = mass_of_share;
-            sync_row();
+            sync_cluster();
             total = 0;
             for (int i = 0; i < BLOCKS; ++i) {
                 const u64 x = *of_block(&m.share_mass, i);
@@ -176,13 +164,13 @@ struct Search {
             m.bin = bin + !in_first;
             m.counted = (u32)(counts + (in_first ? 0 : c[0])), m.massed = masses + (in_first ? 0 : mass[0]);
         }
-        BLOCKS > 1 ? sync_row() : __syncthreads();
+        BLOCKS > 1 ? sync_cluster() : __syncthreads();
         u32 found = 0;
         for (int i = 0; i < BLOCKS; ++i) {
             const Shared& x = BLOCKS > 1 ? *of_block(&m, i) : m;
             if (x.bin != ~0u) found = x.bin, counted = x.counted, massed = x.massed;
         }
-        BLOCKS > 1 ? sync_row() : __syncthreads();
+        BLOCKS > 1 ? sync_cluster() : __syncthreads();
         if (shift < 0) {
             low = __float_as_uint(found / 64.f);
             if (found < BINS - 1) high = __float_as_uint((found + 1) / 64.f);
@@ -231,8 +219,26 @@ extern "C" __global__ void __launch_bounds__(1024) sample(
             }
         __syncthreads();
     }
+    const char* const row_from = half ? (const char*)(narrow_row + from_id) : (const char*)(wide + from_id);
+    char* const kept_row = dynamic_shared() + KEPT_FROM;
+    const bool is_half = half && !is_adjusted;
+    const int size = is_half ? 2 : 4, bytes = ((to_id - from_id) * size + 15) / 16 * 16;
+    const bool is_kept = !is_adjusted && bytes <= ROW_BYTES && stride * size % 16 == 0;
+    if (is_kept) {
+        for (int i = 16 * threadIdx.x; i < bytes; i += 16 * THREADS) copy_async(kept_row + i, row_from + i, true);
+        commit_copies();
+        await_copies();
+        __syncthreads();
+    }
     const auto logit = [&](int i) {
-        Four x = is_adjusted ? four_of(own, nullptr, i) : four_of(wide, half ? narrow_row : nullptr, i);
+        uint4 words = make_uint4(0, 0, 0, 0);
+        if (is_kept) {
+            const char* here = kept_row + (i - from_id) * size;
+            if (is_half) *(uint2*)&words = *(const uint2*)here;
+            else words = *(const uint4*)here;
+        } else if (is_half) *(uint2*)&words = *(const uint2*)(narrow_row + i);
+        else words = load_fresh((const void*)((is_adjusted ? own : wide) + i));
+        Four x = four_of(words, is_half);
         if (!is_adjusted && p.allowed)
             for (int j = 0; j < 4; ++j)
                 if (i + j >= vocab || !(p.allowed[(i + j) / 32] >> (i + j) % 32 & 1)) x.f[j] = -__uint_as_float(0x7f800000);
@@ -265,7 +271,7 @@ extern "C" __global__ void __launch_bounds__(1024) sample(
     }
     if (CLUSTER > 1) {
         if (threadIdx.x == 0) m.top = is_number ? top : __uint_as_float(0x7fc00000), m.best = best;
-        sync_row();
+        sync_cluster();
         for (int i = 0; i < CLUSTER; ++i) {
             const float x = *of_block(&m.top, i);
             const int other = *of_block(&m.best, i);
@@ -325,7 +331,7 @@ extern "C" __global__ void __launch_bounds__(1024) sample(
                         }
                     }
                 }
-                sync_row();
+                sync_cluster();
                 own = m.listed;
                 u32 listed = own;
                 for (int i = 0; i < CLUSTER; ++i) listed += i == rank ? 0 : *of_block(&m.listed, i);
@@ -365,7 +371,7 @@ extern "C" __global__ void __launch_bounds__(1024) sample(
         total = sum_of_block;
         if (CLUSTER > 1) {
             if (threadIdx.x == 0) m.mine = sum_of_block;
-            sync_row();
+            sync_cluster();
             total = 0;
             for (int i = 0; i < CLUSTER; ++i) {
                 const u64 x = *of_block(&m.mine, i);
@@ -411,5 +417,5 @@ extern "C" __global__ void __launch_bounds__(1024) sample(
         tokens[row] = token;
         if (again) again[row] = token < 0 ? 0 : token;
     }
-    if (CLUSTER > 1) sync_row();  // others may still read this block's sums
+    if (CLUSTER > 1) sync_cluster();  // others may still read this block's sums
 }

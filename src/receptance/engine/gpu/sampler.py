@@ -13,7 +13,9 @@ from receptance.engine.table_sampler import TableSampler
 from receptance.ops import cuda
 
 THREADS, BINS, LIST = 1024, 2048, 4096
-SHARED_BYTES = BINS * 12 + LIST * 5 + THREADS // 32 * 16 + 96
+SUMS_BYTES = BINS * 12 + LIST * 5 + THREADS // 32 * 16 + 96
+ROW_BYTES = 128 * 1024  # room for the logits of a block
+SHARED_BYTES = SUMS_BYTES + ROW_BYTES
 
 CLUSTERS = (16, 4), (64, 2)  # up to how many rows so many blocks share one
 
@@ -39,7 +41,11 @@ class GpuSampler(TableSampler):
         if cluster not in self._kernels:
             macros = {"BFLOAT16": 1} if self.dtype == torch.bfloat16 else {}
             program = cuda.load(
-                Path(__file__).with_name("sampler.cu"), CLUSTER=cluster, SHARED_BYTES=SHARED_BYTES, **macros
+                Path(__file__).with_name("sampler.cu"),
+                CLUSTER=cluster,
+                SHARED_BYTES=SHARED_BYTES,
+                ROW_BYTES=ROW_BYTES,
+                **macros,
             )
             self._kernels[cluster] = program.sample
         return self._kernels[cluster]

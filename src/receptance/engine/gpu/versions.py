@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 
-from receptance.engine.gpu.model import GpuModel, TimeMix
+from receptance.engine.gpu.layers import TimeMix
+from receptance.engine.gpu.model import GpuModel
 from receptance.engine.gpu.rwkv4 import TimeMix4
 from receptance.engine.gpu.rwkv6 import TimeMix5, TimeMix6
 from receptance.engine.gpu.rwkv7 import TimeMix7

@@ -38,6 +38,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) wkv6_step(STEP_PARAMETERS,
     const i64 at = (i64)row * C + head * N + n;  // of the first N threads
     Kept* mine = state_of(state, slots[row], head, H);
     StateRow kept;
+    kept.load(mine);
     Given x;
     float more = 0.f;
     load_vectors(m.step, {base, bonus, norm_weight, norm_bias}, head);
@@ -45,14 +46,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) wkv6_step(STEP_PARAMETERS,
         const DecayMap map(weight, C, head * N);
         let_next_start();
         wait_for_previous();
-        kept.load(mine);
         x = load_given(r, k, v, gate, at);
         map.apply(hidden + (i64)row * RANK_DECAY, m.low, m.parts);
         if (n < N) more = m.low[0][n];
     } else {
         let_next_start();
         wait_for_previous();
-        kept.load(mine);
         x = load_given(r, k, v, gate, at);
     }
     step(m.step, x, more, kept, mine, gate, eps, out, at);
@@ -64,13 +63,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, STEP_THREADS / THREADS) wk
     const int head = blockIdx.x, H = gridDim.x;
     const i64 C = (i64)H * N, from = head * N + threadIdx.x;  // of the first N threads
     load_vectors(memory, {base, bonus, norm_weight, norm_bias}, head);
-    let_next_start();
-    wait_for_previous();
     int row = blockIdx.y, after = row + gridDim.y;
     Kept* mine = state_of(state, slots[row], head, H);
     int slot = after < rows ? slots[after] : 0;
     StateRow kept, next_kept;
     kept.load(mine);
+    let_next_start();
+    wait_for_previous();
     Given x = load_given(r, k, v, gate, row * C + from), next = {};
     u16 more = 0, next_more = 0;
     if (low && threadIdx.x < N) more = load_fresh(low + row * C + from);

@@ -13,11 +13,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) wkv7_step(
     const i64 at = (i64)row * gridDim.x * N + blockIdx.x * N + threadIdx.x;  // of the first N threads
     const Maps maps(low_rank, gridDim.x * N, blockIdx.x * N);
     load_vectors(memory.step, {w0, a0, v0, k_k, k_a, r_k, norm_weight, norm_bias}, blockIdx.x);
+    Kept* mine = state_of(state, slots[row], blockIdx.x, gridDim.x);
+    StateRow kept;
+    kept.load(mine);
     let_next_start();
     wait_for_previous();
-    Kept* mine = state_of(state, slots[row], blockIdx.x, gridDim.x);
     step_of_few(
-        memory, maps, rkv, rkv_stride, hidden + (i64)row * Maps::EACH * 32, v_first, is_first, mine, at, eps, out);
+        memory, maps, rkv, rkv_stride, hidden + (i64)row * Maps::EACH * 32, v_first, is_first, kept, mine, at, eps, out);
 }
 /// The same where the maps are applied already, given [4][low_stride] of [rows, C]; blocks (head, ·), each for some of the
 /// rows: a row's state is on its way while the one before it is stepped.
@@ -26,6 +28,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, STEP_THREADS / THREADS) wk
     __shared__ Step memory;
     const i64 C = (i64)gridDim.x * N, from = blockIdx.x * N + threadIdx.x;  // of the first N threads
     load_vectors(memory, {w0, a0, v0, k_k, k_a, r_k, norm_weight, norm_bias}, blockIdx.x);
+    int row = blockIdx.y, after = row + gridDim.y;
+    Kept* mine = state_of(state, slots[row], blockIdx.x, gridDim.x);
+    int slot = after < rows ? slots[after] : 0;
+    StateRow kept, next_kept;
+    kept.load(mine);
     let_next_start();
     wait_for_previous();
     const auto load = [&](Given& x, i64 at) {
@@ -35,12 +42,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, STEP_THREADS / THREADS) wk
         for (int i = 0; i < 4; ++i)
             if (i >= is_first) x.low[i] = load_fresh(given + (i64)i * low_stride + at);
     };
-    int row = blockIdx.y, after = row + gridDim.y;
-    Kept* mine = state_of(state, slots[row], blockIdx.x, gridDim.x);
-    int slot = after < rows ? slots[after] : 0;
     Given x = {}, next = {};
-    StateRow kept, next_kept;
-    kept.load(mine);
     load(x, row * C + from);
     for (; row < rows; row = after, after += gridDim.y) {
         Kept* other = state_of(state, slot, blockIdx.x, gridDim.x);
@@ -97,19 +99,29 @@ extern "C" __global__ void __launch_bounds__(256) wkv7_prepare(
     write(to + 3ll * inputs_stride, v), write(to + 4ll * inputs_stride, erase), write(to + 5ll * inputs_stride, add);
     if (threadIdx.x % 32 == 0) bonuses[row * H + head] = bonus;
 }
-/// out = (GroupNorm(y) + bonus v) gate; y and v of the operator's shape.
+/// out = (GroupNorm(y) + bonus v) gate; y and v of the operator's shape. A warp does TURNS tokens, all on their way at once.
 extern "C" __global__ void __launch_bounds__(256) wkv7_finish(
     const u16* y, const u16* v, const u16* gate, const float* bonuses, const int* place, const u16* norm_weight,
     const u16* norm_bias, float eps, u16* out, int rows) {
     let_next_start();
     wait_for_previous();
-    const int head = blockIdx.x, row = blockIdx.y * TOKENS + threadIdx.x / 32, H = gridDim.x, C = H * N;
-    if (row >= rows || place[row] < 0) return;
+    const int head = blockIdx.x, first = blockIdx.y * TOKENS * TURNS + threadIdx.x / 32, H = gridDim.x, C = H * N;
     const int channel = head * N + threadIdx.x % 32 * EACH;
-    const i64 from = (i64)place[row] * C + channel, at = (i64)row * C + channel;
-    const Few value = read(v + from), g = read(gate + at);
-    Few x = normed(read(y + from), channel, eps, norm_weight, norm_bias);
-    const float bonus = bonuses[row * H + head];
-    for (int i = 0; i < EACH; ++i) x.f[i] = (x.f[i] + bonus * value.f[i]) * g.f[i];
-    write(out + at, x);
+    int places[TURNS];
+    float bonus[TURNS];
+    Few x[TURNS], value[TURNS], g[TURNS];
+#pragma unroll
+    for (int t = 0; t < TURNS; ++t) places[t] = first + t * TOKENS < rows ? place[first + t * TOKENS] : -1;
+#pragma unroll
+    for (int t = 0; t < TURNS; ++t) {  // padding reads the first row instead
+        const i64 row = places[t] < 0 ? 0 : first + t * TOKENS, from = (i64)(places[t] < 0 ? 0 : places[t]) * C + channel;
+        x[t] = read(y + from), value[t] = read(v + from), g[t] = read(gate + row * C + channel), bonus[t] = bonuses[row * H + head];
+    }
+#pragma unroll
+    for (int t = 0; t < TURNS; ++t) {
+        if (places[t] < 0) continue;
+        x[t] = normed(x[t], channel, eps, norm_weight, norm_bias);
+        for (int i = 0; i < EACH; ++i) x[t].f[i] = (x[t].f[i] + bonus[t] * value[t].f[i]) * g[t].f[i];
+        write(out + (i64)(first + t * TOKENS) * C + channel, x[t]);
+    }
 }

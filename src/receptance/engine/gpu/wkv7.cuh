@@ -102,10 +102,8 @@ struct StepOfFew {
 };
 /// hidden: the row's inner vectors. maps, and m.step.vectors, are of this head.
 DEVICE void step_of_few(StepOfFew& m, const Maps& maps, const u16* rkv, int rkv_stride, const u16* hidden, u16* v_first,
-                        int is_first, Kept* mine, i64 at, float eps, u16* out) {
+                        int is_first, const StateRow& kept, Kept* mine, i64 at, float eps, u16* out) {
     const int n = thread_of_head();
-    StateRow kept;
-    kept.load(mine);
     Given given = {};
     if (n < N) load_given(given, rkv, rkv_stride, v_first, is_first, at);
     maps.apply(hidden, m.lows, m.parts);

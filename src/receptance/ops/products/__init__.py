@@ -15,11 +15,28 @@ def relu_square_products(x: Tensor, key: Tensor, value: Tensor, *, backend: str 
     the gradient behind it. They need a Hopper GPU, half precision and many rows, and torch.compile, which cannot look
     into them, does not get them.
     """
-    if uses_triton("products", x, backend) and not torch.compiler.is_compiling():
-        from receptance.ops.products.triton import fits
+    if has_kernel(x, key, backend):
         from receptance.ops.products.triton import relu_square_products as kernel
 
         dtype = compute_dtype(x)
-        if fits(x, key, dtype):
-            return kernel(x.to(dtype), key.to(dtype), value.to(dtype))
+        return kernel(x.to(dtype), key.to(dtype), value.to(dtype))
     return linear(relu_square(linear(x, key), backend=backend), value)
+
+
+def has_kernel(x: Tensor, key: Tensor, backend: str = "auto", waves: float | None = None) -> bool:
+    """Whether these are squared within the product, by a kernel that beats cuBLAS and a pass after it.
+
+    waves: tiles a multiprocessor from which it does; None: in training.
+    """
+    if not uses_triton("products", x, backend) or torch.compiler.is_compiling():
+        return False
+    from receptance.ops.products.triton import fits
+
+    return fits(x, key, compute_dtype(x), waves)
+
+
+def relu_square_product(x: Tensor, key: Tensor, out: Tensor) -> Tensor:
+    """out [rows, F] = max(x keyᵀ, 0)², by the kernel and without a gradient; where `has_kernel`, all of one type."""
+    from receptance.ops.products.triton import relu_square_product as kernel
+
+    return kernel(x, key, out)

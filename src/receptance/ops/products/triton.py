@@ -58,10 +58,11 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def _run(a: Tensor, b: Tensor, squares: Tensor | None) -> Tensor:
+def _run(a: Tensor, b: Tensor, squares: Tensor | None, out: Tensor | None = None) -> Tensor:
     m, k = a.shape
     n = b.shape[0] if squares is None else b.shape[1]
-    out = torch.empty(m, n, dtype=a.dtype, device=a.device)
+    if out is None:
+        out = torch.empty(m, n, dtype=a.dtype, device=a.device)
     half = [BM, BN // 2]
     describe = TensorDescriptor.from_tensor
     programs = min(_multiprocessors(a.device), triton.cdiv(m, BM) * triton.cdiv(n, BN))
@@ -73,13 +74,17 @@ def _run(a: Tensor, b: Tensor, squares: Tensor | None) -> Tensor:
     return out
 
 
-def fits(x: Tensor, key: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the kernels take x [..., C] with key [F, C] as `dtype`, and beat cuBLAS and a pass after it."""
+def fits(x: Tensor, key: Tensor, dtype: torch.dtype, waves: float | None = None) -> bool:
+    """Whether the kernels take x [..., C] with key [F, C] as `dtype`, and beat cuBLAS and a pass after it.
+
+    waves: tiles a multiprocessor from which they do; for training WAVES.
+    """
     f, c = key.shape
     if not x.is_cuda or dtype not in (torch.bfloat16, torch.float16) or c % ALIGNED or f % ALIGNED:
         return False
     tiles = triton.cdiv(x.numel() // c, BM) * triton.cdiv(f, BN)
-    return tiles >= WAVES * _multiprocessors(x.device) and torch.cuda.get_device_capability(x.device)[0] == 9
+    least = (WAVES if waves is None else waves) * _multiprocessors(x.device)
+    return tiles >= least and torch.cuda.get_device_capability(x.device)[0] == 9
 
 
 class _Products(torch.autograd.Function):
@@ -110,6 +115,11 @@ class _Products(torch.autograd.Function):
 def relu_square_products(x: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Same contract as the plain form; all three are of one half-precision type."""
     return _Products.apply(x.contiguous(), key.contiguous(), value.contiguous())
+
+
+def relu_square_product(x: Tensor, key: Tensor, out: Tensor) -> Tensor:
+    """out [rows, F] = max(x keyᵀ, 0)², contiguous and of one half-precision type."""
+    return _run(x, key, None, out)
 
 
 def probe() -> None:
