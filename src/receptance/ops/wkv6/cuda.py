@@ -17,7 +17,7 @@ from receptance.ops import cuda
 SOURCE = Path(__file__).with_name("wkv6.cu")
 ELEMENTS = {torch.float32: "float", torch.bfloat16: "Bf16", torch.float16: "Half"}
 HEADS = (32, 64, 128)  # sizes
-WIDEST_SHARED = 148 * 1024  # bytes, for heads of 128
+WIDEST_SHARED = 225 * 1024  # bytes, for heads of 128
 CHUNK = 16  # tokens, as in wkv6.cu
 BLOCKS = 528  # four for each of an H100's multiprocessors, as many as run at once
 SHORTEST_SEGMENT = 256  # tokens
@@ -51,7 +51,7 @@ class _Run:
         tile, warps = CHUNK * n, n // 16
         self.shared = 2 * (tile * 6 + tile * w.element_size()) + 8 * tile + warps * 1024 + 4 * n
         self.shared_saving = self.shared + 2 * n * n
-        self.shared_gradients = 2 * (tile * 8 + tile * w.element_size() + 2 * n * n) + warps * 4160
+        self.shared_gradients = 2 * (tile * 8 + tile * w.element_size() + 2 * n * n) + warps * 5184 + 4 * n * n + 4 * tile
 
     def starts(self, first: Tensor | None, is_backward: bool) -> Tensor | None:
         """The state before each segment, or the gradient after each: [B, segments, H, N, N]; first [B, H, N, N].
@@ -63,8 +63,9 @@ class _Run:
         ends = self.inputs[0].new_empty(self.states, dtype=torch.float32)
         decays = self.inputs[0].new_empty(self.states[:-1], dtype=torch.float32)
         kernel = self.program.backward_ends if is_backward else self.program.forward_ends
-        kernel(self.grid, self.threads, *self.inputs, ends, decays, shared=self.shared)
         batch, _, h, n, _ = self.states
+        grid = (batch * (self.segments - 1) * h,)
+        kernel(grid, self.threads, *self.inputs, ends, decays, shared=self.shared)
         self.program.chain((batch * h * n * n // 256,), 256, ends, decays, first, h, self.segments, int(is_backward))
         return ends
 
@@ -106,9 +107,8 @@ def _backward(
         gw = r.new_empty(r.shape, dtype=w.dtype)  # w itself may be an expanded constant
         gu = r.new_empty(run.states[:-1], dtype=torch.float32)
         ends = run.starts(g_end, True)
-        run.program.values(run.grid, run.threads, *run.inputs, ends, gv, g_start, shared=run.shared)
-        kernel = run.program.gradients
-        kernel(run.grid, run.threads, *run.inputs, saved, ends, gr, gk, gw, gu, shared=run.shared_gradients)
+        out = gr, gk, gv, gw, gu, g_start
+        run.program.gradients(run.grid, run.threads, *run.inputs, saved, ends, *out, shared=run.shared_gradients)
         return gr, gw, gk, gv, gu.sum((0, 1)), g_start
 
 
