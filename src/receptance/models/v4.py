@@ -13,8 +13,10 @@ from receptance.models.base import (
     Block,
     Call,
     Recipe,
+    Residual,
     Rule,
     Shapes,
+    apart,
     carry,
     depth,
     frame_recipe,
@@ -119,11 +121,12 @@ class PreBlock(nn.Module):
         self.ffnPre = ChannelMix(config.n_embd, config.dim_ffn)
         self.ffn = ChannelMix(config.n_embd, config.dim_ffn)
 
-    def forward(self, x: Tensor, v_first: None, state: dict[str, Tensor], call: Call) -> tuple[Any, ...]:
-        mixed, first = self.ffnPre(call.norm(x, self.ln1), state["att_shift"], call)
+    def forward(self, x: Residual, v_first: None, state: dict[str, Tensor], call: Call) -> tuple[Any, ...]:
+        x, normed = call.add(*apart(x), self.ln1)
+        mixed, first = self.ffnPre(normed, state["att_shift"], call)
         x, normed = call.add(x, mixed, self.ln2)
         mixed, shift = self.ffn(normed, state["ffn_shift"], call)
-        return call.drop(x + mixed), v_first, {**state, "att_shift": first, "ffn_shift": shift}
+        return call.leave(x, mixed), v_first, {**state, "att_shift": first, "ffn_shift": shift}
 
 
 class RWKV4(RWKV):

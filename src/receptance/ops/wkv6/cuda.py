@@ -51,7 +51,9 @@ class _Run:
         tile, warps = CHUNK * n, n // 16
         self.shared = 2 * (tile * 6 + tile * w.element_size()) + 8 * tile + warps * 1024 + 4 * n
         self.shared_saving = self.shared + 2 * n * n
-        self.shared_gradients = 2 * (tile * 8 + tile * w.element_size() + 2 * n * n) + warps * 5184 + 4 * n * n + 4 * tile
+        self.shared_gradients = (
+            2 * (tile * 8 + tile * w.element_size() + 2 * n * n) + warps * 5184 + 4 * n * n + 4 * tile
+        )
 
     def starts(self, first: Tensor | None, is_backward: bool) -> Tensor | None:
         """The state before each segment, or the gradient after each: [B, segments, H, N, N]; first [B, H, N, N].
