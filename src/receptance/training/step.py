@@ -103,7 +103,7 @@ def compute(run: "Run", batch: Batch) -> Tensor:
 def clip(run: "Run") -> Tensor:
     """Bound the gradients' norm; returns the one they had."""
     if isinstance(run.optimizer, MasterAdamW):
-        return run.optimizer.collect()  # it clips as it updates
+        return run.optimizer.collect(run.parallel.average)  # it clips as it updates
     params = [p for p in run.model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in params])  # type: ignore[misc]
     if run.config.optim.grad_clip:
