@@ -234,7 +234,8 @@ def main() -> None:
             print(f"{way:16}{row['tokens_per_s']:12,.0f} tokens/s{row['peak_GB']:7.1f} GB a GPU{more}")
         record = {"bench": "distributed", "unit": "tokens/s", "machine": {**machine("triton"), "gpu": gpu},
                   "processes": dist.get_world_size(), "version": options.version, "toy": options.toy,
-                  "graph": options.graph, "rows_a_process": options.rows, "tokens": options.tokens, "loss_difference": rounded(differences),
+                  "graph": options.graph, "rows_a_process": options.rows, "tokens": options.tokens,
+                  "loss_difference": rounded(differences),
                   "results": {way: rounded(row) for way, row in results.items()}}  # fmt: skip
         text = json.dumps(record)
         if options.out:
