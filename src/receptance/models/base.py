@@ -106,11 +106,13 @@ class Call:
         last: Tensor,
         mixes: Sequence[Tensor],
         *,
+        present: bool = False,
         keep: bool = False,
-    ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """The way into half a block: x + delta, what the next call's token shift needs, the mixes of the sum's norm.
+    ) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
+        """The way into half a block: x + delta, what the next call's token shift needs, the mixes of the sum's norm,
+        what stood before its first position.
 
-        keep: the mixes, for the backward pass; otherwise it makes them again.
+        present: as in `shift_mix`. keep: the mixes, for the backward pass; otherwise it makes them again.
         """
         hand_over = getattr(self.backend, "shift", None)  # of rows that are cut over ranks: the vector before the piece
         if hand_over is not None or self.lengths is not None or self.dropout:
@@ -119,13 +121,13 @@ class Call:
                 if self.lengths is not None:
                     raise ValueError("rows of different lengths cannot be cut over ranks")
                 last = hand_over(normed[:, -1], last)
-            return x, carry(normed, last, self), self.shift(normed, last, mixes)
-        again = partial(norm_mix, resets=self.resets, backend=self.form)
+            return x, carry(normed, last, self), self.shift(normed, last, mixes, present=present), last
+        again = partial(norm_mix, resets=self.resets, present=present, backend=self.form)
         vectors = norm.weight, norm.bias, norm.eps, last, mixes
         x, end, mixed = again(x, delta, *vectors)
         if self.recompute is not None and not keep:
             self.recompute.remember(mixed, _third(again), x, None, *vectors)
-        return x, end, mixed
+        return x, end, mixed, last
 
     def joins_maps(self, x: Tensor) -> bool:
         """Whether `shifted_maps` saves time for inputs like x [B, T, C]: in training, on a GPU, in half precision."""
@@ -166,12 +168,22 @@ def carry(x: Tensor, last: Tensor, call: Call) -> Tensor:
     return torch.where((call.lengths > 0)[:, None], x.gather(1, index).squeeze(1), last.to(x.dtype))
 
 
+class Mix(nn.Module):
+    """Half a block of versions 4 to 6. It is called with its normed input blended with the position before, by each of
+    `mixes`; present: they are the share of the input itself."""
+
+    present = True
+
+    def mixes(self) -> list[Tensor]:
+        raise NotImplementedError
+
+
 class Block(nn.Module):
     """x + TimeMix(ln1(x)), then x + ChannelMix(ln2(x)). Versions 4 to 6; `v_first` passes through unused."""
 
     ln0: nn.LayerNorm
 
-    def __init__(self, config: Config, layer: int, att: nn.Module, ffn: nn.Module):
+    def __init__(self, config: Config, layer: int, att: Mix, ffn: Mix):
         super().__init__()
         self.ln1 = nn.LayerNorm(config.n_embd)
         self.ln2 = nn.LayerNorm(config.n_embd)
@@ -183,11 +195,13 @@ class Block(nn.Module):
     def forward(
         self, x: Residual, v_first: Tensor | None, state: dict[str, Tensor], call: Call
     ) -> tuple[Residual, Tensor | None, dict[str, Tensor]]:
-        x, normed = call.add(*apart(x), self.ln1)
-        mixed, after = self.att(normed, state, call)
-        x, normed = call.add(x, mixed, self.ln2)
-        mixed, shift = self.ffn(normed, state["ffn_shift"], call)
-        return call.leave(x, mixed), v_first, {**after, "ffn_shift": shift}
+        att, ffn = self.att, self.ffn
+        vectors = self.ln1, state["att_shift"], att.mixes()
+        x, att_shift, mixed, last = call.enter(*apart(x), *vectors, present=att.present)
+        delta, after = att(mixed, last, state, call)
+        vectors = self.ln2, state["ffn_shift"], ffn.mixes()
+        x, ffn_shift, mixed, _ = call.enter(x, delta, *vectors, present=ffn.present)
+        return call.leave(x, ffn(mixed, call)), v_first, {**after, "att_shift": att_shift, "ffn_shift": ffn_shift}
 
 
 class RWKV(nn.Module):

@@ -224,10 +224,10 @@ class Block(nn.Module):
     ) -> tuple[Residual, Tensor, dict[str, Tensor]]:
         x, delta = apart(x)
         joined, last = self.training and call.joins_maps(x), state["att_shift"]
-        x, att_shift, mixed = call.enter(x, delta, self.ln1, last, self.att.mixes(joined))
+        x, att_shift, mixed, _ = call.enter(x, delta, self.ln1, last, self.att.mixes(joined))
         delta, v_first, wkv = self.att(mixed, last, joined, v_first, state["wkv"], call)
         mixes = [self.ffn.x_k]  # kept: one of 13 numbers per token and channel, for a pass less
-        x, ffn_shift, (xk,) = call.enter(x, delta, self.ln2, state["ffn_shift"], mixes, keep=True)
+        x, ffn_shift, (xk,), _ = call.enter(x, delta, self.ln2, state["ffn_shift"], mixes, keep=True)
         return call.leave(x, self.ffn(xk, call)), v_first, {"att_shift": att_shift, "wkv": wkv, "ffn_shift": ffn_shift}
 
 

@@ -25,7 +25,7 @@ from receptance.models import RWKV, State
 from receptance.ops import Operators
 from receptance.training.batch import Batch
 from receptance.training.config import TrainConfig
-from receptance.training.context import ContextParallel, cut_rows
+from receptance.training.context import ContextParallel
 
 T = TypeVar("T")
 
@@ -128,8 +128,6 @@ class Parallel:
         fsdp: each block is one unit of gathering, and the frame (embedding, last norm, head) is another, which stays
         whole from the forward pass to the backward pass, so that a loss may use the head's weights.
         """
-        if self.ranks is not None:
-            cut_rows(model)
         if not self.is_sharded:
             return model.to(self.device)
         if getattr(model.config, "time_state", False):
