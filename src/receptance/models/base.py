@@ -195,12 +195,12 @@ class Block(nn.Module):
     def forward(
         self, x: Residual, v_first: Tensor | None, state: dict[str, Tensor], call: Call
     ) -> tuple[Residual, Tensor | None, dict[str, Tensor]]:
-        att, ffn = self.att, self.ffn
-        vectors = self.ln1, state["att_shift"], att.mixes()
-        x, att_shift, mixed, last = call.enter(*apart(x), *vectors, present=att.present)
+        x, delta = apart(x)
+        att, ffn, shift = self.att, self.ffn, state["att_shift"]
+        x, att_shift, mixed, last = call.enter(x, delta, self.ln1, shift, att.mixes(), present=att.present)
         delta, after = att(mixed, last, state, call)
-        vectors = self.ln2, state["ffn_shift"], ffn.mixes()
-        x, ffn_shift, mixed, _ = call.enter(x, delta, *vectors, present=ffn.present)
+        shift = state["ffn_shift"]
+        x, ffn_shift, mixed, _ = call.enter(x, delta, self.ln2, shift, ffn.mixes(), present=ffn.present)
         return call.leave(x, ffn(mixed, call)), v_first, {**after, "att_shift": att_shift, "ffn_shift": ffn_shift}
 
 

@@ -128,11 +128,12 @@ class PreBlock(nn.Module):
         self.ffn = ChannelMix(config.n_embd, config.dim_ffn)
 
     def forward(self, x: Residual, v_first: None, state: dict[str, Tensor], call: Call) -> tuple[Any, ...]:
-        vectors = self.ln1, state["att_shift"], self.ffnPre.mixes()
-        x, first, mixed, _ = call.enter(*apart(x), *vectors, present=True)
-        vectors = self.ln2, state["ffn_shift"], self.ffn.mixes()
-        x, shift, mixed, _ = call.enter(x, self.ffnPre(mixed, call), *vectors, present=True)
-        return call.leave(x, self.ffn(mixed, call)), v_first, {**state, "att_shift": first, "ffn_shift": shift}
+        x, delta = apart(x)
+        pre, ffn = self.ffnPre, self.ffn
+        x, first, mixed, _ = call.enter(x, delta, self.ln1, state["att_shift"], pre.mixes(), present=True)
+        delta = pre(mixed, call)
+        x, second, mixed, _ = call.enter(x, delta, self.ln2, state["ffn_shift"], ffn.mixes(), present=True)
+        return call.leave(x, ffn(mixed, call)), v_first, {**state, "att_shift": first, "ffn_shift": second}
 
 
 class RWKV4(RWKV):
