@@ -446,13 +446,22 @@ extern "C" __global__ void chain(float* ends, const float* decays, const float* 
     int i = blockIdx.x * blockDim.x + threadIdx.x, number = i / (N * N), b = number / H, h = number % H;
     i %= N * N;
     float state = first ? first[(i64)number * N * N + i] : 0.f;
-#pragma unroll 4
-    for (int j = 0; j < segments; j++) {
-        i64 at = ((i64)b * segments + (from_end ? segments - 1 - j : j)) * H + h;
-        bool is_last = j == segments - 1;
-        float own = is_last ? 0.f : ends[at * N * N + i], decay = is_last ? 0.f : decays[at * N + i % N];
-        ends[at * N * N + i] = state;
-        state = state * decay + own;
+    constexpr int AT_ONCE = 8;
+    for (int done = 0; done < segments; done += AT_ONCE) {
+        float own[AT_ONCE], decay[AT_ONCE];
+        i64 at[AT_ONCE];
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; j++) {
+            int segment = min(done + j, segments - 1);
+            bool is_read = done + j < segments - 1;
+            at[j] = ((i64)b * segments + (from_end ? segments - 1 - segment : segment)) * H + h;
+            own[j] = is_read ? ends[at[j] * N * N + i] : 0.f, decay[j] = is_read ? decays[at[j] * N + i % N] : 0.f;
+        }
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; j++) {
+            if (done + j < segments) ends[at[j] * N * N + i] = state;
+            state = state * decay[j] + own[j];
+        }
     }
 }
 
