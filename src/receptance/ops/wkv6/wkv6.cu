@@ -1,6 +1,7 @@
 // RWKV-5 and 6's WKV for 16-bit inputs: tensor cores (tf32), the state in registers.
 //
-// Macros: ELEMENT (Bf16, Half) of r, k, v, y; DECAY (float or one of those) of w; HEAD: 32, 64 or 128; RESETS (0, 1).
+// Macros: ELEMENT (Bf16, Half) of r, k, v, y; DECAY (float or one of those) of w; HEAD: 32, 64 or 128; RESETS (0, 1);
+// VALUES_BUFFERS: 2 takes more shared memory, and the gradients of values wait for no barrier of their own.
 //
 // A block walks one head's tokens, or a segment of them, in chunks of 16. With upto and before the sums of the log-decay
 // with and without a token's own, total the chunk's, and S (value x key) the state at its start:
@@ -28,6 +29,9 @@
 #endif
 #ifndef WALK_BLOCKS
 #define WALK_BLOCKS (HEAD == 128 ? 1 : 4)
+#endif
+#ifndef VALUES_BUFFERS
+#define VALUES_BUFFERS 1
 #endif
 typedef ELEMENT E;
 typedef DECAY D;
@@ -485,9 +489,12 @@ gradients(INPUTS, const u16* saved, const float* ends, u16* gr_, u16* gk_, u16* 
     Tiles* tiles = (Tiles*)dynamic_shared();
     const Lane my;
     Own& own = ((Own*)(tiles + 2))[my.warp];
-    float* turning = (float*)((Own*)(tiles + 2) + WARPS);  // [N, N]: the state's gradient at the chunk's end, by keys
-    u32* operand = (u32*)(turning + N * N);                // its factor, as in walk
-    float* parts = (float*)(operand + L * N);              // [WARPS, 2, 32, 4]: A's transpose over each warp's channels
+    struct Shared {  // what all warps need for gv
+        float turning[N * N];        // the state's gradient at the chunk's end, by keys
+        u32 operand[L * N];          // its factor, as in walk
+        float parts[WARPS * L * L];  // A's transpose over each warp's channels, [WARPS, 2, 32, 4]
+    };
+    Shared* shared = (Shared*)((Own*)(tiles + 2) + WARPS);
     const Where at(in);
     int chunks = (at.stop - at.first + L - 1) / L;
 
@@ -514,12 +521,34 @@ gradients(INPUTS, const u16* saved, const float* ends, u16* gr_, u16* gk_, u16* 
 #pragma unroll
     for (int c = 0; c < 4; c++) bonus[c] = in.u[at.h * N + my.own + 8 * (c / 2) + 2 * my.t + c % 2];
 
+    float values[2][2][2];  // this warp's gy of the chunk whose gv is to be made
+    auto finish_values = [&](int i) {
+        int token = at.first + (chunks - 1 - i) * L, left = at.stop - token;
+        const Shared& from = shared[i % VALUES_BUFFERS];
+        const Documents documents(in.resets + at.row + token, my.lane, left);
+        float gv[2][4] = {};
+        multiply_pairs<true>(gv, from.parts, values, documents, my);
+        int even = turning_place(2 * my.t, my.own + my.g), odd = turning_place(2 * my.t + 1, my.own + my.g);
+#pragma unroll
+        for (int j = 0; j < BLOCKS; j++) {
+            uint4 q = *(const uint4*)(from.operand + (j * 32 + my.lane) * 4);
+            const u32 a[4] = {q.x, q.y, q.z, q.w};
+#pragma unroll
+            for (int m = 0; m < 2; m++) {
+                const u32 b[2] = {bits(from.turning[(even ^ 8 * m) + 8 * j * N]), bits(from.turning[(odd ^ 8 * m) + 8 * j * N])};
+                mma_tf32(gv[m], a, b);
+            }
+        }
+        write_values(gv_ + at.at(in, token), in.H * N, left, gv, my);
+    };
+
     if (chunks > 0) fetch_chunk(0);
     for (int i = 0; i < chunks; i++) {
         int token = at.first + (chunks - 1 - i) * L, left = at.stop - token;
         await_copies();
         __syncthreads();
         if (i + 1 < chunks) fetch_chunk(i + 1);
+        if (VALUES_BUFFERS == 2 && i > 0) finish_values(i - 1);
         const Tiles& tile = tiles[i % 2];
         const Documents documents(in.resets + at.row + token, my.lane, left);
         int doc[2] = {documents.of(my.g), documents.of(my.g + 8)}, last = documents.last();
@@ -583,8 +612,9 @@ gradients(INPUTS, const u16* saved, const float* ends, u16* gr_, u16* gk_, u16* 
                 kf[h][c] = to_tf32(k[h][c] * fall[h][c]);
             }
         }
-        {  // what all warps need for gv
-            store_operand(operand, writes, my);
+        {
+            Shared& to_all = shared[i % VALUES_BUFFERS];
+            store_operand(to_all.operand, writes, my);
             float scores[2][4] = {};
 #pragma unroll
             for (int b = 0; b < 2; b++) {
@@ -595,12 +625,12 @@ gradients(INPUTS, const u16* saved, const float* ends, u16* gr_, u16* gk_, u16* 
                 mma_tf32(scores[1], a0, b1);
                 mma_tf32(scores[1], a1, b2);
             }
-            store_part(parts, scores, diagonal, my);
+            store_part(to_all.parts, scores, diagonal, my);
             int to = turning_place(my.own + my.g, 2 * my.t);
 #pragma unroll
             for (int j = 0; j < BLOCKS; j++) {
-                *(uint2*)(turning + (to ^ 8 * j)) = make_uint2(to_tf32(gs[j][0]), to_tf32(gs[j][1]));
-                *(uint2*)(turning + (to ^ 8 * j) + 8 * N) = make_uint2(to_tf32(gs[j][2]), to_tf32(gs[j][3]));
+                *(uint2*)(to_all.turning + (to ^ 8 * j)) = make_uint2(to_tf32(gs[j][0]), to_tf32(gs[j][1]));
+                *(uint2*)(to_all.turning + (to ^ 8 * j) + 8 * N) = make_uint2(to_tf32(gs[j][2]), to_tf32(gs[j][3]));
             }
         }
         __syncwarp();  // the chunk before has been read
@@ -709,23 +739,15 @@ gradients(INPUTS, const u16* saved, const float* ends, u16* gr_, u16* gk_, u16* 
                     *(Pack<D, 2>*)(gw_ + to + 8 * b) = Pack<D, 2>::of(gw + 2 * b);
                 }
         }
-        __syncthreads();
-
-        float values[2][2][2], gv[2][4] = {};
         read_values(values, tile.gy, my);
-        multiply_pairs<true>(gv, parts, values, documents, my);
-        int even = turning_place(2 * my.t, my.own + my.g), odd = turning_place(2 * my.t + 1, my.own + my.g);
-#pragma unroll
-        for (int j = 0; j < BLOCKS; j++) {
-            uint4 q = *(const uint4*)(operand + (j * 32 + my.lane) * 4);
-            const u32 a[4] = {q.x, q.y, q.z, q.w};
-#pragma unroll
-            for (int m = 0; m < 2; m++) {
-                const u32 b[2] = {bits(turning[(even ^ 8 * m) + 8 * j * N]), bits(turning[(odd ^ 8 * m) + 8 * j * N])};
-                mma_tf32(gv[m], a, b);
-            }
+        if (VALUES_BUFFERS == 1) {
+            __syncthreads();
+            finish_values(i);
         }
-        write_values(gv_ + at.at(in, token), in.H * N, left, gv, my);
+    }
+    if (VALUES_BUFFERS == 2 && chunks > 0) {
+        __syncthreads();
+        finish_values(chunks - 1);
     }
     if (at.segment == 0)
 #pragma unroll
