@@ -120,6 +120,7 @@ def test_embedded_models_are_listed_and_found(cli: Cli, folder: Path, monkeypatc
     (row,) = json.loads(cli("list", "--json").stdout)
     assert (row["name"], row["kind"]) == ("tiny", "embedded")
     assert row["bytes"] > 10_000
+    assert str(folder) in cli("list").stdout  # on one line, however long: a pipe has no width
     assert find_model("tiny") == ModelSource("tiny", folder, "embedded")
     assert looks_like_model("tiny")
     assert not looks_like_model("Once upon a time")

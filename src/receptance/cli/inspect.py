@@ -10,7 +10,7 @@ import typer
 
 from receptance.cli import options
 from receptance.cli.model_source import ModelSource, fields_of, find_model, load_model, load_tokenizer
-from receptance.cli.terminal import write_json
+from receptance.cli.terminal import table_console, write_json
 from receptance.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -160,7 +160,6 @@ def fold_blocks(rows: list[dict[str, object]], n_layer: int) -> list[dict[str, o
 
 
 def _print(summary: dict[str, object], rows: list[dict[str, object]]) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -179,7 +178,7 @@ def _print(summary: dict[str, object], rows: list[dict[str, object]]) -> None:
     table.add_column("parameters", justify="right")
     for row in rows:
         table.add_row(Text(str(row["name"])), Text(str(row["shape"])), str(row["dtype"]), f"{row['parameters']:,}")
-    console = Console(highlight=False)
+    console = table_console()
     for fact in facts:
         console.print(Text(fact))
     console.print(table)

@@ -6,7 +6,7 @@ import typer
 
 from receptance import embedded
 from receptance.cli import hub
-from receptance.cli.terminal import write_json
+from receptance.cli.terminal import table_console, write_json
 
 
 def command(as_json: Annotated[bool, typer.Option("--json", help="A JSON list.")] = False) -> None:
@@ -25,7 +25,6 @@ def command(as_json: Annotated[bool, typer.Option("--json", help="A JSON list.")
         typer.echo("no models here; receptance pull org/name downloads one", err=True)
         return
 
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -35,7 +34,7 @@ def command(as_json: Annotated[bool, typer.Option("--json", help="A JSON list.")
     for model in models:
         size = f"{int(str(model['bytes'])) / 1e6:,.1f} MB"
         table.add_row(Text(str(model["name"])), str(model["kind"]), size, Text(str(model["path"])))
-    Console(highlight=False).print(table)
+    table_console().print(table)
 
 
 def here() -> list[dict[str, object]]:

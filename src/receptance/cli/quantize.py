@@ -12,7 +12,7 @@ from receptance.cli import options
 from receptance.cli.convert import check_target, tokenizer_fields
 from receptance.cli.errors import UsageError
 from receptance.cli.model_source import ModelSource, find_model, load_tokenizer
-from receptance.cli.terminal import write_json
+from receptance.cli.terminal import table_console, write_json
 from receptance.embedded import ASSETS
 from receptance.errors import ReceptanceError
 
@@ -181,10 +181,9 @@ def measure(
 
 
 def show(found: dict[str, object]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    console = table_console()
     facts = Table("", found_name(str(found["in"])), found_name(str(found["out"])), box=None, header_style="bold")
     number = {name: value for name, value in found.items() if isinstance(value, int | float)}
     facts.add_row("size", f"{number['original_bytes']:,} bytes", f"{number['bytes']:,} bytes")

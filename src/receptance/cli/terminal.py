@@ -7,6 +7,10 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -19,6 +23,13 @@ def write(text: str) -> None:
 
 def write_json(value: object) -> None:
     print(json.dumps(value, ensure_ascii=False, indent=2), flush=True)
+
+
+def table_console() -> "Console":
+    """Folds what is too wide for the terminal; into a file or a pipe each row stays one line."""
+    from rich.console import Console
+
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 10_000)
 
 
 def note(text: str) -> None:
