@@ -70,6 +70,7 @@ class Trainer:
         set_learning_rate(self.optimizer, 1e-3)
         model, parallel = self.model, self.parallel  # the lambda holds no trainer, whose memory could not go at once
         self.passes = Passes(config, model, parallel, lambda: casts(config, parallel, model))
+        self.has_masters = masters
         self.weights = "bfloat16" if masters or self.parallel.gathers_half else "float32"
         text = torch.randint(vocab, (rows, tokens + 1), generator=torch.Generator().manual_seed(2)).to(self.device)
         self.batch = self.parallel.share(Batch.of(text[:, :-1], text[:, 1:], None))
@@ -77,12 +78,27 @@ class Trainer:
     def step(self) -> Tensor:
         loss = self.parallel.mean(self.passes.backward(self.batch, last=True))
         if isinstance(self.optimizer, MasterAdamW):
-            self.optimizer.collect()
+            self.optimizer.collect(self.parallel.average)
         else:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss
+
+    def graph(self) -> Callable[[], object]:
+        """`step` as one CUDA graph, communication included; all processes capture and replay it together."""
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self.step()
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            self.step()
+        return graph.replay
 
 
 @contextmanager
@@ -120,13 +136,13 @@ def check(ways: list[str], options: argparse.Namespace) -> dict[str, float]:
     return found
 
 
-def speed(trainer: Trainer, tokens: int, rounds: int) -> dict[str, float]:
+def speed(trainer: Trainer, tokens: int, rounds: int, as_graph: bool) -> dict[str, float]:
     """Tokens/s by the median and the best of `rounds` steps after two, and the most memory on this device."""
-    seconds = []
+    seconds, step = [], trainer.graph() if as_graph else trainer.step
     for i in range(rounds + 2):
         wait(trainer.device)
         begin = time.perf_counter()
-        trainer.step()
+        step()
         wait(trainer.device)
         seconds += [time.perf_counter() - begin] if i >= 2 else []
     is_gpu = trainer.device.type == "cuda"
@@ -157,7 +173,10 @@ def measure(ways: list[str], options: argparse.Namespace) -> dict[str, Any]:
 
         def run() -> dict[str, Any]:
             trainer = Trainer(way, options, sizes, *shape, "auto", weights)
-            return {"weights": trainer.weights, **speed(trainer, shape[0] * shape[1], options.rounds)}
+            return {
+                "weights": trainer.weights,
+                **speed(trainer, shape[0] * shape[1], options.rounds, options.graph and trainer.has_masters),
+            }
 
         found = clean(run, options.device)
         say(f"{way}: {found['tokens_per_s']:,.0f} tokens/s, weights in {found['weights']}")
@@ -187,6 +206,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, help="a process; default 8, or 4 with --toy")
     parser.add_argument("--tokens", type=int, help="a row; default 4096, or 128 with --toy")
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--graph", action="store_true", help="steps with masters (not fsdp) as one CUDA graph")
     parser.add_argument("--toy", action="store_true", help="two layers of 64 channels")
     parser.add_argument("--out", type=Path, help="write the JSON to this file too")
     options = parser.parse_args()
@@ -214,7 +234,8 @@ def main() -> None:
             print(f"{way:16}{row['tokens_per_s']:12,.0f} tokens/s{row['peak_GB']:7.1f} GB a GPU{more}")
         record = {"bench": "distributed", "unit": "tokens/s", "machine": {**machine("triton"), "gpu": gpu},
                   "processes": dist.get_world_size(), "version": options.version, "toy": options.toy,
-                  "rows_a_process": options.rows, "tokens": options.tokens, "loss_difference": rounded(differences),
+                  "graph": options.graph, "rows_a_process": options.rows, "tokens": options.tokens,
+                  "loss_difference": rounded(differences),
                   "results": {way: rounded(row) for way, row in results.items()}}  # fmt: skip
         text = json.dumps(record)
         if options.out:

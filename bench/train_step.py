@@ -216,6 +216,11 @@ def measure(name: str, sizes: tuple[str, int, int], batch: int, t: int, options:
         timed(step, device, 2)
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
+            if options.memory:
+                step()
+                model.spare.limit = max(0, int(options.memory * 1e9) - torch.cuda.max_memory_allocated())
+                step()
+                torch.cuda.reset_peak_memory_stats()
         cell: dict[str, Any] = {"first_loss": first}
         cell["eager"] = report(model, timed(step, device, options.rounds), batch * t)
         cell["peak_GB"] = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else 0.0
@@ -275,6 +280,7 @@ def main() -> None:
     parser.add_argument("--precision", nargs="+", default=["master", "autocast"], choices=["master", "autocast"])
     parser.add_argument("--shapes", nargs="+", help="batch x tokens, like 8x4096")
     parser.add_argument("--recompute", default="auto", choices=["auto", "on", "off"])
+    parser.add_argument("--memory", type=float, default=0, help="GB that a step may take, as run.memory")
     parser.add_argument("--backend", help="of the operators (auto)")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--no-graph", dest="graph", action="store_false")
@@ -304,7 +310,7 @@ def main() -> None:
         for batch, t in shapes:
             results[name][f"{batch}x{t}"] = measure(name, known[name], batch, t, options)
     record = {"bench": "train_step", "machine": about, "vocab": options.vocab, "recompute": options.recompute,
-              "backend": options.backend}  # fmt: skip
+              "memory": options.memory, "backend": options.backend}  # fmt: skip
     text = json.dumps(nested(record | {"results": results}))
     if options.out:
         options.out.write_text(text + "\n")

@@ -87,15 +87,21 @@ def test_a_model_learns_the_same_and_keeps_nothing_cheap(version, monkeypatch):
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)), alpha=0.1)
     tokens = torch.randint(50, (2, 33), generator=torch.Generator().manual_seed(2))
     storages: list[StorageWeakRef] = []
-    cheap = Call.cheap
+    cheap, enter = Call.cheap, Call.enter
 
-    def watched(self, function, *inputs):
-        outputs = cheap(self, function, *inputs)
+    def watched(self, function, *inputs, dear=False):
+        outputs = cheap(self, function, *inputs, dear=dear)
         for x in [outputs] if isinstance(outputs, Tensor) else outputs:
             storages.append(StorageWeakRef(x.untyped_storage()))
         return outputs
 
+    def entered(self, *inputs, keep=False, **options):
+        outputs = enter(self, *inputs, keep=keep, **options)
+        storages.extend(StorageWeakRef(x.untyped_storage()) for x in outputs[2] if not keep)
+        return outputs
+
     monkeypatch.setattr(Call, "cheap", watched)
+    monkeypatch.setattr(Call, "enter", entered)
     gradients, alive = [], []
     for recompute in (False, True):
         model.recompute = recompute

@@ -10,7 +10,7 @@ from test_segments import comparable, data, gradients, lively, random_state
 
 from receptance.models import RWKV4, State
 from receptance.training.batch import Batch
-from receptance.training.context import ContextParallel, cut_rows
+from receptance.training.context import ContextParallel
 from receptance.training.loss import language_model_loss
 from receptance.training.segments import exact_backward
 
@@ -48,7 +48,6 @@ def compare(plain, cuts, checkpointing=False, resets=None):
     import copy
 
     model = copy.deepcopy(plain)
-    cut_rows(model)
     model.activation_checkpointing = checkpointing
     ranks = ContextParallel(dist.group.WORLD)
     tokens, targets = data(2, sum(cuts))
@@ -70,7 +69,6 @@ def compare(plain, cuts, checkpointing=False, resets=None):
 def compare_segments(version):
     """Segments of rows that are cut as well."""
     plain, model = lively(version), lively(version)
-    cut_rows(model)
     ranks = ContextParallel(dist.group.WORLD)
     tokens, targets = data(2, 48)
     language_model_loss(plain.forward(tokens)[0], targets).backward()

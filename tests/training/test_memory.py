@@ -102,3 +102,47 @@ def test_work_that_is_not_made_again_takes_memory_and_changes_no_weight(tmp_path
             step(i)
     pairs = zip(runs["on"].model.parameters(), runs["off"].model.parameters())
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_memory_to_spare_holds_what_would_be_made_again_dear_results_first(tmp_path):
+    run = set_up(configure(tmp_path, "model.version=7", "optim.dropout=0", "run.recompute=on"), Listener())
+    run.model.spare.limit = 0
+    sizes, calls = [], []
+    takes = run.model.spare.takes
+
+    def watched(n_bytes: int, dear: bool) -> bool:
+        sizes.append((n_bytes, dear, takes(n_bytes, dear)))
+        return sizes[-1][2]
+
+    run.model.spare.takes = watched
+    step = Step(run, print)
+    step(0)
+    assert not any(kept for _, _, kept in sizes)
+    dear = sum(n for n, is_dear, _ in sizes if is_dear)
+    for limit in (dear // 2, dear, 2 * dear, 100 * dear):
+        run.model.spare.limit = limit
+        sizes.clear()
+        step(1)
+        kept = [n for n, _, is_kept in sizes if is_kept]
+        others = [n for n, is_dear, is_kept in sizes if is_kept and not is_dear]
+        calls.append((sum(kept), sum(others)))
+        assert sum(kept) <= limit
+    assert [bool(others) for _, others in calls] == [False, False, True, True]
+    assert calls[1][0] == dear
+    assert calls[3][0] == sum(n for n, _, _ in sizes)
+
+
+def test_a_run_spends_the_memory_it_is_given(tmp_path):
+    """The same weights, and it says what it does with it."""
+    weights = []
+    for memory, said in (("0", None), ("0.001", "nothing is kept beyond that"), ("1000", "GB more may hold")):
+        (tmp_path / memory).mkdir()
+        more = "model.version=7", "optim.dropout=0", "run.recompute=on", f"run.memory={float(memory)}"
+        run, messages = set_up(configure(tmp_path / memory, *more), Listener()), []
+        step = Step(run, messages.append)
+        for i in range(4):
+            step(i)
+        assert [said in text for text in messages] == ([] if said is None else [True])
+        assert (run.model.spare.limit > 0) == (memory == "1000")
+        weights.append(list(run.model.parameters()))
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*weights))

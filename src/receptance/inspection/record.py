@@ -112,10 +112,10 @@ def record(model: RWKV, tokens: list[int] | Tensor) -> Recording:
 
 def _watch(layer: Layer, block: nn.Module, on: Callable[[nn.Module, Callable[[Any, Any], None]], None]) -> None:
     def att(_: Any, out: Any) -> None:
-        layer.att = out[0][0]
+        layer.att = (out[0] if isinstance(out, tuple) else out)[0]  # a channel mix gives no state
 
     def ffn(_: Any, out: Any) -> None:
-        layer.ffn = (out[0] if isinstance(out, tuple) else out)[0]
+        layer.ffn = out[0]
 
     def whole(_: Any, out: Any) -> None:
         layer.out = out[0][0]

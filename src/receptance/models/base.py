@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeGuard
@@ -19,10 +19,11 @@ from receptance.ops.head_loss import head_loss, module_loss
 from receptance.ops.norm import add_norm, layer_norm
 from receptance.ops.pieces import compute_dtype, upcast, uses_triton
 from receptance.ops.products import relu_square_products
-from receptance.ops.recompute import Recompute
+from receptance.ops.recompute import Recompute, Spare
 from receptance.ops.shift import norm_mix, shift_mix
 
 Shapes = dict[str, tuple[int, ...]]
+Residual = Tensor | tuple[Tensor, Tensor]  # [B, T, C], or two such whose sum it is
 
 
 class Config(Protocol):
@@ -45,7 +46,8 @@ class Call:
     """How one forward call runs, the same for every layer.
 
     lengths [B]: rows are padded at the end. resets [B, T]: true at the first token of a document, which sees nothing
-    before it. recompute: makes results of `cheap` again in the backward pass; None: they are kept.
+    before it. recompute: makes results of `cheap` again in the backward pass; None: they are kept. hands_on: blocks
+    return x as a pair whose sum the next one makes, in the kernel that reads it anyway.
     """
 
     lengths: Tensor | None = None
@@ -53,19 +55,20 @@ class Call:
     dropout: float = 0.0
     resets: Tensor | None = None
     recompute: Recompute | None = None
+    hands_on: bool = False
 
-    def cheap(self, function: Callable[..., Any], *inputs: Any) -> Any:
-        """function(*inputs), which need not be kept for the backward pass."""
-        return function(*inputs) if self.recompute is None else self.recompute(function, *inputs)
+    def cheap(self, function: Callable[..., Any], *inputs: Any, dear: bool = False) -> Any:
+        """function(*inputs), which need not be kept for the backward pass; `dear` ones are the first to be, if any."""
+        return function(*inputs) if self.recompute is None else self.recompute(function, *inputs, dear=dear)
 
     @property
     def form(self) -> str:
         """The name that fused pieces choose by."""
         return form_of(self.backend)
 
-    def fused(self, piece: Callable[..., Any], *inputs: Any) -> Any:
+    def fused(self, piece: Callable[..., Any], *inputs: Any, dear: bool = False) -> Any:
         """Call a fused piece of `receptance.ops` with this call's back end; its results are not kept."""
-        return self.cheap(partial(piece, backend=self.form), *inputs)
+        return self.cheap(partial(piece, backend=self.form), *inputs, dear=dear)
 
     def shift(
         self, x: Tensor, last: Tensor, mixes: Sequence[Tensor], own: Tensor | None = None, *, present: bool = False
@@ -78,8 +81,14 @@ class Call:
         out: Tensor = self.fused(layer_norm, x, norm.weight, norm.bias, norm.eps)
         return out
 
-    def add(self, x: Tensor, mixed: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-        """The residual sum and its norm."""
+    def leave(self, x: Tensor, delta: Tensor) -> Residual:
+        """What a block returns: x + delta, or the pair."""
+        return (x, delta) if self.hands_on else self.drop(x + delta)
+
+    def add(self, x: Tensor, mixed: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+        """The residual sum and its norm; mixed None: nothing is added."""
+        if mixed is None:
+            return x, self.norm(x, norm)
         if self.dropout:
             x = self.drop(x + mixed)
             return x, self.norm(x, norm)
@@ -97,26 +106,28 @@ class Call:
         last: Tensor,
         mixes: Sequence[Tensor],
         *,
+        present: bool = False,
         keep: bool = False,
-    ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """The way into half a block: x + delta, what the next call's token shift needs, the mixes of the sum's norm.
+    ) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
+        """The way into half a block: x + delta, what the next call's token shift needs, the mixes of the sum's norm,
+        what stood before its first position.
 
-        keep: the mixes, for the backward pass; otherwise it makes them again.
+        present: as in `shift_mix`. keep: the mixes, for the backward pass; otherwise it makes them again.
         """
         hand_over = getattr(self.backend, "shift", None)  # of rows that are cut over ranks: the vector before the piece
         if hand_over is not None or self.lengths is not None or self.dropout:
-            x, normed = (x, self.norm(x, norm)) if delta is None else self.add(x, delta, norm)
+            x, normed = self.add(x, delta, norm)
             if hand_over is not None:
                 if self.lengths is not None:
                     raise ValueError("rows of different lengths cannot be cut over ranks")
                 last = hand_over(normed[:, -1], last)
-            return x, carry(normed, last, self), self.shift(normed, last, mixes)
-        again = partial(norm_mix, resets=self.resets, backend=self.form)
+            return x, carry(normed, last, self), self.shift(normed, last, mixes, present=present), last
+        again = partial(norm_mix, resets=self.resets, present=present, backend=self.form)
         vectors = norm.weight, norm.bias, norm.eps, last, mixes
         x, end, mixed = again(x, delta, *vectors)
         if self.recompute is not None and not keep:
             self.recompute.remember(mixed, _third(again), x, None, *vectors)
-        return x, end, mixed
+        return x, end, mixed, last
 
     def joins_maps(self, x: Tensor) -> bool:
         """Whether `shifted_maps` saves time for inputs like x [B, T, C]: in training, on a GPU, in half precision."""
@@ -140,6 +151,11 @@ class Call:
         return nn.functional.dropout(x, self.dropout) if self.dropout else x
 
 
+def apart(x: Residual) -> tuple[Tensor, Tensor | None]:
+    """x, and what is still to be added to it."""
+    return x if isinstance(x, tuple) else (x, None)
+
+
 def _third(function: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *inputs: function(*inputs)[2]
 
@@ -152,12 +168,22 @@ def carry(x: Tensor, last: Tensor, call: Call) -> Tensor:
     return torch.where((call.lengths > 0)[:, None], x.gather(1, index).squeeze(1), last.to(x.dtype))
 
 
+class Mix(nn.Module):
+    """Half a block of versions 4 to 6. It is called with its normed input blended with the position before, by each of
+    `mixes`; present: they are the share of the input itself."""
+
+    present = True
+
+    def mixes(self) -> list[Tensor]:
+        raise NotImplementedError
+
+
 class Block(nn.Module):
     """x + TimeMix(ln1(x)), then x + ChannelMix(ln2(x)). Versions 4 to 6; `v_first` passes through unused."""
 
     ln0: nn.LayerNorm
 
-    def __init__(self, config: Config, layer: int, att: nn.Module, ffn: nn.Module):
+    def __init__(self, config: Config, layer: int, att: Mix, ffn: Mix):
         super().__init__()
         self.ln1 = nn.LayerNorm(config.n_embd)
         self.ln2 = nn.LayerNorm(config.n_embd)
@@ -167,12 +193,15 @@ class Block(nn.Module):
         self.ffn = ffn
 
     def forward(
-        self, x: Tensor, v_first: Tensor | None, state: dict[str, Tensor], call: Call
-    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-        mixed, after = self.att(call.norm(x, self.ln1), state, call)
-        x, normed = call.add(x, mixed, self.ln2)
-        mixed, shift = self.ffn(normed, state["ffn_shift"], call)
-        return call.drop(x + mixed), v_first, {**after, "ffn_shift": shift}
+        self, x: Residual, v_first: Tensor | None, state: dict[str, Tensor], call: Call
+    ) -> tuple[Residual, Tensor | None, dict[str, Tensor]]:
+        x, delta = apart(x)
+        att, ffn, shift = self.att, self.ffn, state["att_shift"]
+        x, att_shift, mixed, last = call.enter(x, delta, self.ln1, shift, att.mixes(), present=att.present)
+        delta, after = att(mixed, last, state, call)
+        shift = state["ffn_shift"]
+        x, ffn_shift, mixed, _ = call.enter(x, delta, self.ln2, shift, ffn.mixes(), present=ffn.present)
+        return call.leave(x, ffn(mixed, call)), v_first, {**after, "att_shift": att_shift, "ffn_shift": ffn_shift}
 
 
 class RWKV(nn.Module):
@@ -195,6 +224,7 @@ class RWKV(nn.Module):
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.activation_checkpointing = False  # recompute each block in the backward pass instead of keeping it
         self.recompute: bool | None = None  # the elementwise work alone is recomputed; None: on a GPU
+        self.spare = Spare()  # of that work's results, those which are kept all the same
         self.dropout = 0.0  # in training mode: after the embedding and on the residual after each half block
         self._fingerprint: str | None = None
 
@@ -341,14 +371,19 @@ class RWKV(nn.Module):
         end_norms: False leaves out ln0 and ln_out, so that the size of the vectors is not lost.
         """
         state = self.zero_state(len(x)) if state is None else state
-        call = self._call(x, lengths, resets, backend)
+        call = replace(self._call(x, lengths, resets, backend), hands_on=self._hands_on())
         x = call.drop(self.blocks[0].ln0(x) if end_norms else x)  # type: ignore[operator]
+        stream: Residual = x
         v_first: Tensor | None = None
         after = []
         for i, block in enumerate(self.blocks):
-            x, v_first, new = self._block(block, x, v_first, state.layer(i), call)
+            stream, v_first, new = self._block(block, stream, v_first, state.layer(i), call)
             after.append(new)
-        x = call.norm(x, self.ln_out) if end_norms else x
+        x, delta = apart(stream)
+        if end_norms:
+            _, x = call.add(x, delta, self.ln_out)
+        elif delta is not None:
+            x = call.drop(x + delta)
         return x, State({name: torch.stack([n[name] for n in after]) for name in state})
 
     def bidirectional(
@@ -381,7 +416,7 @@ class RWKV(nn.Module):
         v_first: Tensor | None = None
         for i, block in enumerate(self.blocks):
             made, v_first, _ = self._block(block, torch.cat([x, turned(x)]), v_first, state.layer(i), call)
-            ahead, back = made.split(batch)
+            ahead, back = apart(made)[0].split(batch)
             x = (ahead + turned(back)) / 2
         return call.norm(x, self.ln_out) if end_norms else x
 
@@ -390,11 +425,19 @@ class RWKV(nn.Module):
     ) -> Call:
         return Call(lengths, backend, self.dropout if self.training else 0.0, resets, self._recompute(x.is_cuda))
 
+    def _hands_on(self) -> bool:
+        """Where whole blocks are made again the pair would be kept for each; hooks on blocks expect the sum."""
+        if not self.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        return not self.activation_checkpointing and not any(
+            block._forward_hooks or block._forward_pre_hooks for block in self.blocks
+        )
+
     def _block(
-        self, block: nn.Module, x: Tensor, v_first: Tensor | None, state: dict[str, Tensor], call: Call
-    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        self, block: nn.Module, x: Residual, v_first: Tensor | None, state: dict[str, Tensor], call: Call
+    ) -> tuple[Residual, Tensor | None, dict[str, Tensor]]:
         """One block, with what is kept for its backward pass as the model's settings have it."""
-        found: tuple[Tensor, Tensor | None, dict[str, Tensor]]
+        found: tuple[Residual, Tensor | None, dict[str, Tensor]]
         if self.activation_checkpointing and torch.is_grad_enabled():
             found = checkpoint(block, x, v_first, state, call, use_reentrant=False, preserve_rng_state=call.dropout > 0)
         elif call.recompute is not None:
@@ -408,7 +451,7 @@ class RWKV(nn.Module):
         """None where nothing is kept for a backward pass, or others decide what is."""
         wanted = on_gpu if self.recompute is None else self.recompute
         decided = self.activation_checkpointing or torch.compiler.is_compiling()
-        return Recompute() if wanted and torch.is_grad_enabled() and not decided else None
+        return Recompute(self.spare) if wanted and torch.is_grad_enabled() and not decided else None
 
     def _checked(
         self, tokens: list[int] | Tensor, lengths: Tensor | None, resets: Tensor | None

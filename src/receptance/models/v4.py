@@ -12,10 +12,12 @@ from receptance.models.base import (
     ZERO,
     Block,
     Call,
+    Mix,
     Recipe,
+    Residual,
     Rule,
     Shapes,
-    carry,
+    apart,
     depth,
     frame_recipe,
     norm_recipe,
@@ -58,7 +60,7 @@ class RWKV4Config:
         return cls(vocab_size, n_layer, n_embd, dim_att, shapes["blocks.0.ffn.key.weight"][0], pre_ffn)
 
 
-class TimeMix(nn.Module):
+class TimeMix(Mix):
     def __init__(self, config: RWKV4Config):
         super().__init__()
         c, a = config.n_embd, config.dim_att
@@ -72,9 +74,13 @@ class TimeMix(nn.Module):
         self.receptance = nn.Linear(c, a, bias=False)
         self.output = nn.Linear(a, c, bias=False)
 
-    def forward(self, x: Tensor, state: dict[str, Tensor], call: Call) -> tuple[Tensor, dict[str, Tensor]]:
-        mixes = [self.time_mix_k, self.time_mix_v, self.time_mix_r]
-        xk, xv, xr = call.shift(x, state["att_shift"], mixes, present=True)
+    def mixes(self) -> list[Tensor]:
+        return [self.time_mix_k, self.time_mix_v, self.time_mix_r]
+
+    def forward(
+        self, mixed: list[Tensor], last: Tensor, state: dict[str, Tensor], call: Call
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        xk, xv, xr = mixed
         k, v, r = self.key(xk), self.value(xv), self.receptance(xr)  # [B, T, A]
         y, (num, den, exp) = wkv4(
             -upcast(self.time_decay).exp(),
@@ -86,12 +92,11 @@ class TimeMix(nn.Module):
             resets=call.resets,
             backend=call.backend,
         )
-        shift = carry(x, state["att_shift"], call)
         y = call.fused(sigmoid_gate, r, y.to(r.dtype))
-        return self.output(y), {"att_shift": shift, "num": num, "den": den, "exp": exp}
+        return self.output(y), {"num": num, "den": den, "exp": exp}
 
 
-class ChannelMix(nn.Module):
+class ChannelMix(Mix):
     """Also RWKV-5's."""
 
     def __init__(self, n_embd: int, dim_ffn: int):
@@ -102,10 +107,13 @@ class ChannelMix(nn.Module):
         self.receptance = nn.Linear(n_embd, n_embd, bias=False)
         self.value = nn.Linear(dim_ffn, n_embd, bias=False)
 
-    def forward(self, x: Tensor, shift: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-        xk, xr = call.shift(x, shift, [self.time_mix_k, self.time_mix_r], present=True)
+    def mixes(self) -> list[Tensor]:
+        return [self.time_mix_k, self.time_mix_r]
+
+    def forward(self, mixed: list[Tensor], call: Call) -> Tensor:
+        xk, xr = mixed
         k = call.channels(xk, self.key, self.value)
-        return sigmoid_gate(self.receptance(xr), k, backend=call.form), carry(x, shift, call)
+        return sigmoid_gate(self.receptance(xr), k, backend=call.form)
 
 
 class PreBlock(nn.Module):
@@ -119,11 +127,13 @@ class PreBlock(nn.Module):
         self.ffnPre = ChannelMix(config.n_embd, config.dim_ffn)
         self.ffn = ChannelMix(config.n_embd, config.dim_ffn)
 
-    def forward(self, x: Tensor, v_first: None, state: dict[str, Tensor], call: Call) -> tuple[Any, ...]:
-        mixed, first = self.ffnPre(call.norm(x, self.ln1), state["att_shift"], call)
-        x, normed = call.add(x, mixed, self.ln2)
-        mixed, shift = self.ffn(normed, state["ffn_shift"], call)
-        return call.drop(x + mixed), v_first, {**state, "att_shift": first, "ffn_shift": shift}
+    def forward(self, x: Residual, v_first: None, state: dict[str, Tensor], call: Call) -> tuple[Any, ...]:
+        x, delta = apart(x)
+        pre, ffn = self.ffnPre, self.ffn
+        x, first, mixed, _ = call.enter(x, delta, self.ln1, state["att_shift"], pre.mixes(), present=True)
+        delta = pre(mixed, call)
+        x, second, mixed, _ = call.enter(x, delta, self.ln2, state["ffn_shift"], ffn.mixes(), present=True)
+        return call.leave(x, ffn(mixed, call)), v_first, {**state, "att_shift": first, "ffn_shift": second}
 
 
 class RWKV4(RWKV):

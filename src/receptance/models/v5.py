@@ -10,10 +10,10 @@ from receptance.models.base import (
     ZERO,
     Block,
     Call,
+    Mix,
     Recipe,
     Rule,
     Shapes,
-    carry,
     depth,
     frame_recipe,
     norm_recipe,
@@ -70,7 +70,7 @@ class RWKV5Config:
         )
 
 
-class TimeMix(nn.Module):
+class TimeMix(Mix):
     def __init__(self, config: RWKV5Config):
         super().__init__()
         c, n = config.n_embd, config.head_size
@@ -96,11 +96,15 @@ class TimeMix(nn.Module):
         self.output = nn.Linear(c, c, bias=False)
         self.ln_x = nn.GroupNorm(h, c, eps=64e-5)  # for any head size: training divides by 8 and uses 1e-5
 
-    def forward(self, x: Tensor, state: dict[str, Tensor], call: Call) -> tuple[Tensor, dict[str, Tensor]]:
-        b, t, c = x.shape
+    def mixes(self) -> list[Tensor]:
+        return [self.time_mix_r, self.time_mix_k, self.time_mix_v, *([self.time_mix_g] if self.has_gate else [])]
+
+    def forward(
+        self, mixed: list[Tensor], last: Tensor, state: dict[str, Tensor], call: Call
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        xr, xk, xv, *xg = mixed
+        b, t, c = xr.shape
         heads = (b, t, self.n_head, c // self.n_head)
-        mixes = [self.time_mix_r, self.time_mix_k, self.time_mix_v, *([self.time_mix_g] if self.has_gate else [])]
-        xr, xk, xv, *xg = call.shift(x, state["att_shift"], mixes, present=True)
         r, k, v = self.receptance(xr).view(heads), self.key(xk).view(heads), self.value(xv).view(heads)
         gate = self.gate(xg[0]) if self.has_gate else None
         u = upcast(self.time_faaaa) if self.has_gate else upcast(self.time_first).exp()
@@ -111,7 +115,7 @@ class TimeMix(nn.Module):
         y, wkv = wkv6(r, w, k, v, u, state["wkv"], lengths=call.lengths, resets=call.resets, backend=call.backend)
         norm = self.ln_x
         y = call.fused(norm_and_gate, y, norm.weight, norm.bias, norm.eps, gate, "silu")
-        return self.output(y), {"att_shift": carry(x, state["att_shift"], call), "wkv": wkv}
+        return self.output(y), {"wkv": wkv}
 
 
 class RWKV5(RWKV):

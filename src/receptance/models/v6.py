@@ -11,10 +11,10 @@ from receptance.models.base import (
     ZERO,
     Block,
     Call,
+    Mix,
     Recipe,
     Rule,
     Shapes,
-    carry,
     depth,
     frame_recipe,
     norm_recipe,
@@ -64,7 +64,9 @@ class RWKV6Config:
         )
 
 
-class TimeMix(nn.Module):
+class TimeMix(Mix):
+    present = False
+
     def __init__(self, config: RWKV6Config):
         super().__init__()
         c, n = config.n_embd, config.head_size
@@ -90,14 +92,20 @@ class TimeMix(nn.Module):
         self.output = nn.Linear(c, c, bias=False)
         self.ln_x = nn.GroupNorm(h, c, eps=64e-5)
 
-    def forward(self, x: Tensor, state: dict[str, Tensor], call: Call) -> tuple[Tensor, dict[str, Tensor]]:
+    def mixes(self) -> list[Tensor]:
+        """The first blend makes what each position adds to the others' shares, of the input as it is."""
+        return [self.time_maa_x, torch.zeros_like(self.time_maa_x)]
+
+    def forward(
+        self, mixed: list[Tensor], last: Tensor, state: dict[str, Tensor], call: Call
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        xx, x = mixed
         b, t, c = x.shape
         heads = (b, t, self.n_head, c // self.n_head)
-        (xx,) = call.shift(x, state["att_shift"], [self.time_maa_x])
         low = torch.tanh(xx @ self.time_maa_w1).view(b, t, 5, -1)
         own = call.cheap(torch.einsum, "btjr,jrc->jbtc", low, self.time_maa_w2.to(low.dtype))
         mixes = [self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g]
-        xw, xk, xv, xr, xg = call.shift(x, state["att_shift"], mixes, own)  # [B, T, C] each
+        xw, xk, xv, xr, xg = call.shift(x, last, mixes, own)  # [B, T, C] each
         r, k, v = self.receptance(xr).view(heads), self.key(xk).view(heads), self.value(xv).view(heads)
         gate = self.gate(xg)
         w = upcast(self.time_decay) + upcast(torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2)
@@ -106,10 +114,12 @@ class TimeMix(nn.Module):
         y, wkv = wkv6(r, w, k, v, u, state["wkv"], lengths=call.lengths, resets=call.resets, backend=call.backend)
         norm = self.ln_x
         y = call.fused(norm_and_gate, y, norm.weight, norm.bias, norm.eps, gate, "silu")
-        return self.output(y), {"att_shift": carry(x, state["att_shift"], call), "wkv": wkv}
+        return self.output(y), {"wkv": wkv}
 
 
-class ChannelMix(nn.Module):
+class ChannelMix(Mix):
+    present = False
+
     def __init__(self, config: RWKV6Config):
         super().__init__()
         c, f = config.n_embd, config.dim_ffn
@@ -119,10 +129,13 @@ class ChannelMix(nn.Module):
         self.receptance = nn.Linear(c, c, bias=False)
         self.value = nn.Linear(f, c, bias=False)
 
-    def forward(self, x: Tensor, shift: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-        xk, xr = call.shift(x, shift, [self.time_maa_k, self.time_maa_r])
+    def mixes(self) -> list[Tensor]:
+        return [self.time_maa_k, self.time_maa_r]
+
+    def forward(self, mixed: list[Tensor], call: Call) -> Tensor:
+        xk, xr = mixed
         k = call.channels(xk, self.key, self.value)
-        return sigmoid_gate(self.receptance(xr), k, backend=call.form), carry(x, shift, call)
+        return sigmoid_gate(self.receptance(xr), k, backend=call.form)
 
 
 class RWKV6(RWKV):

@@ -12,8 +12,10 @@ from receptance.models.base import (
     ZERO,
     Call,
     Recipe,
+    Residual,
     Rule,
     Shapes,
+    apart,
     depth,
     frame_recipe,
     norm_recipe,
@@ -183,9 +185,9 @@ class TimeMix(nn.Module):
         r, k, v, v_again = (z.view(heads) for z in (r, k, v, v_again))
         vectors = self.w0, self.a0, self.k_k, self.k_a
         if uses_triton("prepare", k, call.form):
-            w, k, erase, write, r, bonus = call.fused(keys_and_bonus, w, k, a, r, *vectors, self.r_k)
+            w, k, erase, write, r, bonus = call.fused(keys_and_bonus, w, k, a, r, *vectors, self.r_k, dear=True)
         else:  # apart, since torch would keep k for the bonus's gradient before `call` knows that it can be made again
-            w, k, erase, write = call.fused(decay_and_keys, w, k, a, *vectors)
+            w, k, erase, write = call.fused(decay_and_keys, w, k, a, *vectors, dear=True)
             bonus = (r * k * self.r_k).sum(-1)
         if self.wide_rate:
             write = (write * (1 + self.rate_span * w.exp())).to(write.dtype)
@@ -218,15 +220,15 @@ class Block(nn.Module):
         self.ffn = ChannelMix(config)
 
     def forward(
-        self, x: Tensor, v_first: Tensor | None, state: dict[str, Tensor], call: Call
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        self, x: Residual, v_first: Tensor | None, state: dict[str, Tensor], call: Call
+    ) -> tuple[Residual, Tensor, dict[str, Tensor]]:
+        x, delta = apart(x)
         joined, last = self.training and call.joins_maps(x), state["att_shift"]
-        x, att_shift, mixed = call.enter(x, None, self.ln1, last, self.att.mixes(joined))
+        x, att_shift, mixed, _ = call.enter(x, delta, self.ln1, last, self.att.mixes(joined))
         delta, v_first, wkv = self.att(mixed, last, joined, v_first, state["wkv"], call)
         mixes = [self.ffn.x_k]  # kept: one of 13 numbers per token and channel, for a pass less
-        x, ffn_shift, (xk,) = call.enter(x, delta, self.ln2, state["ffn_shift"], mixes, keep=True)
-        x = call.drop(x + self.ffn(xk, call))
-        return x, v_first, {"att_shift": att_shift, "wkv": wkv, "ffn_shift": ffn_shift}
+        x, ffn_shift, (xk,), _ = call.enter(x, delta, self.ln2, state["ffn_shift"], mixes, keep=True)
+        return call.leave(x, self.ffn(xk, call)), v_first, {"att_shift": att_shift, "wkv": wkv, "ffn_shift": ffn_shift}
 
 
 class RWKV7(RWKV):

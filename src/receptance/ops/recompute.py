@@ -20,7 +20,10 @@ class Recompute:
     under the autocast state of their first run. Without `with` they are just called.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, spare: "Spare | None" = None) -> None:
+        self._spare = spare
+        if spare is not None:
+            spare.begin()
         self._hooks: saved_tensors_hooks | None = None
         self._made: dict[int, tuple[_Recipe, int, Tensor]] = {}  # address → how to make it; held, so it stays its own
 
@@ -35,27 +38,58 @@ class Recompute:
             self._hooks = None
             self._made.clear()
 
-    def __call__(self, function: Callable[..., Any], *inputs: Any) -> Any:
-        """function(*inputs): a tensor or several."""
+    def __call__(self, function: Callable[..., Any], *inputs: Any, dear: bool = False) -> Any:
+        """function(*inputs): a tensor or several. dear: it takes more time for the size of its results than most."""
         outputs = function(*inputs)
-        self.remember(outputs, function, *inputs)
+        self.remember(outputs, function, *inputs, dear=dear)
         return outputs
 
-    def remember(self, outputs: Any, function: Callable[..., Any], *inputs: Any) -> None:
+    def remember(self, outputs: Any, function: Callable[..., Any], *inputs: Any, dear: bool = False) -> None:
         """`outputs` already exist; function(*inputs) would make the same ones."""
         if self._hooks is None:
             return
-        recipe = _Recipe(function, _map(self._pack, inputs), _tensors(inputs))
         given = {x.data_ptr() for x in _tensors(inputs)}
-        for i, x in enumerate(_tensors(outputs)):
-            if x.numel() and x.is_contiguous() and x.data_ptr() not in given:
-                self._made[x.data_ptr()] = recipe, i, x
+        new = [
+            (i, x)
+            for i, x in enumerate(_tensors(outputs))
+            if x.numel() and x.is_contiguous() and x.data_ptr() not in given
+        ]
+        if self._spare is not None and self._spare.takes(sum(x.nbytes for _, x in new), dear):
+            return
+        recipe = _Recipe(function, _map(self._pack, inputs), _tensors(inputs))
+        for i, x in new:
+            self._made[x.data_ptr()] = recipe, i, x
 
     def _pack(self, x: Tensor) -> "Tensor | _Kept":
         recipe, index, made = self._made.get(x.data_ptr(), (None, 0, x))
         if recipe is None or x.numel() != made.numel() or x.dtype != made.dtype or not x.is_contiguous():
             return x.detach()
         return _Kept(recipe, index, x.shape)
+
+
+class Spare:
+    """Memory to keep results in that would be made again: at most `limit` bytes a pass, dear ones first.
+
+    A pass learns from the one before how many bytes are dear; the first keeps nothing.
+    """
+
+    def __init__(self) -> None:
+        self.limit = 0
+        self._left, self._wanted = [0, 0], [0, 0]  # of dear results and of others
+
+    def begin(self) -> None:
+        dear = min(self.limit, self._wanted[0])
+        self._left = [dear, self.limit - dear] if any(self._wanted) else [0, 0]
+        self._wanted = [0, 0]
+
+    def takes(self, n_bytes: int, dear: bool) -> bool:
+        """Whether results of so many bytes are kept."""
+        kind = 0 if dear else 1
+        self._wanted[kind] += n_bytes
+        if n_bytes > self._left[kind]:
+            return False
+        self._left[kind] -= n_bytes
+        return True
 
 
 class _Recipe:

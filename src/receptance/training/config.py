@@ -119,6 +119,7 @@ class RunConfig:
     device, precision: "auto" takes a GPU with bfloat16 matrix products when there is one, else the CPU in float32.
     weights: "bfloat16" beside float32 masters in the optimiser, "float32", or "auto": the former where it can be.
     recompute: "auto", "on", "off": whether the backward pass makes elementwise work again (auto: on a GPU).
+    memory: GB that the run may take; what its first steps leave holds results that would be made again (0: none).
     cuda_graph: "auto", "on", "off": whether the GPU replays the whole step instead of being told each kernel.
     valid_tokens: upper bound per validation file (0: all of it). keep: finished checkpoints left on disk.
     early_stop: looks at the validation texts without an improvement after which the run ends (0: never).
@@ -138,6 +139,7 @@ class RunConfig:
     weights: str = free("auto")
     activation_checkpointing: bool = False
     recompute: str = free("auto")
+    memory: float = free(0.0)
     segment_len: int = 0
     segment_gradients: str = "exact"
     segment_states: str = free("device")
@@ -251,6 +253,7 @@ def check(config: TrainConfig) -> None:
         ("run.precision", config.run.precision, config.run.precision in ("auto", "float32", "bfloat16")),
         ("run.weights", config.run.weights, config.run.weights in ("auto", "float32", "bfloat16")),
         ("run.recompute", config.run.recompute, config.run.recompute in ("auto", "on", "off")),
+        ("run.memory", config.run.memory, config.run.memory >= 0),
         ("run.cuda_graph", config.run.cuda_graph, config.run.cuda_graph in ("auto", "on", "off")),
         ("run.save_dtype", config.run.save_dtype, config.run.save_dtype in ("float32", "bfloat16", "float16")),
         ("run.seed", config.run.seed, config.run.seed >= 0),

@@ -10,43 +10,17 @@ its predecessor's. A WKV state needs everything before, but each operator's fina
 so every rank finds its P and Q without knowing S₀, all exchange them, and each merges those before its own. The work is
 that of the piece alone plus one small exchange per layer, whatever the length. docs/distributed.md has the costs.
 
-`ContextParallel` is given as the back end of a forward call. RWKV-7 asks it for the shifts (`Call.enter`); on the mixes
-of other versions `cut_rows` puts hooks that hand them over.
+`ContextParallel` is given as the back end of a forward call, which asks it for the shifts (`Call.enter`).
 """
 
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from receptance import ops
-from receptance.models import RWKV, RWKV7, State
-
-
-def cut_rows(model: RWKV) -> None:
-    """Let `model` take a ContextParallel as the back end of a call. Calls with another back end stay as they are."""
-    if isinstance(model, RWKV7):  # `Call.enter`, its way into each half of a block, asks the back end itself
-        return
-    for block in model.blocks:
-        for name in ("att", "ffn", "ffnPre"):
-            if hasattr(block, name):
-                getattr(block, name).register_forward_pre_hook(_hand_shift_over)
-
-
-def _hand_shift_over(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """The mixes are called with (x, …, state or shift, call); the shift becomes the last x of the rank before."""
-    x, *between, start, call = args
-    ranks = call.backend
-    if not isinstance(ranks, ContextParallel):
-        return None
-    if call.lengths is not None:
-        raise ValueError("rows of different lengths cannot be cut over ranks")
-    if isinstance(start, dict):
-        start = {**start, "att_shift": ranks.shift(x[:, -1], start["att_shift"])}
-    else:
-        start = ranks.shift(x[:, -1], start)
-    return (x, *between, start, call)
+from receptance.models import State
 
 
 class ContextParallel:

@@ -1,8 +1,8 @@
 """Several processes that train one model: who holds which rows and pieces, and what they say to each other.
 
-The engine is PyTorch's own: torchrun starts the processes, DistributedDataParallel or `fully_shard` (FSDP2) averages
-the gradients; `context` adds the cut of the rows. The model stays a plain model, transformed from outside; one process
-alone goes through the same calls, which then do nothing.
+The engine is PyTorch's own: torchrun starts the processes; DistributedDataParallel, `fully_shard` (FSDP2) or, for
+weights with masters, one all-reduce averages the gradients; `context` adds the cut of the rows. The model stays a plain
+model, transformed from outside; one process alone goes through the same calls, which then do nothing.
 """
 
 import os
@@ -25,7 +25,7 @@ from receptance.models import RWKV, State
 from receptance.ops import Operators
 from receptance.training.batch import Batch
 from receptance.training.config import TrainConfig
-from receptance.training.context import ContextParallel, cut_rows
+from receptance.training.context import ContextParallel
 
 T = TypeVar("T")
 
@@ -128,8 +128,6 @@ class Parallel:
         fsdp: each block is one unit of gathering, and the frame (embedding, last norm, head) is another, which stays
         whole from the forward pass to the backward pass, so that a loss may use the head's weights.
         """
-        if self.ranks is not None:
-            cut_rows(model)
         if not self.is_sharded:
             return model.to(self.device)
         if getattr(model.config, "time_state", False):
@@ -153,8 +151,11 @@ class Parallel:
         return model
 
     def replicate(self, module: nn.Module, model: RWKV) -> nn.Module:
-        """`module`, which calls `model` in its forward, with averaging of gradients where sharding does not do it."""
-        if self.size == 1 or self.is_sharded:
+        """`module`, which calls `model` in its forward, with averaging of gradients where nothing else does it.
+
+        Shards do it themselves; an optimiser with masters has all gradients in one buffer, which `average` takes.
+        """
+        if self.size == 1 or self.is_sharded or model.dtype == torch.bfloat16:
             return module
         unused = bool(getattr(model.config, "first_value", False))  # tensors of some RWKV-7 files that nothing reads
         return DistributedDataParallel(module, find_unused_parameters=unused)
@@ -186,6 +187,15 @@ class Parallel:
         x = x.clone()
         dist.all_reduce(x)
         return x / self.size
+
+    def average(self, x: Tensor) -> None:
+        """Over all processes, in place."""
+        if self.size == 1:
+            return
+        if x.is_cuda:
+            dist.all_reduce(x, dist.ReduceOp.AVG)
+        else:  # which gloo cannot
+            dist.all_reduce(x.div_(self.size))
 
     def agree(self, value: T, group: dist.ProcessGroup | None = None) -> T:
         """The first process's value, on all of them."""

@@ -85,8 +85,11 @@ class MasterAdamW(AdamW):
         return [x for group in self.param_groups for x in group["params"]]
 
     @torch.no_grad()
-    def collect(self) -> Tensor:
-        """Take over the weights' gradients and return the norm of all, float32, on the device."""
+    def collect(self, average: Callable[[Tensor], None] | None = None) -> Tensor:
+        """Take over the weights' gradients and return the norm of all, float32, on the device.
+
+        average: of several processes, which all call this; it makes a tensor the mean of theirs, in place.
+        """
         flat = torch.empty_like(self._rounded)
         if len(self._gaps):
             flat.index_fill_(0, self._gaps, 0.0)
@@ -96,6 +99,8 @@ class MasterAdamW(AdamW):
             if p.grad is None:
                 part.zero_()
             p.grad = None
+        if average is not None:
+            average(flat)
         self._gradients = flat
         norm: Tensor = torch.linalg.vector_norm(flat, dtype=torch.float32)
         if self._clip:

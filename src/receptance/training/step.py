@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from receptance.baselines import BASELINES
 from receptance.errors import ConfigError
 from receptance.training.batch import Batch
 from receptance.training.distributed import local
 from receptance.training.guard import judge
 from receptance.training.master import MasterAdamW
+from receptance.training.metrics import peak_memory
 from receptance.training.optim import guard_statistics, set_learning_rate, set_weight_decay, update_average
 from receptance.training.schedule import learning_rate, progress, weight_decay
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from receptance.training.config import TrainConfig
     from receptance.training.loop import Run
 
+SETTLED_STEPS = 2  # after which the optimiser's state has been there for a whole step
 EAGER_STEPS = 3  # before the capture: kernels compile, libraries and the optimiser's state come into being
 
 
@@ -32,8 +35,12 @@ class Step:
     def __init__(self, run: "Run", message: Callable[[str], None]):
         self._run, self._message = run, message
         self._graph = Graph(run) if wants_graph(run) else None
+        self._calls = 0
 
     def __call__(self, step: int) -> Tensor:
+        if self._calls == SETTLED_STEPS:
+            spend_memory(self._run, self._message)
+        self._calls += 1
         batch = prepare(self._run, step)
         if self._graph is not None:
             try:
@@ -42,6 +49,18 @@ class Step:
                 self._message(f"{error}; going on without a CUDA graph (run.cuda_graph = off silences this)")
                 self._graph = None
         return compute(self._run, batch)
+
+
+def spend_memory(run: "Run", message: Callable[[str], None]) -> None:
+    """Let the passes keep results in what the steps so far have left of `run.memory`."""
+    allowed, peak = int(run.config.run.memory * 1e9), peak_memory(run.device)
+    if not allowed or run.config.model.version in BASELINES:  # which keep everything
+        return
+    run.model.spare.limit = max(0, allowed - peak)
+    if peak >= allowed:
+        message(f"a step takes {peak / 1e9:.1f} GB, as much as run.memory allows or more; nothing is kept beyond that")
+    else:
+        message(f"a step takes {peak / 1e9:.1f} GB; {(allowed - peak) / 1e9:.1f} GB more may hold what it makes again")
 
 
 def rate(config: "TrainConfig", step: int) -> float:
@@ -84,7 +103,7 @@ def compute(run: "Run", batch: Batch) -> Tensor:
 def clip(run: "Run") -> Tensor:
     """Bound the gradients' norm; returns the one they had."""
     if isinstance(run.optimizer, MasterAdamW):
-        return run.optimizer.collect()  # it clips as it updates
+        return run.optimizer.collect(run.parallel.average)  # it clips as it updates
     params = [p for p in run.model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in params])  # type: ignore[misc]
     if run.config.optim.grad_clip:

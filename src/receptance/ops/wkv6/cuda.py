@@ -17,7 +17,8 @@ from receptance.ops import cuda
 SOURCE = Path(__file__).with_name("wkv6.cu")
 ELEMENTS = {torch.float32: "float", torch.bfloat16: "Bf16", torch.float16: "Half"}
 HEADS = (32, 64, 128)  # sizes
-WIDEST_SHARED = 148 * 1024  # bytes, for heads of 128
+WIDEST_SHARED = 225 * 1024  # bytes, for heads of 128
+TWO_AT_ONCE = 112 * 1024  # of which a data centre's GPU runs two blocks on a multiprocessor
 CHUNK = 16  # tokens, as in wkv6.cu
 BLOCKS = 528  # four for each of an H100's multiprocessors, as many as run at once
 SHORTEST_SEGMENT = 256  # tokens
@@ -27,10 +28,14 @@ def fits(r: Tensor) -> bool:
     """Whether the kernels take inputs like r: heads of 128 need the shared memory of a data centre's GPU."""
     if r.dtype not in (torch.bfloat16, torch.float16) or r.shape[-1] not in HEADS:
         return False
-    if r.shape[-1] < HEADS[-1] or not r.is_cuda:
-        return True
-    properties = torch.cuda.get_device_properties(r.device)
-    return getattr(properties, "shared_memory_per_block_optin", 0) >= WIDEST_SHARED  # not in older torch
+    return r.shape[-1] < HEADS[-1] or _shared_bytes(r) >= WIDEST_SHARED
+
+
+def _shared_bytes(r: Tensor) -> int:
+    """What a block may have where r is; 0 with older versions of torch, and no bound on a CPU, where tests emulate."""
+    if not r.is_cuda:
+        return 2**20
+    return int(getattr(torch.cuda.get_device_properties(r.device), "shared_memory_per_block_optin", 0))
 
 
 class _Run:
@@ -45,13 +50,17 @@ class _Run:
         self.grid, self.threads = (batch * self.segments * h,), 2 * n
         self.states = (batch, self.segments, h, n, n)
         self.inputs = r, w, k, v, u, gy, resets, 0 if w.stride(1) == 0 else h * n, t, h, self.segments, length
-        self.program = cuda.load(
-            SOURCE, ELEMENT=ELEMENTS[r.dtype], DECAY=ELEMENTS[w.dtype], HEAD=n, RESETS=int(resets is not None)
-        )
         tile, warps = CHUNK * n, n // 16
         self.shared = 2 * (tile * 6 + tile * w.element_size()) + 8 * tile + warps * 1024 + 4 * n
         self.shared_saving = self.shared + 2 * n * n
-        self.shared_gradients = 2 * (tile * 8 + tile * w.element_size() + 2 * n * n) + warps * 4160
+        tiles, for_values = 2 * (tile * 8 + tile * w.element_size() + 2 * n * n) + warps * 4160, 4 * n * n + 8 * tile
+        is_roomy = tiles + 2 * for_values <= TWO_AT_ONCE and _shared_bytes(r) >= WIDEST_SHARED
+        buffers = 2 if is_roomy else 1
+        self.shared_gradients = tiles + buffers * for_values
+        self.program = cuda.load(
+            SOURCE, ELEMENT=ELEMENTS[r.dtype], DECAY=ELEMENTS[w.dtype], HEAD=n, RESETS=int(resets is not None),
+            VALUES_BUFFERS=buffers,
+        )  # fmt: skip
 
     def starts(self, first: Tensor | None, is_backward: bool) -> Tensor | None:
         """The state before each segment, or the gradient after each: [B, segments, H, N, N]; first [B, H, N, N].
@@ -63,8 +72,9 @@ class _Run:
         ends = self.inputs[0].new_empty(self.states, dtype=torch.float32)
         decays = self.inputs[0].new_empty(self.states[:-1], dtype=torch.float32)
         kernel = self.program.backward_ends if is_backward else self.program.forward_ends
-        kernel(self.grid, self.threads, *self.inputs, ends, decays, shared=self.shared)
         batch, _, h, n, _ = self.states
+        grid = (batch * (self.segments - 1) * h,)
+        kernel(grid, self.threads, *self.inputs, ends, decays, shared=self.shared)
         self.program.chain((batch * h * n * n // 256,), 256, ends, decays, first, h, self.segments, int(is_backward))
         return ends
 
@@ -106,9 +116,8 @@ def _backward(
         gw = r.new_empty(r.shape, dtype=w.dtype)  # w itself may be an expanded constant
         gu = r.new_empty(run.states[:-1], dtype=torch.float32)
         ends = run.starts(g_end, True)
-        run.program.values(run.grid, run.threads, *run.inputs, ends, gv, g_start, shared=run.shared)
-        kernel = run.program.gradients
-        kernel(run.grid, run.threads, *run.inputs, saved, ends, gr, gk, gw, gu, shared=run.shared_gradients)
+        out = gr, gk, gv, gw, gu, g_start
+        run.program.gradients(run.grid, run.threads, *run.inputs, saved, ends, *out, shared=run.shared_gradients)
         return gr, gw, gk, gv, gu.sum((0, 1)), g_start
 
 

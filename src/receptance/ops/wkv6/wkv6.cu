@@ -1,6 +1,7 @@
 // RWKV-5 and 6's WKV for 16-bit inputs: tensor cores (tf32), the state in registers.
 //
-// Macros: ELEMENT (Bf16, Half) of r, k, v, y; DECAY (float or one of those) of w; HEAD: 32, 64 or 128; RESETS (0, 1).
+// Macros: ELEMENT (Bf16, Half) of r, k, v, y; DECAY (float or one of those) of w; HEAD: 32, 64 or 128; RESETS (0, 1);
+// VALUES_BUFFERS: 2 takes more shared memory, and the gradients of values wait for no barrier of their own.
 //
 // A block walks one head's tokens, or a segment of them, in chunks of 16. With upto and before the sums of the log-decay
 // with and without a token's own, total the chunk's, and S (value x key) the state at its start:
@@ -10,7 +11,7 @@
 //
 // Backward, with G = gy v^T below the diagonal and dS the gradient of the state at the chunk's end:
 //
-//     gv = A^T gy + (k e^{total - upto}) dS^T      dS = dS diag(e^total) + gy^T (r e^before)      walk<true>: the mirror image
+//     gv = A^T gy + (k e^{total - upto}) dS^T      dS = dS diag(e^total) + gy^T (r e^before)
 //     gr = G (k e^{-upto}) e^before + (gy S) e^before,  gk = G^T (r e^before) e^{-upto} + (v dS) e^{total - upto}
 //
 // and the bonus's terms. The two exponents of a pair (t, s) meet in the middle of s's half of the chunk, after its fourth
@@ -28,6 +29,9 @@
 #endif
 #ifndef WALK_BLOCKS
 #define WALK_BLOCKS (HEAD == 128 ? 1 : 4)
+#endif
+#ifndef VALUES_BUFFERS
+#define VALUES_BUFFERS 1
 #endif
 typedef ELEMENT E;
 typedef DECAY D;
@@ -179,6 +183,67 @@ __device__ __forceinline__ void multiply_state(float (&d)[4], const u32 (&a)[4],
     }
 }
 
+// The factor of a state as the tensor cores take it: [BLOCKS, 32 lanes, 4]
+__device__ __forceinline__ void store_operand(u32* operand, const u32 (&q)[2][4], const Lane& my) {
+#pragma unroll
+    for (int b = 0; b < 2; b++)
+        *(uint4*)(operand + ((2 * my.warp + b) * 32 + my.lane) * 4) = make_uint4(q[0][2 * b], q[1][2 * b], q[0][2 * b + 1], q[1][2 * b + 1]);
+}
+// A or its transpose over this warp's channels, to [WARPS, 2, 32, 4]; bonus: its diagonal, this lane's channels of tokens g, g + 8
+__device__ __forceinline__ void store_part(float* parts, float (&scores)[2][4], float (&bonus)[2], const Lane& my) {
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        bonus[h] += __shfl_xor_sync(~0u, bonus[h], 1);
+        bonus[h] += __shfl_xor_sync(~0u, bonus[h], 2);
+        if (my.g / 2 == my.t) scores[h][2 * h + my.g % 2] = bonus[h];
+    }
+#pragma unroll
+    for (int b = 0; b < 2; b++)
+        *(float4*)(parts + ((my.warp * 2 + b) * 32 + my.lane) * 4) = make_float4(scores[b][0], scores[b][1], scores[b][2], scores[b][3]);
+}
+// This warp's value channels of v or gy: x[half][channel g or g + 8][token 2t + i]
+__device__ __forceinline__ void read_values(float (&x)[2][2][2], const u16* tile, const Lane& my) {
+    u32 words[4];
+    load_transposed(words, tile + place(my.lane / 16 * 8 + my.lane % 8, my.own + my.lane / 8 % 2 * 8));
+#pragma unroll
+    for (int q = 0; q < 4; q++) x[q / 2][q % 2][0] = low(words[q]), x[q / 2][q % 2][1] = high(words[q]);
+}
+// y += A x; TURNED: parts and rows are A's transpose
+template <bool TURNED>
+__device__ __forceinline__ void multiply_pairs(float (&y)[2][4], const float* parts, const float (&x)[2][2][2], const Documents& documents, const Lane& my) {
+#pragma unroll
+    for (int b = 0; b < 2; b++) {
+        float a[4] = {};
+#pragma unroll
+        for (int p = 0; p < WARPS; p++) {
+            float4 part = *(const float4*)(parts + ((p * 2 + b) * 32 + my.lane) * 4);
+            a[0] += part.x, a[1] += part.y, a[2] += part.z, a[3] += part.w;
+        }
+        u32 masked[4];
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+            int row = my.g + 8 * (c / 2), column = 8 * b + 2 * my.t + c % 2;
+            bool seen = (TURNED ? column >= row : row >= column) && (!RESETS || documents.of(row) == documents.of(column));
+            masked[c] = seen ? to_tf32(a[c]) : 0;
+        }
+        const u32 rows[4] = {masked[0], masked[2], masked[1], masked[3]};
+#pragma unroll
+        for (int m = 0; m < 2; m++) {
+            const u32 columns[2] = {bits(x[b][m][0]), bits(x[b][m][1])};
+            mma_tf32(y[m], rows, columns);
+        }
+    }
+}
+// This warp's 16 channels of 16 tokens, of which `left` exist; out: the chunk's first token
+__device__ __forceinline__ void write_values(u16* out, int stride, int left, const float (&y)[2][4], const Lane& my) {
+    out += (i64)my.g * stride + my.own + 2 * my.t;
+#pragma unroll
+    for (int h = 0; h < 2; h++, out += (i64)8 * stride)
+        if (my.g + 8 * h < left)
+#pragma unroll
+            for (int m = 0; m < 2; m++) *(u32*)(out + 8 * m) = E::two(y[m][2 * h], y[m][2 * h + 1]);
+}
+
 struct Inputs {
     const u16 *r, *k, *v, *gy;
     const DecayBits* w;
@@ -191,11 +256,12 @@ struct Inputs {
 struct Where {
     int b, segment, h, first, stop;  // tokens of the segment
     i64 state, row;                  // number of the state, the row's first token in [B T]
-    __device__ __forceinline__ Where(const Inputs& in) {
+    // left_out: segments of a row that the grid leaves out, at its end or from_end at its beginning
+    __device__ __forceinline__ Where(const Inputs& in, int left_out = 0, bool from_end = false) {
         int i = blockIdx.x;
-        state = i;
         h = i % in.H, i /= in.H;
-        segment = i % in.segments, b = i / in.segments;
+        segment = i % (in.segments - left_out) + (from_end ? left_out : 0), b = i / (in.segments - left_out);
+        state = ((i64)b * in.segments + segment) * in.H + h;
         first = segment * in.length, stop = min(in.T, first + in.length);
         row = (i64)b * in.T;
     }
@@ -206,8 +272,8 @@ struct Where {
     __device__ __forceinline__ i64 w_at(const Inputs& in, int token) const { return (row + token) * in.w_t + h * N; }
 };
 
-// Forward: y and the state from first to last chunk. BACK: gv from gy, the state's gradient from last to first.
-// Without OUTPUT only the state, from nothing, and the product of the decays.
+// OUTPUT: y and the state from first to last chunk. Without, only the state, from nothing, and the product of the decays;
+// then BACK is the state's gradient, from gy and from last to first.
 template <bool BACK, bool OUTPUT>
 __device__ __forceinline__ void walk(const Inputs& in, const float* starts, u16* out, u16* saved, float* ends, float* decays, float* end) {
     char* shared = dynamic_shared();
@@ -222,7 +288,7 @@ __device__ __forceinline__ void walk(const Inputs& in, const float* starts, u16*
     float* decay = parts + WARPS * L * L;          // [N]
     u16* rounded = (u16*)(decay + N);              // [N, N], the state on its way to memory, a warp's rows each
     const Lane my;
-    const Where at(in);
+    const Where at(in, OUTPUT ? 0 : 1, BACK);
     const u16* x_ = BACK ? in.gy : in.v;
     int chunks = (at.stop - at.first + L - 1) / L;
 
@@ -279,10 +345,7 @@ __device__ __forceinline__ void walk(const Inputs& in, const float* starts, u16*
 #pragma unroll
             for (int c = 0; c < 4; c++) product[c] *= f.decay(c, last == 0);
         if (OUTPUT) {
-            const u32(&q)[2][4] = BACK ? writes : reads;
-#pragma unroll
-            for (int b = 0; b < 2; b++)
-                *(uint4*)(operand + ((2 * my.warp + b) * 32 + my.lane) * 4) = make_uint4(q[0][2 * b], q[1][2 * b], q[0][2 * b + 1], q[1][2 * b + 1]);
+            store_operand(operand, reads, my);
             float rise0[2][4], rise1[4], fall[2][4], scores[2][4] = {}, bonus[2] = {};
             f.meet(my, rise0, rise1, fall);
             u32 r0[2][4], r1[4], kf[2][4];
@@ -298,39 +361,18 @@ __device__ __forceinline__ void walk(const Inputs& in, const float* starts, u16*
             }
 #pragma unroll
             for (int b = 0; b < 2; b++) {
-                int c = 2 * b, e = c + 1;
-                if (!BACK) {  // rows are readers, columns are keys
-                    const u32 a0[4] = {r0[0][c], r0[1][c], r0[0][e], r0[1][e]}, b0[2] = {kf[0][c], kf[0][e]};
-                    const u32 a1[4] = {0, r1[c], 0, r1[e]}, b1[2] = {kf[1][c], kf[1][e]};
-                    mma_tf32(scores[0], a0, b0);
-                    mma_tf32(scores[1], a1, b1);
-                } else {  // rows are keys
-                    const u32 a0[4] = {kf[0][c], 0, kf[0][e], 0}, b0[2] = {r0[0][c], r0[0][e]}, b1[2] = {r0[1][c], r0[1][e]};
-                    const u32 a1[4] = {0, kf[1][c], 0, kf[1][e]}, b2[2] = {r1[c], r1[e]};
-                    mma_tf32(scores[0], a0, b0);
-                    mma_tf32(scores[1], a0, b1);
-                    mma_tf32(scores[1], a1, b2);
-                }
+                int c = 2 * b, e = c + 1;  // rows are readers, columns are keys
+                const u32 a0[4] = {r0[0][c], r0[1][c], r0[0][e], r0[1][e]}, b0[2] = {kf[0][c], kf[0][e]};
+                const u32 a1[4] = {0, r1[c], 0, r1[e]}, b1[2] = {kf[1][c], kf[1][e]};
+                mma_tf32(scores[0], a0, b0);
+                mma_tf32(scores[1], a1, b1);
             }
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                bonus[h] += __shfl_xor_sync(~0u, bonus[h], 1);
-                bonus[h] += __shfl_xor_sync(~0u, bonus[h], 2);
-                if (my.g / 2 == my.t) scores[h][2 * h + my.g % 2] = bonus[h];
-            }
-#pragma unroll
-            for (int b = 0; b < 2; b++)
-                *(float4*)(parts + ((my.warp * 2 + b) * 32 + my.lane) * 4) = make_float4(scores[b][0], scores[b][1], scores[b][2], scores[b][3]);
+            store_part(parts, scores, bonus, my);
         }
         __syncthreads();
 
-        float x[2][2][2];  // [half][token 2t + i][value channel g or g + 8]
-        {
-            u32 words[4];
-            load_transposed(words, tile.x + place(my.lane / 16 * 8 + my.lane % 8, my.own + my.lane / 8 % 2 * 8));
-#pragma unroll
-            for (int q = 0; q < 4; q++) x[q / 2][0][q % 2] = low(words[q]), x[q / 2][1][q % 2] = high(words[q]);
-        }
+        float x[2][2][2];
+        read_values(x, tile.x, my);
         if (OUTPUT) {
             if (saved) {
                 u16* own = rounded + my.own * N;
@@ -350,41 +392,14 @@ __device__ __forceinline__ void walk(const Inputs& in, const float* starts, u16*
                 __syncwarp();
             }
             float y[2][4] = {};
-#pragma unroll
-            for (int b = 0; b < 2; b++) {
-                float a[4] = {};
-#pragma unroll
-                for (int p = 0; p < WARPS; p++) {
-                    float4 part = *(const float4*)(parts + ((p * 2 + b) * 32 + my.lane) * 4);
-                    a[0] += part.x, a[1] += part.y, a[2] += part.z, a[3] += part.w;
-                }
-                u32 masked[4];
-#pragma unroll
-                for (int c = 0; c < 4; c++) {
-                    int row = my.g + 8 * (c / 2), column = 8 * b + 2 * my.t + c % 2;
-                    bool seen = (BACK ? column >= row : row >= column) && (!RESETS || documents.of(row) == documents.of(column));
-                    masked[c] = seen ? to_tf32(a[c]) : 0;
-                }
-                const u32 rows[4] = {masked[0], masked[2], masked[1], masked[3]};
-#pragma unroll
-                for (int m = 0; m < 2; m++) {
-                    const u32 columns[2] = {bits(x[b][0][m]), bits(x[b][1][m])};
-                    mma_tf32(y[m], rows, columns);
-                }
-            }
+            multiply_pairs<false>(y, parts, x, documents, my);
 #pragma unroll
             for (int j = 0; j < BLOCKS; j++) {
                 uint4 q = *(const uint4*)(operand + (j * 32 + my.lane) * 4);
                 const u32 a[4] = {q.x, q.y, q.z, q.w};
                 times_state(y[0], y[1], a, s[j]);
             }
-#pragma unroll
-            for (int h = 0; h < 2; h++)
-                if (my.g + 8 * h < left) {
-                    i64 to = at.at(in, token) + (i64)(my.g + 8 * h) * in.H * N + my.own + 2 * my.t;
-                    *(u32*)(out + to) = E::two(y[0][2 * h], y[0][2 * h + 1]);
-                    *(u32*)(out + to + 8) = E::two(y[1][2 * h], y[1][2 * h + 1]);
-                }
+            write_values(out + at.at(in, token), in.H * N, left, y, my);
         }
 #pragma unroll
         for (int j = 0; j < BLOCKS; j++) {
@@ -392,13 +407,13 @@ __device__ __forceinline__ void walk(const Inputs& in, const float* starts, u16*
             s[j][0] *= d.x, s[j][1] *= d.y, s[j][2] *= d.x, s[j][3] *= d.y;
             uint4 q = row_of(addend, 8 * j, my);
             const u32 b0[2] = {q.x, q.z}, b1[2] = {q.y, q.w};
-            const u32 a0[4] = {bits(x[0][0][0]), bits(x[0][0][1]), bits(x[0][1][0]), bits(x[0][1][1])};
-            const u32 a1[4] = {bits(x[1][0][0]), bits(x[1][0][1]), bits(x[1][1][0]), bits(x[1][1][1])};
+            const u32 a0[4] = {bits(x[0][0][0]), bits(x[0][1][0]), bits(x[0][0][1]), bits(x[0][1][1])};
+            const u32 a1[4] = {bits(x[1][0][0]), bits(x[1][1][0]), bits(x[1][0][1]), bits(x[1][1][1])};
             mma_tf32(s[j], a0, b0);
             mma_tf32(s[j], a1, b1);
         }
     }
-    float* to = OUTPUT ? (at.segment == (BACK ? 0 : in.segments - 1) ? end + ((i64)at.b * in.H + at.h) * N * N : nullptr) : ends + at.state * N * N;
+    float* to = OUTPUT ? (at.segment == in.segments - 1 ? end + ((i64)at.b * in.H + at.h) * N * N : nullptr) : ends + at.state * N * N;
     if (to)
 #pragma unroll
         for (int j = 0; j < BLOCKS; j++) {
@@ -420,10 +435,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, WALK_BLOCKS)
 forward(INPUTS, const float* starts, u16* y, u16* saved, float* end) {
     walk<false, true>(GIVEN, starts, y, saved, nullptr, nullptr, end);
 }
-extern "C" __global__ void __launch_bounds__(THREADS, WALK_BLOCKS)
-values(INPUTS, const float* starts, u16* gv, float* end) {
-    walk<true, true>(GIVEN, starts, gv, nullptr, nullptr, nullptr, end);
-}
+// Grid: all segments but the last one (backward_ends: the first), whose end (start) nothing is chained to
 extern "C" __global__ void __launch_bounds__(THREADS)
 forward_ends(INPUTS, float* ends, float* decays) {
     walk<false, false>(GIVEN, nullptr, nullptr, nullptr, ends, decays, nullptr);
@@ -438,18 +450,33 @@ extern "C" __global__ void chain(float* ends, const float* decays, const float* 
     int i = blockIdx.x * blockDim.x + threadIdx.x, number = i / (N * N), b = number / H, h = number % H;
     i %= N * N;
     float state = first ? first[(i64)number * N * N + i] : 0.f;
-#pragma unroll 4
-    for (int j = 0; j < segments; j++) {
-        i64 at = ((i64)b * segments + (from_end ? segments - 1 - j : j)) * H + h;
-        float own = ends[at * N * N + i], decay = decays[at * N + i % N];
-        ends[at * N * N + i] = state;
-        state = state * decay + own;
+    constexpr int AT_ONCE = 8;
+    for (int done = 0; done < segments; done += AT_ONCE) {
+        float own[AT_ONCE], decay[AT_ONCE];
+        i64 at[AT_ONCE];
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; j++) {
+            int segment = min(done + j, segments - 1);
+            bool is_read = done + j < segments - 1;
+            at[j] = ((i64)b * segments + (from_end ? segments - 1 - segment : segment)) * H + h;
+            own[j] = is_read ? ends[at[j] * N * N + i] : 0.f, decay[j] = is_read ? decays[at[j] * N + i % N] : 0.f;
+        }
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; j++) {
+            if (done + j < segments) ends[at[j] * N * N + i] = state;
+            state = state * decay[j] + own[j];
+        }
     }
 }
 
-// gr, gk, gw and each segment's share of gu, from the saved states and the gradients of the segments' end states
+// A place in a tile [N, N] of float32 where neither rows g, columns 2t nor rows 2t, columns g share banks
+__device__ __forceinline__ int turning_place(int row, int n) {
+    return row * N + ((n / 4) ^ ((row & 3) ^ (row >> 2 & 1)) * 2) * 4 + n % 4;
+}
+
+// gr, gk, gv, gw, the start state's gradient and each segment's share of gu, from the saved states and the gradients of the segments' end states
 extern "C" __global__ void __launch_bounds__(THREADS, GRADIENT_BLOCKS)
-gradients(INPUTS, const u16* saved, const float* ends, u16* gr_, u16* gk_, D* gw_, float* gu_) {
+gradients(INPUTS, const u16* saved, const float* ends, u16* gr_, u16* gk_, u16* gv_, D* gw_, float* gu_, float* start) {
     const Inputs in = GIVEN;
     struct Tiles {
         u16 r[L * N], k[L * N], v[L * N], gy[L * N], s[N * N];
@@ -462,6 +489,12 @@ gradients(INPUTS, const u16* saved, const float* ends, u16* gr_, u16* gk_, D* gw
     Tiles* tiles = (Tiles*)dynamic_shared();
     const Lane my;
     Own& own = ((Own*)(tiles + 2))[my.warp];
+    struct Shared {  // what all warps need for gv
+        float turning[N * N];        // the state's gradient at the chunk's end, by keys
+        u32 operand[L * N];          // its factor, as in walk
+        float parts[WARPS * L * L];  // A's transpose over each warp's channels, [WARPS, 2, 32, 4]
+    };
+    Shared* shared = (Shared*)((Own*)(tiles + 2) + WARPS);
     const Where at(in);
     int chunks = (at.stop - at.first + L - 1) / L;
 
@@ -488,12 +521,34 @@ gradients(INPUTS, const u16* saved, const float* ends, u16* gr_, u16* gk_, D* gw
 #pragma unroll
     for (int c = 0; c < 4; c++) bonus[c] = in.u[at.h * N + my.own + 8 * (c / 2) + 2 * my.t + c % 2];
 
+    float values[2][2][2];  // this warp's gy of the chunk whose gv is to be made
+    auto finish_values = [&](int i) {
+        int token = at.first + (chunks - 1 - i) * L, left = at.stop - token;
+        const Shared& from = shared[i % VALUES_BUFFERS];
+        const Documents documents(in.resets + at.row + token, my.lane, left);
+        float gv[2][4] = {};
+        multiply_pairs<true>(gv, from.parts, values, documents, my);
+        int even = turning_place(2 * my.t, my.own + my.g), odd = turning_place(2 * my.t + 1, my.own + my.g);
+#pragma unroll
+        for (int j = 0; j < BLOCKS; j++) {
+            uint4 q = *(const uint4*)(from.operand + (j * 32 + my.lane) * 4);
+            const u32 a[4] = {q.x, q.y, q.z, q.w};
+#pragma unroll
+            for (int m = 0; m < 2; m++) {
+                const u32 b[2] = {bits(from.turning[(even ^ 8 * m) + 8 * j * N]), bits(from.turning[(odd ^ 8 * m) + 8 * j * N])};
+                mma_tf32(gv[m], a, b);
+            }
+        }
+        write_values(gv_ + at.at(in, token), in.H * N, left, gv, my);
+    };
+
     if (chunks > 0) fetch_chunk(0);
     for (int i = 0; i < chunks; i++) {
         int token = at.first + (chunks - 1 - i) * L, left = at.stop - token;
         await_copies();
         __syncthreads();
         if (i + 1 < chunks) fetch_chunk(i + 1);
+        if (VALUES_BUFFERS == 2 && i > 0) finish_values(i - 1);
         const Tiles& tile = tiles[i % 2];
         const Documents documents(in.resets + at.row + token, my.lane, left);
         int doc[2] = {documents.of(my.g), documents.of(my.g + 8)}, last = documents.last();
@@ -539,7 +594,8 @@ gradients(INPUTS, const u16* saved, const float* ends, u16* gr_, u16* gk_, D* gw
         read(tile.r, my, r);
         read(tile.k, my, k);
         f.meet(my, rise0, rise1, fall);
-        u32 reads[2][4], r0[2][4], r1[2][4], kf[2][4];
+        u32 reads[2][4], writes[2][4], r0[2][4], r1[2][4], kf[2][4];
+        float diagonal[2] = {};
 #pragma unroll
         for (int c = 0; c < 4; c++) {
             r1[0][c] = 0, r1[1][c] = to_tf32(r[1][c] * rise1[c]);
@@ -548,9 +604,33 @@ gradients(INPUTS, const u16* saved, const float* ends, u16* gr_, u16* gk_, D* gw
                 float factor = f.read_(h, c, doc[h]);
                 reads[h][c] = to_tf32(r[h][c] * factor);
                 from_start[c / 2][2 * h + c % 2] *= factor;
-                to_end[c / 2][2 * h + c % 2] *= f.write_(h, c, doc[h] == last);
+                factor = f.write_(h, c, doc[h] == last);
+                writes[h][c] = to_tf32(k[h][c] * factor);
+                to_end[c / 2][2 * h + c % 2] *= factor;
+                diagonal[h] += r[h][c] * bonus[c] * k[h][c];
                 r0[h][c] = to_tf32(r[h][c] * rise0[h][c]);
                 kf[h][c] = to_tf32(k[h][c] * fall[h][c]);
+            }
+        }
+        {
+            Shared& to_all = shared[i % VALUES_BUFFERS];
+            store_operand(to_all.operand, writes, my);
+            float scores[2][4] = {};
+#pragma unroll
+            for (int b = 0; b < 2; b++) {
+                int c = 2 * b, e = c + 1;  // rows are keys, columns are readers
+                const u32 a0[4] = {kf[0][c], 0, kf[0][e], 0}, b0[2] = {r0[0][c], r0[0][e]}, b1[2] = {r0[1][c], r0[1][e]};
+                const u32 a1[4] = {0, kf[1][c], 0, kf[1][e]}, b2[2] = {r1[1][c], r1[1][e]};
+                mma_tf32(scores[0], a0, b0);
+                mma_tf32(scores[1], a0, b1);
+                mma_tf32(scores[1], a1, b2);
+            }
+            store_part(to_all.parts, scores, diagonal, my);
+            int to = turning_place(my.own + my.g, 2 * my.t);
+#pragma unroll
+            for (int j = 0; j < BLOCKS; j++) {
+                *(uint2*)(to_all.turning + (to ^ 8 * j)) = make_uint2(to_tf32(gs[j][0]), to_tf32(gs[j][1]));
+                *(uint2*)(to_all.turning + (to ^ 8 * j) + 8 * N) = make_uint2(to_tf32(gs[j][2]), to_tf32(gs[j][3]));
             }
         }
         __syncwarp();  // the chunk before has been read
@@ -659,7 +739,22 @@ gradients(INPUTS, const u16* saved, const float* ends, u16* gr_, u16* gk_, D* gw
                     *(Pack<D, 2>*)(gw_ + to + 8 * b) = Pack<D, 2>::of(gw + 2 * b);
                 }
         }
+        read_values(values, tile.gy, my);
+        if (VALUES_BUFFERS == 1) {
+            __syncthreads();
+            finish_values(i);
+        }
     }
+    if (VALUES_BUFFERS == 2 && chunks > 0) {
+        __syncthreads();
+        finish_values(chunks - 1);
+    }
+    if (at.segment == 0)
+#pragma unroll
+        for (int j = 0; j < BLOCKS; j++)
+#pragma unroll
+            for (int c = 0; c < 4; c++)
+                start[((i64)at.b * in.H + at.h) * N * N + (8 * j + 2 * my.t + c % 2) * N + my.own + my.g + 8 * (c / 2)] = gs[j][c];
 #pragma unroll
     for (int c = 0; c < 4; c++) {
 #pragma unroll
