@@ -21,7 +21,12 @@ class Task(Protocol):
     """examples: `n` rows of tokens and targets [n, length], targets IGNORE where nothing is asked.
 
     held: other rows, to choose a learning rate and an end by; test: those that are reported, of kinds `groups`.
+    numbers: mean and deviation where tokens are numbers and not symbols. moves [K, length]: of the rows that are learnt
+    from, the places whose tokens may stand in the places' stead, one of K ways for a row; place `length` holds 0.
     """
+
+    numbers: tuple[float, float] | None = None
+    moves: Ids | None = None
 
     @property
     def name(self) -> str: ...
