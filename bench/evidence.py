@@ -207,6 +207,14 @@ def forecast_table(name: str) -> str:
     return table(["mean squared error", *map(str, horizons), "mean"], body)
 
 
+def nodes_table(name: str) -> str:
+    rows = rows_of(name)
+    models = list(dict.fromkeys(row["name"] for row in rows))
+    by = {m: [[row[part] for row in rows if row["name"] == m] for part in ("valid", "test")] for m in models}
+    best = sorted(models, key=lambda m: -statistics.mean(by[m][1]))
+    return table(["accuracy", "validation", "test"], ([m, *(mean(x) for x in by[m])] for m in best))
+
+
 def tasks_table(name: str) -> str:
     rows = [row for row in rows_of(name, MODELS) if "tasks" in row]
     texts, tasks = list(rows[0]["validation"]), list(rows[0]["tasks"])
@@ -327,9 +335,11 @@ def draw_ablation(rows: Sequence[Row], path: Path) -> None:
 Panel = dict[str, dict[str, float]]  # line → model → value
 
 
-def draw_scores(panels: dict[str, Panel], path: Path, published: Panel | None = None) -> None:
+def draw_scores(
+    panels: dict[str, Panel], path: Path, published: Panel | None = None, models: Sequence[str] = MODELS
+) -> None:
     """A dot for each model on a line for each test; published values, by line and name, are grey ticks."""
-    names = [m for m in MODELS if any(m in line for panel in panels.values() for line in panel.values())]
+    names = [m for m in models if any(m in line for panel in panels.values() for line in panel.values())]
     most = max(len(panel) for panel in panels.values())
     size = (4.2 + 4.2 * len(panels), 1.5 + 0.42 * most + 0.2 * bool(published))
     figure, axes_of = plt.subplots(1, len(panels), figsize=size, squeeze=False)
@@ -337,7 +347,7 @@ def draw_scores(panels: dict[str, Panel], path: Path, published: Panel | None = 
         axes.set_yticks(range(len(panel)), list(panel))
         for place, (label, values) in enumerate(panel.items()):
             for name, value in values.items():
-                look = plots.style(name, MODELS)
+                look = plots.style(name, models)
                 axes.plot([value], [place], linestyle="none", markersize=8, label=name, **look)
             for i, (name, value) in enumerate((published or {}).get(label, {}).items()):
                 axes.plot([value] * 2, [place - 0.3, place + 0.3], color="0.6", linewidth=1)
@@ -392,6 +402,18 @@ PUBLISHED = {"digits of 784 pixels in 16 shades": {"LSTM, Transformer": 0.989, "
              "ListOps to 2000": {"commonest": 0.174, "Transformer": 0.364, "RWKV-4": 0.5588, "S4": 0.596}}  # fmt: skip
 
 
+FORECASTERS = ("RWKV-7", "RWKV-4", "DLinear", "patch Transformer", "last value")
+
+
+def forecast_panel(name: str) -> Panel:
+    """Horizon → model → mean squared error, the mean of seeds. The last value is far off but for exchange rates."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for row in sorted(rows_of(name), key=lambda row: row["horizon"]):
+        if name == "exchange" or row["name"] != "last value":
+            found.setdefault(str(row["horizon"]), {}).setdefault(row["name"], []).append(row["mse"])
+    return {line: {model: statistics.mean(x) for model, x in by.items()} for line, by in found.items()}
+
+
 def by_model(name: str) -> list[Row]:
     """One row a model and seed, in the page's order."""
     return rows_of(name, MODELS)
@@ -418,6 +440,9 @@ MAKERS: dict[str, Callable[[], str]] = {
     "digits": lambda: scores_table("digits"),
     "listops": lambda: scores_table("listops"),
     "etth1": lambda: forecast_table("etth1"),
+    "exchange": lambda: forecast_table("exchange"),
+    "ili": lambda: forecast_table("ili"),
+    "cora": lambda: nodes_table("cora"),
 }
 DRAWERS: dict[str, Callable[[Path], None]] = {
     "bytes": lambda path: plots.draw_comparison(timed(by_model("bytes")), path),
@@ -437,8 +462,11 @@ DRAWERS: dict[str, Callable[[Path], None]] = {
     "questions": lambda path: draw_scores(question_panels("questions"), path),
     "digits": lambda path: draw_scores({"accuracy; ticks: published": score_panel("digits")}, path, PUBLISHED),
     "listops": lambda path: draw_scores({"accuracy; ticks: published": score_panel("listops")}, path, PUBLISHED),
+    "forecast": lambda path: draw_scores(
+        {"ETTh1, by hours ahead": forecast_panel("etth1"), "exchange, by days": forecast_panel("exchange"),
+         "ILI, by weeks": forecast_panel("ili")}, path, models=FORECASTERS),
 }
-SOURCES = {"positions": "bytes", "generation": "costs", "training": "costs"}  # results of another name
+SOURCES = {"positions": "bytes", "generation": "costs", "training": "costs", "forecast": "etth1"}  # results of another name
 
 
 def page(text: str) -> str:
