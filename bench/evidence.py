@@ -463,10 +463,21 @@ DRAWERS: dict[str, Callable[[Path], None]] = {
     "digits": lambda path: draw_scores({"accuracy; ticks: published": score_panel("digits")}, path, PUBLISHED),
     "listops": lambda path: draw_scores({"accuracy; ticks: published": score_panel("listops")}, path, PUBLISHED),
     "forecast": lambda path: draw_scores(
-        {"ETTh1, by hours ahead": forecast_panel("etth1"), "exchange, by days": forecast_panel("exchange"),
-         "ILI, by weeks": forecast_panel("ili")}, path, models=FORECASTERS),
+        {
+            "ETTh1, by hours ahead": forecast_panel("etth1"),
+            "exchange, by days": forecast_panel("exchange"),
+            "ILI, by weeks": forecast_panel("ili"),
+        },
+        path,
+        models=FORECASTERS,
+    ),
 }
-SOURCES = {"positions": "bytes", "generation": "costs", "training": "costs", "forecast": "etth1"}  # results of another name
+SOURCES = {
+    "positions": "bytes",
+    "generation": "costs",
+    "training": "costs",
+    "forecast": "etth1",
+}  # results of another name
 
 
 def page(text: str) -> str:

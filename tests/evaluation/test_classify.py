@@ -4,14 +4,20 @@ import gzip
 import io
 import lzma
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from receptance.data import IGNORE
 from receptance.errors import ConfigError
 from receptance.evaluation import classify
 from receptance.evaluation.classify import CLOSE, PADDING, Digits, ListOps, Questions
+from receptance.evaluation.reader import Reader
+from receptance.evaluation.recall import Examples, Options, build, learn
+from receptance.training.config import ModelConfig
 
 
 def rng(seed=0):
@@ -143,6 +149,67 @@ def test_shades_are_steps_of_equal_width(images):
     assert len(np.unique(coarse.test(rng())[0])) == 4
     with pytest.raises(ConfigError, match="9 shades"):
         Digits(shades=9)
+    with pytest.raises(ConfigError, match="words"):
+        Digits(read="words")
+
+
+@pytest.mark.parametrize("permuted", [False, True])
+def test_images_that_are_learnt_from_move_as_a_whole(permuted):
+    plain = np.arange(1, 50).reshape(7, 7)
+    around = np.pad(plain, 1)
+    order = Digits(side=7, permuted=permuted).order
+    moves = Digits(side=7, permuted=permuted, shift=1).moves
+    row = np.append(plain.ravel()[order], 0)  # what is outside the image is black
+    found = {tuple(row[move]) for move in moves}
+    assert found == {tuple(around[y : y + 7, x : x + 7].ravel()[order]) for y in range(3) for x in range(3)}
+    assert len(found) == 9
+    assert Digits(side=7).moves is None
+
+
+def test_only_what_is_learnt_from_moves(images):
+    plain, moving = Digits(side=7), Digits(side=7, shift=1)
+    for part in ("held", "test"):
+        rows = [getattr(task, part)(*([20, rng()] if part == "held" else [rng()]))[0] for task in (plain, moving)]
+        assert np.array_equal(*rows)
+    options = Options(batch=8, examples=8)
+    given, moved = (Examples(task, options, torch.device("cpu")).batch(0) for task in (plain, moving))
+    assert torch.equal(given.targets, moved.targets)
+    assert not torch.equal(given.tokens, moved.tokens)
+
+
+@pytest.mark.parametrize("version", ["4", "7", "transformer", "lstm"])
+def test_numbers_are_answered_from_the_mean_of_all_places(images, version):
+    """Beside the same written out: a linear map of the pixel, the blocks, the mean, a linear map to the digits."""
+    task = Digits(side=7, read="numbers")
+    model = build(ModelConfig(version=version, n_layer=2, n_embd=16, head_size=8), task).double()
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    tokens, targets = (torch.from_numpy(x) for x in task.examples(5, rng()))
+    mean, deviation = task.numbers
+    x = (tokens.double()[..., None] - mean) / deviation * model.emb.weight + model.emb.bias
+    whole = nn.Embedding.from_pretrained(x.flatten(0, 1))  # a table whose rows are these very vectors
+    reader, emb = Reader(model), model.emb
+    loss, _ = reader.loss(tokens, targets, total=5.0)
+    logits, _ = reader(tokens)
+    model.emb, model.config = whole, replace(model.config, vocab_size=1000)
+    hidden, *_ = model.hidden(torch.arange(5 * 49).reshape(5, 49), None, lengths=None, resets=None, backend="auto")
+    wanted = hidden.mean(1) @ model.head.weight.T
+    assert torch.allclose(logits[:, 0], wanted, rtol=1e-10, atol=1e-12)
+    assert torch.allclose(loss, nn.functional.cross_entropy(wanted, targets[:, -1]), rtol=1e-10)
+    loss.backward()
+    assert emb.weight.grad.abs().sum() > 0
+    assert emb.bias.grad.abs().sum() > 0
+
+
+def test_a_small_model_learns_digits_from_numbers(monkeypatch):
+    """The brighter an image the larger its digit."""
+    digits = np.arange(60_000) % 10
+    images = np.broadcast_to((25 * digits + np.arange(60_000) % 7)[:, None, None], (60_000, 28, 28)).astype(np.uint8)
+    monkeypatch.setattr(classify, "_idx", lambda root, name: digits if "labels" in name else images)
+    options = Options(steps=150, batch=32, lr=(1e-2,), examples=1000)
+    _, found = learn(ModelConfig(version="lstm", n_layer=1, n_embd=32), Digits(side=7, read="numbers"), (), options)
+    assert found.scores["digits of 49 pixels as numbers"].accuracy > 0.9
 
 
 def test_mnist_files_are_read_plain_and_packed(tmp_path):

@@ -1,12 +1,12 @@
 """Rows of numbers instead of tokens, with one answer each: any of the models between two linear maps."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from receptance.models import RWKV, Rule, State
 from receptance.models.base import Recipe
-from receptance.ops import Operators
-from receptance.ops.head_loss import head_loss
 
 
 class Numbers(nn.Module):
@@ -18,8 +18,8 @@ class Numbers(nn.Module):
         self.weight, self.bias = (nn.Parameter(torch.empty(width)) for _ in range(2))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = (tokens[..., None] - self.mean) / self.deviation  # [B, T, 1]
-        return torch.addcmul(self.bias, x.to(self.weight.dtype), self.weight)  # [B, T, C]
+        x = (tokens[..., None].to(self.weight.dtype) - self.mean) / self.deviation  # [B, T, 1]
+        return torch.addcmul(self.bias, x, self.weight)  # [B, T, C]
 
 
 NUMBERS: Recipe = {"emb.weight": Rule(("normal", 0.02)), "emb.bias": Rule(("normal", 0.02))}
@@ -35,7 +35,7 @@ class Reader(nn.Module):
         super().__init__()
         self.model = model
 
-    def mean(self, tokens: Tensor, state: State | None, backend: str | Operators) -> tuple[Tensor, State]:
+    def mean(self, tokens: Tensor, state: State | None, backend: Any) -> tuple[Tensor, State]:
         x, state, _, _ = self.model.hidden(tokens, state, lengths=None, resets=None, backend=backend)
         dropout = self.model.dropout if self.training else 0.0
         return nn.functional.dropout(x.mean(1), dropout), state  # [B, C]
@@ -52,10 +52,10 @@ class Reader(nn.Module):
         *,
         resets: Tensor | None = None,
         token_weights: Tensor | None = None,
-        total: Tensor | float | None = None,
+        total: Tensor | float = 1.0,
         logit_penalty: float = 0.0,
-        backend: str | Operators = "auto",
+        backend: Any = "auto",
     ) -> tuple[Tensor, State]:
-        """As of RWKV. Documents inside a row and other places of the targets mean nothing here."""
+        """As of RWKV, but for what rows of one answer have not: documents, other places that ask, a penalty."""
         x, state = self.mean(tokens, state, backend)
-        return head_loss(x, self.model.head.weight, targets[:, -1], logit_penalty, total=total), state
+        return nn.functional.cross_entropy(self.model.head(x), targets[:, -1], reduction="sum") / total, state
