@@ -97,6 +97,21 @@ def loss_table(name: str) -> str:
     return table([*head, "rate (short runs: bits per byte)"], out)
 
 
+def seeds_table(name: str, first: str) -> str:
+    """Bits per byte by seed; the first one's are among another run's results."""
+    more = rows_of(name, MODELS)
+    models = list(dict.fromkeys(row["name"] for row in more))
+    rows = [*(row for row in rows_of(first) if row["name"] in models), *more]
+    seeds = sorted({row["seed"] for row in rows})
+    body = []
+    for text in rows[0]["validation"]:
+        for model in models:
+            by = {row["seed"]: row["validation"][text] for row in rows if row["name"] == model}
+            each = (f"{by[seed]:.4f}" if seed in by else "–" for seed in seeds)
+            body.append([f"{model}, {text}", *each, mean(list(by.values()), 4)])
+    return table(["bits per byte", *(f"seed {seed}" for seed in seeds), "mean"], body)
+
+
 def speeds() -> list[Row]:
     """Runs alone on a GPU: of speed.toml, and of bytes-40m.toml for the models that had one to themselves there."""
     alone = rows_of("speed", MODELS)
@@ -425,6 +440,7 @@ SCALE = ("RWKV-7", "RWKV-4", "Transformer", "LSTM")
 MAKERS: dict[str, Callable[[], str]] = {
     "bytes": lambda: loss_table("bytes"),
     "bytes-more": lambda: loss_table("bytes-more"),
+    "bytes-seeds": lambda: seeds_table("bytes-seeds", "bytes-more"),
     "warm-up": lambda: loss_table("warm-up"),
     "speed": speed_table,
     "positions": lambda: long_table("bytes"),
