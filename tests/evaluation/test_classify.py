@@ -151,6 +151,8 @@ def test_shades_are_steps_of_equal_width(images):
         Digits(shades=9)
     with pytest.raises(ConfigError, match="words"):
         Digits(read="words")
+    with pytest.raises(ConfigError, match="numbers"):
+        Digits(places=True)
 
 
 @pytest.mark.parametrize("permuted", [False, True])
@@ -177,16 +179,18 @@ def test_only_what_is_learnt_from_moves(images):
     assert not torch.equal(given.tokens, moved.tokens)
 
 
+@pytest.mark.parametrize("places", [False, True])
 @pytest.mark.parametrize("version", ["4", "7", "transformer", "lstm"])
-def test_numbers_are_answered_from_the_mean_of_all_places(images, version):
+def test_numbers_are_answered_from_the_mean_of_all_places(images, version, places):
     """Beside the same written out: a linear map of the pixel, the blocks, the mean, a linear map to the digits."""
-    task = Digits(side=7, read="numbers")
+    task = Digits(side=7, read="numbers", places=places)
     model = build(ModelConfig(version=version, n_layer=2, n_embd=16, head_size=8), task).double()
     torch.manual_seed(0)
     for parameter in model.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
     tokens, targets = (torch.from_numpy(x) for x in task.examples(5, rng()))
-    mean, deviation = task.numbers
+    assert model.emb.bias.shape == (49 if places else 1, 16)
+    mean, deviation = 0.13 * 256, 0.31 * 256
     x = (tokens.double()[..., None] - mean) / deviation * model.emb.weight + model.emb.bias
     whole = nn.Embedding.from_pretrained(x.flatten(0, 1))  # a table whose rows are these very vectors
     reader, emb = Reader(model), model.emb

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from receptance.data import IGNORE
 from receptance.errors import ConfigError
-from receptance.evaluation.synthetic import Ids, Task
+from receptance.evaluation.synthetic import Ids, Reading, Task
 
 
 def at_end(tokens: Ids, answers: Ids) -> tuple[Ids, Ids]:
@@ -136,8 +136,8 @@ class Digits(Task):
     root: the folder with the four IDX files, plain, .gz or .xz. permuted: one fixed order of the pixels (seed 92916).
     side: 28; 14 or 7 take means of blocks, for rows that a laptop can learn. shades: steps of grey, of equal width.
     read: "tokens", each shade a symbol of its own, so that with fewer a model learns more of each, or "numbers",
-    through a linear map, with the answer from the mean over all pixels. shift: images that are learnt from move by up
-    to so many pixels each way, anew in each pass.
+    through a linear map, with the answer from the mean over all pixels. places: to the numbers, each place adds a
+    vector of its own. shift: images that are learnt from move by up to so many pixels each way, anew in each pass.
     """
 
     root: str = "."
@@ -145,11 +145,14 @@ class Digits(Task):
     side: int = 28
     shades: int = 256
     read: str = "tokens"
+    places: bool = False
     shift: int = 0
 
     def __post_init__(self) -> None:
         if self.read not in ("tokens", "numbers"):
             raise ConfigError(f"read must be tokens or numbers, found {self.read!r}")
+        if self.places and self.read != "numbers":
+            raise ConfigError('places are for digits that are read as numbers (read = "numbers")')
         if self.side not in (28, 14, 7):
             raise ConfigError(f"side {self.side}: images are 28 wide, or reduced to 14 or 7")
         if not 10 <= self.shades <= 256:
@@ -158,7 +161,7 @@ class Digits(Task):
     @property
     def name(self) -> str:
         shades = f" in {self.shades} shades" if self.shades < 256 else ""
-        read = " as numbers" if self.read == "numbers" else ""
+        read = (" as numbers" if self.read == "numbers" else "") + (" with places" if self.places else "")
         moved = f", moved by up to {self.shift}" if self.shift else ""
         return ("permuted " if self.permuted else "") + f"digits of {self.length} pixels" + shades + read + moved
 
@@ -177,8 +180,8 @@ class Digits(Task):
         return np.random.default_rng(92_916).permutation(self.length) if self.permuted else places
 
     @property
-    def numbers(self) -> tuple[float, float] | None:  # type: ignore[override]
-        return (MEAN * self.shades, DEVIATION * self.shades) if self.read == "numbers" else None
+    def reading(self) -> Reading | None:  # type: ignore[override]
+        return Reading(MEAN * self.shades, DEVIATION * self.shades, self.places) if self.read == "numbers" else None
 
     @property
     def moves(self) -> Ids | None:  # type: ignore[override]

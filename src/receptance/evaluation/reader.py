@@ -5,17 +5,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from receptance.evaluation.synthetic import Reading
 from receptance.models import RWKV, Rule, State
 from receptance.models.base import Recipe
 
 
 class Numbers(nn.Module):
-    """In the place of a table of embeddings: number n → (n - mean) / deviation · weight + bias."""
+    """In the place of a table of embeddings: number n → (n - mean) / deviation · weight + bias, as `reading` has it."""
 
-    def __init__(self, mean: float, deviation: float, width: int):
+    def __init__(self, reading: Reading, width: int, length: int):
         super().__init__()
-        self.mean, self.deviation = mean, deviation
-        self.weight, self.bias = (nn.Parameter(torch.empty(width)) for _ in range(2))
+        self.mean, self.deviation = reading.mean, reading.deviation
+        self.weight = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(length if reading.places else 1, width))
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = (tokens[..., None].to(self.weight.dtype) - self.mean) / self.deviation  # [B, T, 1]

@@ -86,8 +86,8 @@ def build(shape: ModelConfig, task: Task, seed: int = 1, lr: float = 1e-3) -> RW
     """A model of this shape for the task's tokens, with the initial values of its recipe."""
     config = TrainConfig(model=shape, run=RunConfig(ctx_len=0))  # no window: a Transformer sees everything
     model = new_model(config, task.vocab_size)
-    if task.numbers is not None:
-        model.emb = Numbers(*task.numbers, model.config.n_embd)  # type: ignore[assignment]
+    if task.reading is not None:
+        model.emb = Numbers(task.reading, model.config.n_embd, task.length)  # type: ignore[assignment]
     apply_recipe(model, recipe_of(model, lr), torch.Generator().manual_seed(seed))
     return model
 

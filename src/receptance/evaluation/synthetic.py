@@ -17,15 +17,27 @@ Ids = NDArray[np.int64]
 TESTED = 512  # rows of a test whose examples are made by rule
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How rows of numbers are read: through a linear map, the answer from the mean of the vectors at all places.
+
+    mean, deviation: of the numbers. places: each place adds a vector of its own, which is learnt.
+    """
+
+    mean: float
+    deviation: float
+    places: bool = False
+
+
 class Task(Protocol):
     """examples: `n` rows of tokens and targets [n, length], targets IGNORE where nothing is asked.
 
     held: other rows, to choose a learning rate and an end by; test: those that are reported, of kinds `groups`.
-    numbers: mean and deviation where tokens are numbers and not symbols. moves [K, length]: of the rows that are learnt
-    from, the places whose tokens may stand in the places' stead, one of K ways for a row; place `length` holds 0.
+    reading: where tokens are numbers, not symbols. moves [K, length]: of the rows that are learnt from, the places
+    whose tokens may stand in the places' stead, one of K ways for a row; place `length` holds 0.
     """
 
-    numbers: tuple[float, float] | None = None
+    reading: Reading | None = None
     moves: Ids | None = None
 
     @property
