@@ -136,8 +136,8 @@ class Digits(Task):
     root: the folder with the four IDX files, plain, .gz or .xz. permuted: one fixed order of the pixels (seed 92916).
     side: 28; 14 or 7 take means of blocks, for rows that a laptop can learn. shades: steps of grey, of equal width.
     read: "tokens", each shade a symbol of its own, so that with fewer a model learns more of each, or "numbers",
-    through a linear map, with the answer from the mean over all pixels. places: to the numbers, each place adds a
-    vector of its own. shift: images that are learnt from move by up to so many pixels each way, anew in each pass.
+    through a linear map, to which with `places` each place adds a vector of its own. shift: images that are learnt
+    from move by up to so many pixels each way, anew in each pass.
     """
 
     root: str = "."

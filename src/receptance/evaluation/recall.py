@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from receptance.data import IGNORE
-from receptance.evaluation.reader import NUMBERS, Numbers, Reader
+from receptance.evaluation.numbers import NUMBERS, Numbers
 from receptance.evaluation.synthetic import Ids, Task
 from receptance.models import RWKV, apply_recipe
 from receptance.models.base import Recipe
@@ -95,11 +95,6 @@ def build(shape: ModelConfig, task: Task, seed: int = 1, lr: float = 1e-3) -> RW
 def recipe_of(model: RWKV, lr: float) -> Recipe:
     recipe: Recipe = type(model).recipe(model.config, lr)  # type: ignore[attr-defined]
     return recipe | NUMBERS if isinstance(model.emb, Numbers) else recipe
-
-
-def asked(model: RWKV) -> "RWKV | Reader":
-    """The model as its task calls it."""
-    return Reader(model) if isinstance(model.emb, Numbers) else model
 
 
 class TaskRun(Run):
@@ -201,7 +196,7 @@ def _learn_once(
         if done % every == 0 or done == options.steps:
             loss = verdict(outcome).loss
             with run.autocast():
-                score = grade(asked(model), *held)
+                score = grade(model, *held)
             curve.append((done, score.last, score.accuracy))
             if done % (10 * every) == 0:
                 tell(f"{shape.version}, {task.name}: step {done}, loss {loss:.4f}, accuracy {score.accuracy:.3f}")
@@ -212,7 +207,7 @@ def _learn_once(
     for test in (task, *tests):
         with run.autocast():
             rows = to(device, test.test(np.random.default_rng(options.seed + 7)))
-            scores[test.name] = grade(asked(model), *rows, groups=test.groups())
+            scores[test.name] = grade(model, *rows, groups=test.groups())
     state = model.zero_state().nbytes if shape.version != "transformer" else cache_bytes(model, task.length)
     kind = f"{shape.version} wide" if shape.wide_rate else shape.version
     size = sum(p.numel() for p in model.parameters())
@@ -233,7 +228,7 @@ def set_up(shape: ModelConfig, task: Task, options: Options, lr: float, device: 
     model.dropout = options.dropout
     optimizer = build_optimizer(model, recipe_of(model, lr), config.optim)
     parallel = Parallel(config, device)
-    passes = Passes(config, asked(model), parallel, autocast=lambda: autocast(config, device))  # type: ignore[arg-type]
+    passes = Passes(config, model, parallel, autocast=lambda: autocast(config, device))
     run = TaskRun(config, Path(), device, open_tokenizer("byte"), None, {}, model, optimizer, parallel, passes)  # type: ignore[arg-type]
     run.examples = Examples(task, options, device)
     return run
@@ -251,7 +246,7 @@ def cache_bytes(model: RWKV, length: int) -> int:
 
 
 @torch.no_grad()
-def grade(model: RWKV | Reader, tokens: Tensor, targets: Tensor, rows: int = 64, groups: Sequence[str] = ()) -> Score:
+def grade(model: RWKV, tokens: Tensor, targets: Tensor, rows: int = 64, groups: Sequence[str] = ()) -> Score:
     """Of the most probable answers, over `rows` rows at a time. groups: the kind of each row."""
     was = model.training
     model.eval()

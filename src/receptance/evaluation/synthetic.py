@@ -19,7 +19,7 @@ TESTED = 512  # rows of a test whose examples are made by rule
 
 @dataclass(frozen=True)
 class Reading:
-    """How rows of numbers are read: through a linear map, the answer from the mean of the vectors at all places.
+    """How rows of numbers are read: through a linear map.
 
     mean, deviation: of the numbers. places: each place adds a vector of its own, which is learnt.
     """
