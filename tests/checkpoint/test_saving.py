@@ -11,7 +11,8 @@ import pytest
 import torch
 from checkpoint_helpers import assert_same, tiny_model, tiny_weights
 
-from receptance.checkpoint import atomic, load, save
+from receptance import atomic
+from receptance.checkpoint import load, save
 from receptance.errors import CheckpointError
 
 FORMATS = {"pth": "model.pth", "safetensors": "model.safetensors", "folder": "model", "hf": "model"}

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +15,7 @@ Cli = Callable[..., Result]
 
 
 RECEPTANCE = [sys.executable, "-m", "receptance"]
-QUICK = 0.3  # seconds; measured about 0.1 on an idle machine
+QUICK = 0.4  # seconds of processor time, which other work here hardly changes; measured 0.2
 
 
 def test_help_is_quick_and_imports_no_torch() -> None:
@@ -29,12 +28,12 @@ def test_help_is_quick_and_imports_no_torch() -> None:
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
     seconds = []
-    for _ in range(3):  # the best of three: others may be using the machine
-        start = time.perf_counter()
+    for _ in range(3):
+        before = sum(os.times()[2:4])  # of children
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(sum(os.times()[2:4]) - before)
         assert done.returncode == 0, done.stderr
-    assert min(seconds) < QUICK or os.getloadavg()[0] > 1
+    assert min(seconds) < QUICK
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -9,6 +9,7 @@ import httpx
 import pytest
 from server_helpers import listening
 
+from receptance import state_file
 from receptance.server import codec
 from receptance.server.config import read_config
 
@@ -272,7 +273,7 @@ def test_damaged_foreign_and_odd_files_are_refused(client, served):
     flipped = bytearray(good)
     flipped[-1000] ^= 1
     state = codec.decode(good, served.model)
-    session = codec.metadata(good)["receptance.session"]
+    session = state_file.metadata(good)["session"]
 
     class Other:
         fingerprint = "0" * 32

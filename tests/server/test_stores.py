@@ -260,10 +260,10 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("receptance.checkpoint.atomic.os.fsync", full)
+    monkeypatch.setattr("receptance.atomic.os.fsync", full)
     with pytest.raises(OSError, match="No space"):
         grow(store, session, "2")
-    monkeypatch.setattr("receptance.checkpoint.atomic.os.fsync", plain)
+    monkeypatch.setattr("receptance.atomic.os.fsync", plain)
     assert texts(store, session) == ["1"]
     assert len(list((tmp_path / "states").iterdir())) == 1
     assert texts(store, grow(store, session, "2")) == ["1", "2"]

@@ -21,7 +21,7 @@ TYPE = "receptance-baseline"  # model_type in config.json
 
 def save_baseline(tensors: Mapping[str, Tensor], config: Any, folder: Path) -> None:
     """Weights first, each file whole or not at all."""
-    from receptance.checkpoint.atomic import replacing
+    from receptance.atomic import replacing
     from receptance.checkpoint.safetensors import write_safetensors
 
     folder.mkdir(parents=True, exist_ok=True)

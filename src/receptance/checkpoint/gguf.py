@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from receptance.atomic import replacing
 from receptance.errors import CheckpointError, ConfigError
 from receptance.gguf.formats import FORMATS, row_pieces
 from receptance.gguf.quantise import dequantise, pack, quantise, scaled
@@ -26,7 +27,6 @@ from receptance.native.arrays import Weight, to_float
 from receptance.native.blocks import Blocks
 from receptance.native.model import available_cores
 
-from .atomic import replacing
 from .source import MappedFile, StoredTensor, TensorSource, show
 
 Plain = NDArray[np.generic]

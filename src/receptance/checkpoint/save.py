@@ -7,10 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from receptance.atomic import replacing
 from receptance.errors import CheckpointError, ConfigError
 
 from . import hf
-from .atomic import replacing
 from .detect import detect, without_prefix
 from .load import OUR_TYPE, fingerprint
 from .safetensors import OURS, write_safetensors

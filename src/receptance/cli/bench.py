@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="bench",
-    help="Measure speed beside what the machine can do.",
     no_args_is_help=True,
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 STARTS = 3  # processes started, of which the fastest counts
@@ -30,7 +30,14 @@ STARTS = 3  # processes started, of which the fastest counts
 
 @app.callback()
 def group() -> None:
-    """Measure speed beside what the machine can do."""
+    """Measure speed beside what the machine can do.
+
+    \b
+    Examples:
+      receptance bench cpu
+      receptance bench engine model.pth
+      receptance bench serve --help
+    """
 
 
 @app.command("cpu")

@@ -11,21 +11,12 @@ if TYPE_CHECKING:
     from receptance.models import RWKV
     from receptance.tokenizers import Tokenizer
 
-HELP = """Train a model from text.
 
-CONFIG is a TOML file; docs/training.md lists every setting. Overrides are section.key=value:
-
-    receptance train examples/stories/rwkv7.toml run.tokens=2_000_000 optim.lr=1e-3
-
-An interrupted run continues when the same command is given again. The finished model is the folder OUT/model.
-"""
-
-
-def train(
+def command(
     config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", show_default=False)] = None,
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", show_default=False)] = None,
     text: Annotated[
-        list[Path] | None, typer.Option(help="Train on these text or jsonl files; no CONFIG needed.")
+        list[Path] | None, typer.Option(metavar="FILE", help="Train on these text or jsonl files; no CONFIG needed.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run (run.out).")] = None,
     ray: Annotated[
@@ -36,6 +27,19 @@ def train(
         bool, typer.Option("--plan", help="Prepare data and model, print the memory needed, stop.")
     ] = False,
 ) -> None:
+    """Train a model from text.
+
+    CONFIG is a TOML file; docs/training.md lists every setting, and SECTION.KEY=VALUE overrides one. An interrupted run
+    continues when the same command is given again. The finished model is the folder OUT/model.
+
+    \b
+    Examples:
+      receptance train --text my.txt --out runs/mine
+      receptance train --text my.txt --out runs/mine run.tokens=2_000_000
+      receptance train examples/stories/rwkv7.toml optim.lr=1e-3
+      receptance train examples/stories/rwkv7.toml --plan
+      torchrun --standalone --nproc-per-node 4 -m receptance train big.toml
+    """
     from receptance.training.config import read_config, to_json
 
     settings = list(overrides or [])
@@ -57,8 +61,7 @@ def train(
 
         announce(train_on_ray(chosen, ray))
         return
-    from receptance.training import announce_memory, set_up
-    from receptance.training import train as run
+    from receptance.training import announce_memory, set_up, train
     from receptance.training.distributed import started_rank
 
     is_first = started_rank() == 0
@@ -66,7 +69,7 @@ def train(
         if plan:
             announce_memory(set_up(chosen, progress), progress)
             return
-        folder = run(chosen, progress, sample)
+        folder = train(chosen, progress, sample)
     if is_first:
         announce(folder)
 

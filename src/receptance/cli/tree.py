@@ -20,15 +20,12 @@ def build(verb: str | None = None) -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_receptance)
-    known = (*VERBS, "train", *GROUPS)
-    for name in (verb,) if verb in known else known:
+    for name in (verb,) if verb in VERBS else VERBS:
         module = import_module(f"receptance.cli.{name}")
         if name in GROUPS:
-            app.add_typer(module.app)
-        elif name == "train":
-            app.command(name, help=module.HELP)(guarded(module.train))
+            app.add_typer(module.app, short_help=VERBS[name])
         else:
-            app.command(name)(guarded(module.command))
+            app.command(name, short_help=VERBS[name])(guarded(module.command))
     return app
 
 
@@ -52,7 +49,7 @@ def _receptance(
       receptance chat model.pth
       receptance serve model.pth
       receptance pull org/name:file.pth
-      receptance data prepare texts.jsonl --out tokens/mine
+      receptance train --text my.txt --out runs/mine
       receptance VERB --help
 
     \b

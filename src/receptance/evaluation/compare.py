@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
+from receptance.atomic import replacing
 from receptance.baselines import load_baseline
 from receptance.baselines.budget import count
 from receptance.baselines.files import is_baseline
 from receptance.checkpoint import load
-from receptance.checkpoint.atomic import replacing
 from receptance.data import documents
 from receptance.errors import ConfigError
 from receptance.evaluation import grid

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from receptance.checkpoint.atomic import replacing
+from receptance.atomic import replacing
 
 Row = dict[str, Any]
 

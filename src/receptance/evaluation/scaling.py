@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from receptance.checkpoint.atomic import replacing
+from receptance.atomic import replacing
 from receptance.errors import ConfigError
 from receptance.evaluation import grid
 from receptance.evaluation.compare import Comparison, Entry, cell, read_models

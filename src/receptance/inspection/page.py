@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from receptance.checkpoint.atomic import replacing
+from receptance.atomic import replacing
 from receptance.inspection.attribution import Attribution
 from receptance.inspection.measures import Measured
 from receptance.inspection.record import Recording

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from receptance.checkpoint.atomic import replacing
+from receptance.atomic import replacing
 from receptance.errors import ConfigError
 from receptance.inspection import pictures
 from receptance.inspection.attribution import attribute

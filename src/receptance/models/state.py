@@ -1,21 +1,24 @@
 """The recurrent state: everything a model remembers of its context, as a few named tensors of fixed size."""
 
-import json
-import os
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialise
 from torch import Tensor
 
-from receptance.errors import CheckpointError
+from receptance.state_file import Stored, pack, read, write
 
 if TYPE_CHECKING:
     from receptance.models.base import RWKV
+
+FILE_TYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.long: "I64",
+}
 
 
 class State(Mapping[str, Tensor]):
@@ -91,27 +94,8 @@ class State(Mapping[str, Tensor]):
 
     def save(self, path: str | Path, model: "RWKV") -> None:
         """Write a safetensors file that carries the model's fingerprint and checksums. Atomic: all or nothing."""
-        path = Path(path)
-        tensors = {name: x.detach().cpu().contiguous() for name, x in self.items()}
-        sums = {name: _crc(x) for name, x in tensors.items()}
-        meta = {
-            "receptance.kind": "state",
-            "receptance.fingerprint": model.fingerprint,
-            "receptance.crc32": json.dumps(sums, sort_keys=True),
-        }
-        if path.exists() and not path.is_file():
-            raise CheckpointError(f"{path}: is not a regular file; give the name of a file to write")
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            with open(part, "wb") as file:
-                file.write(serialise(tensors, meta))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be written ({error})") from None
-        finally:
-            part.unlink(missing_ok=True)
+        tensors = {name: _stored(x) for name, x in self.items()}
+        write(path, pack(tensors, model.fingerprint))
 
     @staticmethod
     def load(path: str | Path, model: "RWKV") -> "State":
@@ -121,31 +105,17 @@ class State(Mapping[str, Tensor]):
         """
         if model.engine == "native":
             return model.load_state(path)
-        path = Path(path)
-        try:
-            with safe_open(path, "pt") as file:
-                meta = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            sums = json.loads(meta.get("receptance.crc32", "{}"))
-        except FileNotFoundError:
-            raise CheckpointError(f"{path}: no such state file") from None
-        except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: not a readable state file ({error})") from None
-        if meta.get("receptance.kind") != "state":
-            raise CheckpointError(f"{path}: a safetensors file, but not a state saved by receptance")
-        for name, x in tensors.items():
-            if sums.get(name) != _crc(x):
-                raise CheckpointError(f"{path}: tensor {name} does not match its checksum; the file is damaged")
-        if meta.get("receptance.fingerprint") != model.fingerprint:
-            found = meta.get("receptance.fingerprint")
-            raise CheckpointError(
-                f"{path}: this state belongs to another model (its fingerprint is {found}, this model's is "
-                f"{model.fingerprint}); load it with the model that wrote it"
-            )
-        state = State(tensors)
+        tensors = read(path, model.fingerprint)
+        state = State({name: _tensor(x) for name, x in tensors.items()})
         model.check_state(state, str(path))
         return state.to(model.device)
 
 
-def _crc(x: Tensor) -> int:
-    return zlib.crc32(x.contiguous().view(torch.uint8).numpy().tobytes())
+def _stored(x: Tensor) -> Stored:
+    data = x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return Stored(FILE_TYPES[x.dtype], list(x.shape), data)
+
+
+def _tensor(x: Stored) -> Tensor:
+    (dtype,) = (dtype for dtype, name in FILE_TYPES.items() if name == x.dtype)
+    return torch.frombuffer(bytearray(x.data), dtype=dtype).reshape(x.shape)

@@ -1,23 +1,18 @@
 """The recurrent state without torch: the same named tensors and the same file as `receptance.models.State`."""
 
-import json
-import os
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from safetensors import SafetensorError, deserialize, safe_open
-from safetensors.numpy import save as serialise
 
-from receptance.errors import CheckpointError
 from receptance.native.arrays import Array, from_torch_or_numpy, to_float
+from receptance.state_file import Stored, pack, read, write
 
 if TYPE_CHECKING:
     from receptance.native.model import NativeModel
 
-FILE_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+FILE_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8"}
 
 
 class State(Mapping[str, Array]):
@@ -87,28 +82,7 @@ class State(Mapping[str, Array]):
 
     def save(self, path: str | Path, model: "NativeModel") -> None:
         """Write a safetensors file that carries the model's fingerprint and checksums. Atomic: all or nothing."""
-        path = Path(path)
-        arrays = {name: np.ascontiguousarray(x) for name, x in self.items()}
-        meta = {
-            "receptance.kind": "state",
-            "receptance.fingerprint": model.fingerprint,
-            "receptance.crc32": json.dumps(
-                {name: zlib.crc32(x.tobytes()) for name, x in arrays.items()}, sort_keys=True
-            ),
-        }
-        if path.exists() and not path.is_file():
-            raise CheckpointError(f"{path}: is not a regular file; give the name of a file to write")
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            with open(part, "wb") as file:
-                file.write(serialise(arrays, meta))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be written ({error})") from None
-        finally:
-            part.unlink(missing_ok=True)
+        write(path, pack(stored(self), model.fingerprint))
 
     @staticmethod
     def load(path: str | Path, model: "NativeModel") -> "State":
@@ -116,29 +90,15 @@ class State(Mapping[str, Array]):
 
         Raises CheckpointError when the file is damaged, is no state, or belongs to another model.
         """
-        path = Path(path)
-        arrays = {}
-        try:
-            with safe_open(path, "np") as file:
-                meta = file.metadata() or {}
-            sums = json.loads(meta.get("receptance.crc32", "{}"))
-            for name, entry in deserialize(path.read_bytes()):  # type: ignore[no-untyped-call]
-                if meta.get("receptance.kind") == "state" and sums.get(name) != zlib.crc32(entry["data"]):
-                    raise CheckpointError(f"{path}: tensor {name} does not match its checksum; the file is damaged")
-                if entry["dtype"] in FILE_TYPES:
-                    stored = np.frombuffer(entry["data"], FILE_TYPES[entry["dtype"]])
-                    arrays[name] = to_float(stored.reshape(entry["shape"]))
-        except FileNotFoundError:
-            raise CheckpointError(f"{path}: no such state file") from None
-        except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: not a readable state file ({error})") from None
-        if meta.get("receptance.kind") != "state":
-            raise CheckpointError(f"{path}: a safetensors file, but not a state saved by receptance")
-        if (found := meta.get("receptance.fingerprint")) != model.fingerprint:
-            raise CheckpointError(
-                f"{path}: this state belongs to another model (its fingerprint is {found}, this model's is "
-                f"{model.fingerprint}); load it with the model that wrote it"
-            )
-        state = State(arrays)
+        tensors = read(path, model.fingerprint)
+        state = State({name: floats(x) for name, x in tensors.items()})
         model.check_state(state, str(path))
         return state
+
+
+def stored(state: Mapping[str, Array]) -> dict[str, Stored]:
+    return {name: Stored("F32", list(x.shape), x.astype("<f4").tobytes()) for name, x in state.items()}
+
+
+def floats(x: Stored) -> Array:
+    return to_float(np.frombuffer(x.data, FILE_TYPES[x.dtype]).reshape(x.shape))

@@ -19,6 +19,7 @@ from receptance.server.errors import ApiError, bad
 from receptance.server.schemas import ImportedSession
 from receptance.server.served import ServedModel
 from receptance.server.store import Conflict, Full, Missing, Session, Store, Turn
+from receptance.state_file import metadata, word
 
 T = TypeVar("T")
 WAIT_SECONDS = 10.0  # for another turn of the same session
@@ -193,8 +194,7 @@ class Conversations:
         """A new session from an exported file. Raises ApiError for anything that is none, or of another model."""
 
         def read() -> tuple[ImportedSession, ServedModel, Any]:
-            meta = codec.metadata(data)
-            session = codec.word(meta, "session")
+            session = word(metadata(data), "session")
             if session is None:
                 raise CheckpointError("a safetensors file, but not an exported session")
             about = ImportedSession.model_validate_json(session)

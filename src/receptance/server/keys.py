@@ -7,7 +7,7 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
-from receptance.checkpoint.atomic import replacing
+from receptance.atomic import replacing
 from receptance.errors import ConfigError
 from receptance.server.names import is_name
 

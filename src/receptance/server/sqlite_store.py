@@ -17,7 +17,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from receptance.checkpoint.atomic import replacing
+from receptance.atomic import replacing
 from receptance.errors import CheckpointError, ConfigError
 from receptance.server.names import new_id
 from receptance.server.store import Conflict, Full, Missing, Session, Turn, after

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from receptance.checkpoint.atomic import replacing
+from receptance.atomic import replacing
 from receptance.errors import CheckpointError
 from receptance.ops.cuda import cache_folder
 
