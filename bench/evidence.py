@@ -97,6 +97,21 @@ def loss_table(name: str) -> str:
     return table([*head, "rate (short runs: bits per byte)"], out)
 
 
+def seeds_table(name: str, first: str) -> str:
+    """Bits per byte by seed; the first one's are among another run's results."""
+    more = rows_of(name, MODELS)
+    models = list(dict.fromkeys(row["name"] for row in more))
+    rows = [*(row for row in rows_of(first) if row["name"] in models), *more]
+    seeds = sorted({row["seed"] for row in rows})
+    body = []
+    for text in rows[0]["validation"]:
+        for model in models:
+            by = {row["seed"]: row["validation"][text] for row in rows if row["name"] == model}
+            each = (f"{by[seed]:.4f}" if seed in by else "–" for seed in seeds)
+            body.append([f"{model}, {text}", *each, mean(list(by.values()), 4)])
+    return table(["bits per byte", *(f"seed {seed}" for seed in seeds), "mean"], body)
+
+
 def speeds() -> list[Row]:
     """Runs alone on a GPU: of speed.toml, and of bytes-40m.toml for the models that had one to themselves there."""
     alone = rows_of("speed", MODELS)
@@ -136,6 +151,22 @@ def scores_table(name: str) -> str:
     state = {row["name"]: f"{row['state_bytes']:,}" for row in rows}
     body = [[m, state[m], *(mean(memory.accuracies(rows, m, test)) for test in tests)] for m in models]
     return table(["model", "state, bytes", *tests], body)
+
+
+def pixels(task: str) -> tuple[str, str]:
+    """How the pixels of a digits task are read, and in which order."""
+    rest = task.removeprefix("permuted ").removeprefix("digits of 784 pixels").strip(", ")
+    return rest or "in 256 shades", "permuted" if task.startswith("permuted") else "in order"
+
+
+def digits_table(name: str) -> str:
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows_of(name, MODELS):
+        read, order = pixels(row["task"])
+        found.setdefault((row["name"], read), {})[order] = row["scores"][row["task"]]["accuracy"]
+    orders = ("in order", "permuted")
+    body = [[*key, *(f"{by[order]:.4f}" if order in by else "–" for order in orders)] for key, by in found.items()]
+    return table(["model", "pixels", *orders], body)
 
 
 def natural(text: str) -> list[Any]:
@@ -205,6 +236,14 @@ def forecast_table(name: str) -> str:
         whole = f"{statistics.mean(statistics.mean(x) for x in by):.3f}" if all(by) else "–"
         body.append([model, *(mean(x) for x in by), whole])
     return table(["mean squared error", *map(str, horizons), "mean"], body)
+
+
+def nodes_table(name: str) -> str:
+    rows = rows_of(name)
+    models = list(dict.fromkeys(row["name"] for row in rows))
+    by = {m: [[row[part] for row in rows if row["name"] == m] for part in ("valid", "test")] for m in models}
+    best = sorted(models, key=lambda m: -statistics.mean(by[m][1]))
+    return table(["accuracy", "validation", "test"], ([m, *(mean(x) for x in by[m])] for m in best))
 
 
 def tasks_table(name: str) -> str:
@@ -327,9 +366,11 @@ def draw_ablation(rows: Sequence[Row], path: Path) -> None:
 Panel = dict[str, dict[str, float]]  # line → model → value
 
 
-def draw_scores(panels: dict[str, Panel], path: Path, published: Panel | None = None) -> None:
+def draw_scores(
+    panels: dict[str, Panel], path: Path, published: Panel | None = None, models: Sequence[str] = MODELS
+) -> None:
     """A dot for each model on a line for each test; published values, by line and name, are grey ticks."""
-    names = [m for m in MODELS if any(m in line for panel in panels.values() for line in panel.values())]
+    names = [m for m in models if any(m in line for panel in panels.values() for line in panel.values())]
     most = max(len(panel) for panel in panels.values())
     size = (4.2 + 4.2 * len(panels), 1.5 + 0.42 * most + 0.2 * bool(published))
     figure, axes_of = plt.subplots(1, len(panels), figsize=size, squeeze=False)
@@ -337,7 +378,7 @@ def draw_scores(panels: dict[str, Panel], path: Path, published: Panel | None = 
         axes.set_yticks(range(len(panel)), list(panel))
         for place, (label, values) in enumerate(panel.items()):
             for name, value in values.items():
-                look = plots.style(name, MODELS)
+                look = plots.style(name, models)
                 axes.plot([value], [place], linestyle="none", markersize=8, label=name, **look)
             for i, (name, value) in enumerate((published or {}).get(label, {}).items()):
                 axes.plot([value] * 2, [place - 0.3, place + 0.3], color="0.6", linewidth=1)
@@ -360,6 +401,11 @@ def score_panel(name: str) -> Panel:
     models = list(dict.fromkeys(row["name"] for row in rows))
     found = {test: {model: memory.accuracies(rows, model, test) for model in models} for test in tests}
     return {test: {m: statistics.mean(x) for m, x in by.items() if x} for test, by in found.items()}
+
+
+def digits_panel(name: str) -> Panel:
+    found = {pixels(task)[::-1]: by for task, by in score_panel(name).items()}
+    return {", ".join(key): by for key, by in sorted(found.items())}
 
 
 FIRST, AFTER = "question before the story", "question after the story"
@@ -387,9 +433,21 @@ def domain_panels(name: str) -> dict[str, Panel]:
     return {"bits per byte": texts, "accuracy": accuracies}
 
 
-PUBLISHED = {"digits of 784 pixels in 16 shades": {"LSTM, Transformer": 0.989, "S4": 0.9963},
-             "permuted digits of 784 pixels": {"LSTM": 0.9511, "Transformer": 0.979, "S4": 0.987},
+PUBLISHED = {"in order, as numbers with places, moved by up to 2": {"LSTM, Transformer": 0.989, "S4": 0.9963},
+             "permuted, as numbers with places": {"LSTM": 0.9511, "Transformer": 0.979, "S4": 0.987},
              "ListOps to 2000": {"commonest": 0.174, "Transformer": 0.364, "RWKV-4": 0.5588, "S4": 0.596}}  # fmt: skip
+
+
+FORECASTERS = ("RWKV-7", "RWKV-4", "DLinear", "patch Transformer", "last value")
+
+
+def forecast_panel(name: str) -> Panel:
+    """Horizon → model → mean squared error, the mean of seeds. The last value is far off but for exchange rates."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for row in sorted(rows_of(name), key=lambda row: row["horizon"]):
+        if name == "exchange" or row["name"] != "last value":
+            found.setdefault(str(row["horizon"]), {}).setdefault(row["name"], []).append(row["mse"])
+    return {line: {model: statistics.mean(x) for model, x in by.items()} for line, by in found.items()}
 
 
 def by_model(name: str) -> list[Row]:
@@ -403,6 +461,7 @@ SCALE = ("RWKV-7", "RWKV-4", "Transformer", "LSTM")
 MAKERS: dict[str, Callable[[], str]] = {
     "bytes": lambda: loss_table("bytes"),
     "bytes-more": lambda: loss_table("bytes-more"),
+    "bytes-seeds": lambda: seeds_table("bytes-seeds", "bytes-more"),
     "warm-up": lambda: loss_table("warm-up"),
     "speed": speed_table,
     "positions": lambda: long_table("bytes"),
@@ -415,9 +474,12 @@ MAKERS: dict[str, Callable[[], str]] = {
     "costs": lambda: costs_table("costs"),
     "scaling": lambda: scaling_table("scaling"),
     "questions": lambda: scores_table("questions"),
-    "digits": lambda: scores_table("digits"),
+    "digits": lambda: digits_table("digits"),
     "listops": lambda: scores_table("listops"),
     "etth1": lambda: forecast_table("etth1"),
+    "exchange": lambda: forecast_table("exchange"),
+    "ili": lambda: forecast_table("ili"),
+    "cora": lambda: nodes_table("cora"),
 }
 DRAWERS: dict[str, Callable[[Path], None]] = {
     "bytes": lambda path: plots.draw_comparison(timed(by_model("bytes")), path),
@@ -435,10 +497,24 @@ DRAWERS: dict[str, Callable[[Path], None]] = {
     "bytes-more": lambda path: plots.draw_comparison(timed(by_model("bytes-more")), path),
     "bpe": lambda path: draw_scores(domain_panels("bpe"), path),
     "questions": lambda path: draw_scores(question_panels("questions"), path),
-    "digits": lambda path: draw_scores({"accuracy; ticks: published": score_panel("digits")}, path, PUBLISHED),
+    "digits": lambda path: draw_scores({"accuracy; ticks: published": digits_panel("digits")}, path, PUBLISHED),
     "listops": lambda path: draw_scores({"accuracy; ticks: published": score_panel("listops")}, path, PUBLISHED),
+    "forecast": lambda path: draw_scores(
+        {
+            "ETTh1, by hours ahead": forecast_panel("etth1"),
+            "exchange, by days": forecast_panel("exchange"),
+            "ILI, by weeks": forecast_panel("ili"),
+        },
+        path,
+        models=FORECASTERS,
+    ),
 }
-SOURCES = {"positions": "bytes", "generation": "costs", "training": "costs"}  # results of another name
+SOURCES = {
+    "positions": "bytes",
+    "generation": "costs",
+    "training": "costs",
+    "forecast": "etth1",
+}  # results of another name
 
 
 def page(text: str) -> str:

@@ -4,14 +4,19 @@ import gzip
 import io
 import lzma
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from receptance.data import IGNORE
 from receptance.errors import ConfigError
 from receptance.evaluation import classify
 from receptance.evaluation.classify import CLOSE, PADDING, Digits, ListOps, Questions
+from receptance.evaluation.recall import Examples, Options, build, learn
+from receptance.training.config import ModelConfig
 
 
 def rng(seed=0):
@@ -143,6 +148,68 @@ def test_shades_are_steps_of_equal_width(images):
     assert len(np.unique(coarse.test(rng())[0])) == 4
     with pytest.raises(ConfigError, match="9 shades"):
         Digits(shades=9)
+    with pytest.raises(ConfigError, match="words"):
+        Digits(read="words")
+    with pytest.raises(ConfigError, match="numbers"):
+        Digits(places=True)
+
+
+@pytest.mark.parametrize("permuted", [False, True])
+def test_images_that_are_learnt_from_move_as_a_whole(permuted):
+    plain = np.arange(1, 50).reshape(7, 7)
+    around = np.pad(plain, 1)
+    order = Digits(side=7, permuted=permuted).order
+    moves = Digits(side=7, permuted=permuted, shift=1).moves
+    row = np.append(plain.ravel()[order], 0)  # what is outside the image is black
+    found = {tuple(row[move]) for move in moves}
+    assert found == {tuple(around[y : y + 7, x : x + 7].ravel()[order]) for y in range(3) for x in range(3)}
+    assert len(found) == 9
+    assert Digits(side=7).moves is None
+
+
+def test_only_what_is_learnt_from_moves(images):
+    plain, moving = Digits(side=7), Digits(side=7, shift=1)
+    for part in ("held", "test"):
+        rows = [getattr(task, part)(*([20, rng()] if part == "held" else [rng()]))[0] for task in (plain, moving)]
+        assert np.array_equal(*rows)
+    options = Options(batch=8, examples=8)
+    given, moved = (Examples(task, options, torch.device("cpu")).batch(0) for task in (plain, moving))
+    assert torch.equal(given.targets, moved.targets)
+    assert not torch.equal(given.tokens, moved.tokens)
+
+
+@pytest.mark.parametrize("places", [False, True])
+@pytest.mark.parametrize("version", ["4", "7", "transformer", "lstm"])
+def test_numbers_are_read_by_a_linear_map(images, version, places):
+    """Beside the same written out: a table whose rows are the vectors that belong to each pixel."""
+    task = Digits(side=7, read="numbers", places=places)
+    model = build(ModelConfig(version=version, n_layer=2, n_embd=16, head_size=8), task).double()
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    tokens, _ = (torch.from_numpy(x) for x in task.examples(5, rng()))
+    logits, _ = model(tokens)
+    logits.sum().backward()
+    emb = model.emb
+    assert emb.bias.shape == (49 if places else 1, 16)
+    assert min(emb.weight.grad.abs().max(), emb.bias.grad.abs().max()) > 0
+    x = (tokens.double()[..., None] / 256 - 0.13) / 0.31 * emb.weight + emb.bias
+    model.emb, model.config = (
+        nn.Embedding.from_pretrained(x.detach().flatten(0, 1)),
+        replace(model.config, vocab_size=1000),
+    )
+    wanted, _ = model(torch.arange(5 * 49).reshape(5, 49))
+    assert torch.allclose(logits, wanted, rtol=1e-10, atol=1e-12)
+
+
+def test_a_small_model_learns_digits_from_numbers(monkeypatch):
+    """The brighter an image the larger its digit."""
+    digits = np.arange(60_000) % 10
+    images = np.broadcast_to((25 * digits + np.arange(60_000) % 7)[:, None, None], (60_000, 28, 28)).astype(np.uint8)
+    monkeypatch.setattr(classify, "_idx", lambda root, name: digits if "labels" in name else images)
+    options = Options(steps=150, batch=32, lr=(1e-2,), examples=1000)
+    _, found = learn(ModelConfig(version="lstm", n_layer=1, n_embd=32), Digits(side=7, read="numbers"), (), options)
+    assert found.scores["digits of 49 pixels as numbers"].accuracy > 0.9
 
 
 def test_mnist_files_are_read_plain_and_packed(tmp_path):

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from receptance.data import IGNORE
 from receptance.errors import ConfigError
-from receptance.evaluation.synthetic import Ids, Task
+from receptance.evaluation.synthetic import Ids, Reading, Task
 
 
 def at_end(tokens: Ids, answers: Ids) -> tuple[Ids, Ids]:
@@ -72,11 +72,12 @@ class ListOps(Task):
 
 @cache
 def _listops(task: ListOps, n: int, seed: int) -> tuple[NDArray[np.int8], NDArray[np.int8]]:
-    """Tokens [n, length], padded behind, and targets. Many rows are made by all cores; the result is the same."""
+    """Tokens [n, length], padded behind, and targets. Many rows are made by several processes, with the same result."""
     sizes = [min(PIECE, n - start) for start in range(0, n, PIECE)]
     jobs = [(task, size, seed + i) for i, size in enumerate(sizes)]
     if len(jobs) > 1:
-        with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool:
             parts = list(pool.map(_listops_rows, *zip(*jobs)))
     else:
         parts = [_listops_rows(*job) for job in jobs]
@@ -125,23 +126,33 @@ def apply(operator: int, values: list[int]) -> int:
 # Digits --------------------------------------------------------------------------------------------------------------
 
 VALIDATION = 5000  # of the 60,000 training images, the last ones
+MEAN, DEVIATION = 0.13, 0.31  # of a pixel, white being 1
 
 
 @dataclass(frozen=True)
 class Digits(Task):
-    """MNIST pixel by pixel, shades as tokens; the digit is asked for at the last pixel.
+    """MNIST pixel by pixel; the digit is asked for at the last pixel.
 
     root: the folder with the four IDX files, plain, .gz or .xz. permuted: one fixed order of the pixels (seed 92916).
-    side: 28; 14 or 7 take means of blocks, for rows that a laptop can learn. shades: steps of grey, of equal width;
-    each is a token of its own, so that with fewer a model learns more of each.
+    side: 28; 14 or 7 take means of blocks, for rows that a laptop can learn. shades: steps of grey, of equal width.
+    read: "tokens", each shade a symbol of its own, so that with fewer a model learns more of each, or "numbers",
+    through a linear map, to which with `places` each place adds a vector of its own. shift: images that are learnt
+    from move by up to so many pixels each way, anew in each pass.
     """
 
     root: str = "."
     permuted: bool = False
     side: int = 28
     shades: int = 256
+    read: str = "tokens"
+    places: bool = False
+    shift: int = 0
 
     def __post_init__(self) -> None:
+        if self.read not in ("tokens", "numbers"):
+            raise ConfigError(f"read must be tokens or numbers, found {self.read!r}")
+        if self.places and self.read != "numbers":
+            raise ConfigError('places are for digits that are read as numbers (read = "numbers")')
         if self.side not in (28, 14, 7):
             raise ConfigError(f"side {self.side}: images are 28 wide, or reduced to 14 or 7")
         if not 10 <= self.shades <= 256:
@@ -150,7 +161,9 @@ class Digits(Task):
     @property
     def name(self) -> str:
         shades = f" in {self.shades} shades" if self.shades < 256 else ""
-        return ("permuted " if self.permuted else "") + f"digits of {self.length} pixels" + shades
+        read = (" as numbers" if self.read == "numbers" else "") + (" with places" if self.places else "")
+        moved = f", moved by up to {self.shift}" if self.shift else ""
+        return ("permuted " if self.permuted else "") + f"digits of {self.length} pixels" + shades + read + moved
 
     @property
     def vocab_size(self) -> int:
@@ -159,6 +172,27 @@ class Digits(Task):
     @property
     def length(self) -> int:
         return self.side**2
+
+    @property
+    def order(self) -> Ids:
+        """The pixel at each place."""
+        places = np.arange(self.length)
+        return np.random.default_rng(92_916).permutation(self.length) if self.permuted else places
+
+    @property
+    def reading(self) -> Reading | None:  # type: ignore[override]
+        return Reading(MEAN * self.shades, DEVIATION * self.shades, self.places) if self.read == "numbers" else None
+
+    @property
+    def moves(self) -> Ids | None:  # type: ignore[override]
+        if not self.shift:
+            return None
+        place = np.full((self.side + 2 * self.shift,) * 2, self.length)  # of each pixel; around the image: none
+        inside = slice(self.shift, self.shift + self.side)
+        place[inside, inside].flat[self.order] = np.arange(self.length)
+        ways = [place[y : y + self.side, x : x + self.side].ravel()[self.order]
+                for y in range(2 * self.shift + 1) for x in range(2 * self.shift + 1)]  # fmt: skip
+        return np.stack(ways)
 
     def examples(self, n: int, rng: np.random.Generator) -> tuple[Ids, Ids]:
         return self._rows("train", rng.permutation(60_000 - VALIDATION)[:n])
@@ -176,9 +210,7 @@ class Digits(Task):
         k = 28 // self.side
         blocks = images[index].reshape(-1, self.side, k, self.side, k)
         pixels = blocks.mean((2, 4)).astype(np.int64).reshape(len(index), -1) * self.shades // 256
-        if self.permuted:
-            pixels = pixels[:, np.random.default_rng(92_916).permutation(self.length)]
-        return at_end(pixels, labels[index].astype(np.int64))
+        return at_end(pixels[:, self.order], labels[index].astype(np.int64))
 
 
 @cache

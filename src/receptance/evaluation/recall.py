@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from receptance.data import IGNORE
+from receptance.evaluation.numbers import NUMBERS, Numbers
 from receptance.evaluation.synthetic import Ids, Task
 from receptance.models import RWKV, apply_recipe
+from receptance.models.base import Recipe
 from receptance.tokenizers import tokenizer as open_tokenizer
 from receptance.training.batch import Batch
 from receptance.training.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
@@ -84,8 +86,15 @@ def build(shape: ModelConfig, task: Task, seed: int = 1, lr: float = 1e-3) -> RW
     """A model of this shape for the task's tokens, with the initial values of its recipe."""
     config = TrainConfig(model=shape, run=RunConfig(ctx_len=0))  # no window: a Transformer sees everything
     model = new_model(config, task.vocab_size)
-    apply_recipe(model, type(model).recipe(model.config, lr), torch.Generator().manual_seed(seed))  # type: ignore[attr-defined]
+    if task.reading is not None:
+        model.emb = Numbers(task.reading, model.config.n_embd, task.length)  # type: ignore[assignment]
+    apply_recipe(model, recipe_of(model, lr), torch.Generator().manual_seed(seed))
     return model
+
+
+def recipe_of(model: RWKV, lr: float) -> Recipe:
+    recipe: Recipe = type(model).recipe(model.config, lr)  # type: ignore[attr-defined]
+    return recipe | NUMBERS if isinstance(model.emb, Numbers) else recipe
 
 
 class TaskRun(Run):
@@ -112,6 +121,7 @@ class Examples:
         self._pool = None
         if options.examples:
             self._pool = to(device, pool(task, options.examples, options.seed), torch.int32)  # type: ignore[arg-type]
+        self._moves = None if task.moves is None else torch.from_numpy(task.moves).to(device)
         self._order, self._at = torch.empty(0, dtype=torch.long), 0
 
     def batch(self, step: int) -> Batch:
@@ -140,6 +150,9 @@ class Examples:
         rows = self._order[self._at : self._at + self._options.batch]
         self._at += self._options.batch
         tokens, targets = (x[rows].long() for x in self._pool)
+        if self._moves is not None:
+            chosen = torch.from_numpy(self._rng.integers(0, len(self._moves), len(tokens))).to(self._device)
+            tokens = nn.functional.pad(tokens, (0, 1)).gather(1, self._moves[chosen])
         return tokens, targets
 
 
@@ -213,8 +226,7 @@ def set_up(shape: ModelConfig, task: Task, options: Options, lr: float, device: 
     )  # fmt: skip
     model = build(shape, task, options.seed, lr).to(device).train()
     model.dropout = options.dropout
-    recipe = type(model).recipe(model.config, lr)  # type: ignore[attr-defined]
-    optimizer = build_optimizer(model, recipe, config.optim)
+    optimizer = build_optimizer(model, recipe_of(model, lr), config.optim)
     parallel = Parallel(config, device)
     passes = Passes(config, model, parallel, autocast=lambda: autocast(config, device))
     run = TaskRun(config, Path(), device, open_tokenizer("byte"), None, {}, model, optimizer, parallel, passes)  # type: ignore[arg-type]

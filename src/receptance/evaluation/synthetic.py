@@ -17,11 +17,28 @@ Ids = NDArray[np.int64]
 TESTED = 512  # rows of a test whose examples are made by rule
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How rows of numbers are read: through a linear map.
+
+    mean, deviation: of the numbers. places: each place adds a vector of its own, which is learnt.
+    """
+
+    mean: float
+    deviation: float
+    places: bool = False
+
+
 class Task(Protocol):
     """examples: `n` rows of tokens and targets [n, length], targets IGNORE where nothing is asked.
 
     held: other rows, to choose a learning rate and an end by; test: those that are reported, of kinds `groups`.
+    reading: where tokens are numbers, not symbols. moves [K, length]: of the rows that are learnt from, the places
+    whose tokens may stand in the places' stead, one of K ways for a row; place `length` holds 0.
     """
+
+    reading: Reading | None = None
+    moves: Ids | None = None
 
     @property
     def name(self) -> str: ...
