@@ -208,7 +208,7 @@ def _join(
 def _gradients(
     r_ptr, w_ptr, k_ptr, v_ptr, a_ptr, b_ptr, gy_ptr, resets_ptr, t_ptr, s_ptr, ss_ptr, gs_ptr, gss_ptr,
     gr_ptr, gw_ptr, gk_ptr, gv_ptr, ga_ptr, gb_ptr, T, H, chunks,
-    N: tl.constexpr, BN: tl.constexpr, L: tl.constexpr, PRECISION: tl.constexpr,
+    N: tl.constexpr, BN: tl.constexpr, L: tl.constexpr, PRECISION: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """All input gradients of a chunk from its start state S₀ and the gradient dS₁ of its end state.
 
@@ -230,58 +230,73 @@ def _gradients(
     r = _load(r_ptr, base, t, n, stride, mask) * rise_r
     b = _load(b_ptr, base, t, n, stride, mask) * fall
     k = _load(k_ptr, base, t, n, stride, mask) * fall
-    v = _load(v_ptr, base, t, n, stride, mask)
-    gy = _load(gy_ptr, base, t, n, stride, mask)
     opens = tl.where(document == 0, 1.0, 0.0)[:, None]
     closes = tl.where(document == last, 1.0, 0.0)[:, None]
-
-    # S₀ and dS₁ [value, key], scaled to meet the mid-chunk exponents; what S₀ diag(e^end) gives the end exponent
-    square = where * N * N + n[:, None] * N + n[None, :]
-    inside = (n[:, None] < N) & (n[None, :] < N)
-    s = tl.load(s_ptr + square, mask=inside, other=0.0).to(tl.float32)
-    s *= tl.load(ss_ptr + where * N + n, mask=n < N, other=0.0)[:, None] * tl.exp(mid)[None, :]
-    gs = tl.load(gs_ptr + square, mask=inside, other=0.0).to(tl.float32)
-    gs *= tl.load(gss_ptr + where * N + n, mask=n < N, other=0.0)[:, None] * tl.exp(end - mid)[None, :]
-    ends = tl.where(last == 0, tl.sum(s * gs, 0), 0.0)
-
     inverse = tl.load(t_ptr + where * L * L + i[:, None] * L + i[None, :])
     ak = tl.where(strict, _dot(a, tl.trans(k), PRECISION), 0.0)
-    u = _dot(ak, v, PRECISION) + _dot(a, tl.trans(s), PRECISION) * opens
-    u = _dot(inverse, u, PRECISION)
     rb = tl.where(lower, _dot(r, tl.trans(b), PRECISION), 0.0)
-    z = _dot(tl.trans(rb), gy, PRECISION) + _dot(b, tl.trans(gs), PRECISION) * closes
-    z = _dot(tl.trans(inverse), z, PRECISION)
     rk = tl.where(lower, _dot(r, tl.trans(k), PRECISION), 0.0)
-    gv = _dot(tl.trans(ak), z, PRECISION) + _dot(tl.trans(rk), gy, PRECISION)
-    gv += _dot(k, tl.trans(gs), PRECISION) * closes
-    tl.store(gv_ptr + tile, gv.to(gv_ptr.dtype.element_ty), mask=mask)
+
+    # Some values at a time, so that the states of wide heads fit into shared memory: S₀ and dS₁ [value, key], scaled to
+    # meet the mid-chunk exponents; what S₀ diag(e^end) gives the end exponent
+    zu, zv = tl.zeros((L, L), tl.float32), tl.zeros((L, L), tl.float32)
+    gyu, gyv = tl.zeros((L, L), tl.float32), tl.zeros((L, L), tl.float32)
+    zs, gys = tl.zeros((L, BN), tl.float32), tl.zeros((L, BN), tl.float32)
+    ugs, vgs = tl.zeros((L, BN), tl.float32), tl.zeros((L, BN), tl.float32)
+    ends = tl.zeros((BN,), tl.float32)
+    for first in tl.static_range(0, BN, BV):
+        m = first + tl.arange(0, BV)
+        some = (t[:, None] < T) & (m[None, :] < N)
+        v = _load(v_ptr, base, t, m, stride, some)
+        gy = _load(gy_ptr, base, t, m, stride, some)
+        rows = where * N * N + m[:, None] * N + n[None, :]
+        inside = (m[:, None] < N) & (n[None, :] < N)
+        s = tl.load(s_ptr + rows, mask=inside, other=0.0).to(tl.float32)
+        s *= tl.load(ss_ptr + where * N + m, mask=m < N, other=0.0)[:, None] * tl.exp(mid)[None, :]
+        gs = tl.load(gs_ptr + rows, mask=inside, other=0.0).to(tl.float32)
+        gs *= tl.load(gss_ptr + where * N + m, mask=m < N, other=0.0)[:, None] * tl.exp(end - mid)[None, :]
+        ends += tl.where(last == 0, tl.sum(s * gs, 0), 0.0)
+
+        u = _dot(ak, v, PRECISION) + _dot(a, tl.trans(s), PRECISION) * opens
+        u = _dot(inverse, u, PRECISION)
+        z = _dot(tl.trans(rb), gy, PRECISION) + _dot(b, tl.trans(gs), PRECISION) * closes
+        z = _dot(tl.trans(inverse), z, PRECISION)
+        gv = _dot(tl.trans(ak), z, PRECISION) + _dot(tl.trans(rk), gy, PRECISION)
+        gv += _dot(k, tl.trans(gs), PRECISION) * closes
+        tl.store(gv_ptr + base + t[:, None] * stride + m[None, :], gv.to(gv_ptr.dtype.element_ty), mask=some)
+
+        zu += _dot(z, tl.trans(u), PRECISION)
+        zv += _dot(z, tl.trans(v), PRECISION)
+        gyu += _dot(gy, tl.trans(u), PRECISION)
+        gyv += _dot(gy, tl.trans(v), PRECISION)
+        zs += _dot(z * opens, s, PRECISION)
+        gys += _dot(gy * opens, s, PRECISION)
+        ugs += _dot(u * closes, gs, PRECISION)
+        vgs += _dot(v * closes, gs, PRECISION)
 
     # the score matrices that a reads …
-    scores = tl.where(strict, _dot(z, tl.trans(u), PRECISION), 0.0)
-    grad = _dot(scores, b, PRECISION) + _dot(z * opens, s, PRECISION)
+    scores = tl.where(strict, zu, 0.0)
+    grad = _dot(scores, b, PRECISION) + zs
     gb = _dot(tl.trans(scores), a, PRECISION)
-    scores = tl.where(strict, _dot(z, tl.trans(v), PRECISION), 0.0)
+    scores = tl.where(strict, zv, 0.0)
     grad += _dot(scores, k, PRECISION)
     gk = _dot(tl.trans(scores), a, PRECISION)
     tl.store(ga_ptr + tile, (grad * rise_a).to(ga_ptr.dtype.element_ty), mask=mask)
     both = grad * a  # the gradient of the exponents that a, and below r, carry
     # … and those that r reads
-    scores = tl.where(lower, _dot(gy, tl.trans(u), PRECISION), 0.0)
-    grad = _dot(scores, b, PRECISION) + _dot(gy * opens, s, PRECISION)
+    scores = tl.where(lower, gyu, 0.0)
+    grad = _dot(scores, b, PRECISION) + gys
     gb += _dot(tl.trans(scores), r, PRECISION)
-    scores = tl.where(lower, _dot(gy, tl.trans(v), PRECISION), 0.0)
+    scores = tl.where(lower, gyv, 0.0)
     grad += _dot(scores, k, PRECISION)
     gk += _dot(tl.trans(scores), r, PRECISION)
     tl.store(gr_ptr + tile, (grad * rise_r).to(gr_ptr.dtype.element_ty), mask=mask)
     g_upto = grad * r
     # what b and k wrote into the end state
-    through = _dot(u * closes, gs, PRECISION)
-    ends += tl.sum(through * b, 0)
-    gb += through
+    ends += tl.sum(ugs * b, 0) + tl.sum(vgs * k, 0)
+    gb += ugs
     tl.store(gb_ptr + tile, (gb * fall).to(gb_ptr.dtype.element_ty), mask=mask)
-    through = _dot(v * closes, gs, PRECISION)
-    ends += tl.sum(through * k, 0)
-    gk += through
+    gk += vgs
     tl.store(gk_ptr + tile, (gk * fall).to(gk_ptr.dtype.element_ty), mask=mask)
     g_upto -= gb * b + gk * k
     # w_s enters every inclusive sum from s on, every exclusive one after s, and the end
@@ -324,6 +339,11 @@ class _Plan:
     @property
     def rows(self) -> int:  # of the state that one program of `_sequence` takes
         return min(self.width, 32)
+
+    @property
+    def values(self) -> int:
+        """Of a head that `_gradients` takes at once: all 128 want 290 KiB of shared memory, where an A100 has 163."""
+        return self.width if self.width <= 64 else 32
 
     @property
     def length(self) -> int:
@@ -446,7 +466,23 @@ def _backward(
     )  # fmt: skip
     grads = [torch.empty_like(x) for x in (r, w, k, v, a, b)]
     _gradients[(plan.chunks, plan.heads)](
-        r, w, k, v, a, b, gy, resets, p.inverse, *saved, *g_states, *grads, plan.t, plan.h, plan.chunks, **plan.meta(4)
+        r,
+        w,
+        k,
+        v,
+        a,
+        b,
+        gy,
+        resets,
+        p.inverse,
+        *saved,
+        *g_states,
+        *grads,
+        plan.t,
+        plan.h,
+        plan.chunks,
+        BV=plan.values,
+        **plan.meta(4),
     )
     return *grads, g_start
 
@@ -461,7 +497,7 @@ def wkv7(
 
     Any T and head sizes up to 128. Products are tf32 for half-precision inputs; bfloat16 would be too coarse: 3e-3 in
     y, 1e-2 in w's gradient, which is a difference of sums. For float32 inputs they are three tf32 products each, which
-    overflow the registers: slow to compile and to run.
+    overflow the registers: slow to compile and to run, so that "auto" leaves float32 to the chunked form.
     """
     y, end, *_ = _wkv7(*(x.contiguous() for x in (r, w, k, v, a, b, state)), resets)
     return y, end
