@@ -236,11 +236,27 @@ __attribute__((noinline)) void packed_tile(const uint8_t* w, int64_t bytes, int6
 
 #if defined(ISA_AVX512)
 
+// Columns 4 j to 4 j + 3 and 16 further of a packed block of 16 rows in 4 to 6 bits, as bytes without sign
+template <int T>
+inline void read_bits(const uint8_t* numbers, int j, __m512i& low, __m512i& high) {
+  const __m512i fifteen = _mm512_set1_epi8(15), both = _mm512_loadu_si512(numbers + j * 64);
+  low = _mm512_and_si512(both, fifteen), high = _mm512_and_si512(_mm512_srli_epi16(both, 4), fifteen);
+  if (T == Q5_K) {  // bit i of a byte belongs to columns 4 i to 4 i + 3
+    const __m512i h = _mm512_loadu_si512(numbers + 256), bit = _mm512_set1_epi8(16);
+    low = _mm512_or_si512(low, _mm512_and_si512(_mm512_slli_epi16(h, 4 - j), bit));
+    high = _mm512_or_si512(high, _mm512_and_si512(_mm512_srli_epi16(h, j), bit));
+  }
+  if (T == Q6_K) {  // of two vectors, bits 2 i and 2 i + 1: columns 8 i to 8 i + 3, and in the second 8 i + 4 to 8 i + 7
+    const __m512i h = _mm512_loadu_si512(numbers + 256 + j % 2 * 64), twice = _mm512_set1_epi8(48);
+    low = _mm512_or_si512(low, _mm512_and_si512(_mm512_slli_epi16(h, 4 - j / 2 * 2), twice));
+    high = _mm512_or_si512(high, _mm512_and_si512(_mm512_srli_epi16(h, j / 2 * 2), twice));
+  }
+}
+
 template <int T, int M>
 inline void one_tile(const uint8_t* w, int64_t blocks, const XGroup* x, int64_t ldq, float* sums) {
   constexpr bool small = Packed<T>::numbers == BLOCK;
   constexpr int offset = T == Q8 ? 128 : T == Q4 ? 8 : T == Q6_K ? 32 : 0;  // added to the numbers
-  const __m512i fifteen = _mm512_set1_epi8(15);
   const bool has_rest = T == Q8 && x->has_rest[0];
   __m512 acc[M];
   for (int m = 0; m < M; m++) acc[m] = _mm512_loadu_ps(sums + m * GROUP);
@@ -256,22 +272,11 @@ inline void one_tile(const uint8_t* w, int64_t blocks, const XGroup* x, int64_t 
       upper[m] = _mm512_set1_epi32(-offset * (T == Q8 ? x[m * ldq].rest_sum[b] : sum[1]));
     }
     for (int j = 0; j < (T == Q8 ? 8 : 4); j++) {
-      __m512i low = _mm512_loadu_si512(p + j * 64), high = low;
-      if (T == Q8) {
-        low = _mm512_xor_si512(low, _mm512_set1_epi8((char)0x80));
+      __m512i low, high;
+      if constexpr (T == Q8) {
+        low = high = _mm512_xor_si512(_mm512_loadu_si512(p + j * 64), _mm512_set1_epi8((char)0x80));
       } else {
-        high = _mm512_and_si512(_mm512_srli_epi16(low, 4), fifteen);
-        low = _mm512_and_si512(low, fifteen);
-      }
-      if (T == Q5_K) {  // bit i of a byte belongs to columns 4 i to 4 i + 3
-        const __m512i h = _mm512_loadu_si512(p + 256), bit = _mm512_set1_epi8(16);
-        low = _mm512_or_si512(low, _mm512_and_si512(_mm512_slli_epi16(h, 4 - j), bit));
-        high = _mm512_or_si512(high, _mm512_and_si512(_mm512_srli_epi16(h, j), bit));
-      }
-      if (T == Q6_K) {  // of two vectors, bits 2 i and 2 i + 1: columns 8 i to 8 i + 3, and in the second 8 i + 4 to 8 i + 7
-        const __m512i h = _mm512_loadu_si512(p + 256 + j % 2 * 64), twice = _mm512_set1_epi8(48);
-        low = _mm512_or_si512(low, _mm512_and_si512(_mm512_slli_epi16(h, 4 - j / 2 * 2), twice));
-        high = _mm512_or_si512(high, _mm512_and_si512(_mm512_srli_epi16(h, j / 2 * 2), twice));
+        read_bits<T>(p, j, low, high);
       }
       for (int m = 0; m < M; m++) {
         const int8_t* q = x[m * ldq].q + b * BLOCK + 4 * j;

@@ -40,23 +40,6 @@ inline void take_starts(Widened& w, int64_t b) {
   _mm512_store_si512(w.start[b][1], _mm512_sub_epi32(zero, half[1]));
 }
 
-// Columns 4 j to 4 j + 3 and 16 further of a packed block of 16 rows in 4 to 6 bits, as bytes without sign
-template <int T>
-inline void read_bits(const uint8_t* numbers, int j, __m512i& low, __m512i& high) {
-  const __m512i fifteen = _mm512_set1_epi8(15), both = _mm512_loadu_si512(numbers + j * 64);
-  low = _mm512_and_si512(both, fifteen), high = _mm512_and_si512(_mm512_srli_epi16(both, 4), fifteen);
-  if (T == Q5_K) {  // bit i of a byte belongs to columns 4 i to 4 i + 3
-    const __m512i h = _mm512_loadu_si512(numbers + 256), bit = _mm512_set1_epi8(16);
-    low = _mm512_or_si512(low, _mm512_and_si512(_mm512_slli_epi16(h, 4 - j), bit));
-    high = _mm512_or_si512(high, _mm512_and_si512(_mm512_srli_epi16(h, j), bit));
-  }
-  if (T == Q6_K) {  // of two vectors, bits 2 i and 2 i + 1: columns 8 i to 8 i + 3, and in the second 8 i + 4 to 8 i + 7
-    const __m512i h = _mm512_loadu_si512(numbers + 256 + j % 2 * 64), twice = _mm512_set1_epi8(48);
-    low = _mm512_or_si512(low, _mm512_and_si512(_mm512_slli_epi16(h, 4 - j / 2 * 2), twice));
-    high = _mm512_or_si512(high, _mm512_and_si512(_mm512_srli_epi16(h, j / 2 * 2), twice));
-  }
-}
-
 // A packed group of 16 rows, `blocks` blocks of 32 columns
 template <int T>
 void widen_packed(const uint8_t* p, int64_t blocks, Widened& w) {
