@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "data": {"errors", "tokenizers"},
     "engine": {"errors", "atomic", "models", "checkpoint", "native", "ops", "tokenizers"},
     "generation": {"errors", "engine", "models", "tokenizers"},
-    "training": {"errors", "ops", "models", "baselines", "data", "checkpoint", "tokenizers", "settings"},
+    "training": {"errors", "atomic", "ops", "models", "baselines", "data", "checkpoint", "tokenizers", "settings"},
     "server": {"errors", "atomic", "state_file", "settings", "engine", "tokenizers", "checkpoint", "models", "native"},
     "evaluation": {
         "errors",

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from receptance.atomic import sync
 from receptance.checkpoint.safetensors import write_safetensors
 from receptance.errors import CheckpointError
 from receptance.models import RWKV
@@ -144,16 +145,16 @@ class Checkpoints:
             files = {} if sharded else _write_files(part, tensors)
             files |= {str(path.relative_to(part)): _checksum(path) for path in (part / SHARDS).glob("*")}
             for path in [*part.rglob("*"), part]:
-                _sync(path)
+                sync(path)
             manifest = {**about, "files": files}
             text = json.dumps({**manifest, "checksum": _own_checksum(manifest)}, indent=2)
             with open(part / MANIFEST, "wb") as file:
                 file.write(text.encode())
             for path in (part / MANIFEST, part):
-                _sync(path)
+                sync(path)
             shutil.rmtree(target, ignore_errors=True)
             os.replace(part, target)
-            _sync(self.root)
+            sync(self.root)
             self._prune()
         except (OSError, RuntimeError, SafetensorError) as error:
             raise CheckpointError(f"{target}: the checkpoint could not be written ({error})") from error
@@ -338,11 +339,3 @@ def _restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None
         if isinstance(optimizer, MasterAdamW):  # whose tensors stay where they are
             state = {kind: old[kind].copy_(x) if kind in old else x for kind, x in state.items()}
         optimizer.state[parameter] = state
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
