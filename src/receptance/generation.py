@@ -13,7 +13,7 @@ from typing import Any, Unpack
 from receptance.engine.numpy_sampling import uniform
 from receptance.engine.params import SamplingFields, SamplingParams
 from receptance.engine.protocols import Model, State
-from receptance.engine.request import FinishReason, GenerationError, Prompt, Token, prompt_ids
+from receptance.engine.request import FinishReason, GenerationError, Prompt, Token, Tokens, prompt_ids
 from receptance.engine.text import Reader
 from receptance.tokenizers import Tokenizer
 
@@ -44,9 +44,10 @@ def generate(
 
     `fields` override `params`, e.g. `generate(model, tok, "Once", max_tokens=200, temperature=0.8)`. It ends before a
     stop string, at the end of document, or after max_tokens. `state` continues what it has read; it is not changed.
-    An empty prompt without a state starts a new document. Raises ConfigError and GenerationError.
+    An empty prompt without a state starts a new document. Memory does not grow with the text, however long. Raises
+    ConfigError and GenerationError.
     """
-    tokens = generate_tokens(model, tokenizer, prompt, params=params, state=state, **fields)
+    tokens = generate_tokens(model, tokenizer, prompt, params=params, state=state, keep=False, **fields)
     return (token.text for token in tokens if token.text)
 
 
@@ -58,10 +59,14 @@ def generate_tokens(
     params: SamplingParams | None = None,
     state: State | None = None,
     chunk: int = PREFILL_CHUNK,
+    keep: bool = True,
     **fields: Unpack[SamplingFields],
 ) -> "Generation":
-    """As `generate`, but iterate over `Token`s and find text, finish reason, final state and speed in the result."""
-    return Generation(model, tokenizer, prompt, replace(params or SamplingParams(), **fields), state, chunk)
+    """As `generate`, but iterate over `Token`s and find text, finish reason, final state and speed in the result.
+
+    keep: False for a text without end: the result's `tokens` and `text` stay empty.
+    """
+    return Generation(model, tokenizer, prompt, replace(params or SamplingParams(), **fields), state, chunk, keep)
 
 
 def generate_batch(
@@ -102,8 +107,9 @@ def generate_batch(
 class Generation:
     """A request and what has come of it so far: an iterator over its tokens.
 
-    tokens: all drawn, with the one that ended it. text: the pieces so far. finish_reason: None while it runs.
-    seed: the one used, also when none was given. prompt_ids: what was fed.
+    tokens: all drawn, with the one that ended it. text: the pieces so far. Both stay empty unless `keep`.
+    n_tokens: how many were drawn. finish_reason: None while it runs. seed: the one used, also when none was given.
+    prompt_ids: what was fed.
     """
 
     def __init__(
@@ -114,28 +120,32 @@ class Generation:
         params: SamplingParams,
         state: State | None,
         chunk: int = PREFILL_CHUNK,
+        keep: bool = True,
     ):
         self.params = params
         self.prompt_ids = prompt_ids(model, tokenizer, prompt, state is not None)
         self.seed = secrets.randbits(63) if params.seed is None else params.seed
-        self.tokens: list[Token] = []
+        self.tokens = Tokens()
+        self.n_tokens = 0
         self.finish_reason: FinishReason | None = None
         self.prefill_seconds = 0.0
         self.decode_seconds = 0.0
         self._model = model
         self._tokenizer = tokenizer
+        self._keep = keep
         self._reader = Reader(tokenizer, params)
         self._end: State | None = None
         self._marks: list[tuple[int, State]] = []  # (characters of text, state) at ends of tokens; see _mark
+        self._recent = ""  # the text since the first of them
         self._steps = _decode(model, tokenizer, [self], state, chunk)
 
     @property
     def text(self) -> str:
-        return "".join(token.text for token in self.tokens)
+        return self.tokens.text
 
     @property
     def ids(self) -> list[int]:
-        return [token.id for token in self.tokens]
+        return self.tokens.ids
 
     @property
     def state(self) -> State:
@@ -155,7 +165,7 @@ class Generation:
     @property
     def decode_speed(self) -> float:
         """Generated tokens per second."""
-        return len(self.tokens) / self.decode_seconds if self.decode_seconds else 0.0
+        return self.n_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
     def __iter__(self) -> Iterator[Token]:
         return self
@@ -174,10 +184,14 @@ class Generation:
     def _accept(self, token: int, logprob: float | None, top: tuple[tuple[int, float], ...]) -> Token:
         """Take a drawn token; decide whether the text ends with it."""
         text, reason = self._reader.accept(token)
-        self.tokens.append(Token(token, text, logprob, top))
+        drawn = Token(token, text, logprob, top)
+        self.n_tokens += 1
+        if self._keep:
+            self.tokens.append(drawn)
+        self._recent += text
         if reason:
             self._finish(reason)
-        return self.tokens[-1]
+        return drawn
 
     def _mark(self, state: State) -> None:
         """Remember the state after all tokens so far, and forget those that the text can no longer be cut back to."""
@@ -185,22 +199,24 @@ class Generation:
             self._marks.append((self._reader.decoded, state))
             self._reader.mark()
         while len(self._marks) > 1 and self._marks[1][0] <= self._reader.passed:
+            self._recent = self._recent[self._marks[1][0] - self._marks[0][0] :]
             del self._marks[0]
 
     def _finish(self, reason: FinishReason) -> None:
         """Set the state: the last one within the text, fed with what the text has beyond it."""
         self.finish_reason = reason
+        first = self._marks[0][0]
         while self._marks[-1][0] > self._reader.passed:
             self._marks.pop()
         characters, state = self._marks[-1]
         if self._reader.is_clean:
             missing = self._reader.unmarked
         else:  # the text ends within a token
-            missing = self._tokenizer.encode(self.text[characters:])
+            missing = self._tokenizer.encode(self._recent[characters - first :])
         if missing:
             _, state = prefill(self._model, [missing], state)
         self._end = state.clone()
-        self._marks = []
+        self._marks, self._recent = [], ""
 
 
 def prefill(
@@ -260,7 +276,7 @@ def _decode(
                 "the model's logits are not numbers (NaN); are its weights damaged, or too large for its dtype? "
                 "Try float32, and check the file it came from"
             )
-        tokens, reports = draws.draw(logits, [uniform(row.seed, len(row.tokens)) for row in rows])
+        tokens, reports = draws.draw(logits, [uniform(row.seed, row.n_tokens) for row in rows])
         seconds = time.perf_counter() - clock
         for row, token, report in zip(rows, tokens, reports):
             row.decode_seconds += seconds

@@ -1,3 +1,4 @@
+from array import array
 from typing import Any
 
 from hypothesis import given, settings
@@ -5,15 +6,15 @@ from hypothesis import strategies as st
 
 from receptance.engine.state_cache import Entry, StateCache, common_prefix
 
-PATHS = st.lists(st.integers(0, 2), min_size=1, max_size=8)
+PATHS = st.lists(st.integers(0, 2), min_size=1, max_size=8).map(lambda ids: array("i", ids))  # as the engine has them
 
 
-def entry(tokens: list[int], *, logits: Any = "logits", nbytes: int = 1) -> Entry:
+def entry(tokens: "array[int]", *, logits: Any = "logits", nbytes: int = 1) -> Entry:
     return Entry(len(tokens), tuple(tokens), logits, nbytes)
 
 
 @given(PATHS, PATHS)
-def test_common_prefix_is_the_longest(a: list[int], b: list[int]) -> None:
+def test_common_prefix_is_the_longest(a: "array[int]", b: "array[int]") -> None:
     n = common_prefix(a, b)
     assert a[:n] == b[:n]
     assert n == min(len(a), len(b)) or a[n] != b[n]
@@ -22,7 +23,7 @@ def test_common_prefix_is_the_longest(a: list[int], b: list[int]) -> None:
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from([None, "persona"]), PATHS, st.booleans())), st.lists(PATHS))
 def test_the_tree_finds_what_a_plain_search_finds(
-    kept: list[tuple[str | None, list[int], bool]], asked: list[list[int]]
+    kept: list[tuple[str | None, "array[int]", bool]], asked: list["array[int]"]
 ) -> None:
     cache, plain = StateCache(10**6), dict[tuple[str | None, tuple[int, ...]], bool]()
     for root, tokens, has_logits in kept:
@@ -44,7 +45,7 @@ def test_the_tree_finds_what_a_plain_search_finds(
 
 @settings(deadline=None)
 @given(st.lists(PATHS, max_size=30))
-def test_the_least_recently_used_go_first_and_the_tree_shrinks(paths: list[list[int]]) -> None:
+def test_the_least_recently_used_go_first_and_the_tree_shrinks(paths: list["array[int]"]) -> None:
     cache = StateCache(5, token_bytes=0)
     order: list[tuple[int, ...]] = []
     for tokens in paths:
@@ -66,7 +67,7 @@ def test_the_least_recently_used_go_first_and_the_tree_shrinks(paths: list[list[
 
 def test_tokens_count_too() -> None:
     """A state of a byte after a thousand tokens is not small."""
-    cache = StateCache(3 * 36 * 1000)
+    cache = StateCache(3 * 4 * 1000)
     for i in range(5):
         cache.add(None, [i] * 999, entry([i] * 999))
     assert [cache.find(None, [i] * 1000) is not None for i in range(5)] == [False, False, True, True, True]

@@ -59,7 +59,8 @@ def continue_prompt(
     opened = preset.new_document and not start and text
     prompt_ids = [tok.eos_id, *tok.encode(text)] if opened else text
     before = rwkv.load_state(start) if start else None
-    generation = generate_tokens(rwkv, tok, prompt_ids, params=params, state=before)
+    keep = as_json or params.logprobs is not None
+    generation = generate_tokens(rwkv, tok, prompt_ids, params=params, state=before, keep=keep)
     if echo and not as_json:
         write(text)
     with interruptible() as interrupted:
@@ -84,7 +85,7 @@ def continue_prompt(
 def speed_line(generation: "Generation") -> str:
     return (
         f"prompt {len(generation.prompt_ids)} tokens, {generation.prefill_speed:.1f} tok/s · "
-        f"text {len(generation.tokens)} tokens, {generation.decode_speed:.1f} tok/s · "
+        f"text {generation.n_tokens} tokens, {generation.decode_speed:.1f} tok/s · "
         f"{generation.finish_reason} · seed {generation.seed}"
     )
 

@@ -7,6 +7,7 @@ request's seed and the number of tokens drawn, and a row that is given to a sequ
 import secrets
 import threading
 import time
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -152,7 +153,7 @@ class Core:
                 request,
                 request.params,
                 completion,
-                Reader(self.tokenizer, request.params),
+                Reader(self.tokenizer, request.params, request.keep_state),
                 self._take_row(request.params, ids),
                 watch(completion) if watch else None,
                 matcher=matcher.fork() if matcher else None,
@@ -160,7 +161,7 @@ class Core:
             )
             shares = request.state is None or request.state_key is not None
             root = None if request.state is None else request.state_key
-            made.append(Sequence(list(ids), request.priority, job, root=root, shares=shares))
+            made.append(Sequence(array("i", ids), request.priority, job, root=root, shares=shares))
         for sequence in made:
             self.scheduler.add(sequence)
         return made
@@ -173,12 +174,13 @@ class Core:
         if ids:
             prompt_ids(self.model, self.tokenizer, ids, True)
         job = ScoreJob(Scored(ids, [], True), watch)
-        sequence = Sequence([*context, *ids[:-1]], score.priority, job, prompt_length=len(context))
+        sequence = Sequence(array("i", [*context, *ids[:-1]]), score.priority, job, prompt_length=len(context))
         self.scheduler.add(sequence)
         return sequence
 
     def submit_embedding(self, prompt: Prompt, watch: Callable[[Any], None], priority: int = 0) -> Sequence:
-        sequence = Sequence(prompt_ids(self.model, self.tokenizer, prompt, False), priority, EmbedJob(watch))
+        ids = prompt_ids(self.model, self.tokenizer, prompt, False)
+        sequence = Sequence(array("i", ids), priority, EmbedJob(watch))
         self.scheduler.add(sequence)
         return sequence
 
@@ -470,7 +472,7 @@ class Core:
                 self._mark_state(sequence)
             spares.append(self.pool.take())
             unread = sequence.tokens[sequence.fed :]
-            works.append(Work(sequence.slot, unread + draft, spares[-1]))
+            works.append(Work(sequence.slot, [*unread, *draft], spares[-1]))
             first.append(rows + len(unread) - 1)
             rows += len(unread) + len(draft)
         clock = time.perf_counter()
@@ -642,7 +644,7 @@ class Core:
             missing = job.reader.unmarked
         else:  # the text ends within a token
             missing = self.tokenizer.encode(job.completion.text[job.marked_text :])
-        sequence.tokens[sequence.fed :] = missing
+        sequence.tokens[sequence.fed :] = array("i", missing)
         sequence.phase, job.reason = Phase.CLOSING, reason
         if not missing:
             self._end(sequence, reason)

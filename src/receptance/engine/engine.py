@@ -53,7 +53,8 @@ class Handle:
         self.future: Future[list[Completion]] = Future()
         self.future.set_running_or_notify_cancel()  # a cancelled waiter must not cancel what the engine's thread sets
         self._engine = engine
-        self._news: deque[tuple[int, Token]] = deque()  # that nobody has taken yet
+        self._news: deque[int] = deque()  # the texts of tokens that nobody has taken yet, in the order of drawing
+        self._taken = [0] * request.n  # tokens of each text
         self._changed = threading.Condition()
         self._waiting: list[Waiting] = []
         self._open = request.n
@@ -80,7 +81,7 @@ class Handle:
                 self._changed.wait_for(lambda: bool(self._news) or self.is_done)
                 if not self._news:
                     break
-                event = self._news.popleft()
+                event = self._take()
             yield event
         self.result()
 
@@ -97,7 +98,7 @@ class Handle:
             while True:
                 waiting.future = waiting.loop.create_future()
                 while self._news:
-                    yield self._news.popleft()
+                    yield self._take()
                 if self.is_done and not self._news:
                     break
                 await waiting.future
@@ -118,10 +119,15 @@ class Handle:
             pass
         return self.completions
 
-    def _tell(self, event: tuple[int, Token] | None) -> None:
-        """From the engine's thread: a token, or the end of a text."""
-        if event is not None:
-            self._news.append(event)
+    def _take(self) -> tuple[int, Token]:
+        index = self._news.popleft()
+        self._taken[index] += 1
+        return index, self.completions[index].tokens[self._taken[index] - 1]
+
+    def _tell(self, index: int, token: Token | None) -> None:
+        """From the engine's thread: a token of a text, which is in its completion by now, or its end."""
+        if token is not None:
+            self._news.append(index)
         else:
             self._open -= 1
             if self._open == 0:
@@ -269,7 +275,7 @@ class Engine:
 
         def watch(completion: Completion) -> Callable[[Token | None], None]:
             handle.completions.append(completion)
-            return lambda token: handle._tell(None if token is None else (completion.index, token))
+            return partial(handle._tell, completion.index)
 
         def start() -> None:
             handle._scheduled = self._core.submit(request, watch)

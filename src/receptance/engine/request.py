@@ -1,9 +1,10 @@
 """What is asked of the engine, and what comes of it."""
 
 import itertools
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 from receptance.engine.params import SamplingParams
 from receptance.engine.protocols import Model, State
@@ -34,6 +35,52 @@ class Token(NamedTuple):  # a frozen dataclass takes three times as long to make
     text: str
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+
+
+class Tokens(Sequence[Token]):
+    """The tokens of a text, in some 16 bytes each: a `Token` is made when it is asked for."""
+
+    def __init__(self) -> None:
+        self._ids = array("i")
+        self._utf8 = bytearray()
+        self._ends = array("q")  # of each token's text in it
+        self._reports: list[tuple[float, tuple[tuple[int, float], ...]]] = []  # of all tokens, or of none
+
+    def append(self, token: Token) -> None:
+        self._utf8 += token.text.encode()
+        self._ends.append(len(self._utf8))
+        self._ids.append(token.id)
+        if token.logprob is not None:
+            self._reports.append((token.logprob, token.top))
+
+    @property
+    def ids(self) -> list[int]:
+        return self._ids.tolist()
+
+    @property
+    def text(self) -> str:
+        return self._utf8.decode()
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    def __repr__(self) -> str:
+        return repr(list(self))
+
+    @overload
+    def __getitem__(self, i: int) -> Token: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[Token]: ...
+    def __getitem__(self, i: int | slice) -> Token | list[Token]:
+        if isinstance(i, slice):
+            return [self[j] for j in range(len(self))[i]]
+        i = range(len(self))[i]  # negative ones, and IndexError
+        start = self._ends[i - 1] if i else 0
+        text = self._utf8[start : self._ends[i]].decode()
+        return Token(self._ids[i], text, *(self._reports[i] if self._reports else ()))
 
 
 @dataclass(frozen=True)
@@ -123,7 +170,7 @@ class Completion:
     prompt_ids: list[int]
     seed: int
     index: int = 0
-    tokens: list[Token] = field(default_factory=list)
+    tokens: Tokens = field(default_factory=Tokens)
     finish_reason: FinishReason | None = None
     error: Exception | None = None
     cached_tokens: int = 0
@@ -131,11 +178,11 @@ class Completion:
 
     @property
     def text(self) -> str:
-        return "".join(token.text for token in self.tokens)
+        return self.tokens.text
 
     @property
     def ids(self) -> list[int]:
-        return [token.id for token in self.tokens]
+        return self.tokens.ids
 
     @property
     def is_done(self) -> bool:

@@ -17,7 +17,7 @@ class Work:
     """Tokens to feed to the state in row `slot`; the state after them goes to row `target` (None: the same)."""
 
     slot: int
-    tokens: list[int]
+    tokens: Sequence[int]
     target: int | None = None
 
 

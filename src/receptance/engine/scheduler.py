@@ -5,6 +5,7 @@ its final state lacks), and is gone. One that a more urgent one displaces waits 
 """
 
 import itertools
+from array import array
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -34,7 +35,7 @@ class Sequence:
     cuts: positions in the prompt at which a chunk must end, because another sequence goes on from there.
     """
 
-    tokens: list[int]
+    tokens: "array[int]"
     priority: int
     job: Any
     root: str | None = None

@@ -5,6 +5,8 @@ with the same random numbers; it saves time for as long as the draws are what wa
 cut back: the state after a draft goes to a row of its own, and the row before it stays until the draft has held.
 """
 
+from array import array
+from collections.abc import Sequence
 from typing import Protocol
 
 from receptance.engine.runner import Runner, Work
@@ -13,6 +15,9 @@ LENGTHS = (3, 7, 15)  # of drafts: with the token before them, 4, 8 and 16 rows 
 NGRAM = 3
 MOST_TEXTS = 8  # that draft at once: the rows of more fill a batch as well, and surely
 PROBE_EVERY = 256  # tokens with a guess but without a draft, after which one is tried although it would not pay
+TOKEN_BITS = 20  # should ids be larger, some guesses would be wrong
+LAST = (1 << TOKEN_BITS * NGRAM) - 1
+REMEMBERED = 1 << 15  # of a text's last tokens at least as many are searched, and at most twice as many
 STEPS = (3, 4, 6, 9, 13, 16)  # lengths of a match that are told apart
 LONGEST = STEPS[-1]
 STEP_OF = [max((step for step in STEPS if step <= length), default=0) for length in range(LONGEST + 1)]
@@ -49,20 +54,27 @@ class PromptLookup:
 
 
 class Repeats:
-    def __init__(self, tokens: list[int]):
-        self._tokens: list[int] = []
-        self._ends: dict[tuple[int, int, int], int] = {}  # of the last NGRAM tokens: where they ended before
+    def __init__(self, tokens: Sequence[int]):
+        self._forget(tokens[-REMEMBERED:])
+
+    def _forget(self, tokens: Sequence[int]) -> None:
+        """Know of these tokens alone."""
+        self._tokens = array("i")
+        self._last = 0  # NGRAM tokens as one number, since there are as many of them as of tokens
+        self._ends: dict[int, int] = {}  # of the last NGRAM tokens: where they ended before
         self._match: int | None = None
         for token in tokens:
             self.add(token)
 
     def add(self, token: int) -> None:
+        if len(self._tokens) == 2 * REMEMBERED:
+            self._forget(self._tokens[REMEMBERED:])
         tokens = self._tokens
         tokens.append(token)
+        self._last = (self._last << TOKEN_BITS | token) & LAST
         if len(tokens) >= NGRAM:
-            key = (tokens[-3], tokens[-2], token)
-            self._match = self._ends.get(key)
-            self._ends[key] = len(tokens)
+            self._match = self._ends.get(self._last)
+            self._ends[self._last] = len(tokens)
 
     def evidence(self) -> int:
         """The number of last tokens that were the same before, up to LONGEST, in steps of a half more."""

@@ -3,6 +3,7 @@
 Holds no tensors of its own: an entry's state is whatever the runner made.
 """
 
+from array import array
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ class Node:
 
     __slots__ = ("children", "edge", "entry", "parent")
 
-    def __init__(self, edge: list[int], parent: "Node | None"):
+    def __init__(self, edge: "array[int]", parent: "Node | None"):
         self.edge, self.parent = edge, parent
         self.children: dict[int, Node] = {}
         self.entry: Entry | None = None
@@ -48,12 +49,12 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 class StateCache:
     """max_bytes: of states, logits and tokens; 0 keeps nothing. Those that were not used for longest go first.
 
-    token_bytes: of a token, a number in a list: a small state after a long text weighs less than the text.
+    token_bytes: of a token: a small state after a long text may weigh less than the text.
 
     Each root is a tree of its own: None for a new document, or the name of the state that the tokens follow.
     """
 
-    def __init__(self, max_bytes: int, token_bytes: int = 36):
+    def __init__(self, max_bytes: int, token_bytes: int = 4):
         self.max_bytes, self.token_bytes = max_bytes, token_bytes
         self.nbytes = self.tokens = self.hits = self.misses = 0  # nbytes: without the tokens
         self._roots: dict[str | None, Node] = {}
@@ -62,7 +63,7 @@ class StateCache:
     def __len__(self) -> int:
         return len(self._used)
 
-    def find(self, root: str | None, tokens: list[int], align: int = 1) -> Entry | None:
+    def find(self, root: str | None, tokens: "array[int]", align: int = 1) -> Entry | None:
         """The longest kept prefix of `tokens`; all of them only if the logits after them were kept.
 
         align: the length is a multiple of it, unless it is that of all tokens.
@@ -81,12 +82,12 @@ class StateCache:
         """A sequence began, from an entry or from nothing."""
         self.hits, self.misses = self.hits + is_hit, self.misses + (not is_hit)
 
-    def holds(self, root: str | None, tokens: list[int]) -> bool:
+    def holds(self, root: str | None, tokens: "array[int]") -> bool:
         """Whether the state after exactly these tokens is kept, with logits."""
         end = [node for node, depth in self._walk(root, tokens) if depth == len(tokens)]
         return bool(end) and end[0].entry is not None and end[0].entry.logits is not None
 
-    def add(self, root: str | None, tokens: list[int], entry: Entry) -> None:
+    def add(self, root: str | None, tokens: "array[int]", entry: Entry) -> None:
         """Keep the state after all of `tokens`, unless it alone is too large. Logits that were kept are not lost."""
         if entry.nbytes + self.token_bytes * len(tokens) > self.max_bytes:
             return
@@ -113,7 +114,7 @@ class StateCache:
                 del self._used[node]
                 self.nbytes -= node.entry.nbytes
 
-    def _walk(self, root: str | None, tokens: list[int]) -> Iterator[tuple[Node, int]]:
+    def _walk(self, root: str | None, tokens: "array[int]") -> Iterator[tuple[Node, int]]:
         """The nodes whose whole path is a prefix of `tokens`, with the lengths of the paths."""
         node, depth = self._roots.get(root), 0
         while node is not None and depth < len(tokens):
@@ -123,9 +124,9 @@ class StateCache:
             depth += len(node.edge)
             yield node, depth
 
-    def _node_of(self, root: str | None, tokens: list[int]) -> Node:
+    def _node_of(self, root: str | None, tokens: "array[int]") -> Node:
         """The node at the end of this path, made if it is not there."""
-        node, depth = self._roots.setdefault(root, Node([], None)), 0
+        node, depth = self._roots.setdefault(root, Node(array("i"), None)), 0
         while depth < len(tokens):
             child = node.children.get(tokens[depth])
             if child is None:

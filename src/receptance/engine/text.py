@@ -9,16 +9,16 @@ class Reader:
     """Takes the drawn tokens one by one.
 
     decoded: characters that the tokens so far have given, with those held back. passed: those that are certain.
-    unmarked: the ids since the last `mark`.
+    unmarked: the ids since the last `mark`; without `marks` none are kept.
     """
 
-    def __init__(self, tokenizer: Tokenizer, params: SamplingParams):
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams, marks: bool = True):
         self._tokenizer = tokenizer
         self._ends = frozenset((tokenizer.eos_id, *params.stop_tokens))
         self._most = params.max_tokens
         self._decoder = tokenizer.stream()
         self._stop = StopMatcher(params.stop_strings)
-        self._count = 0
+        self._count, self._marks = 0, marks
         self.decoded = self.passed = 0
         self.unmarked: list[int] = []
         self._unmarked_text = 0  # their characters so far
@@ -41,8 +41,9 @@ class Reader:
             elif self._count >= self._most:
                 reason, text = "length", text + self._stop.finish()
             self.decoded += len(piece)
-            self.unmarked.append(token)
-            self._unmarked_text += len(piece)
+            if self._marks:
+                self.unmarked.append(token)
+                self._unmarked_text += len(piece)
         self.passed += len(text)
         return text, reason
 
