@@ -3,14 +3,13 @@
 It runs every row to its end without ever admitting a new one; the batched engine is judged by it.
 """
 
-import secrets
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from importlib import import_module
 from typing import Any, Unpack
 
-from receptance.engine.numpy_sampling import uniform
+from receptance.engine.numpy_sampling import new_seed, uniform
 from receptance.engine.params import SamplingFields, SamplingParams
 from receptance.engine.protocols import Model, State
 from receptance.engine.request import FinishReason, GenerationError, Prompt, Token, Tokens, prompt_ids
@@ -124,7 +123,7 @@ class Generation:
     ):
         self.params = params
         self.prompt_ids = prompt_ids(model, tokenizer, prompt, state is not None)
-        self.seed = secrets.randbits(63) if params.seed is None else params.seed
+        self.seed = new_seed() if params.seed is None else params.seed
         self.tokens = Tokens()
         self.n_tokens = 0
         self.finish_reason: FinishReason | None = None

@@ -10,6 +10,7 @@ import stat
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -86,11 +87,11 @@ class StoredTensor:
     stride: tuple[int, ...] | None = None
     is_shared: bool = False  # other tensors lie on the same bytes
 
-    @property
+    @cached_property
     def elements(self) -> int:
         return math.prod(self.shape)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         if self.dtype in BLOCK_FORMATS:
             return BLOCK_FORMATS[self.dtype].size(self.shape)

@@ -4,7 +4,6 @@ Every sequence's tokens are those it would have alone: rows of a batch do not se
 request's seed and the number of tokens drawn, and a row that is given to a sequence is overwritten first.
 """
 
-import secrets
 import threading
 import time
 from array import array
@@ -15,7 +14,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from receptance.engine.constraint import Constraints, Matcher
-from receptance.engine.numpy_sampling import uniform
+from receptance.engine.numpy_sampling import new_seed, uniform
 from receptance.engine.params import SamplingParams
 from receptance.engine.protocols import Model
 from receptance.engine.request import (
@@ -145,7 +144,7 @@ class Core:
             except ValueError as error:
                 raise GenerationError(str(error)) from None
         matcher = None if request.grammar is None else self.constraint().matcher(request.grammar)
-        seed = secrets.randbits(63) if request.params.seed is None else request.params.seed
+        seed = new_seed() if request.params.seed is None else request.params.seed
         made = []
         for i in range(request.n):
             completion = Completion(ids, (seed + i) % 2**64, i)

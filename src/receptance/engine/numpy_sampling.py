@@ -6,6 +6,7 @@ tests/engine/test_numpy_sampling.py holds both to each other.
 
 import hashlib
 import math
+import os
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -147,6 +148,10 @@ def one_hot(logits: Floats) -> Floats:
     hot = np.zeros(logits.shape, np.float32)
     hot[np.arange(len(logits)), logits.argmax(-1)] = 1
     return hot
+
+
+def new_seed() -> int:
+    return int.from_bytes(os.urandom(8), "little") >> 1  # as `secrets`, whose import the first token would wait for
 
 
 def uniform(seed: int, step: int) -> float:

@@ -42,13 +42,15 @@ BANDS = {"int8": "band Q8_0", "int4": "band Q4_0", "Q8_0": "band Q8_0", "Q4_0": 
 LARGE = 1 << 30  # bytes
 TYPE_NAMES = {number: name for name, number in TYPES.items()}
 MATRICES = ("receptance", "key", "value", "gate", "output", "w1", "w2", "a1", "a2", "v1", "v2", "g1", "g2", "maa1")
+DTYPE_NAMES = {np.dtype(np.float32): "float32", np.dtype(np.float64): "float32"}
+DTYPE_NAMES |= {np.dtype(np.float16): "float16", np.dtype(np.uint16): "bfloat16"}
 NUMPY_TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 
 
 def type_name(x: Weight) -> str:
     if isinstance(x, Blocks):
         return x.format
-    return {"uint16": "bfloat16", "float64": "float32"}.get(x.dtype.name, x.dtype.name)
+    return DTYPE_NAMES[x.dtype]  # `x.dtype.name` takes longer than all else that is done with a small tensor
 
 
 def matrix_bytes(matrix: Matrix) -> int:

@@ -6,10 +6,7 @@
 import hashlib
 import os
 import platform
-import shutil
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -46,6 +43,8 @@ class BuildError(Exception):
 
 def find_compiler() -> str:
     """$CXX as every build tool reads it, else the first of the usual names."""
+    import shutil
+
     names = [os.environ.get("CXX", ""), "c++", "g++", "clang++"]
     found = next((path for name in names if name and (path := shutil.which(name))), None)
     if found is None:
@@ -59,7 +58,8 @@ def build(library: Path = LIBRARY, *, more_flags: tuple[str, ...] = (), jobs: in
     machine = platform.machine().lower()
     isa_flags = ISA_FLAGS.get(MACHINES.get(machine, machine), {})
     flags = [*FLAGS, *more_flags, f'-DSOURCES_HASH="{sources_hash()}"']
-    from concurrent.futures import ThreadPoolExecutor  # the library's loader imports this module too
+    import tempfile  # here, as others in this file: the library's loader imports this module too
+    from concurrent.futures import ThreadPoolExecutor
 
     with tempfile.TemporaryDirectory() as folder:
 
@@ -86,6 +86,8 @@ def build(library: Path = LIBRARY, *, more_flags: tuple[str, ...] = (), jobs: in
 
 
 def run(command: list[str]) -> None:
+    import subprocess
+
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise BuildError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")

@@ -1,6 +1,6 @@
 """Byte-level BPE through the `tokenizers` library: the Pile's 20B vocabulary of RWKV-4, and home-made ones."""
 
-import re
+import codecs
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,7 +38,7 @@ class BPETokenizer(Tokenizer):
         vocabulary = inner.get_vocab(with_added_tokens=True)
         added = inner.get_added_tokens_decoder()
         special = {token: entry.content for token, entry in added.items() if entry.special}
-        letters, foreign = _byte_alphabet(), re.compile("[^\0-\xff]")
+        alphabet = _byte_alphabet()
         table = [b""] * (max(vocabulary.values()) + 1)
         for text, token in vocabulary.items():
             if token in special:
@@ -46,13 +46,13 @@ class BPETokenizer(Tokenizer):
             if token in added:
                 table[token] = text.encode("utf-8")
                 continue
-            plain = text.translate(letters)
-            if foreign.search(plain):
+            try:
+                table[token] = codecs.charmap_encode(text, "strict", alphabet)[0]
+            except UnicodeEncodeError:
                 raise TokenizerError(
                     f"token {token} is {text!r}, expected letters that stand for bytes; "
                     "only byte-level BPE vocabularies (GPT-2 style) can be used"
-                )
-            table[token] = plain.encode("latin-1")
+                ) from None
         super().__init__("pile" if len(table) == PILE_SIZE else "bpe", table, eos_id, special)
         inner.encode_special_tokens = True
         self._inner = inner
@@ -141,10 +141,7 @@ def _to_str(text: str | bytes) -> str:
 
 
 def _byte_alphabet() -> dict[int, int]:
-    """GPT-2's letter for each byte, reversed: printable Latin-1 stands for itself, the rest follows from U+0100 on.
-
-    For `str.translate`; the letters of other bytes than these stand for none, and go where no byte is.
-    """
+    """GPT-2's letter for each byte, reversed: printable Latin-1 stands for itself, the rest follows from U+0100 on."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in plain]
-    return dict.fromkeys(others, 4096) | {0x100 + i: byte for i, byte in enumerate(others)}
+    return {byte: byte for byte in plain} | {0x100 + i: byte for i, byte in enumerate(others)}
