@@ -168,7 +168,7 @@ inline void bytes_of_band(const uint8_t* band, int64_t cols, int64_t c, int64_t 
 template <int T>
 void band_rows(const Product& p, int64_t first, int64_t last, int64_t rows, float* local) {
   constexpr int KERNEL = T == BAND_Q8_0 ? Q8 : Q4;
-  const int64_t channels = p.w->rows, bytes = band_bytes<T>(channels), ldq = groups_of(p.w->cols);
+  const int64_t channels = p.w->rows, bytes = band_bytes<T>(channels);
   const uint8_t* data = (const uint8_t*)p.w->data;
   const auto pack_panel = [&](int64_t n, int64_t group, int64_t blocks, uint8_t* to) {
     for (int64_t b = 0; b < blocks; b++) {
@@ -178,7 +178,7 @@ void band_rows(const Product& p, int64_t first, int64_t last, int64_t rows, floa
       pack_band<T>(band, channels, n, to + b * Packed<KERNEL>::size);
     }
   };
-#if defined(ISA_AVX512)
+#if HAS_TILES
   if (rows >= TILED) {
 #if defined(ISA_AMX)
     if (by_bytes<KERNEL>(rows)) {
@@ -196,16 +196,18 @@ void band_rows(const Product& p, int64_t first, int64_t last, int64_t rows, floa
       uint8_t packed[8 * Packed<KERNEL>::size];
       const int64_t blocks = blocks_of_group(p.w->cols, group);
       pack_panel(n, group, blocks, packed);
-      widen_packed<KERNEL>(packed, blocks, w);
+      widen_packed<KERNEL>(packed, blocks, w, 0);
     });
     return;
   }
 #endif
+#if !defined(ISA_AVX2)
   each_panel(p, first, last, rows, local + PANEL_FLOATS, [&](int64_t n, int64_t group, float* sums) {
     const int64_t blocks = blocks_of_group(p.w->cols, group);
     pack_panel(n, group, blocks, (uint8_t*)local);
-    packed_tiles<KERNEL>((const uint8_t*)local, blocks, p.q + group, ldq, rows, sums);
+    packed_tiles<KERNEL>((const uint8_t*)local, blocks, p.q + group, groups_of(p.w->cols), rows, sums);
   });
+#endif
 }
 
 // Channels first..last of a value matrix that lies by hidden units, p.w: [channels, hidden units]

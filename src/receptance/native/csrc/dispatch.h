@@ -3,10 +3,12 @@
 template <int T>
 void packed_product(const Product& p, int64_t first, int64_t last, int64_t rows, float* panel) {
   if (rows == 1) return packed_row<T>(p, first, last);
-#if defined(ISA_AVX512)
+#if HAS_TILES
   if (rows >= TILED) return tiled_packed<T>(p, first, last, rows, panel);
 #endif
+#if !defined(ISA_AVX2)
   many_packed_rows<T>(p, first, last, rows, panel);
+#endif
 }
 
 template <int T>
@@ -28,16 +30,17 @@ void plain_product(const Product& p, int64_t first, int64_t last, int64_t rows, 
 // Rows in a block format: packed on the way
 template <int T>
 void many_block_rows(const Product& p, int64_t first, int64_t last, int64_t rows, float* local) {
-  constexpr int KERNEL = T == Q8_0 ? Q8 : T == Q4_0 ? Q4 : T, NUMBERS = Block<T>::numbers;
-  const int64_t cols = p.w->cols, size = line_bytes(T, cols), whole = (last - first) / PANEL * PANEL;
 #if defined(ISA_AMX)
   if (T == Q8_0 && p.q && by_tiles(*p.w, rows)) {
     return rows <= PANEL ? few_byte_rows(p, first, last, rows) : tiled_rows<Q8_0>(p, first, last, rows, local);
   }
 #endif
-#if defined(ISA_AVX512)
+#if HAS_TILES
   if (rows >= TILED) return tiled_blocks<T>(p, first, last, rows, local);
 #endif
+#if !defined(ISA_AVX2)
+  constexpr int KERNEL = T == Q8_0 ? Q8 : T == Q4_0 ? Q4 : T, NUMBERS = Block<T>::numbers;
+  const int64_t cols = p.w->cols, size = line_bytes(T, cols), whole = (last - first) / PANEL * PANEL;
   each_panel(p, first, first + whole, rows, local + PANEL * DEPTH, [&](int64_t n, int64_t group, float* sums) {
     const uint8_t* w = (const uint8_t*)p.w->data + n * size + group * DEPTH / NUMBERS * Block<T>::size;
     uint8_t* panel = (uint8_t*)local;
@@ -50,6 +53,7 @@ void many_block_rows(const Product& p, int64_t first, int64_t last, int64_t rows
     one.q += m * groups_of(cols), one.y += m * p.ldy, one.gate += m * p.ldy;
     block_rows<T>(one, first + whole, last);
   }
+#endif
 }
 
 template <int T>

@@ -545,7 +545,7 @@ inline void repack_part(const uint8_t* w, int64_t stride, uint8_t* to) {
 }
 
 template <int T>
-inline void repack(const uint8_t* w, int64_t stride, uint8_t* to) {
+__attribute__((noinline)) void repack(const uint8_t* w, int64_t stride, uint8_t* to) {
   constexpr int KERNEL = T == Q8_0 ? Q8 : T == Q4_0 ? Q4 : T, PART = Packed<KERNEL>::part;
   uint8_t* numbers = to + Packed<KERNEL>::header;
   for (int r = 0; r < GROUP; r++) {

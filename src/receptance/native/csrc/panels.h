@@ -7,6 +7,12 @@ constexpr int DEPTH = 256;       // columns of a panel
 constexpr int STRIP = 64;        // columns of a transposed product done at once, and lines of it, see lines.h
 constexpr int LANES = PANEL / W; // vectors of a column of a panel
 
+#if defined(ISA_AVX512) || defined(ISA_AVX2)
+#define HAS_TILES 1
+#else
+#define HAS_TILES 0
+#endif
+
 #if defined(ISA_AVX512)
 constexpr int TILE = 12;  // rows of x whose sums stay in registers
 #elif defined(ISA_AVX2) || defined(ISA_NEON)
@@ -16,6 +22,7 @@ constexpr int TILE = 2;
 #endif
 
 constexpr int64_t MOST_ROWS = 64;  // of w in one call of `product` with many rows of x
+constexpr int64_t FEW = 32;        // rows of x whose numbers stay in the second-level cache
 
 // Of each thread: panels, sums, and with AMX 256 columns of x
 #if defined(ISA_AMX)
@@ -66,7 +73,7 @@ inline void float_tile(const float* w, int64_t ldw, const float* x, int64_t ldx,
 }
 
 // The same for all rows of x: as many at a time as registers hold
-inline void float_tiles(const float* panel, const float* x, int64_t ldx, int64_t depth, int64_t rows, float* sums) {
+__attribute__((noinline)) void float_tiles(const float* panel, const float* x, int64_t ldx, int64_t depth, int64_t rows, float* sums) {
   int64_t m = 0;
   for (; m + TILE <= rows; m += TILE) float_tile<TILE, LANES>(panel, PANEL, x + m * ldx, ldx, depth, sums + m * PANEL, PANEL);
   for (; m + 4 <= rows; m += 4) float_tile<4, LANES>(panel, PANEL, x + m * ldx, ldx, depth, sums + m * PANEL, PANEL);
@@ -195,12 +202,15 @@ inline void dot_block(const char* w, int64_t stride, const float* x, int64_t ldx
   }
 }
 
+// The R rows of w behind these are asked for meanwhile: too short for the processor to see them coming
 template <int T, int R>
 inline void dot_blocks(const char* w, int64_t stride, const float* x, int64_t ldx, int64_t cols, int64_t rows, float* y, int64_t ldy) {
   constexpr int M = TILE > 6 ? 6 : 3;  // R M sums stay in registers
+  const int64_t share = R * stride / ((rows + M - 1) / M);
   int64_t m = 0;
   auto next = [&](auto count) {
     constexpr int N = decltype(count)::value;
+    for (int64_t i = m / M * share; rows <= FEW && i < (m / M + 1) * share; i += 64) __builtin_prefetch(w + R * stride + i);
     dot_block<T, R, N>(w, stride, x + m * ldx, ldx, cols, y + m * ldy, ldy);
     m += N;
   };
@@ -210,8 +220,7 @@ inline void dot_blocks(const char* w, int64_t stride, const float* x, int64_t ld
   if (m < rows) next(Number<1>());
 }
 
-constexpr int64_t FEW = 32;              // rows of x whose numbers stay in the second-level cache
-constexpr int64_t LONG_ROWS = 1536, MANY = 64;  // of w; of x: beyond both, panels are faster
+constexpr int64_t LONG_ROWS = 1024, MANY = 48;  // of w; of x: beyond both, panels are faster
 constexpr int64_t X_FLOATS = 128 << 8;   // of x that pass over a block of w
 constexpr int64_t WIDENED_FROM = 24;     // rows of x for which 16-bit numbers are widened beforehand
 
