@@ -91,14 +91,25 @@ typedef u16 Kept;
 constexpr int GROUP = 4;
 typedef float Kept;
 #endif
-constexpr int PARTS = N / (4 * GROUP) > 0 ? N / (4 * GROUP) : 1;
+// Of a thread: VALUES rows of a state, in each of them groups of keys that are KEY_LANES groups apart; lanes side by side take
+// groups side by side, so that they move lines of 128 bytes.
+constexpr int KEY_LANES = N / GROUP < 8 ? N / GROUP : 8, KEY_PARTS = N / (KEY_LANES * GROUP), VALUES = N * KEY_LANES / THREADS;
+constexpr int PARTS = VALUES * KEY_PARTS, NEXT_VALUE = THREADS / KEY_LANES;
+DEVICE int value_of(int u) { return thread_of_head() / KEY_LANES + u * NEXT_VALUE; }
+DEVICE int key_of(int part) { return (part * KEY_LANES + thread_of_head() % KEY_LANES) * GROUP; }
+DEVICE constexpr int offset_of(int i) { return i / KEY_PARTS * NEXT_VALUE * N + i % KEY_PARTS * KEY_LANES * GROUP; }
+DEVICE float sum_of_keys(float x) {
+#pragma unroll
+    for (int mask = 1; mask < KEY_LANES; mask *= 2) x += __shfl_xor_sync(~0u, x, mask);
+    return x;
+}
 
-/// The part of a state row that a thread keeps: for keys (4 i + quarter) GROUP + j, i < PARTS, j < GROUP.
+/// The part of a state that a thread keeps: s[u KEY_PARTS + part][j] is of value value_of(u) and key key_of(part) + j.
 struct StateRow {
     uint4 kept[PARTS];
     DEVICE void load(const Kept* mine) {
 #pragma unroll
-        for (int i = 0; i < PARTS; ++i) kept[i] = load_fresh((const void*)(mine + 4 * GROUP * i));
+        for (int i = 0; i < PARTS; ++i) kept[i] = load_fresh((const void*)(mine + offset_of(i)));
     }
     DEVICE void unpack(float (&s)[PARTS][GROUP]) const {
 #pragma unroll
@@ -115,7 +126,7 @@ struct StateRow {
 };
 /// Where the thread's part of a head's state begins, in [slots, heads, N, N] (value x key).
 DEVICE Kept* state_of(Kept* state, int slot, int head, int heads) {
-    return state + (((i64)slot * heads + head) * N + thread_of_head() / 4) * N + thread_of_head() % 4 * GROUP;
+    return state + (((i64)slot * heads + head) * N + value_of(0)) * N + key_of(0);
 }
 DEVICE void store_state(Kept* to, const float (&s)[GROUP]) {
 #ifdef HALF_STATE
