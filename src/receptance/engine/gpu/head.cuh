@@ -91,14 +91,25 @@ typedef u16 Kept;
 constexpr int GROUP = 4;
 typedef float Kept;
 #endif
-constexpr int PARTS = N / (4 * GROUP) > 0 ? N / (4 * GROUP) : 1;
+// Of a thread: VALUES rows of a state, in each of them groups of keys that are KEY_LANES groups apart; lanes side by side take
+// groups side by side, so that they move lines of 128 bytes.
+constexpr int KEY_LANES = N / GROUP < 8 ? N / GROUP : 8, KEY_PARTS = N / (KEY_LANES * GROUP), VALUES = N * KEY_LANES / THREADS;
+constexpr int PARTS = VALUES * KEY_PARTS, NEXT_VALUE = THREADS / KEY_LANES;
+DEVICE int value_of(int u) { return thread_of_head() / KEY_LANES + u * NEXT_VALUE; }
+DEVICE int key_of(int part) { return (part * KEY_LANES + thread_of_head() % KEY_LANES) * GROUP; }
+DEVICE constexpr int offset_of(int i) { return i / KEY_PARTS * NEXT_VALUE * N + i % KEY_PARTS * KEY_LANES * GROUP; }
+DEVICE float sum_of_keys(float x) {
+#pragma unroll
+    for (int mask = 1; mask < KEY_LANES; mask *= 2) x += __shfl_xor_sync(~0u, x, mask);
+    return x;
+}
 
-/// The part of a state row that a thread keeps: for keys (4 i + quarter) GROUP + j, i < PARTS, j < GROUP.
+/// The part of a state that a thread keeps: s[u KEY_PARTS + part][j] is of value value_of(u) and key key_of(part) + j.
 struct StateRow {
     uint4 kept[PARTS];
     DEVICE void load(const Kept* mine) {
 #pragma unroll
-        for (int i = 0; i < PARTS; ++i) kept[i] = load_fresh((const void*)(mine + 4 * GROUP * i));
+        for (int i = 0; i < PARTS; ++i) kept[i] = load_fresh((const void*)(mine + offset_of(i)));
     }
     DEVICE void unpack(float (&s)[PARTS][GROUP]) const {
 #pragma unroll
@@ -115,7 +126,7 @@ struct StateRow {
 };
 /// Where the thread's part of a head's state begins, in [slots, heads, N, N] (value x key).
 DEVICE Kept* state_of(Kept* state, int slot, int head, int heads) {
-    return state + (((i64)slot * heads + head) * N + thread_of_head() / 4) * N + thread_of_head() % 4 * GROUP;
+    return state + (((i64)slot * heads + head) * N + value_of(0)) * N + key_of(0);
 }
 DEVICE void store_state(Kept* to, const float (&s)[GROUP]) {
 #ifdef HALF_STATE
@@ -125,33 +136,41 @@ DEVICE void store_state(Kept* to, const float (&s)[GROUP]) {
 #endif
 }
 
-// For the tokens of prompts, in two halves around the operator on whole rows: a warp for each (head, token), the lane's
-// channels side by side.
-constexpr int EACH = N / 32, TOKENS = 8, TURNS = 4;  // warps of a block; tokens that a warp does one after the other
+// For the tokens of prompts, in two halves around the operator on whole rows: LANES for each (head, token), a lane's channels
+// side by side. All lanes of a warp come to the sums, those of padding too.
+constexpr int LANES = 16, EACH = N / LANES, TOKENS = 256 / LANES, TURNS = 2;  // tokens of a block at a time, and of a lane
+struct alignas(2 * EACH) Halves { u32 two[EACH / 2]; };
 struct Few { float f[EACH]; };
 DEVICE Few read(const u16* p) {
-    const Pack<E, EACH <= 2 ? EACH : 1>* packs = (const Pack<E, EACH <= 2 ? EACH : 1>*)p;
+    const Halves halves = *(const Halves*)p;
     Few x;
 #pragma unroll
-    for (int i = 0; i < EACH; ++i) x.f[i] = EACH <= 2 ? packs[0][i] : packs[i][0];
+    for (int i = 0; i < EACH; ++i) x.f[i] = Pack<E, 2>{halves.two[i / 2]}[i % 2];
     return x;
 }
 DEVICE void write(u16* p, const Few& x) {
-    if (EACH == 2) *(u32*)p = E::two(x.f[0], x.f[EACH - 1]);
-    else for (int i = 0; i < EACH; ++i) p[i] = narrow(x.f[i]);
+    Halves halves;
+#pragma unroll
+    for (int i = 0; i < EACH / 2; ++i) halves.two[i] = E::two(x.f[2 * i], x.f[2 * i + 1]);
+    *(Halves*)p = halves;
 }
 DEVICE void write(float* p, const Few& x) {
 #pragma unroll
-    for (int i = 0; i < EACH; ++i) p[i] = x.f[i];
+    for (int i = 0; i < EACH; i += 2) *(float2*)(p + i) = make_float2(x.f[i], x.f[i + 1]);
 }
-/// GroupNorm of a head whose channels are a warp's.
+DEVICE float sum_of_lanes(float x) {
+#pragma unroll
+    for (int mask = LANES / 2; mask; mask /= 2) x += __shfl_xor_sync(~0u, x, mask);
+    return x;
+}
+/// GroupNorm of a head whose channels are in the lanes' hands.
 DEVICE Few normed(Few x, int channel, float eps, const u16* norm_weight, const u16* norm_bias) {
     const Few weight = read(norm_weight + channel), bias = read(norm_bias + channel);
     float sum = 0.f, squares = 0.f;
     for (int i = 0; i < EACH; ++i) sum += x.f[i];
-    const float mean = sum_of_warp(sum) / N;
+    const float mean = sum_of_lanes(sum) / N;
     for (int i = 0; i < EACH; ++i) x.f[i] -= mean, squares += x.f[i] * x.f[i];
-    const float scale = 1.f / sqrtf(sum_of_warp(squares) / N + eps);
+    const float scale = 1.f / sqrtf(sum_of_lanes(squares) / N + eps);
     for (int i = 0; i < EACH; ++i) x.f[i] = x.f[i] * scale * weight.f[i] + bias.f[i];
     return x;
 }

@@ -7,6 +7,7 @@ it takes hundreds of launches, which for short prompts take the host longer than
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,21 +39,20 @@ class Prompts:
         self.own: Any = None  # the time mix's, for all layers
 
     def put(self, tokens: Tensor, lengths: Sequence[int], slots: Sequence[int]) -> None:
-        begins: list[int] = []
-        ends: list[int] = []
-        place: list[int] = []
-        last_rows: list[int] = []
+        table = np.full((3, self.rows), -1, np.int32)  # the GPU waits for it
+        begins, ends, place = table
+        first = 0
+        last_rows = []
         for i, (length, slot) in enumerate(zip(lengths, slots)):
-            begins += [slot] + [-1] * (length - 1)
-            ends += [-1] * (length - 1) + [i]
-            place += range(i * self.t, i * self.t + length)
-            last_rows.append(len(place) - 1)
-        padding = [-1] * (self.rows - len(place))
-        self.table.copy_(torch.tensor([begins + padding, ends + padding, place + padding], dtype=torch.int32))
+            last = first + length - 1
+            begins[first], ends[last] = slot, i
+            place[first : last + 1] = np.arange(i * self.t, i * self.t + length)
+            last_rows.append(last)
+            first += length
+        self.table.copy_(torch.from_numpy(table))
         self.prompts.copy_(torch.tensor([list(slots), list(lengths), last_rows]))
-        self.tokens[: len(tokens)].copy_(tokens)
-        if padding:
-            self.tokens[len(tokens) :].zero_()
+        self.tokens[:first].copy_(tokens)
+        self.tokens[first:].zero_()
 
     def run(self, all_logits: bool) -> Tensor:
         """Logits after each prompt, or after each token, of the model's type. Can be captured."""

@@ -19,7 +19,7 @@ from receptance.ops import wkv6
 if TYPE_CHECKING:
     from receptance.engine.gpu.prompts import Prompts
 
-TOKENS = 8  # of a block around the operator on prompts
+TOKENS = 16  # of a block around the operator on prompts
 SAME, MIXED, BEFORE, R, K, V, G, W = range(8)  # of RWKV-6's mixed rows; the first three are the norm's
 
 
@@ -141,7 +141,7 @@ class TimeMix5:
 
     def _operator(self, index: int, own: Weights, prompts: "Prompts", low: Tensor | None) -> None:
         gpu, b = self.gpu, prompts.b
-        grid, threads = (self.h, -(-b.rows // TOKENS)), 32 * TOKENS
+        grid, threads = (self.h, -(-b.rows // TOKENS)), 256
         if prompts.own is None:  # padding is zeros, which leave the state alone: e^0, and nothing written
             shape = prompts.n, prompts.t, self.h, self.n
             prompts.own = (

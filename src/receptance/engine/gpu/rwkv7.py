@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from receptance.engine.gpu.prompts import Prompts
 
 R, K, V, W, A, G = range(6)  # order of the mixes; the last four feed the low-rank maps
-TOKENS, TURNS = 8, 4  # of a block around the operator on prompts, at a time; times, behind it
+TOKENS, TURNS = 16, 2  # of a block around the operator on prompts, at a time; times, behind it
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class TimeMix7:
 
     def prefill(self, index: int, layer: Layer, prompts: "Prompts") -> None:
         gpu, own, b = self.gpu, layer.time.own, prompts.b
-        shape, grid, threads = (prompts.n, prompts.t, self.h, self.n), (self.h, -(-b.rows // TOKENS)), 32 * TOKENS
+        shape, grid, threads = (prompts.n, prompts.t, self.h, self.n), (self.h, -(-b.rows // TOKENS)), 256
         if prompts.own is None:  # padding is zeros, which leave the state alone: e^0, and nothing written
             prompts.own = (
                 torch.zeros(6, *shape, dtype=gpu.dtype, device=gpu.device),

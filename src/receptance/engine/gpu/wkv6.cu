@@ -93,9 +93,9 @@ extern "C" __global__ void __launch_bounds__(256) wkv6_prepare(
     int inputs_stride, float* decays, int rows) {
     let_next_start();
     wait_for_previous();
-    const int head = blockIdx.x, row = blockIdx.y * TOKENS + threadIdx.x / 32, C = gridDim.x * N;
+    const int head = blockIdx.x, row = blockIdx.y * TOKENS + threadIdx.x / LANES, C = gridDim.x * N;
     if (row >= rows || place[row] < 0) return;
-    const int channel = head * N + threadIdx.x % 32 * EACH;
+    const int channel = head * N + threadIdx.x % LANES * EACH;
     const i64 at = (i64)row * C + channel, to = (i64)place[row] * C + channel;
     Few decay;
     for (int i = 0; i < EACH; ++i) decay.f[i] = base[channel + i];
@@ -112,11 +112,12 @@ extern "C" __global__ void __launch_bounds__(256) wkv6_finish(
     const u16* y, const u16* gate, const int* place, const u16* norm_weight, const u16* norm_bias, float eps, u16* out, int rows) {
     let_next_start();
     wait_for_previous();
-    const int head = blockIdx.x, row = blockIdx.y * TOKENS + threadIdx.x / 32, C = gridDim.x * N;
-    if (row >= rows || place[row] < 0) return;
-    const int channel = head * N + threadIdx.x % 32 * EACH;
+    const int head = blockIdx.x, row = blockIdx.y * TOKENS + threadIdx.x / LANES, C = gridDim.x * N;
+    const int there = row < rows ? place[row] : -1;
+    const int channel = head * N + threadIdx.x % LANES * EACH;
     const i64 at = (i64)row * C + channel;
-    Few x = normed(read(y + (i64)place[row] * C + channel), channel, eps, norm_weight, norm_bias);
+    Few x = normed(read(y + (i64)(there < 0 ? 0 : there) * C + channel), channel, eps, norm_weight, norm_bias);
+    if (there < 0) return;
     if (gate) {
         const Few g = read(gate + at);
         for (int i = 0; i < EACH; ++i) x.f[i] *= silu(g.f[i]);

@@ -56,7 +56,7 @@ DEVICE Given load_given(const u16* r, const u16* k, const u16* v, const u16* gat
 /// One token for one row and head, in place on the row's state [N, N] (value x key), of which the thread keeps what lies at
 /// `state`. more: what is added to the channel's `base` before it becomes a decay. The next call may follow at once.
 DEVICE void step(Step& m, const Given& x, float more, const StateRow& kept, Kept* state, bool has_gate, float eps, u16* out, i64 at) {
-    const int n = thread_of_head(), value = n / 4, quarter = n % 4;
+    const int n = thread_of_head();
     const bool mine = n < N;
     float product = 0.f;
     if (mine) {
@@ -69,22 +69,30 @@ DEVICE void step(Step& m, const Given& x, float more, const StateRow& kept, Kept
     if (n == 0) m.bonus = sums.x;
     sync_head();
 
-    float s[PARTS][GROUP], sum = 0.f;
+    float s[PARTS][GROUP], sum[VALUES] = {}, v[VALUES];
     kept.unpack(s);
-    const float mine_v = m.v[value];
 #pragma unroll
-    for (int i = 0; i < PARTS; ++i) {
+    for (int u = 0; u < VALUES; ++u) v[u] = m.v[value_of(u)];
+#pragma unroll
+    for (int part = 0; part < KEY_PARTS; ++part) {
 #pragma unroll
         for (int j = 0; j < GROUP; ++j) {
-            const int key = (4 * i + quarter) * GROUP + j;
-            sum += s[i][j] * m.r[key];
-            s[i][j] = s[i][j] * m.decay[key] + mine_v * m.k[key];
+            const int key = key_of(part) + j;
+#pragma unroll
+            for (int u = 0; u < VALUES; ++u) {
+                float& x = s[u * KEY_PARTS + part][j];
+                sum[u] += x * m.r[key];
+                x = x * m.decay[key] + v[u] * m.k[key];
+            }
         }
-        store_state(state + 4 * GROUP * i, s[i]);
+#pragma unroll
+        for (int u = 0; u < VALUES; ++u) store_state(state + offset_of(u * KEY_PARTS + part), s[u * KEY_PARTS + part]);
     }
-    sum += __shfl_xor_sync(~0u, sum, 1);
-    sum += __shfl_xor_sync(~0u, sum, 2);
-    if (quarter == 0) m.y[value] = sum + m.bonus * mine_v;
+#pragma unroll
+    for (int u = 0; u < VALUES; ++u) {
+        sum[u] = sum_of_keys(sum[u]);
+        if (key_of(0) == 0) m.y[value_of(u)] = sum[u] + m.bonus * v[u];
+    }
     sync_head();
     if (mine) {
         const float y = normed(m.y, n, eps, m.vectors[2][n], m.vectors[3][n]);

@@ -66,17 +66,18 @@ extern "C" __global__ void __launch_bounds__(256) wkv7_prepare(
     const u16* k_k, const u16* k_a, const u16* r_k, const int* place, u16* inputs, int inputs_stride, float* bonuses, int rows) {
     let_next_start();
     wait_for_previous();
-    const int head = blockIdx.x, row = blockIdx.y * TOKENS + threadIdx.x / 32, H = gridDim.x, C = H * N;
-    if (row >= rows || place[row] < 0) return;
-    const int channel = head * N + threadIdx.x % 32 * EACH;
+    const int head = blockIdx.x, token = blockIdx.y * TOKENS + threadIdx.x / LANES, H = gridDim.x, C = H * N;
+    const int there = token < rows ? place[token] : -1, row = there < 0 ? 0 : token;  // padding reads the first row instead
+    const int channel = head * N + threadIdx.x % LANES * EACH;
     const i64 at = (i64)row * C + channel;
     const auto given = [&](const u16* x, int part) { return read(x + (i64)part * stride + at); };
     const Few r = given(rkv, 0), raw = given(rkv, 1), low_w = given(low, LOW_W), low_a = given(low, LOW_A);
     const Few w_0 = read(w0 + channel), a_0 = read(a0 + channel), kk = read(k_k + channel), ka = read(k_a + channel);
     const Few rk = read(r_k + channel);
     Few v = given(rkv, 2), k, key, rate, decay, erase, add;
-    if (is_first) write(v_first + at, v);
-    else {
+    if (is_first) {
+        if (there >= 0) write(v_first + at, v);
+    } else {
         const Few first = read(v_first + at), v_0 = read(v0 + channel), low_v = given(low, LOW_V);
         for (int i = 0; i < EACH; ++i) v.f[i] += (first.f[i] - v.f[i]) * sigmoid(v_0.f[i] + low_v.f[i]);
     }
@@ -88,25 +89,26 @@ extern "C" __global__ void __launch_bounds__(256) wkv7_prepare(
         decay.f[i] = -0.6065306597126334f * sigmoid(w_0.f[i] + low_w.f[i]);
         squares += key.f[i] * key.f[i], bonus += r.f[i] * k.f[i] * rk.f[i];
     }
-    const float norm = sqrtf(sum_of_warp(squares));
-    bonus = sum_of_warp(bonus);
+    const float norm = sqrtf(sum_of_lanes(squares));
+    bonus = sum_of_lanes(bonus);
+    if (there < 0) return;
     for (int i = 0; i < EACH; ++i) {
         key.f[i] /= norm > 1e-12f ? norm : 1e-12f;
         erase.f[i] = -key.f[i], add.f[i] = key.f[i] * rate.f[i];
     }
-    u16* to = inputs + (i64)place[row] * C + channel;
+    u16* to = inputs + (i64)there * C + channel;
     write(to, r), write(to + (i64)inputs_stride, decay), write(to + 2ll * inputs_stride, k);
     write(to + 3ll * inputs_stride, v), write(to + 4ll * inputs_stride, erase), write(to + 5ll * inputs_stride, add);
-    if (threadIdx.x % 32 == 0) bonuses[row * H + head] = bonus;
+    if (threadIdx.x % LANES == 0) bonuses[row * H + head] = bonus;
 }
-/// out = (GroupNorm(y) + bonus v) gate; y and v of the operator's shape. A warp does TURNS tokens, all on their way at once.
+/// out = (GroupNorm(y) + bonus v) gate; y and v of the operator's shape. Lanes do TURNS tokens, all on their way at once.
 extern "C" __global__ void __launch_bounds__(256) wkv7_finish(
     const u16* y, const u16* v, const u16* gate, const float* bonuses, const int* place, const u16* norm_weight,
     const u16* norm_bias, float eps, u16* out, int rows) {
     let_next_start();
     wait_for_previous();
-    const int head = blockIdx.x, first = blockIdx.y * TOKENS * TURNS + threadIdx.x / 32, H = gridDim.x, C = H * N;
-    const int channel = head * N + threadIdx.x % 32 * EACH;
+    const int head = blockIdx.x, first = blockIdx.y * TOKENS * TURNS + threadIdx.x / LANES, H = gridDim.x, C = H * N;
+    const int channel = head * N + threadIdx.x % LANES * EACH;
     int places[TURNS];
     float bonus[TURNS];
     Few x[TURNS], value[TURNS], g[TURNS];
@@ -119,9 +121,8 @@ extern "C" __global__ void __launch_bounds__(256) wkv7_finish(
     }
 #pragma unroll
     for (int t = 0; t < TURNS; ++t) {
-        if (places[t] < 0) continue;
         x[t] = normed(x[t], channel, eps, norm_weight, norm_bias);
         for (int i = 0; i < EACH; ++i) x[t].f[i] = (x[t].f[i] + bonus[t] * value[t].f[i]) * g[t].f[i];
-        write(out + (i64)(first + t * TOKENS) * C + channel, x[t]);
+        if (places[t] >= 0) write(out + (i64)(first + t * TOKENS) * C + channel, x[t]);
     }
 }

@@ -64,29 +64,36 @@ DEVICE void prepare(Step& m, const Given& given, const float (&low)[4], u16* v_f
 DEVICE void step(Step& memory, const StateRow& kept, Kept* state, float eps, u16* out, i64 at) {
     const Channels& m = memory.channels;
     float(&y)[N] = memory.y;
-    const int value = thread_of_head() / 4, quarter = thread_of_head() % 4;
-    float s[PARTS][GROUP], erased = 0.f, sum = 0.f;
+    float s[PARTS][GROUP], erased[VALUES] = {}, sum[VALUES] = {}, v[VALUES];
     kept.unpack(s);
 #pragma unroll
-    for (int i = 0; i < PARTS; ++i)
+    for (int part = 0; part < KEY_PARTS; ++part)
 #pragma unroll
-        for (int j = 0; j < GROUP; ++j) erased += s[i][j] * m.erase[(4 * i + quarter) * GROUP + j];
-    erased += __shfl_xor_sync(~0u, erased, 1);
-    erased += __shfl_xor_sync(~0u, erased, 2);
-    const float v = m.v[value];
+        for (int j = 0; j < GROUP; ++j)
 #pragma unroll
-    for (int i = 0; i < PARTS; ++i) {
+            for (int u = 0; u < VALUES; ++u) erased[u] += s[u * KEY_PARTS + part][j] * m.erase[key_of(part) + j];
+#pragma unroll
+    for (int u = 0; u < VALUES; ++u) erased[u] = sum_of_keys(erased[u]), v[u] = m.v[value_of(u)];
+#pragma unroll
+    for (int part = 0; part < KEY_PARTS; ++part) {
 #pragma unroll
         for (int j = 0; j < GROUP; ++j) {
-            const int key = (4 * i + quarter) * GROUP + j;
-            s[i][j] = s[i][j] * m.decay[key] + (erased * m.write[key] + v * m.k[key]);
-            sum += s[i][j] * m.r[key];
+            const int key = key_of(part) + j;
+#pragma unroll
+            for (int u = 0; u < VALUES; ++u) {
+                float& x = s[u * KEY_PARTS + part][j];
+                x = x * m.decay[key] + (erased[u] * m.write[key] + v[u] * m.k[key]);
+                sum[u] += x * m.r[key];
+            }
         }
-        store_state(state + 4 * GROUP * i, s[i]);
+#pragma unroll
+        for (int u = 0; u < VALUES; ++u) store_state(state + offset_of(u * KEY_PARTS + part), s[u * KEY_PARTS + part]);
     }
-    sum += __shfl_xor_sync(~0u, sum, 1);
-    sum += __shfl_xor_sync(~0u, sum, 2);
-    if (quarter == 0) y[value] = sum;
+#pragma unroll
+    for (int u = 0; u < VALUES; ++u) {
+        sum[u] = sum_of_keys(sum[u]);
+        if (key_of(0) == 0) y[value_of(u)] = sum[u];
+    }
     sync_head();
     if (thread_of_head() < N) {
         const int n = thread_of_head();
