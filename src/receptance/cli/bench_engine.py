@@ -43,7 +43,7 @@ def command(
     \b
     Examples:
       receptance bench engine
-      receptance bench engine model.pth --device cuda --batch 1,8,64,256 --plot engine.png
+      receptance bench engine model.pth --device cuda --batch 1,64 --plot a.png
     """
     sizes = _sizes(batch)
     if prompt < 2 or not seconds > 0:

@@ -19,7 +19,7 @@ Files = list[Path] | None
 
 
 def command(
-    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Path, name or org/name[:file].")] = None,
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="Path, name or org/name[:file].")] = None,
     text: Annotated[Files, typer.Option("--text", metavar="FILE", help="Loss on a text or jsonl file.")] = None,
     window: Annotated[int, typer.Option("--window", metavar="N", help="See no further back; 0 = whole document.")] = 0,
     stride: Annotated[int, typer.Option("--stride", metavar="N", help="Tokens scored per window; 0 = half.")] = 0,
@@ -53,7 +53,7 @@ def command(
     \b
     Examples:
       receptance eval model.pth --text book.txt --text news.jsonl
-      receptance eval model.pth --lambada lambada.jsonl --choice piqa.jsonl --limit 500
+      receptance eval model.pth --lambada last.jsonl --choice qa.jsonl --limit 99
       receptance eval model.pth --mmlu test.jsonl --shots dev.jsonl --json
       receptance eval model.pth --task lambada_openai --task piqa
     """

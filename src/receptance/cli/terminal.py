@@ -39,7 +39,11 @@ def note(text: str) -> None:
 
 def read_stdin() -> str:
     """All of standard input as UTF-8, broken bytes replaced, without the newline that ends its last line."""
-    return sys.stdin.buffer.read().decode("utf-8", "replace").removesuffix("\n").removesuffix("\r")
+    data = sys.stdin.buffer.read()
+    text = data.decode("utf-8", "replace")
+    if "\ufffd" in text and text.encode() != data:
+        note("note: standard input is not UTF-8 throughout; what is not was replaced by \ufffd")
+    return text.removesuffix("\n").removesuffix("\r")
 
 
 @contextmanager

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 
 def command(
-    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", show_default=False)] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", show_default=False)] = None,
+    config: Annotated[Path | None, typer.Argument(metavar="CONFIG", show_default=False)] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", show_default=False)] = None,
     text: Annotated[
         list[Path] | None, typer.Option(metavar="FILE", help="Train on these text or jsonl files; no CONFIG needed.")
     ] = None,
