@@ -8,7 +8,7 @@ import typer
 
 from receptance.cli import options
 from receptance.cli.model_source import find_model, load_runner, load_tokenizer
-from receptance.cli.terminal import write_json
+from receptance.cli.terminal import doing, write_json
 from receptance.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -72,7 +72,8 @@ def command(
 
     scorer = open_scorer(runner, known)
     try:
-        results = measure(scorer, known, text, lambada, choice, mmlu, order, window, stride, shots, limit)
+        with doing("measuring"):
+            results = measure(scorer, known, text, lambada, choice, mmlu, order, window, stride, shots, limit)
         if tasks:
             if not isinstance(scorer, Engine):
                 raise ConfigError("lm-eval runs RWKV models only; this is a baseline")

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from receptance.cli.terminal import doing
+
 if TYPE_CHECKING:
     from receptance.models import RWKV
     from receptance.tokenizers import Tokenizer
@@ -61,8 +63,9 @@ def command(
 
         announce(train_on_ray(chosen, ray))
         return
-    from receptance.training import announce_memory, set_up, train
-    from receptance.training.distributed import started_rank
+    with doing("loading PyTorch"):
+        from receptance.training import announce_memory, set_up, train
+        from receptance.training.distributed import started_rank
 
     is_first = started_rank() == 0
     with Progress(chosen.steps, quiet=not is_first) as progress:
