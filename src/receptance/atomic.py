@@ -25,7 +25,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         sync(path.parent)
     # torch reports a failed write of its own as RuntimeError
     except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: could not be written ({error}); what was there before is untouched") from error
+        reason = error.strerror if isinstance(error, OSError) else error  # without the temporary file's name
+        raise CheckpointError(f"{path}: could not be written ({reason}); what was there before is untouched") from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -42,6 +42,7 @@ def test_every_verb_explains_itself_with_examples(cli: Cli, verb: str) -> None:
     assert result.exit_code == 0
     assert "Examples:" in result.stdout
     assert f"receptance {verb}" in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80  # or a terminal breaks examples in the middle of a word
 
 
 def test_exit_codes_are_documented(cli: Cli) -> None:

@@ -115,6 +115,11 @@ class StoredTensor:
         if self.stride is not None and (len(self.stride) != len(self.shape) or any(step < 0 for step in self.stride)):
             raise self.file.error(f"tensor {show(name)} has impossible strides for shape {list(self.shape)}")
         last = self.offset + (self.nbytes if self.stride is None else self.span * ITEM_SIZE[self.dtype])
+        if last > self.file.size:
+            raise self.file.error(
+                f"tensor {show(name)} ends at byte {last:,}, but the file has {self.file.size:,}; "
+                "it is cut short, get it again"
+            )
         if not start <= self.offset <= last <= end <= self.file.size or self.nbytes > end - start:
             raise self.file.error(
                 f"tensor {show(name)} of shape {list(self.shape)} and type {self.dtype} needs {self.nbytes} bytes, "

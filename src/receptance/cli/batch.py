@@ -57,7 +57,7 @@ def command(
     \b
     Examples:
       receptance batch prompts.jsonl texts.jsonl --max-tokens 100
-      receptance batch prompts.jsonl texts.jsonl -m model.pth --device cuda:0,cuda:1
+      receptance batch in.jsonl texts.jsonl -m model.pth --device cuda:0,cuda:1
       receptance batch choices.jsonl scores.jsonl -m model.gguf --threads 8
     """
     if source.resolve() == target.resolve():

@@ -12,7 +12,7 @@ import typer
 from receptance.cli import bench_engine, bench_serve, options
 from receptance.cli.errors import guarded
 from receptance.cli.model_source import find_model, load_runner
-from receptance.cli.terminal import write_json
+from receptance.cli.terminal import doing, write_json
 from receptance.errors import ConfigError, ReceptanceError
 
 if TYPE_CHECKING:
@@ -69,18 +69,22 @@ def cpu(
     from receptance.native.model import NativeModel
 
     source = find_model(model)
-    first_token = first_token_seconds(model or source.name, dtype, threads)
+    with doing("measuring the first token"):
+        first_token = first_token_seconds(model or source.name, dtype, threads)
     started = time.perf_counter()
     rwkv = load_runner(source, dtype, "cpu", "native", threads)
     loaded = time.perf_counter() - started
     if not isinstance(rwkv, NativeModel) or rwkv.engine_name == "numpy":
         raise ConfigError("the compiled CPU engine is not there; python -m receptance.native.build")
     try:
-        found = speeds(rwkv, prompt, batch, seconds)
+        with doing("measuring speeds"):
+            found = speeds(rwkv, prompt, batch, seconds)
     except UnsoundError as error:
         raise ReceptanceError(f"no speed is reported: {error}") from None
     peak = peak_memory()  # before more is taken for the limits
-    report = Report(source.name, rwkv, found, limits(rwkv.threads, seconds), prompt, batch, loaded, first_token, peak)
+    with doing("measuring what this machine can do"):
+        machine = limits(rwkv.threads, seconds)
+    report = Report(source.name, rwkv, found, machine, prompt, batch, loaded, first_token, peak)
     if as_json:
         write_json(report.as_json())
     else:

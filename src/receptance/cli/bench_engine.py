@@ -11,7 +11,7 @@ import typer
 from receptance.cli import options
 from receptance.cli.errors import guarded
 from receptance.cli.model_source import find_model, load_runner, load_tokenizer
-from receptance.cli.terminal import write_json
+from receptance.cli.terminal import doing, write_json
 from receptance.errors import ConfigError, ReceptanceError
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def command(
     \b
     Examples:
       receptance bench engine
-      receptance bench engine model.pth --device cuda --batch 1,8,64,256 --plot engine.png
+      receptance bench engine model.pth --device cuda --batch 1,64 --plot a.png
     """
     sizes = _sizes(batch)
     if prompt < 2 or not seconds > 0:
@@ -54,13 +54,15 @@ def command(
     rwkv = load_runner(source, dtype, device, engine, threads)
     bench = Bench(rwkv, load_tokenizer(source, rwkv.config.vocab_size, tokenizer), max(sizes))
     try:
-        bench.check()
+        with doing("checking that texts are the same together as alone"):
+            bench.check()
     except UnsoundError as error:
         raise ReceptanceError(f"no speed is reported: {error}") from None
-    machine = machine_limits(rwkv, seconds)
-    decodes = [bench.decode(n, seconds, machine) for n in sizes]
-    prefills = [bench.prefill(n, prompt, seconds, machine) for n in (1, max(sizes) // 4 or 1)]
-    mixed = bench.mixed(max(sizes), 2 * seconds)
+    with doing("measuring"):
+        machine = machine_limits(rwkv, seconds)
+        decodes = [bench.decode(n, seconds, machine) for n in sizes]
+        prefills = [bench.prefill(n, prompt, seconds, machine) for n in (1, max(sizes) // 4 or 1)]
+        mixed = bench.mixed(max(sizes), 2 * seconds)
     if plot is not None:
         draw(plot, source.name, decodes)
     if as_json:

@@ -45,7 +45,7 @@ def command(
     \b
     Examples:
       receptance bench serve --rate 4
-      receptance bench serve --rate 1,2,4,8 --prompt 32,256 --output 16,128 --plot serve.png
+      receptance bench serve --rate 1,2,4,8 --prompt 32,256 --plot serve.png
     """
     try:
         import httpx  # noqa: F401

@@ -8,7 +8,7 @@ import typer
 
 def command(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file as for train, with [[models]].")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", show_default=False)] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", show_default=False)] = None,
 ) -> None:
     """Train several models on the same data in the same order, and write one report.
 

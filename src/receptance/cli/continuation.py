@@ -63,20 +63,22 @@ def continue_prompt(
     generation = generate_tokens(rwkv, tok, prompt_ids, params=params, state=before, keep=keep)
     if echo and not as_json:
         write(text)
-    with interruptible() as interrupted:
-        for token in generation:
-            if not as_json:
-                write(token.text)
-            if interrupted():
-                generation.cancel()
+    try:
+        with interruptible() as interrupted:
+            for token in generation:
+                if not as_json:
+                    write(token.text)
+                if interrupted():
+                    generation.cancel()
+    finally:
+        if not as_json:
+            write("\n")
     if save_state and generation.finish_reason is not None:
         state_file.save_state(generation.state, save_state, rwkv)
     if as_json:
         write_json(_report(source.name, generation, tok))
-    else:
-        write("\n")
-        if params.logprobs is not None:
-            _print_logprobs(generation, tok)
+    elif params.logprobs is not None:
+        _print_logprobs(generation, tok)
     if stats:
         note(speed_line(generation))
     return INTERRUPTED if generation.finish_reason == "cancelled" else 0

@@ -24,7 +24,7 @@ app = typer.Typer(
 
 \b
 Examples:
-  receptance data prepare stories.jsonl.xz wiki.parquet --out tokens/mine --tokenizer world
+  receptance data prepare a.jsonl.xz b.parquet --out tokens/a --tokenizer byte
   receptance data inspect tokens/mine
 """,
 )
@@ -62,7 +62,7 @@ def prepare(
     \b
     Examples:
       receptance data prepare a.jsonl b.jsonl.xz --out tokens/mine
-      receptance data prepare TinyStories.txt --separator "<|endoftext|>" --out tokens/tiny --tokenizer byte
+      receptance data prepare c.txt --separator "<|endoftext|>" --out tokens/c
       receptance data prepare hf:roneneldan/TinyStories:train --out tokens/tiny
     """
     from receptance.data import prepare as run

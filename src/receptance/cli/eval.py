@@ -8,7 +8,7 @@ import typer
 
 from receptance.cli import options
 from receptance.cli.model_source import find_model, load_runner, load_tokenizer
-from receptance.cli.terminal import write_json
+from receptance.cli.terminal import doing, write_json
 from receptance.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ Files = list[Path] | None
 
 
 def command(
-    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Path, name or org/name[:file].")] = None,
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="Path, name or org/name[:file].")] = None,
     text: Annotated[Files, typer.Option("--text", metavar="FILE", help="Loss on a text or jsonl file.")] = None,
     window: Annotated[int, typer.Option("--window", metavar="N", help="See no further back; 0 = whole document.")] = 0,
     stride: Annotated[int, typer.Option("--stride", metavar="N", help="Tokens scored per window; 0 = half.")] = 0,
@@ -53,7 +53,7 @@ def command(
     \b
     Examples:
       receptance eval model.pth --text book.txt --text news.jsonl
-      receptance eval model.pth --lambada lambada.jsonl --choice piqa.jsonl --limit 500
+      receptance eval model.pth --lambada last.jsonl --choice qa.jsonl --limit 99
       receptance eval model.pth --mmlu test.jsonl --shots dev.jsonl --json
       receptance eval model.pth --task lambada_openai --task piqa
     """
@@ -72,7 +72,8 @@ def command(
 
     scorer = open_scorer(runner, known)
     try:
-        results = measure(scorer, known, text, lambada, choice, mmlu, order, window, stride, shots, limit)
+        with doing("measuring"):
+            results = measure(scorer, known, text, lambada, choice, mmlu, order, window, stride, shots, limit)
         if tasks:
             if not isinstance(scorer, Engine):
                 raise ConfigError("lm-eval runs RWKV models only; this is a baseline")

@@ -10,7 +10,7 @@ from receptance.cli import options
 
 def command(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file with a table and models.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[out=…] [root=…]", show_default=False)] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", show_default=False)] = None,
     device: options.Place = "cpu",
 ) -> None:
     """Train forecasters of time series and compare their errors on the last part of the table.
@@ -20,7 +20,7 @@ def command(
 
     \b
     Examples:
-      receptance forecast examples/forecast/etth1.toml root=/path/to/tables --device cuda
+      receptance forecast examples/forecast/etth1.toml root=tables --device cuda
     """
     from receptance.evaluation.forecast import run
 

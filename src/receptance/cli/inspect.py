@@ -43,7 +43,7 @@ def command(
       receptance inspect model.pth --tensors
       receptance inspect org/name:file.pth --json
       receptance inspect model.pth --text "Once upon a time" --out inside
-      receptance inspect model.pth --text "The Eiffel Tower is in" --subject "Eiffel Tower" --answer " Paris"
+      receptance inspect m.pth --text "Lima is in" --subject Lima --answer " Peru"
     """
     source = find_model(model)
     if (subject is None) != (answer is None) or (subject is not None and text is None):

@@ -10,7 +10,7 @@ from receptance.cli import options
 
 def command(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file with models and tasks.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[out=…] [root=…]", show_default=False)] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", show_default=False)] = None,
     device: options.Place = "cpu",
 ) -> None:
     """Train small models on tests of memory and reasoning: recall, needles, groups, ListOps, digits, questions.
@@ -21,7 +21,7 @@ def command(
     \b
     Examples:
       receptance memory examples/memory/recall.toml
-      receptance memory examples/memory/digits.toml root=/path/to/mnist --device cuda
+      receptance memory examples/memory/digits.toml root=mnist --device cuda
     """
     from receptance.evaluation.memory import run
 

@@ -57,7 +57,7 @@ def command(
     \b
     Examples:
       receptance quantize model.pth model-q4.gguf --type q4_k
-      receptance quantize model.pth model-q4.gguf --type q4_k --tensor 'blocks.*.ffn.value.weight=q6_k'
+      receptance quantize model.pth q4.gguf --type q4_k --tensor '*.value.*=q6_k'
       receptance quantize rwkv7-stories small.gguf --text page.txt --json
     """
     from receptance.checkpoint.gguf import chosen_formats, recipe_named, save_gguf
@@ -76,10 +76,14 @@ def command(
     ids = held_out_ids(model, config, tokenizer, text)[: tokens + 1] if report else []
     steps = Steps(len(formats))
     fields = tokenizer_fields(model, config, tokenizer)
-    save_gguf(target, weights, config, recipe_named(type), fields, formats=formats, progress=steps.writing)
-    steps.end()
+    try:
+        save_gguf(target, weights, config, recipe_named(type), fields, formats=formats, progress=steps.writing)
+        steps.end()
+        if report:
+            found = measure(model, target, weights, config, formats, ids, sensitivity, threads, steps)
+    finally:
+        steps.end()  # an error has a line of its own
     if report:
-        found = measure(model, target, weights, config, formats, ids, sensitivity, threads, steps)
         found = {"in": model.name, "out": str(target), "type": type, "text": str(text or HELD_OUT.name), **found}
         write_json(found) if as_json else show(found)
     else:

@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 
 
 def command(
-    words: Annotated[
-        list[str] | None, typer.Argument(metavar="[MODEL]... [SECTION.KEY=VALUE]...", show_default=False)
-    ] = None,
+    words: Annotated[list[str] | None, typer.Argument(metavar="MODEL|SECTION.KEY=VALUE", show_default=False)] = None,
     config: Annotated[Path | None, typer.Option("--config", "-c", metavar="FILE", help="TOML configuration.")] = None,
     host: Annotated[str | None, typer.Option("--host", help="Address; default: 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option("--port", "-p", help="Default: 8000.")] = None,
@@ -56,7 +54,7 @@ def command(
       receptance serve small.gguf large.pth limits.texts=256 --device cuda
       receptance serve --new-key laptop
       receptance serve --config server.toml --host 0.0.0.0
-      receptance serve --ray ray.replicas=2 sessions.redis=redis://localhost:6379/0
+      receptance serve --ray ray.replicas=2 sessions.redis=redis://host:6379/0
     """
     from receptance.server.config import DEFAULT_CONFIG_FOLDER, ServedConfig, check, read_config
 

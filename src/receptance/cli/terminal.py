@@ -37,9 +37,26 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+@contextmanager
+def doing(what: str) -> Iterator[None]:
+    """On a terminal a line on stderr that says what takes seconds, and goes when it is done."""
+    is_shown = sys.stderr.isatty()
+    if is_shown:
+        print(f"{what} …", end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        if is_shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
 def read_stdin() -> str:
     """All of standard input as UTF-8, broken bytes replaced, without the newline that ends its last line."""
-    return sys.stdin.buffer.read().decode("utf-8", "replace").removesuffix("\n").removesuffix("\r")
+    data = sys.stdin.buffer.read()
+    text = data.decode("utf-8", "replace")
+    if "\ufffd" in text and text.encode() != data:
+        note("note: standard input is not UTF-8 throughout; what is not was replaced by \ufffd")
+    return text.removesuffix("\n").removesuffix("\r")
 
 
 @contextmanager

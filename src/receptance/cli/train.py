@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from receptance.cli.terminal import doing
+
 if TYPE_CHECKING:
     from receptance.models import RWKV
     from receptance.tokenizers import Tokenizer
 
 
 def command(
-    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", show_default=False)] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", show_default=False)] = None,
+    config: Annotated[Path | None, typer.Argument(metavar="CONFIG", show_default=False)] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", show_default=False)] = None,
     text: Annotated[
         list[Path] | None, typer.Option(metavar="FILE", help="Train on these text or jsonl files; no CONFIG needed.")
     ] = None,
@@ -61,8 +63,9 @@ def command(
 
         announce(train_on_ray(chosen, ray))
         return
-    from receptance.training import announce_memory, set_up, train
-    from receptance.training.distributed import started_rank
+    with doing("loading PyTorch"):
+        from receptance.training import announce_memory, set_up, train
+        from receptance.training.distributed import started_rank
 
     is_first = started_rank() == 0
     with Progress(chosen.steps, quiet=not is_first) as progress:

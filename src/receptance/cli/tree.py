@@ -44,7 +44,7 @@ def _receptance(
 
     \b
     Examples:
-      receptance run "Once upon a time"            the small model inside the package
+      receptance run "Once upon a time"            the model in the package
       receptance run model.pth "Once upon a time"
       receptance chat model.pth
       receptance serve model.pth
@@ -55,7 +55,7 @@ def _receptance(
     \b
     Exit codes:
       0    done
-      1    something about a file, a value or this machine is wrong; one line on stderr says what
+      1    a file, a value or this machine is wrong; a line on stderr says what
       2    the command line itself is wrong
       130  interrupted with Ctrl-C
     """

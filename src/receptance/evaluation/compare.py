@@ -150,10 +150,7 @@ def compare(comparison: Comparison, reporter: Reporter) -> Path:
     Processes that are given the same comparison share the work.
     """
     cells = [cell(entry, comparison, reporter) for entry in comparison.entries]
-    grid.fill(comparison.out / "cells", cells, reporter.message)
-    rows = grid.finished(comparison.out / "cells", cells)
-    if len(rows) < len(cells):
-        reporter.message(f"{len(rows)} of {len(cells)} models are done; others are with other processes")
+    rows = grid.run(comparison.out, cells, reporter.message)
     write(comparison.out, rows, reporter.message)
     return comparison.out
 

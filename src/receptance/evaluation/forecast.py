@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from receptance.errors import ConfigError
 from receptance.evaluation import grid
 from receptance.models import RWKV, apply_recipe
-from receptance.settings import build, read_toml
 from receptance.training.config import VERSIONS, ModelConfig, RunConfig, TrainConfig
 from receptance.training.loop import new_model
 from receptance.training.optim import param_groups
@@ -77,20 +76,13 @@ class Forecasts:
 
 
 def read_forecasts(path: Path, overrides: Mapping[str, str] = {}) -> Forecasts:
-    """A TOML file with [[models]]. overrides: of `out` and `root`, the folder of `file`. Raises ConfigError."""
-    raw = read_toml(path)
-    folder = path.resolve().parent
-    root = folder / overrides.get("root", ".")
-    raw["file"] = str(root / str(raw.get("file", "")))
-    raw["out"] = str(folder / overrides.get("out", raw.get("out", "runs/forecast")))
-    found = build(Forecasts, raw, f"{path}: ")
+    """See `grid.read_plan`."""
+    found = grid.read_plan(Forecasts, path, overrides, (*VERSIONS, *SIMPLE))
     for model in found.models:
-        if model.version not in (*VERSIONS, *SIMPLE):
-            raise ConfigError(f"{path}: unknown version {model.version!r}; there are {', '.join((*VERSIONS, *SIMPLE))}")
         if model.head not in ("all", "last"):
             raise ConfigError(f"{path}: model {model.name}: head must be all or last, found {model.head!r}")
-    if not found.models or found.split not in SPLITS:
-        raise ConfigError(f"{path}: needs [[models]], and split must be one of {', '.join(SPLITS)}")
+    if found.split not in SPLITS:
+        raise ConfigError(f"{path}: split must be one of {', '.join(SPLITS)}")
     return found
 
 
@@ -107,8 +99,7 @@ def run(path: Path, device: str, tell: Callable[[str], None], overrides: Mapping
                 make = partial(learn, plan, model, horizon, seed, torch.device(device), tell)
                 title = f"{model.name}, {horizon}, seed {seed}"
                 cells.append(grid.Cell(title, json.dumps(key, sort_keys=True), make))
-    grid.fill(out / "cells", cells, tell)
-    rows = grid.finished(out / "cells", cells)
+    rows = grid.run(out, cells, tell)
     grid.write(out, rows, table(rows))
     return out
 

@@ -3,15 +3,34 @@
 import fcntl
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from receptance.atomic import replacing
+from receptance.errors import ConfigError
+from receptance.settings import build, read_toml
 
 Row = dict[str, Any]
+Plan = TypeVar("Plan")
+
+
+def read_plan(cls: type[Plan], path: Path, overrides: Mapping[str, str], versions: Sequence[str]) -> Plan:
+    """A TOML file with [[models]], of these versions, and a `file` of data.
+
+    overrides: of `out` and `root`, the folder of `file`. Raises ConfigError.
+    """
+    found: Any = build(cls, {"file": "", **read_toml(path)}, f"{path}: ")
+    if not found.models:
+        raise ConfigError(f"{path}: needs [[models]]")
+    for model in found.models:
+        if model.version not in versions:
+            raise ConfigError(f"{path}: unknown version {model.version!r}; there are {', '.join(versions)}")
+    folder = path.resolve().parent
+    file, out = folder / overrides.get("root", ".") / found.file, folder / overrides.get("out", found.out)
+    return replace(found, file=str(file), out=str(out))  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -59,6 +78,15 @@ def finished(folder: Path, cells: Iterable[Cell]) -> list[Row]:
     """The results that there are, in the cells' order."""
     files = (cell.file(folder) for cell in cells)
     return [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
+
+
+def run(out: Path, cells: Sequence[Cell], tell: Callable[[str], None]) -> list[Row]:
+    """`fill` in the folder `cells` of `out`, then all results that there are."""
+    fill(out / "cells", cells, tell)
+    rows = finished(out / "cells", cells)
+    if len(rows) < len(cells):
+        tell(f"{len(rows)} of {len(cells)} cells are done; others are being made by other processes")
+    return rows
 
 
 def write(out: Path, rows: Sequence[Row], report: str) -> None:

@@ -102,10 +102,7 @@ def run(path: Path, device: str, tell: Callable[[str], None], overrides: Mapping
     """
     out, trials = read_trials(path, overrides)
     cells = [trial.cell(device, tell) for trial in trials]
-    grid.fill(out / "cells", cells, tell)
-    rows = grid.finished(out / "cells", cells)
-    if len(rows) < len(cells):
-        tell(f"{len(rows)} of {len(cells)} cells are done; others are being made by other processes")
+    rows = grid.run(out, cells, tell)
     write(out, rows, tell)
     return out
 

@@ -21,7 +21,6 @@ from receptance.errors import ConfigError
 from receptance.evaluation import grid
 from receptance.evaluation.forecast import groups_of, recipe_of
 from receptance.models import RWKV, apply_recipe
-from receptance.settings import build, read_toml
 from receptance.training.config import VERSIONS, ModelConfig, RunConfig, TrainConfig
 from receptance.training.loop import new_model
 
@@ -72,19 +71,13 @@ class Nodes:
 
 
 def read_nodes(path: Path, overrides: Mapping[str, str] = {}) -> Nodes:
-    """A TOML file with [[models]]. overrides: of `out` and `root`, the folder of `file`. Raises ConfigError."""
-    raw = read_toml(path)
-    folder = path.resolve().parent
-    raw["file"] = str(folder / overrides.get("root", ".") / str(raw.get("file", "")))
-    raw["out"] = str(folder / overrides.get("out", raw.get("out", "runs/nodes")))
-    found = build(Nodes, raw, f"{path}: ")
+    """See `grid.read_plan`."""
+    found = grid.read_plan(Nodes, path, overrides, (*VERSIONS, *SIMPLE))
     for model in found.models:
-        if model.version not in (*VERSIONS, *SIMPLE):
-            raise ConfigError(f"{path}: unknown version {model.version!r}; there are {', '.join((*VERSIONS, *SIMPLE))}")
         if model.read not in ("own", "mean"):
             raise ConfigError(f"{path}: model {model.name}: read must be own or mean, found {model.read!r}")
-    if not found.models or found.hops < 0 or found.near < 1:
-        raise ConfigError(f"{path}: needs [[models]], hops from 0 and near from 1")
+    if found.hops < 0 or found.near < 1:
+        raise ConfigError(f"{path}: needs hops from 0 and near from 1")
     return found
 
 
@@ -99,8 +92,7 @@ def run(path: Path, device: str, tell: Callable[[str], None], overrides: Mapping
             del key["out"]
             make = partial(learn, plan, model, seed, torch.device(device), tell)
             cells.append(grid.Cell(f"{model.name}, seed {seed}", json.dumps(key, sort_keys=True), make))
-    grid.fill(out / "cells", cells, tell)
-    rows = grid.finished(out / "cells", cells)
+    rows = grid.run(out, cells, tell)
     grid.write(out, rows, table(rows))
     return out
 
