@@ -169,10 +169,15 @@ def _keep(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 
 def _scale(ctx, grad, *_):  # type: ignore[no-untyped-def]
-    gradients = [
-        (g * grad).to(dtype) if learns else None for g, dtype, learns in zip(ctx.saved_tensors, ctx.dtypes, ctx.learns)
-    ]
-    return *gradients, *[None] * 8
+    found = zip(ctx.saved_tensors, ctx.dtypes, ctx.learns)
+    return *(_times(g, grad, dtype) if learns else None for g, dtype, learns in found), *[None] * 8
+
+
+def _times(g: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """g · factor as `dtype`; in one pass where nothing needs its gradient."""
+    if torch.is_grad_enabled():
+        return (g * factor).to(dtype)
+    return torch.mul(g, factor, out=g.new_empty(g.shape, dtype=dtype))
 
 
 _head_loss.register_autograd(_scale, setup_context=_keep)
