@@ -120,10 +120,11 @@ def _head_loss(
         gx = x.new_empty(x.shape if x_learns else 0, dtype=dtype)
         gw = x.new_zeros(weight.shape if weight_learns else 0, dtype=exact)
         losses = x.new_empty(len(x), dtype=exact)
+        buffer = x.new_empty((min(rows, len(x)), len(weight)), dtype=dtype)  # one: two would be the step's peak
         for first in range(0, len(x), rows):
             block = slice(first, first + rows)
             part = x[block].to(dtype)
-            logits = part @ matrix.T
+            logits = torch.mm(part, matrix.T, out=buffer[: len(part)])
             weights = None if token_weights is None else token_weights[block]
             losses[block] = softmax_gradient_(logits, targets[block], weights, logit_penalty, x_learns or weight_learns)
             if x_learns:
@@ -169,15 +170,10 @@ def _keep(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 
 def _scale(ctx, grad, *_):  # type: ignore[no-untyped-def]
-    found = zip(ctx.saved_tensors, ctx.dtypes, ctx.learns)
-    return *(_times(g, grad, dtype) if learns else None for g, dtype, learns in found), *[None] * 8
-
-
-def _times(g: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """g · factor as `dtype`; in one pass where nothing needs its gradient."""
-    if torch.is_grad_enabled():
-        return (g * factor).to(dtype)
-    return torch.mul(g, factor, out=g.new_empty(g.shape, dtype=dtype))
+    gradients = [
+        (g * grad).to(dtype) if learns else None for g, dtype, learns in zip(ctx.saved_tensors, ctx.dtypes, ctx.learns)
+    ]
+    return *gradients, *[None] * 8
 
 
 _head_loss.register_autograd(_scale, setup_context=_keep)

@@ -21,7 +21,7 @@ def _softmax_gradient(logits_ptr, targets_ptr, weights_ptr, loss_ptr, rows, V, p
                       STAGES: tl.constexpr):  # fmt: skip
     """Row after row. The second sweep finds a row in the second-level cache, half of which holds one for each program.
 
-    In the first each group of BN neighbours, which one thread holds, has its own maximum and sum; they meet at its end.
+    In the first each group of BN neighbours, which a thread holds, has its own maximum and sum; they meet at its end.
     What only two elements of a row need, the target's and the largest one's, is done apart from both sweeps.
     """
     groups, few = tl.arange(0, GROUPS) * BN, tl.arange(0, BN)
