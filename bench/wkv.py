@@ -3,8 +3,7 @@
     python bench/wkv.py [wkv4 wkv6 wkv7] [--backends cuda triton] [--peers] [--out FILE]
 
 Shapes: 65,536 tokens × 32 heads of 64, cut into 64, 16, 4 and 1 sequences (wkv4: 2,048 channels, and 8 × 4,096 tokens).
-Each cell is the median of CUDA-event times over random bfloat16 inputs, replayed as a CUDA graph: launched one by one
-from a busy host, the smallest take half as long again; the floor counts every input read once and each
+Each cell is the median of CUDA-event times over random bfloat16 inputs; the floor counts every input read once and each
 output and gradient written once at the copy bandwidth measured in the same run. A table, then one JSON line. --peers:
 flash-linear-attention's chunked forms too (`fla-core` must be installed) and torch's causal attention, 16 heads of 128.
 A form above the limits of accuracy is not measured; a peer is, with its errors beside it.
@@ -106,12 +105,7 @@ def measure(function: Callable[[], object]) -> tuple[float, float]:
     function()
     torch.cuda.synchronize()
     extra = (torch.cuda.max_memory_allocated() - before) / 2**20
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = function()
-    milliseconds = triton.testing.do_bench(graph.replay, warmup=50, rep=200, return_mode="median")
-    del graph, results
-    return milliseconds, extra
+    return triton.testing.do_bench(function, warmup=50, rep=200, return_mode="median"), extra
 
 
 def cell(op: str, backend: str, batch: int, t: int, bandwidth: float) -> dict[str, float]:
