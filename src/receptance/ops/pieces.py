@@ -33,12 +33,6 @@ CUDA: dict[str, str] = {
 }
 
 
-@cache
-def multiprocessors(device: torch.device) -> int:
-    """How many a kernel's programs are for; four where kernels are interpreted."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-
-
 def uses_triton(piece: str, x: Tensor, backend: str = "auto") -> bool:
     """Whether `piece` runs its Triton kernels on a tensor like x.
 

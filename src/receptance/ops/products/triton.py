@@ -4,6 +4,7 @@ Tiles are fetched by the tensor memory accelerator, which pads what lies beyond 
 As many programs as multiprocessors take one tile after the other, so that loads of the next run under the end of this.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,8 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
-
-from receptance.ops.pieces import multiprocessors
 
 # Of the tile [BM, BN] and its steps along K; measured on an H200 at 32,768 x 1,024 x 4,096.
 BM, BN, BK, GROUP, STAGES, WARPS = 128, 256, 64, 8, 3, 8
@@ -54,6 +53,11 @@ def _product(a, b, squares, out, M, N, K, PROGRAMS, BACKWARD: tl.constexpr, BM: 
         out.store([m, n + BN // 2], _finished(right, squares, m, n + BN // 2, BACKWARD).to(out.dtype))
 
 
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
 def _run(a: Tensor, b: Tensor, squares: Tensor | None, out: Tensor | None = None) -> Tensor:
     m, k = a.shape
     n = b.shape[0] if squares is None else b.shape[1]
@@ -61,7 +65,7 @@ def _run(a: Tensor, b: Tensor, squares: Tensor | None, out: Tensor | None = None
         out = torch.empty(m, n, dtype=a.dtype, device=a.device)
     half = [BM, BN // 2]
     describe = TensorDescriptor.from_tensor
-    programs = min(multiprocessors(a.device), triton.cdiv(m, BM) * triton.cdiv(n, BN))
+    programs = min(_multiprocessors(a.device), triton.cdiv(m, BM) * triton.cdiv(n, BN))
     _product[(programs,)](
         describe(a, [BM, BK]), describe(b, [BN, BK] if squares is None else [BK, BN]),
         describe(out if squares is None else squares, half), describe(out, half), m, n, k, programs,
@@ -79,7 +83,7 @@ def fits(x: Tensor, key: Tensor, dtype: torch.dtype, waves: float | None = None)
     if not x.is_cuda or dtype not in (torch.bfloat16, torch.float16) or c % ALIGNED or f % ALIGNED:
         return False
     tiles = triton.cdiv(x.numel() // c, BM) * triton.cdiv(f, BN)
-    least = (WAVES if waves is None else waves) * multiprocessors(x.device)
+    least = (WAVES if waves is None else waves) * _multiprocessors(x.device)
     return tiles >= least and torch.cuda.get_device_capability(x.device)[0] == 9
 
 
