@@ -1,7 +1,7 @@
 """What threads of a block do to the same memory is ordered by barriers, under the thread sanitizer in the emulation.
 
-It follows what happens before what, whatever the order of a run: for these inputs no run has a race that it misses.
-Blocks run one after another, so what passes between them is not judged.
+It follows what happens before what, whatever the order of a run, though for each eight bytes it remembers only four
+accesses. Blocks run one after another, so what passes between them is not judged. To run after changes to barriers.
 """
 
 import shutil
