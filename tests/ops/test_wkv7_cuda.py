@@ -43,8 +43,14 @@ def check(inputs, resets=None, g_scale=1.0, bound=None) -> None:
         assert error < (bound or ROUNDED[inputs[0].dtype]), f"{name}: relative error {error:.2e}"
 
 
+@pytest.fixture(params=["few", "many"])
+def heads(request, monkeypatch) -> None:
+    """Each head has a multiprocessor for itself, or not."""
+    monkeypatch.setattr(module, "ALONE", module.ALONE if request.param == "few" else 0)
+
+
 @pytest.mark.parametrize("t", [1, 15, 16, 17, 63])
-def test_any_length(t):
+def test_any_length(t, heads):
     check(draw(2, t, 2), bound=2.6e-3 if t == 1 else None)  # 256 numbers: rounding errors are not yet averaged
 
 
@@ -68,13 +74,13 @@ def short_segments(monkeypatch) -> None:
     monkeypatch.setattr(module, "MIN_SEGMENT", 3)
 
 
-def test_a_row_in_segments(short_segments):
+def test_a_row_in_segments(short_segments, heads):
     assert module.Cut(1, 150, 1).segments == 4
     check(draw(1, 150, 1))
 
 
 @pytest.mark.parametrize("segmented", [False, True])
-def test_documents_in_a_row(segmented, request):
+def test_documents_in_a_row(segmented, heads, request):
     """First, adjacent, last and border tokens of chunks begin documents; one row has none."""
     if segmented:
         request.getfixturevalue("short_segments")
@@ -120,6 +126,19 @@ def test_a_key_turned_over_at_every_step_stays_exact():
 
 def test_wide_rates_in_segments(short_segments):
     check(widened(draw(1, 150, 1)))
+
+
+@pytest.mark.parametrize("segmented", [False, True])
+def test_an_end_state_that_nobody_reads_has_a_gradient_of_zero(segmented, request):
+    if segmented:
+        request.getfixturevalue("short_segments")
+    inputs = draw(1, 70, 1)
+    alone = results(lambda *x: wkv7(*x)[:1], inputs)
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    y, end = wkv7(*leaves)
+    g = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, y.dtype)
+    zeros = torch.autograd.grad([y, end], leaves, [g, torch.zeros_like(end)])
+    assert all(a.equal(b) for a, b in zip(alone[1:], zeros, strict=True))
 
 
 def test_zeros_give_zeros():

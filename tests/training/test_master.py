@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
 import receptance as rc
 from receptance.errors import ConfigError
 from receptance.ops import adamw
-from receptance.training import train
+from receptance.training import master, train
 from receptance.training.loop import set_up
 from receptance.training.master import MasterAdamW
 from receptance.training.memory import plan_memory
@@ -25,7 +25,7 @@ from receptance.training.optim import averaged
 from receptance.training.step import compute, prepare
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SHAPES = {"a": [(3, 50), (7,)], "b": [(130,), (1, 1, 5)]}
+SHAPES = {"a": [(3, 50), (4, 64), (7,)], "b": [(130,), (1, 1, 5)]}
 IN_HALF = "run.precision=bfloat16", "run.weights=bfloat16", "run.valid_tokens=64"
 
 
@@ -43,8 +43,13 @@ def groups():
     return made
 
 
-def test_an_update_equals_torch_adamw_on_float32_copies():
-    """The same gradients, clipped by their norm; masters and moments to float32's rounding, weights their rounding."""
+@pytest.mark.parametrize("large", [master.LARGE, 256])
+def test_an_update_equals_torch_adamw_on_float32_copies(large, monkeypatch):
+    """The same gradients, clipped by their norm; masters and moments to float32's rounding, weights their rounding.
+
+    large: from so many elements on a gradient is read where it lies.
+    """
+    monkeypatch.setattr(master, "LARGE", large)
     ours = MasterAdamW(groups(), betas=(0.9, 0.99), eps=1e-18, clip=3.0)
     plain_groups = groups()
     plain = torch.optim.AdamW(plain_groups, lr=1e-3, betas=(0.9, 0.99), eps=1e-18, fused=True)
@@ -60,14 +65,14 @@ def test_an_update_equals_torch_adamw_on_float32_copies():
         assert norm > 3
         ours.step()
         plain.step()
-    for name, master in ours.masters().items():
+    for name, copy in ours.masters().items():
         p = next(p for group in plain_groups for n, p in zip(group["names"], group["params"]) if n == name)
-        torch.testing.assert_close(master.detach(), p.detach(), rtol=3e-6, atol=1e-6)
+        torch.testing.assert_close(copy.detach(), p.detach(), rtol=3e-6, atol=1e-6)
         for kind in ("exp_avg", "exp_avg_sq", "step"):
-            torch.testing.assert_close(ours.state[master][kind], plain.state[p][kind], rtol=1e-5, atol=1e-7)
-    for weight, master in zip(ours.weights, ours.masters().values()):
+            torch.testing.assert_close(ours.state[copy][kind], plain.state[p][kind], rtol=1e-5, atol=1e-7)
+    for weight, copy in zip(ours.weights, ours.masters().values()):
         assert weight.dtype == torch.bfloat16
-        assert torch.equal(weight, master.bfloat16())
+        assert torch.equal(weight, copy.bfloat16())
 
 
 def test_the_kernel_equals_the_plain_form():

@@ -20,6 +20,7 @@ def custom_operator(
     *,
     n_inputs: int,
     n_outputs: int,
+    fills: bool = True,
 ) -> Callable[..., Outputs]:
     """`receptance::NAME` and `receptance::NAME_backward`; returns a function of forward's arguments.
 
@@ -31,6 +32,7 @@ def custom_operator(
     The first n_outputs results have gradients, what is kept has none: it is for the backward pass, and what no caller
     reads may be empty unless is_saving.
     backward(gradients, inputs, others, kept) → the gradient of each input, contiguous and of its dtype; all are tuples.
+    The gradient of a result that nothing depends on is zeros; of the second and later ones None, unless `fills`.
     fake(as forward) → results of the right shapes, strides and dtypes, whatever their values.
 
     forward's annotations are the schema. Results may share no memory with each other or with an argument. Both
@@ -40,7 +42,11 @@ def custom_operator(
     parameters, results = schema[1:].split(") -> ")
     declared = parameters.split(", ")
     n_kept = results.count("Tensor") - n_outputs
-    given = [f"Tensor g{i}" for i in range(n_outputs)] + declared[:-1] + [f"Tensor kept{i}" for i in range(n_kept)]
+    given = (
+        [f"Tensor{'' if fills or i == 0 else '?'} g{i}" for i in range(n_outputs)]
+        + declared[:-1]
+        + [f"Tensor kept{i}" for i in range(n_kept)]
+    )
     n_others = len(declared) - n_inputs - 1
 
     def run(*arguments: Any) -> Outputs:
@@ -78,10 +84,10 @@ def custom_operator(
         arguments, saved = list(ctx.others), ctx.saved_tensors
         for i, x in zip(ctx.tensors, saved):
             arguments[i] = x
-        given = [
-            saved[0].new_zeros(shape, dtype=dtype) if g is None else g.contiguous()
-            for g, (shape, dtype) in zip(gradients, ctx.like)
-        ]
+        given = [None if g is None else g.contiguous() for g in gradients[:n_outputs]]
+        for i, (shape, dtype) in enumerate(ctx.like if fills else ctx.like[:1]):
+            if given[i] is None:
+                given[i] = saved[0].new_zeros(shape, dtype=dtype)
         return *through(*given, *arguments, *saved[len(ctx.tensors) :]), *[None] * (n_others + 1)
 
     def differentiate_directly(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:

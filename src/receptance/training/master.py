@@ -15,6 +15,7 @@ from receptance.models import RWKV
 from receptance.ops.adamw import update
 
 ALIGNED = 128  # elements: a tensor begins at a multiple of 256 bytes, whatever product reads it
+LARGE = 2**19  # elements of a tensor whose gradient is read where it lies; those of smaller ones are gathered
 
 
 class MasterAdamW(AdamW):
@@ -50,7 +51,7 @@ class MasterAdamW(AdamW):
             part.fill_(True)
         self._gaps = (~inside).nonzero().squeeze(1).to(device)
         self._steps = torch.zeros(len(self.weights), device=device)
-        self._gradients = torch.empty(0, device=device)
+        self._gradients: list[list[tuple[int, Tensor]]] = []  # of each group, and where they begin
         self._coefficient = torch.ones((), device=device)
         self._clip = clip
         masters = [nn.Parameter(x) for x in views(self._masters)]
@@ -93,16 +94,21 @@ class MasterAdamW(AdamW):
         flat = torch.empty_like(self._rounded)
         if len(self._gaps):
             flat.index_fill_(0, self._gaps, 0.0)
-        given = [(part, p.grad) for part, p in zip(self._views(flat), self.weights) if p.grad is not None]
-        torch._foreach_copy_([part for part, _ in given], [grad for _, grad in given])
-        for part, p in zip(self._views(flat), self.weights):
-            if p.grad is None:
+        given, apart = [], []
+        for start, part, p in zip(self._starts, self._views(flat), self.weights):
+            grad, p.grad = p.grad, None
+            if grad is None:
                 part.zero_()
-            p.grad = None
+            elif average is None and _is_large(grad):
+                apart.append((start, grad.view(-1)))
+            else:
+                given.append((part, grad))
+        torch._foreach_copy_([part for part, _ in given], [grad for _, grad in given])
         if average is not None:
             average(flat)
-        self._gradients = flat
-        norm: Tensor = torch.linalg.vector_norm(flat, dtype=torch.float32)
+        self._gradients = [_pieces(flat, span, apart) for span in self._spans]
+        norms = torch._foreach_norm([x for pieces in self._gradients for _, x in pieces], dtype=torch.float32)
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
         if self._clip:
             self._coefficient = (self._clip / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
         return norm
@@ -115,19 +121,36 @@ class MasterAdamW(AdamW):
         count = self._steps[0].double()
         beta1, beta2 = self.param_groups[0]["betas"]
         first, second = 1 - torch.pow(beta1, count), (1 - torch.pow(beta2, count)).sqrt()
-        gradients, self._gradients = self._gradients, self._gradients.new_empty(0)
-        for group, (begin, end) in zip(self.param_groups, self._spans):
+        gradients, self._gradients = self._gradients, []
+        for group, pieces in zip(self.param_groups, gradients):
             lr = group["lr"] if isinstance(group["lr"], Tensor) else torch.full_like(keep, group["lr"])
             rate, decay = lr.double() / first, 1 - lr.double() * group["weight_decay"]
             numbers = torch.stack([x.float() for x in (keep, self._coefficient, rate, decay, 1 / second)])
-            part = slice(begin, end)
-            mean, square = self._state["exp_avg"][part], self._state["exp_avg_sq"][part]
-            tensors = gradients[part], self._masters[part], mean, square, self._rounded[part]
-            update(tensors, numbers, group["betas"], group["eps"])
+            for begin, gradient in pieces:
+                part = slice(begin, begin + len(gradient))
+                mean, square = self._state["exp_avg"][part], self._state["exp_avg_sq"][part]
+                tensors = gradient, self._masters[part], mean, square, self._rounded[part]
+                update(tensors, numbers, group["betas"], group["eps"])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for p in self.weights:
             p.grad = None
+
+
+def _is_large(gradient: Tensor) -> bool:
+    return gradient.numel() >= LARGE and gradient.numel() % ALIGNED == 0 and gradient.is_contiguous()
+
+
+def _pieces(flat: Tensor, span: tuple[int, int], apart: list[tuple[int, Tensor]]) -> list[tuple[int, Tensor]]:
+    """A group's gradients, in order: those that lie apart, and what of `flat` lies between them."""
+    here, end = span
+    pieces = []
+    for start, gradient in apart:
+        if span[0] <= start < end:
+            pieces += [(here, flat[here:start]), (start, gradient)]
+            here = start + len(gradient)
+    pieces.append((here, flat[here:end]))
+    return [(begin, x) for begin, x in pieces if len(x)]
 
 
 def widen(model: RWKV, optimizer: MasterAdamW) -> None:

@@ -76,7 +76,7 @@ inline void widen_float8(u32 x, u32& low, u32& high) {
     const auto bits = [&](int i) { const u32 b = x >> 8 * i & 255; return (b & 128) << 8 | (b & 127) << 7; };
     low = bits(0) | bits(1) << 16, high = bits(2) | bits(3) << 16;
 }
-template <int N> void await_all_but() {}
+template <int N> void await_all_but() { await_groups(N); }
 inline void bring_to_l2(const void*) {}
 template <int TEAM> void team_sync() { emulation::wait_in_team(TEAM); }
 #endif

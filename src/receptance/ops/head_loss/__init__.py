@@ -120,10 +120,11 @@ def _head_loss(
         gx = x.new_empty(x.shape if x_learns else 0, dtype=dtype)
         gw = x.new_zeros(weight.shape if weight_learns else 0, dtype=exact)
         losses = x.new_empty(len(x), dtype=exact)
+        buffer = x.new_empty((min(rows, len(x)), len(weight)), dtype=dtype)  # one: two would be the step's peak
         for first in range(0, len(x), rows):
             block = slice(first, first + rows)
             part = x[block].to(dtype)
-            logits = part @ matrix.T
+            logits = torch.mm(part, matrix.T, out=buffer[: len(part)])
             weights = None if token_weights is None else token_weights[block]
             losses[block] = softmax_gradient_(logits, targets[block], weights, logit_penalty, x_learns or weight_learns)
             if x_learns:

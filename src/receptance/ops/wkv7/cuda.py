@@ -9,6 +9,7 @@ the segments' ends and maps.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +19,10 @@ from receptance.ops.custom import custom_operator
 
 HEAD, CHUNK, TEAM = 64, 16, 128  # threads of a team
 # of shared memory
-BYTES = {"FORWARD_BYTES": 77_824, "BACKWARD_BYTES": 207_232, "BACKWARD_MAPS_BYTES": 85_632}
+BYTES = {"FORWARD_BYTES": 77_824, "FORWARD_FEW_BYTES": 96_000, "BACKWARD_BYTES": 207_232, "BACKWARD_MAPS_BYTES": 85_632}
 JOIN_BYTES = 4 * (HEAD * (HEAD + 1) + 16 * HEAD)
 BLOCKS = 264  # that keep a large GPU busy
+ALONE = 132  # of them that have a multiprocessor each
 WORTHWHILE = 4  # segments; the maps cost about as much as walking along the rows once more
 MIN_SEGMENT = 8  # chunks
 SOURCE = Path(__file__).with_name("wkv7.cu")
@@ -60,10 +62,13 @@ class Cut:
 
 
 def _join(
-    kernels: cuda.Program, cut: Cut, maps: Tensor, parts: Tensor, stride: int, first: Tensor, reverse: bool
+    kernels: cuda.Program, cut: Cut, maps: Tensor, parts: Tensor, stride: int, first: Tensor | None, reverse: bool
 ) -> Tensor:
-    """Every segment's start state [heads, segments, N, N] (its end's gradient, if reverse) from the first one's."""
-    starts = torch.empty((cut.heads, cut.segments, HEAD, HEAD), dtype=torch.float32, device=first.device)
+    """Every segment's start state [heads, segments, N, N] (its end's gradient, if reverse) from the first one's.
+
+    None is zeros.
+    """
+    starts = torch.empty((cut.heads, cut.segments, HEAD, HEAD), dtype=torch.float32, device=parts.device)
     square = HEAD * HEAD
     linear = maps[:, :, 1]
     kernels.wkv7_join(
@@ -96,10 +101,12 @@ def _forward(
     if cut.segments > 1:
         kernels.wkv7_forward_maps(grid, 3 * TEAM, *inputs, resets, maps, *cut.shape, shared=BYTES["FORWARD_BYTES"])
         starts = _join(kernels, cut, maps, maps, 2, state, reverse=False)
-    kernels.wkv7_forward(
-        grid, 2 * TEAM, *inputs, resets, starts, y, ends, states if is_saving else None, units if is_saving else None,
-        *cut.shape, shared=BYTES["FORWARD_BYTES"],
-    )  # fmt: skip
+    keep = (states, units) if is_saving else (None, None)
+    if cut.heads * cut.segments <= ALONE:
+        walk, threads, shared = kernels.wkv7_forward_few, 3 * TEAM, BYTES["FORWARD_FEW_BYTES"]
+    else:
+        walk, threads, shared = kernels.wkv7_forward, 2 * TEAM, BYTES["FORWARD_BYTES"]
+    walk(grid, threads, *inputs, resets, starts, y, ends, *keep, *cut.shape, shared=shared)
     return y, ends[:, -1].reshape(state.shape).clone(), states, units, ends, maps
 
 
@@ -115,11 +122,11 @@ def _fake(
 
 
 def _backward(
-    gradients: tuple[Tensor, ...], inputs: tuple[Tensor, ...], others: tuple[Tensor | None, ...],
+    gradients: tuple[Any, ...], inputs: tuple[Tensor, ...], others: tuple[Tensor | None, ...],
     kept: tuple[Tensor, ...],
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """The gradients of r, w, k, v, a, b and of the start state."""
-    (gy, g_end), (*tensors, _), (resets,), (states, units, ends, maps) = gradients, inputs, others, kept
+    """The gradients of r, w, k, v, a, b and of the start state. That of the end state may be None."""
+    (gy, g_end), (*tensors, state), (resets,), (states, units, ends, maps) = gradients, inputs, others, kept
     batch, t, h, _ = gy.shape
     cut, kernels = Cut(batch * h, t, h), program(gy.dtype)
     grid, g_ends = (cut.heads, cut.segments), g_end
@@ -134,10 +141,11 @@ def _backward(
         grid, 3 * TEAM, *tensors, gy, resets, states, units, ends, g_ends, *grads, g_starts, *cut.shape,
         shared=BYTES["BACKWARD_BYTES"],
     )  # fmt: skip
-    return *grads, g_starts[:, 0].reshape(g_end.shape).clone()
+    first = g_starts[:, 0].reshape(state.shape)
+    return *grads, first if cut.segments == 1 else first.clone()
 
 
-_operator = custom_operator("wkv7_cuda", _forward, _backward, _fake, n_inputs=7, n_outputs=2)
+_operator = custom_operator("wkv7_cuda", _forward, _backward, _fake, n_inputs=7, n_outputs=2, fills=False)
 
 
 def fits(k: Tensor) -> bool:

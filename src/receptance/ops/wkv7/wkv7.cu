@@ -269,14 +269,16 @@ DEVICE int unit_of_state(const word* tops, int unit, int added) {
   return unit_exponent((int)(a > b ? a : b) + unit - 127, added);
 }
 
+template <int MAKERS>
 struct Forward {
+  static constexpr int SLOTS = MAKERS + 1;
   half_bits raw[2][6][TILE];  // of the chunk at hand and the next
   struct alignas(16) {
     half_bits tiles[5][TILE];  // a', r', b', k', v
     half_bits pairs[4][PAIRS];
     float scale[N], tail[N];   // decays of the state's columns: the last chunk's second half with this one's first; this one's second
     Facts facts;
-  } chunks[2];
+  } chunks[SLOTS];
   alignas(16) half_bits s[2][WARPS][16 * ROW];  // states on their way out
   alignas(16) float square[L][L + 4];
   alignas(16) word tops[7][WARPS], state_tops[2][2][WARPS];  // exponents
@@ -284,38 +286,43 @@ struct Forward {
 
 /// One segment of one head. MAP: no outputs but the end state; the second team finds what the inputs write (from a zero
 /// state), the third the segment's linear map (from the identity, without v).
-template <bool MAP>
+/// MAKERS: teams that prepare chunks; of two, the third team is the other one, and each takes two steps for its chunks:
+/// tiles, then pairs. That is faster where a block has a multiprocessor for itself.
+template <bool MAP, int MAKERS>
 DEVICE void forward(byte* memory, const half_bits* r, const half_bits* w, const half_bits* k, const half_bits* v,
                     const half_bits* a, const half_bits* b, const byte* resets, const float* start, half_bits* y,
                     float* end, half_bits* states, float* units, int T, int H, int chunks, int length, int head,
                     int segment, int segments) {
-  Forward& m = *(Forward*)memory;
+  typedef Forward<MAKERS> Memory;
+  Memory& m = *(Memory*)memory;
   const Lane my;
   const Place place = place_of(head, T, H, resets);
   const half_bits* inputs[6] = {r, w, k, v, a, b};
   const int first = segment * length, last = first + length < chunks ? first + length : chunks;
 
-  if (team() == 0) {
+  if (team() == 0 || (MAKERS == 2 && team() == 2)) {
+    const int maker = team() / 2;
     bool flag = false, next_flag = false;
     const auto fetch_chunk = [&](int chunk) {
       if (chunk < last)
-        for (int x = MAP ? W : R; x <= B; ++x) fetch(m.raw[chunk & 1][x], inputs[x], place, chunk);
+        for (int x = MAP ? W : R; x <= B; ++x) fetch(m.raw[(chunk - first) & 1][x], inputs[x], place, chunk);
       commit_copies();
-      flag = next_flag, next_flag = chunk < last && reset_flag(place, chunk);
+      if (MAKERS == 1) flag = next_flag;
+      (MAKERS == 1 ? next_flag : flag) = chunk < last && reset_flag(place, chunk);
     };
-    fetch_chunk(first);
-    fetch_chunk(first + 1);
     Pair tail[2] = {};
-    for (int chunk = first; chunk < last; ++chunk) {
-      auto& to = m.chunks[chunk & 1];
-      auto& raw = m.raw[chunk & 1];
-      await_all_but_one();
+    Facts f;
+    const auto make_tiles = [&](int chunk) {
+      auto& to = m.chunks[chunk % Memory::SLOTS];
+      auto& raw = m.raw[(chunk - first) & 1];
+      if (MAKERS == 1) await_all_but_one();
+      else await_copies();
       note_tops<1 << K | 1 << V | 1 << A | 1 << B | (MAP ? 0 : 1 << R)>(m.tops, raw);
       const word documents = vote(flag);
-      team_barrier(0);
+      team_barrier(team());
 
       const Inputs<1 << K | 1 << V | 1 << A | 1 << B | (MAP ? 0 : 1 << R)> in(raw, my);
-      const Facts f = facts_of(m.tops, documents);
+      f = facts_of(m.tops, documents);
       if (thread() == 0) to.facts = f;
       const Exponents e(raw[W], my);
       const word rp = power_of_two(254 - f.r), kp = power_of_two(254 - f.k), ap = power_of_two(254 - f.a);
@@ -325,7 +332,10 @@ DEVICE void forward(byte* memory, const half_bits* r, const half_bits* w, const 
         const Pair mid = {-as_float(shuffle(as_word(e.start[n][0]), my.q)), -as_float(shuffle(as_word(e.start[n][1]), my.q))};
         const Pair before = tail[n];
         tail[n] = {e.end[n][2], e.end[n][3]};
-        if (my.g == 7) *(Pair*)(to.scale + column) = exp2(mid + before), *(Pair*)(to.tail + column) = exp2(tail[n]);
+        if (my.g == 7) {  // of two makers, the other one has `before`: for now, exponents
+          *(Pair*)(to.scale + column) = MAKERS == 1 ? exp2(mid + before) : mid;
+          *(Pair*)(to.tail + column) = MAKERS == 1 ? exp2(tail[n]) : tail[n];
+        }
         for (int i = 0; i < 2; ++i) {
           const int here = my.here + 8 * i * ROW + 8 * n, x = 2 * n + i;
           const Pair rise = {e.end[n][2 * i], e.end[n][2 * i + 1]}, fall = exp2(rise * -1.f);
@@ -336,9 +346,25 @@ DEVICE void forward(byte* memory, const half_bits* r, const half_bits* w, const 
           at(to.tiles[4], here) = in_unit(in.x[V][x], vp);
         }
       }
-      team_barrier(0);
+      team_barrier(team());
       fetch_chunk(chunk + 2);
-      make_pairs(to.pairs[0], m.square, to.tiles[0], two_to(f.a + f.b - 127), documents, my);
+    };
+    const auto make_chunk_pairs = [&](int chunk) {
+      auto& to = m.chunks[chunk % Memory::SLOTS];
+      if (MAKERS == 2 && thread() < N) {
+        const float before = chunk > first ? m.chunks[(chunk - 1) % Memory::SLOTS].tail[thread()] : 0;
+        to.scale[thread()] = exp2(to.scale[thread()] + before);
+        if (chunk == last - 1) to.tail[thread()] = exp2(to.tail[thread()]);
+      }
+      make_pairs(to.pairs[0], m.square, to.tiles[0], two_to(f.a + f.b - 127), f.documents, my);
+    };
+    fetch_chunk(first + maker);
+    if (MAKERS == 1) fetch_chunk(first + 1);
+    for (int step = first; step < last + MAKERS - 1; ++step) {
+      const bool is_mine = MAKERS == 1 || ((step - first) & 1) == maker;
+      if (is_mine && step < last) make_tiles(step);
+      if (MAKERS == 1) make_chunk_pairs(step);
+      else if (!is_mine && step > first) make_chunk_pairs(step - 1);
       barrier();
     }
     barrier();  // stays until the others have read what it wrote
@@ -357,10 +383,10 @@ DEVICE void forward(byte* memory, const half_bits* r, const half_bits* w, const 
   if (!MAP) y += place.base + (uint64)(first * L + my.g) * place.stride + warp() * 16 + my.q * 2;
   if (!MAP && states) states += ((uint64)head * chunks + first) * N * N + warp() * 16 * N + lane() * 8;
   note_top(tops[first & 1], state);
-  barrier();
+  for (int i = 0; i < MAKERS; ++i) barrier();
 
   for (int chunk = first; chunk < last; ++chunk) {
-    const auto& from = m.chunks[chunk & 1];
+    const auto& from = m.chunks[chunk % Memory::SLOTS];
     const Facts f = from.facts;
     const int old = unit;
     unit = unit_of_state(tops[chunk & 1], unit, f.k + f.v - 127);
@@ -420,7 +446,7 @@ DEVICE void forward(byte* memory, const half_bits* r, const half_bits* w, const 
     note_top(tops[(chunk + 1) & 1], state);
     barrier();
   }
-  scale_columns(state, m.chunks[(last - 1) & 1].tail, two_to(unit), my);
+  scale_columns(state, m.chunks[(last - 1) % Memory::SLOTS].tail, two_to(unit), my);
   write_state(state, end + square, my);
 }
 
@@ -573,11 +599,13 @@ DEVICE void backward(byte* memory, const half_bits* r, const half_bits* w, const
     float g[8][4] = {};  // gradient of the state at the chunk's end, in units of 2^unit, not yet times the later chunk's first half
     int unit = 127;
     if (!MAP) {
-      read_state(g, g_ends + square, my);
-      float end[8][4];
-      read_state(end, ends + square, my);
-      Pair x[8];
-      for (int j = 0; j < 8; ++j) x[j] = {g[j][0] * end[j][0] + g[j][2] * end[j][2], g[j][1] * end[j][1] + g[j][3] * end[j][3]};
+      Pair x[8] = {};
+      if (g_ends) {
+        read_state(g, g_ends + square, my);
+        float end[8][4];
+        read_state(end, ends + square, my);
+        for (int j = 0; j < 8; ++j) x[j] = {g[j][0] * end[j][0] + g[j][2] * end[j][2], g[j][1] * end[j][1] + g[j][3] * end[j][3]};
+      }
       write_flow(m.chunks[(last - 1) % 3].flow[warp()], x, 1, my);
       gv += place.base + (uint64)my.g * place.stride + warp() * 16 + my.q * 2;
     }
@@ -769,7 +797,8 @@ DEVICE void backward(byte* memory, const half_bits* r, const half_bits* w, const
   }
 }
 
-static_assert(sizeof(Forward) <= FORWARD_BYTES && sizeof(Backward) <= BACKWARD_BYTES, "shared memory");
+static_assert(sizeof(Forward<1>) <= FORWARD_BYTES && sizeof(Forward<2>) <= FORWARD_FEW_BYTES, "shared memory");
+static_assert(sizeof(Backward) <= BACKWARD_BYTES, "shared memory");
 static_assert(sizeof(BackwardMaps) <= BACKWARD_MAPS_BYTES, "shared memory");
 
 #define INPUTS const half_bits *r, const half_bits *w, const half_bits *k, const half_bits *v, const half_bits *a, const half_bits *b
@@ -779,15 +808,23 @@ static_assert(sizeof(BackwardMaps) <= BACKWARD_MAPS_BYTES, "shared memory");
 extern "C" __global__ void __launch_bounds__(256, 2)
 wkv7_forward(INPUTS, const byte* resets, const float* starts, half_bits* y, float* ends, half_bits* states, float* units, SHAPE) {
   byte* memory = (byte*)dynamic_shared();
-  forward<false>(memory, r, w, k, v, a, b, resets, starts, y, ends, states, units, T, H, chunks, length, blockIdx.x,
-                 blockIdx.y, gridDim.y);
+  forward<false, 1>(memory, r, w, k, v, a, b, resets, starts, y, ends, states, units, T, H, chunks, length, blockIdx.x,
+                    blockIdx.y, gridDim.y);
+}
+
+/// The same for at most as many blocks as there are multiprocessors.
+extern "C" __global__ void __launch_bounds__(384, 1)
+wkv7_forward_few(INPUTS, const byte* resets, const float* starts, half_bits* y, float* ends, half_bits* states, float* units, SHAPE) {
+  byte* memory = (byte*)dynamic_shared();
+  forward<false, 2>(memory, r, w, k, v, a, b, resets, starts, y, ends, states, units, T, H, chunks, length, blockIdx.x,
+                    blockIdx.y, gridDim.y);
 }
 
 /// Grid (heads, segments); maps [heads, segments, 2, N, N]: what inputs write, then the map S → S P.
 extern "C" __global__ void __launch_bounds__(384, 2)
 wkv7_forward_maps(INPUTS, const byte* resets, float* maps, SHAPE) {
   byte* memory = (byte*)dynamic_shared();
-  forward<true>(memory, r, w, k, v, a, b, resets, nullptr, nullptr, maps, nullptr, nullptr, T, H, chunks, length,
+  forward<true, 1>(memory, r, w, k, v, a, b, resets, nullptr, nullptr, maps, nullptr, nullptr, T, H, chunks, length,
                 blockIdx.x, blockIdx.y, gridDim.y);
 }
 
@@ -808,7 +845,7 @@ wkv7_backward_maps(INPUTS, const half_bits* gy, const byte* resets, float* g_sta
 }
 
 /// Grid (heads, 4): rows of the state. Every segment's start: starts[0] = first, then state → state · P + part, where P
-/// is each segment's map; in reverse, from the last segment, with Pᵀ. maps and parts advance by their strides (floats).
+/// is each segment's map, and no `first` is zeros; in reverse, from the last segment, with Pᵀ. maps and parts advance by their strides (floats).
 extern "C" __global__ void __launch_bounds__(128)
 wkv7_join(const float* maps, int map_stride, const float* parts, int part_stride, const float* first, float* starts,
           int segments, int reverse) {
@@ -818,7 +855,7 @@ wkv7_join(const float* maps, int map_stride, const float* parts, int part_stride
   const int column = thread() % N, row = thread() / N * 8;
   const unsigned long long head = blockIdx.x, rows = blockIdx.y * 16ull * N;
   float x[8];
-  for (int i = 0; i < 8; ++i) x[i] = first[head * N * N + rows + (row + i) * N + column];
+  for (int i = 0; i < 8; ++i) x[i] = first ? first[head * N * N + rows + (row + i) * N + column] : 0;
   for (int step = 0; step < segments; ++step) {
     const unsigned long long at = head * segments + (reverse ? segments - 1 - step : step);
     for (int i = thread(); i < N * N; i += 128) {
