@@ -16,15 +16,25 @@ HERE = Path(__file__).resolve().parent
 SOURCES = HERE / "csrc"
 LIBRARY = HERE / ("_core.dll" if os.name == "nt" else "_core.so")
 
-FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp-simd", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
-FLAGS += ["-ffp-contract=fast", "-fno-exceptions", "-fno-rtti", "-pthread", "-Wall"]
+# -O3 takes twice as long; of what it adds, AVX2 gains by unrolling short loops (of sums in registers) alone
+FLAGS = ["-std=c++17", "-O2", "-fpeel-loops", "-fPIC", "-fopenmp-simd", "-fvisibility=hidden", "-fno-math-errno"]
+FLAGS += ["-fno-trapping-math", "-ffp-contract=fast", "-fno-exceptions", "-fno-rtti", "-pthread", "-Wall"]
 SANITIZERS = {
     "--sanitize": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1"],
     "--sanitize-threads": ["-fsanitize=thread", "-g", "-O1"],
 }
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mprefer-vector-width=512"]
+AVX512 = [
+    *AVX2,
+    "-O3",
+    "-mavx512f",
+    "-mavx512bw",
+    "-mavx512dq",
+    "-mavx512vl",
+    "-mavx512vnni",
+    "-mprefer-vector-width=512",
+]
 ISA_FLAGS = {  # by machine, by source file
     "x86_64": {"isa_avx2": AVX2, "isa_avx512": AVX512, "isa_amx": [*AVX512, "-mamx-tile", "-mamx-bf16", "-mamx-int8"]},
     "aarch64": {"isa_neon": ["-march=armv8.2-a+dotprod+fp16"]},
