@@ -34,14 +34,14 @@ inline void take_starts(Widened& w, int64_t b) {
   _mm512_store_si512(w.start[b][1], _mm512_sub_epi32(zero, half[1]));
 }
 
-// A packed group of 16 rows, `blocks` blocks of 32 columns; what lies `ahead` is asked for
+// A packed group of 16 rows, `blocks` blocks of 32 columns; what lies `ahead`, if not 0, is asked for
 template <int T>
 __attribute__((noinline)) void widen_packed(const uint8_t* p, int64_t blocks, Widened& w, int64_t ahead) {
   constexpr bool small = Packed<T>::numbers == BLOCK;
   for (int64_t b = 0; b < blocks; b++) {
     const uint8_t* header = small ? p + b * Packed<T>::size : p;
     const uint8_t* numbers = header + Packed<T>::header + (small ? 0 : b * Packed<T>::part);
-    for (int i = 0; i < Packed<T>::part; i += 64) __builtin_prefetch(numbers + ahead + i);
+    for (int i = 0; ahead && i < Packed<T>::part; i += 64) __builtin_prefetch(numbers + ahead + i);
     const __m512 d = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)header));
     for (int j = 0; j < (T == Q8 ? 8 : 4); j++) {
       if (T == Q8) {
