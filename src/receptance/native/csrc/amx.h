@@ -198,7 +198,7 @@ inline __m512 start_of(__m512 scale, float offset) {
 
 // A packed group of 16 rows, `blocks` blocks of 32 columns
 template <int T>
-void widen_packed(const uint8_t* p, int64_t blocks, Halves& w) {
+void widen_packed(const uint8_t* p, int64_t blocks, Halves& w, int64_t) {
   constexpr bool small = Packed<T>::numbers == BLOCK;
   for (int64_t b = 0; b < blocks; b++) {
     const uint8_t* header = small ? p + b * Packed<T>::size : p;
@@ -246,7 +246,7 @@ void widen_rows(const uint8_t* p, int64_t stride, int64_t blocks, Halves& w) {
   for (int64_t u = 0; u < blocks * BLOCK / NUMBERS; u++) {
     repack<T>(p + u * Block<T>::size, stride, packed + u * Packed<KERNEL>::size);
   }
-  widen_packed<KERNEL>(packed, blocks, w);
+  widen_packed<KERNEL>(packed, blocks, w, 0);
 }
 
 // Two vectors of 16 numbers of 16 bits, side by side: the upper parts (the first in the low halves), and what they leave over

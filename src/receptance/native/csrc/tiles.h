@@ -79,7 +79,7 @@ void tiled_packed(const Product& p, int64_t first, int64_t last, int64_t rows, f
   }
 #endif
   panels_of<T>(p, first, last, rows, local, [&](int64_t n, int64_t group, auto& w) {
-    widen_packed<T>(data + n / GROUP * bytes + group * step, blocks_of_group(cols, group), w, rows > FEW ? bytes : step);
+    widen_packed<T>(data + n / GROUP * bytes + group * step, blocks_of_group(cols, group), w, rows > FEW ? 0 : step);
   });
 }
 

@@ -21,14 +21,14 @@ struct alignas(64) Widened {
 
 inline void store256(void* p, __m256i v) { _mm256_store_si256((__m256i*)p, v); }
 
-// A packed group of 16 rows, `blocks` blocks of 32 columns; what lies `ahead` is asked for
+// A packed group of 16 rows, `blocks` blocks of 32 columns; what lies `ahead`, if not 0, is asked for
 template <int T>
 __attribute__((noinline)) void widen_packed(const uint8_t* p, int64_t blocks, Widened& w, int64_t ahead) {
   constexpr bool small = Packed<T>::numbers == BLOCK;
   for (int64_t b = 0; b < blocks; b++) {
     const uint8_t* header = small ? p + b * Packed<T>::size : p;
     const uint8_t* numbers = header + Packed<T>::header + (small ? 0 : b * Packed<T>::part);
-    for (int i = 0; i < Packed<T>::part; i += 64) __builtin_prefetch(numbers + ahead + i);
+    for (int i = 0; ahead && i < Packed<T>::part; i += 64) __builtin_prefetch(numbers + ahead + i);
     for (int h = 0; h < 2; h++) {
       const __m256 d = half8(header + 16 * h);
       float *scale = w.scale[b] + 8 * h, *least = w.least[b] + 8 * h;

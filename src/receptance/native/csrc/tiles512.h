@@ -34,14 +34,14 @@ inline void take_starts(Widened& w, int64_t b) {
   _mm512_store_si512(w.start[b][1], _mm512_sub_epi32(zero, half[1]));
 }
 
-// A packed group of 16 rows, `blocks` blocks of 32 columns; what lies `ahead` is asked for
+// A packed group of 16 rows, `blocks` blocks of 32 columns; what lies `ahead`, if not 0, is asked for
 template <int T>
 __attribute__((noinline)) void widen_packed(const uint8_t* p, int64_t blocks, Widened& w, int64_t ahead) {
   constexpr bool small = Packed<T>::numbers == BLOCK;
   for (int64_t b = 0; b < blocks; b++) {
     const uint8_t* header = small ? p + b * Packed<T>::size : p;
     const uint8_t* numbers = header + Packed<T>::header + (small ? 0 : b * Packed<T>::part);
-    for (int i = 0; i < Packed<T>::part; i += 64) __builtin_prefetch(numbers + ahead + i);
+    for (int i = 0; ahead && i < Packed<T>::part; i += 64) __builtin_prefetch(numbers + ahead + i);
     const __m512 d = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)header));
     for (int j = 0; j < (T == Q8 ? 8 : 4); j++) {
       if (T == Q8) {
@@ -168,13 +168,17 @@ __attribute__((noinline)) void wide_tile(const Widened* w, int64_t blocks, const
   for (int64_t b = 0; b < blocks; b++) {
     for (int part = 0; part < PARTS; part++) {
       __m512i dot[G][M];
+#pragma GCC unroll 2
       for (int g = 0; g < G; g++) {
-        const __m512i start = KIND == WORDS ? _mm512_setzero_si512() : _mm512_load_si512(w[g].start[b][KIND == BOTH ? 0 : part]);
+        __m512i start = KIND == WORDS ? _mm512_setzero_si512() : _mm512_load_si512(w[g].start[b][KIND == BOTH ? 0 : part]);
+        __asm__("" : "+v"(start));  // else GCC clears sums of zero in memory, by `rep stos`
+#pragma GCC unroll 8
         for (int m = 0; m < M; m++) dot[g][m] = start;
       }
 #pragma GCC unroll 2
       for (int j = 0; j < COUNT; j++) {
         __m512i ws[G];
+#pragma GCC unroll 2
         for (int g = 0; g < G; g++) ws[g] = _mm512_load_si512(w[g].numbers[STEPS<KIND> * b + (KIND == BOTH ? 0 : part * COUNT) + j]);
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++) {
@@ -186,6 +190,7 @@ __attribute__((noinline)) void wide_tile(const Widened* w, int64_t blocks, const
           for (int g = 0; g < G; g++) add_products<KIND>(dot[g][m], xs, ws[g]);
         }
       }
+#pragma GCC unroll 2
       for (int g = 0; g < G; g++) {
         __m512 scale = _mm512_load_ps(w[g].scale[b][KIND == BOTH ? 0 : part]);
         if (KIND == BOTH && part) scale = _mm512_mul_ps(scale, _mm512_set1_ps(1.0f / 256));
