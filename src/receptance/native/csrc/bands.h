@@ -201,13 +201,11 @@ void band_rows(const Product& p, int64_t first, int64_t last, int64_t rows, floa
     return;
   }
 #endif
-#if !defined(ISA_AVX2)
   each_panel(p, first, last, rows, local + PANEL_FLOATS, [&](int64_t n, int64_t group, float* sums) {
     const int64_t blocks = blocks_of_group(p.w->cols, group);
     pack_panel(n, group, blocks, (uint8_t*)local);
     packed_tiles<KERNEL>((const uint8_t*)local, blocks, p.q + group, groups_of(p.w->cols), rows, sums);
   });
-#endif
 }
 
 // Channels first..last of a value matrix that lies by hidden units, p.w: [channels, hidden units]

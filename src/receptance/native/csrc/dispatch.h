@@ -6,9 +6,7 @@ void packed_product(const Product& p, int64_t first, int64_t last, int64_t rows,
 #if HAS_TILES
   if (rows >= TILED) return tiled_packed<T>(p, first, last, rows, panel);
 #endif
-#if !defined(ISA_AVX2)
   many_packed_rows<T>(p, first, last, rows, panel);
-#endif
 }
 
 template <int T>
@@ -38,7 +36,6 @@ void many_block_rows(const Product& p, int64_t first, int64_t last, int64_t rows
 #if HAS_TILES
   if (rows >= TILED) return tiled_blocks<T>(p, first, last, rows, local);
 #endif
-#if !defined(ISA_AVX2)
   constexpr int KERNEL = T == Q8_0 ? Q8 : T == Q4_0 ? Q4 : T, NUMBERS = Block<T>::numbers;
   const int64_t cols = p.w->cols, size = line_bytes(T, cols), whole = (last - first) / PANEL * PANEL;
   each_panel(p, first, first + whole, rows, local + PANEL * DEPTH, [&](int64_t n, int64_t group, float* sums) {
@@ -53,7 +50,6 @@ void many_block_rows(const Product& p, int64_t first, int64_t last, int64_t rows
     one.q += m * groups_of(cols), one.y += m * p.ldy, one.gate += m * p.ldy;
     block_rows<T>(one, first + whole, last);
   }
-#endif
 }
 
 template <int T>

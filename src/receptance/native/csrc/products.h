@@ -127,10 +127,11 @@ inline void quantise_block(const float* x, XGroup& group, int64_t b, bool with_r
 }
 #endif
 
+// rows of x from which on tiles are worth while (tiles.h)
 #if defined(ISA_AVX2)
-constexpr int64_t TILED = 2;
+constexpr int64_t TILED = 33;
 #else
-constexpr int64_t TILED = 4;    // rows of x from which on tiles are worth while (tiles.h)
+constexpr int64_t TILED = 4;
 #endif
 constexpr int64_t HALVED = 32;  // the same of bfloat16 (amx.h)
 
