@@ -47,10 +47,13 @@ def growth(step: Callable[[], object], steps: int) -> int:
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize(("engine", "tokens"), [("native", 2_000), ("numpy", 500), ("torch", 300)])
+@pytest.mark.parametrize(("engine", "tokens"), [("native", 2_000), ("numpy", 500), ("torch", 1_000)])
 def test_a_stream_keeps_nothing_of_what_it_gave(engine: str, tokens: int) -> None:
     pieces = generate(model_of(engine), TOK, "Hi", params=ENDLESS)
-    assert growth(lambda: next(pieces), tokens) < 8_000 + 8 * tokens
+    own = (
+        60_000 if engine == "torch" else 8_000
+    )  # torch fills caches of its own meanwhile; kept tokens would be 190 bytes each
+    assert growth(lambda: next(pieces), tokens) < own + 8 * tokens
 
 
 def test_a_kept_text_takes_few_bytes_a_token() -> None:

@@ -138,8 +138,6 @@ def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b; on a GPU in one pass over `total`, without rounding the product to a's precision first."""
     if total.is_cuda and total.dtype == torch.float32 and a.dtype != torch.float32 and _products_in_float32(a.dtype):
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)  # type: ignore[call-overload]
-    elif total.dtype == a.dtype:
-        total.addmm_(a, b)
     else:
         total += a @ b
 
@@ -186,18 +184,13 @@ def plain_softmax_gradient_(
 ) -> Tensor:
     """Each row's weighted loss [n]; with `gradient`, `logits` [n, V] become the gradient of their sum."""
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    log_sum = z.logsumexp(1, keepdim=True)
     wanted = targets[:, None]
-    own = z.gather(1, wanted)
-    top, index = z.max(1, keepdim=True)
-    # in place, as what follows: fresh memory costs more than the arithmetic
-    e = (z.sub_(top) if gradient else z - top).exp_()
-    total = e.sum(1, keepdim=True)
-    loss = (total.log() + (top - own)).squeeze(1)
+    loss = (log_sum - z.gather(1, wanted)).squeeze(1)
     if gradient:
-        scale = torch.ones_like(total) if weights is None else weights[:, None].to(e.dtype)
-        e.mul_(scale / total)
-        e.scatter_add_(1, wanted, -scale)
-        e.scatter_add_(1, index, top * scale * logit_penalty)
-        if e is not logits:
-            logits.copy_(e)
+        top, index = z.max(1, keepdim=True)
+        g = z.sub_(log_sum).exp_() if z is not logits else (z - log_sum).exp_()
+        g.scatter_add_(1, wanted, -torch.ones_like(top))
+        g.scatter_add_(1, index, top * logit_penalty)
+        logits.copy_(g if weights is None else g * weights[:, None])
     return loss if weights is None else loss * weights

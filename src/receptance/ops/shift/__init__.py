@@ -1,7 +1,6 @@
 """Token shift: each position blended with the one before it, by several vectors at once."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,39 +38,13 @@ def shift_mix(
         from receptance.ops.shift.triton import shift_mix as kernel
 
         return kernel(x, last, mixes, own, resets, present, compute_dtype(x))
-    if own is None:
-        vectors = [mu.to(x.dtype) for mu in mixes]
-        return list(ShiftMix.apply(x, last, resets, present, *vectors))  # type: ignore[no-untyped-call]
     previous = token_shift(x, last, resets)
+    if present and own is None:
+        return [previous.lerp(x, mu.to(x.dtype)) for mu in mixes]
+    if own is not None:
+        mixes = [mu + more for mu, more in zip(mixes, own)]
     d = x - previous if present else previous - x
-    return [torch.addcmul(previous if present else x, d, mu + more) for mu, more in zip(mixes, own)]
-
-
-class ShiftMix(torch.autograd.Function):
-    """Without `own`. The backward pass adds up all mixes' gradients before it shifts them back."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, last: Tensor, resets: Tensor | None, present: bool, *mixes: Tensor
-    ) -> tuple[Tensor, ...]:
-        previous = token_shift(x, last, resets)
-        d = x - previous if present else previous - x
-        ctx.save_for_backward(d, resets, *mixes)
-        ctx.present, ctx.last_dtype = present, last.dtype
-        return tuple(torch.addcmul(previous if present else x, d, mu) for mu in mixes)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        d, resets, *mixes = ctx.saved_tensors
-        moved, whole = gradients[0] * mixes[0], gradients[0]  # of what μ multiplies, of both
-        for g, mu in zip(gradients[1:], mixes[1:]):
-            moved, whole = torch.addcmul(moved, g, mu), whole + g
-        g_mixes = [(g * d).sum((0, 1)).view_as(mu) for g, mu in zip(gradients, mixes)]
-        of_x, of_previous = (moved, whole - moved) if ctx.present else (whole - moved, moved)
-        if resets is not None:
-            of_previous = of_previous.masked_fill(resets[..., None], 0)
-        of_x[:, :-1] += of_previous[:, 1:]
-        return of_x, of_previous[:, 0].to(ctx.last_dtype), None, None, *g_mixes
+    return [(previous if present else x) + d * mu for mu in mixes]
 
 
 def norm_mix(
