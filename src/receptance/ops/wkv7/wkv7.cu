@@ -293,6 +293,7 @@ DEVICE void forward(byte* memory, const half_bits* r, const half_bits* w, const 
                     const half_bits* a, const half_bits* b, const byte* resets, const float* start, half_bits* y,
                     float* end, half_bits* states, float* units, int T, int H, int chunks, int length, int head,
                     int segment, int segments) {
+  constexpr int TEAMS = MAP ? 3 : 1 + MAKERS;
   typedef Forward<MAKERS> Memory;
   Memory& m = *(Memory*)memory;
   const Lane my;
@@ -365,9 +366,9 @@ DEVICE void forward(byte* memory, const half_bits* r, const half_bits* w, const 
       if (is_mine && step < last) make_tiles(step);
       if (MAKERS == 1) make_chunk_pairs(step);
       else if (!is_mine && step > first) make_chunk_pairs(step - 1);
-      barrier();
+      barrier<TEAMS>();
     }
-    barrier();  // stays until the others have read what it wrote
+    barrier<TEAMS>();  // stays until the others have read what it wrote
     return;
   }
 
@@ -383,7 +384,7 @@ DEVICE void forward(byte* memory, const half_bits* r, const half_bits* w, const 
   if (!MAP) y += place.base + (uint64)(first * L + my.g) * place.stride + warp() * 16 + my.q * 2;
   if (!MAP && states) states += ((uint64)head * chunks + first) * N * N + warp() * 16 * N + lane() * 8;
   note_top(tops[first & 1], state);
-  for (int i = 0; i < MAKERS; ++i) barrier();
+  for (int i = 0; i < MAKERS; ++i) barrier<TEAMS>();
 
   for (int chunk = first; chunk < last; ++chunk) {
     const auto& from = m.chunks[chunk % Memory::SLOTS];
@@ -444,7 +445,7 @@ DEVICE void forward(byte* memory, const half_bits* r, const half_bits* w, const 
     accumulate(state, solved, from.tiles[2]);
     if (!is_map) accumulate(state, values, from.tiles[3]);
     note_top(tops[(chunk + 1) & 1], state);
-    barrier();
+    barrier<TEAMS>();
   }
   scale_columns(state, m.chunks[(last - 1) % Memory::SLOTS].tail, two_to(unit), my);
   write_state(state, end + square, my);
@@ -518,6 +519,7 @@ DEVICE void backward(byte* memory, const half_bits* r, const half_bits* w, const
                      const half_bits* states, const float* units, const float* ends, const float* g_ends,
                      half_bits* gr, half_bits* gw, half_bits* gk, half_bits* gv, half_bits* ga, half_bits* gb,
                      float* g_starts, int T, int H, int chunks, int length, int head, int segment, int segments) {
+  constexpr int TEAMS = MAP ? 2 : 3;
   Backward& m = *(Backward*)memory;
   const Lane my;
   const Place place = place_of(head, T, H, resets);
@@ -589,9 +591,9 @@ DEVICE void backward(byte* memory, const half_bits* r, const half_bits* w, const
       team_barrier(0);
       fetch_chunk(chunk - 2);
       make_pairs(step.pairs[0], m.square, to.tiles[0], two_to(f.a + f.b - 127), documents, my);
-      barrier();
+      barrier<TEAMS>();
     }
-    if (!MAP) barrier();
+    if (!MAP) barrier<TEAMS>();
     return;
   }
 
@@ -610,7 +612,7 @@ DEVICE void backward(byte* memory, const half_bits* r, const half_bits* w, const
       gv += place.base + (uint64)my.g * place.stride + warp() * 16 + my.q * 2;
     }
     note_top(m.state_tops[(last - 1) & 1], g);
-    barrier();
+    barrier<TEAMS>();
 
     for (int chunk = last - 1; chunk >= first; --chunk) {
       auto& from = m.chunks[chunk % 3];
@@ -695,7 +697,7 @@ DEVICE void backward(byte* memory, const half_bits* r, const half_bits* w, const
           for (int i = 0; i < 4; ++i) c[n][i] = v_state[n][i] + through_z[n][i] * erased + through_y[n][i] * given;
         write_tokens(gv + (uint64)chunk * L * place.stride, place.stride, T - chunk * L, c, k_unit * g_unit, my);
       }
-      if (!MAP || chunk > first) barrier();
+      if (!MAP || chunk > first) barrier<TEAMS>();
     }
     scale_columns(g, m.steps[first & 1].mid, two_to(unit), my);
     write_state(g, g_starts + square, my);
@@ -718,8 +720,8 @@ DEVICE void backward(byte* memory, const half_bits* r, const half_bits* w, const
     for (int i = 0; i < 4; ++i)
       if (t + i < T) to[i * place.stride / 2] = written(x + late[i]);
   };
-  barrier();
-  barrier();
+  barrier<TEAMS>();
+  barrier<TEAMS>();
 
   for (int chunk = last - 1; chunk >= first; --chunk) {
     auto& from = m.chunks[chunk % 3];
@@ -793,7 +795,7 @@ DEVICE void backward(byte* memory, const half_bits* r, const half_bits* w, const
     m.sums[warp()][lane()] = sum;
     team_barrier(2);
     finish_decays(chunk);
-    if (chunk > first) barrier();
+    if (chunk > first) barrier<TEAMS>();
   }
 }
 
@@ -868,9 +870,9 @@ wkv7_join(const float* maps, int map_stride, const float* parts, int part_stride
       starts[at * N * N + rows + (row + i) * N + column] = x[i];
       x[i] = parts[at * part_stride + rows + (row + i) * N + column];
     }
-    barrier();
+    barrier<1>();
     for (int j = 0; j < N; ++j)
       for (int i = 0; i < 8; ++i) x[i] += state[row + i][j] * p[j][column];
-    barrier();
+    barrier<1>();
   }
 }
