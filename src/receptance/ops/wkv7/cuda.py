@@ -3,8 +3,8 @@
 A block walks along one row and head. Where batch × heads leave the GPU idle, rows are cut into segments: a first pass
 finds what each segment's inputs write and its linear map S → S P, `wkv7_join` the segments' start states.
 
-Kept for the backward pass, beside the inputs: the state before every 16 tokens, float16 in units of a power of two, and
-the segments' ends and maps.
+Kept for the backward pass, beside the inputs: the state before every 16 tokens, float16 in units of a power of two, their
+triangular inverses, and the segments' ends and maps.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from receptance.ops.custom import custom_operator
 
 HEAD, CHUNK, TEAM = 64, 16, 128  # threads of a team
 # of shared memory
-BYTES = {"FORWARD_BYTES": 77_824, "FORWARD_FEW_BYTES": 96_000, "BACKWARD_BYTES": 207_232, "BACKWARD_MAPS_BYTES": 85_632}
+BYTES = {"FORWARD_BYTES": 77_824, "FORWARD_FEW_BYTES": 96_000, "BACKWARD_BYTES": 207_488, "BACKWARD_MAPS_BYTES": 85_792}
 JOIN_BYTES = 4 * (HEAD * (HEAD + 1) + 16 * HEAD)
 BLOCKS = 264  # that keep a large GPU busy
 ALONE = 132  # of them that have a multiprocessor each
@@ -78,36 +78,38 @@ def _join(
     return starts
 
 
-def _kept(cut: Cut, like: Tensor, is_saving: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for the states before every chunk, their units, and the segments' maps (what inputs write, then P)."""
+def _kept(cut: Cut, like: Tensor, is_saving: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Room for the states before every chunk, their units, the chunks' inverses, the segments' maps (of what inputs
+    write, then P)."""
     heads, n = cut.heads if is_saving else 0, HEAD
     states = like.new_empty((heads, cut.chunks, n, n), dtype=torch.float16)
     maps = like.new_empty((cut.heads if cut.segments > 1 else 0, cut.segments, 2, n, n), dtype=torch.float32)
-    return states, like.new_empty((heads, cut.chunks), dtype=torch.float32), maps
+    inverses = like.new_empty((heads, cut.chunks, CHUNK, CHUNK), dtype=torch.float16)
+    return states, like.new_empty((heads, cut.chunks), dtype=torch.float32), inverses, maps
 
 
 def _forward(
     r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, resets: Tensor | None,
     is_saving: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """y, the end state; the states, units, segments' ends and maps that the backward pass needs."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """y, the end state; the states, units, inverses, segments' ends and maps that the backward pass needs."""
     batch, t, h, n = r.shape
     inputs = r, w, k, v, a, b
     cut, kernels = Cut(batch * h, t, h), program(r.dtype)
     grid, y = (cut.heads, cut.segments), torch.empty_like(v)
-    states, units, maps = _kept(cut, r, is_saving)
+    *saved, maps = _kept(cut, r, is_saving)
     ends = state.new_empty((cut.heads, cut.segments, n, n))
     starts = state
     if cut.segments > 1:
         kernels.wkv7_forward_maps(grid, 3 * TEAM, *inputs, resets, maps, *cut.shape, shared=BYTES["FORWARD_BYTES"])
         starts = _join(kernels, cut, maps, maps, 2, state, reverse=False)
-    keep = (states, units) if is_saving else (None, None)
+    keep = saved if is_saving else (None, None, None)
     if cut.heads * cut.segments <= ALONE:
         walk, threads, shared = kernels.wkv7_forward_few, 3 * TEAM, BYTES["FORWARD_FEW_BYTES"]
     else:
         walk, threads, shared = kernels.wkv7_forward, 2 * TEAM, BYTES["FORWARD_BYTES"]
     walk(grid, threads, *inputs, resets, starts, y, ends, *keep, *cut.shape, shared=shared)
-    return y, ends[:, -1].reshape(state.shape).clone(), states, units, ends, maps
+    return y, ends[:, -1].reshape(state.shape).clone(), *saved, ends, maps
 
 
 def _fake(
@@ -116,9 +118,9 @@ def _fake(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     batch, t, h, n = r.shape
     cut = Cut(batch * h, t, h)
-    states, units, maps = _kept(cut, r, is_saving)
+    *saved, maps = _kept(cut, r, is_saving)
     ends = state.new_empty((cut.heads, cut.segments, n, n))
-    return torch.empty_like(v), torch.empty_like(state), states, units, ends, maps
+    return torch.empty_like(v), torch.empty_like(state), *saved, ends, maps
 
 
 def _backward(
@@ -126,19 +128,19 @@ def _backward(
     kept: tuple[Tensor, ...],
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The gradients of r, w, k, v, a, b and of the start state. That of the end state may be None."""
-    (gy, g_end), (*tensors, state), (resets,), (states, units, ends, maps) = gradients, inputs, others, kept
+    (gy, g_end), (*tensors, state), (resets,), (states, units, inverses, ends, maps) = gradients, inputs, others, kept
     batch, t, h, _ = gy.shape
     cut, kernels = Cut(batch * h, t, h), program(gy.dtype)
     grid, g_ends = (cut.heads, cut.segments), g_end
     if cut.segments > 1:
         parts = torch.empty_like(ends)
         kernels.wkv7_backward_maps(
-            grid, 2 * TEAM, *tensors, gy, resets, parts, *cut.shape, shared=BYTES["BACKWARD_MAPS_BYTES"]
+            grid, 2 * TEAM, *tensors, gy, resets, inverses, parts, *cut.shape, shared=BYTES["BACKWARD_MAPS_BYTES"]
         )  # fmt: skip
         g_ends = _join(kernels, cut, maps, parts, 1, g_end, reverse=True)
     grads, g_starts = [torch.empty_like(x) for x in tensors], torch.empty_like(ends)
     kernels.wkv7_backward(
-        grid, 3 * TEAM, *tensors, gy, resets, states, units, ends, g_ends, *grads, g_starts, *cut.shape,
+        grid, 3 * TEAM, *tensors, gy, resets, states, units, inverses, ends, g_ends, *grads, g_starts, *cut.shape,
         shared=BYTES["BACKWARD_BYTES"],
     )  # fmt: skip
     first = g_starts[:, 0].reshape(state.shape)

@@ -20,7 +20,7 @@ constexpr int SIDE = L + 8, PAIRS = L * SIDE;  // [L × L]
 constexpr float LOG2E = 1.4426950408889634f;
 
 enum { R, W, K, V, A, B, GY };
-enum { T_INVERSE, AK, RB, RK };
+enum { AK, RB, RK, T_INVERSE };  // by the warp that makes it
 
 /// The chunk's place in tensors [batch, T, H, N].
 struct Place {
@@ -145,19 +145,26 @@ DEVICE void mask_documents(Square& c, word resets, bool is_late) {
 DEVICE void keep_lower(word (&x)[4], word diagonal) { x[0] &= diagonal, x[2] = 0, x[3] &= diagonal; }
 DEVICE void keep_upper(word (&x)[4], word diagonal) { x[0] &= diagonal, x[1] = 0, x[3] &= diagonal; }
 
-/// The matrices of a chunk, one a warp, as float16 and all but the inverse in their operands' units. tiles: a', r', b', k'.
-DEVICE void make_pairs(half_bits* pairs, float (&square)[L][L + 4], const half_bits* tiles, float unit, word resets, const Lane& my) {
-  Square c = {};
-  scores(c, tiles + warp() / 2 * TILE, tiles + (2 + warp() % 2) * TILE);
+/// This warp's matrix of a chunk, masked by documents. tiles: a', r', b', k'.
+DEVICE void make_scores(Square& c, const half_bits* tiles, word resets) {
+  scores(c, tiles + (warp() + 1) / 2 % 2 * TILE, tiles + (3 - warp() % 2) * TILE);
   if (resets) mask_documents(c, resets, true);
-  if (warp() != T_INVERSE) {
-    word x[4];
-    as_left(x, c);
-    keep_lower(x, warp() == AK ? my.below : my.upto);
-    half_bits* to = pairs + warp() * PAIRS + my.g * SIDE + my.q * 2;
-    at(to, 0) = x[0], at(to, 8 * SIDE) = x[1], at(to, 8) = x[2], at(to, 8 * SIDE + 8) = x[3];
-    return;
-  }
+}
+/// As float16 in its operands' units; not for the warp of the inverse.
+DEVICE void make_pairs(half_bits* pairs, const half_bits* tiles, word resets, const Lane& my) {
+  Square c = {};
+  make_scores(c, tiles, resets);
+  word x[4];
+  as_left(x, c);
+  keep_lower(x, warp() == AK ? my.below : my.upto);
+  half_bits* to = pairs + warp() * PAIRS + my.g * SIDE + my.q * 2;
+  at(to, 0) = x[0], at(to, 8 * SIDE) = x[1], at(to, 8) = x[2], at(to, 8 * SIDE + 8) = x[3];
+}
+/// The triangular inverse, in units of 1. saved: for the backward pass, or null.
+DEVICE void make_inverse(half_bits* inverse, float (&square)[L][L + 4], const half_bits* tiles, float unit, word resets,
+                         half_bits* saved, const Lane& my) {
+  Square c = {};
+  make_scores(c, tiles, resets);
   for (int n = 0; n < 2; ++n)
     for (int i = 0; i < 4; ++i) square[n * 8 + my.q * 2 + i % 2][my.g + i / 2 * 8] = c[n][i] * unit;
   warp_barrier();
@@ -170,7 +177,10 @@ DEVICE void make_pairs(half_bits* pairs, float (&square)[L][L + 4], const half_b
 #pragma unroll
     for (int i = j + 1; i < L; ++i) x[i] += square[j][i] * x[j];
   if (lane() < L)
-    for (int i = 0; i < L; ++i) pairs[i * SIDE + column] = float_to_half(x[i]);
+    for (int i = 0; i < L; ++i) inverse[i * SIDE + column] = float_to_half(x[i]);
+  if (!saved) return;
+  warp_barrier();
+  ((Quad*)saved)[lane()] = *(const Quad*)(inverse + lane() / 2 * SIDE + lane() % 2 * 8);
 }
 
 /// State rows as operands: [16 × 64], s[j] = columns 8 j … of rows g and g + 8.
@@ -291,7 +301,7 @@ struct Forward {
 template <bool MAP, int MAKERS>
 DEVICE void forward(byte* memory, const half_bits* r, const half_bits* w, const half_bits* k, const half_bits* v,
                     const half_bits* a, const half_bits* b, const byte* resets, const float* start, half_bits* y,
-                    float* end, half_bits* states, float* units, int T, int H, int chunks, int length, int head,
+                    float* end, half_bits* states, float* units, half_bits* inverses, int T, int H, int chunks, int length, int head,
                     int segment, int segments) {
   constexpr int TEAMS = MAP ? 3 : 1 + MAKERS;
   typedef Forward<MAKERS> Memory;
@@ -357,7 +367,12 @@ DEVICE void forward(byte* memory, const half_bits* r, const half_bits* w, const 
         to.scale[thread()] = exp2(to.scale[thread()] + before);
         if (chunk == last - 1) to.tail[thread()] = exp2(to.tail[thread()]);
       }
-      make_pairs(to.pairs[0], m.square, to.tiles[0], two_to(f.a + f.b - 127), f.documents, my);
+      if (warp() != T_INVERSE) {
+        if (!MAP || warp() == AK) make_pairs(to.pairs[0], to.tiles[0], f.documents, my);
+      } else {
+        half_bits* saved = inverses ? inverses + ((uint64)head * chunks + chunk) * L * L : nullptr;
+        make_inverse(to.pairs[T_INVERSE], m.square, to.tiles[0], two_to(f.a + f.b - 127), f.documents, saved, my);
+      }
     };
     fetch_chunk(first + maker);
     if (MAKERS == 1) fetch_chunk(first + 1);
@@ -461,10 +476,10 @@ struct BackwardMaps {
     float s_unit;
   } chunks[3];
   struct alignas(16) {
-    half_bits pairs[4][PAIRS];
+    half_bits pairs[3][PAIRS];
     float scale[N], mid[N];       // decays of the gradient's columns: the later chunk's first half with this one's second; this one's first
   } steps[2];
-  alignas(16) float square[L][L + 4];
+  alignas(16) half_bits inverses[4][PAIRS];  // of those at hand and the next two
   alignas(16) word tops[7][WARPS], state_tops[2][WARPS];  // exponents
 };
 struct Backward : BackwardMaps {
@@ -516,8 +531,8 @@ DEVICE void store_transposed(half_bits* tile, const word (&x)[4], const Lane& my
 template <bool MAP>
 DEVICE void backward(byte* memory, const half_bits* r, const half_bits* w, const half_bits* k, const half_bits* v,
                      const half_bits* a, const half_bits* b, const half_bits* gy, const byte* resets,
-                     const half_bits* states, const float* units, const float* ends, const float* g_ends,
-                     half_bits* gr, half_bits* gw, half_bits* gk, half_bits* gv, half_bits* ga, half_bits* gb,
+                     const half_bits* states, const float* units, const half_bits* inverses, const float* ends,
+                     const float* g_ends, half_bits* gr, half_bits* gw, half_bits* gk, half_bits* gv, half_bits* ga, half_bits* gb,
                      float* g_starts, int T, int H, int chunks, int length, int head, int segment, int segments) {
   constexpr int TEAMS = MAP ? 2 : 3;
   Backward& m = *(Backward*)memory;
@@ -539,6 +554,8 @@ DEVICE void backward(byte* memory, const half_bits* r, const half_bits* w, const
         half_bits* to = m.s[chunk % 5] + thread() / 8 * ROW + thread() % 8 * 8;
         for (int i = 0; i < 4; ++i) copy_async(to + i * 16 * ROW, from + i * 16 * N, true);
       }
+      if (ok && warp() == T_INVERSE)
+        copy_async(m.inverses[chunk & 3] + lane() / 2 * SIDE + lane() % 2 * 8, inverses + (states_before + chunk) * L * L + lane() * 8, true);
       commit_copies();
       flag = next_flag, next_flag = ok && reset_flag(place, chunk);
       s_unit = next_unit;
@@ -590,7 +607,7 @@ DEVICE void backward(byte* memory, const half_bits* r, const half_bits* w, const
       }
       team_barrier(0);
       fetch_chunk(chunk - 2);
-      make_pairs(step.pairs[0], m.square, to.tiles[0], two_to(f.a + f.b - 127), documents, my);
+      if (MAP ? warp() == RB : warp() != T_INVERSE) make_pairs(step.pairs[0], to.tiles[0], documents, my);
       barrier<TEAMS>();
     }
     if (!MAP) barrier<TEAMS>();
@@ -637,7 +654,7 @@ DEVICE void backward(byte* memory, const half_bits* r, const half_bits* w, const
       if (f.documents) mask_columns(z_state, f.documents, closes);
       combine(c, given, z_state);
       as_left(solved, c);
-      load_right(x, step.pairs[T_INVERSE], SIDE);
+      load_right(x, m.inverses[chunk & 3], SIDE);
       multiply(z, solved, x);
       if (f.documents)
         for (int j = 0; j < 8; ++j)
@@ -681,7 +698,7 @@ DEVICE void backward(byte* memory, const half_bits* r, const half_bits* w, const
         if (f.documents) mask_columns(u_state, f.documents, opens);
         combine(q, k_unit * v_unit / s_unit, u_state);
         as_left(solved, q);
-        load_right_transposed(x, step.pairs[T_INVERSE], SIDE);
+        load_right_transposed(x, m.inverses[chunk & 3], SIDE);
         multiply(u, solved, x);
         as_left(solved, u);
         store_transposed(to.solved[1], solved, my);
@@ -808,42 +825,42 @@ static_assert(sizeof(BackwardMaps) <= BACKWARD_MAPS_BYTES, "shared memory");
 
 /// Grid (heads, segments).
 extern "C" __global__ void __launch_bounds__(256, 2)
-wkv7_forward(INPUTS, const byte* resets, const float* starts, half_bits* y, float* ends, half_bits* states, float* units, SHAPE) {
+wkv7_forward(INPUTS, const byte* resets, const float* starts, half_bits* y, float* ends, half_bits* states, float* units, half_bits* inverses, SHAPE) {
   byte* memory = (byte*)dynamic_shared();
-  forward<false, 1>(memory, r, w, k, v, a, b, resets, starts, y, ends, states, units, T, H, chunks, length, blockIdx.x,
-                    blockIdx.y, gridDim.y);
+  forward<false, 1>(memory, r, w, k, v, a, b, resets, starts, y, ends, states, units, inverses, T, H, chunks, length,
+                    blockIdx.x, blockIdx.y, gridDim.y);
 }
 
 /// The same for at most as many blocks as there are multiprocessors.
 extern "C" __global__ void __launch_bounds__(384, 1)
-wkv7_forward_few(INPUTS, const byte* resets, const float* starts, half_bits* y, float* ends, half_bits* states, float* units, SHAPE) {
+wkv7_forward_few(INPUTS, const byte* resets, const float* starts, half_bits* y, float* ends, half_bits* states, float* units, half_bits* inverses, SHAPE) {
   byte* memory = (byte*)dynamic_shared();
-  forward<false, 2>(memory, r, w, k, v, a, b, resets, starts, y, ends, states, units, T, H, chunks, length, blockIdx.x,
-                    blockIdx.y, gridDim.y);
+  forward<false, 2>(memory, r, w, k, v, a, b, resets, starts, y, ends, states, units, inverses, T, H, chunks, length,
+                    blockIdx.x, blockIdx.y, gridDim.y);
 }
 
 /// Grid (heads, segments); maps [heads, segments, 2, N, N]: what inputs write, then the map S → S P.
 extern "C" __global__ void __launch_bounds__(384, 2)
 wkv7_forward_maps(INPUTS, const byte* resets, float* maps, SHAPE) {
   byte* memory = (byte*)dynamic_shared();
-  forward<true, 1>(memory, r, w, k, v, a, b, resets, nullptr, nullptr, maps, nullptr, nullptr, T, H, chunks, length,
-                blockIdx.x, blockIdx.y, gridDim.y);
+  forward<true, 1>(memory, r, w, k, v, a, b, resets, nullptr, nullptr, maps, nullptr, nullptr, nullptr, T, H, chunks, length,
+                   blockIdx.x, blockIdx.y, gridDim.y);
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1)
 wkv7_backward(INPUTS, const half_bits* gy, const byte* resets, const half_bits* states, const float* units,
-              const float* ends, const float* g_ends, half_bits* gr, half_bits* gw, half_bits* gk, half_bits* gv,
+              const half_bits* inverses, const float* ends, const float* g_ends, half_bits* gr, half_bits* gw, half_bits* gk, half_bits* gv,
               half_bits* ga, half_bits* gb, float* g_starts, SHAPE) {
   byte* memory = (byte*)dynamic_shared();
-  backward<false>(memory, r, w, k, v, a, b, gy, resets, states, units, ends, g_ends, gr, gw, gk, gv, ga, gb, g_starts,
-                  T, H, chunks, length, blockIdx.x, blockIdx.y, gridDim.y);
+  backward<false>(memory, r, w, k, v, a, b, gy, resets, states, units, inverses, ends, g_ends, gr, gw, gk, gv, ga, gb,
+                  g_starts, T, H, chunks, length, blockIdx.x, blockIdx.y, gridDim.y);
 }
 
 extern "C" __global__ void __launch_bounds__(256, 1)
-wkv7_backward_maps(INPUTS, const half_bits* gy, const byte* resets, float* g_starts, SHAPE) {
+wkv7_backward_maps(INPUTS, const half_bits* gy, const byte* resets, const half_bits* inverses, float* g_starts, SHAPE) {
   byte* memory = (byte*)dynamic_shared();
-  backward<true>(memory, r, w, k, v, a, b, gy, resets, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr,
-                 nullptr, nullptr, nullptr, g_starts, T, H, chunks, length, blockIdx.x, blockIdx.y, gridDim.y);
+  backward<true>(memory, r, w, k, v, a, b, gy, resets, nullptr, nullptr, inverses, nullptr, nullptr, nullptr, nullptr,
+                 nullptr, nullptr, nullptr, nullptr, g_starts, T, H, chunks, length, blockIdx.x, blockIdx.y, gridDim.y);
 }
 
 /// Grid (heads, 4): rows of the state. Every segment's start: starts[0] = first, then state → state · P + part, where P
