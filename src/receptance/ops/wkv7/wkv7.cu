@@ -271,6 +271,12 @@ DEVICE void set_identity(float (&c)[8][4], const Lane& my, float one = 1) {
   for (int j = 0; j < 8; ++j)
     for (int i = 0; i < 4; ++i) c[j][i] = warp() * 16 + my.g + i / 2 * 8 == j * 8 + my.q * 2 + i % 2 ? one : 0;
 }
+/// This warp's 16 rows of a state, from shared to global memory.
+DEVICE void copy_rows(half_bits* to, const half_bits* rows) {
+  Quad x[4];
+  for (int i = 0; i < 4; ++i) x[i] = *(const Quad*)(rows + (i * 4 + lane() / 8) * ROW + lane() % 8 * 8);
+  for (int i = 0; i < 4; ++i) ((Quad*)to)[i * 32 + lane()] = x[i];
+}
 /// [L × 16] to this warp's columns of a tensor; `to`: at this lane's first element.
 DEVICE void write_tokens(half_bits* to, int stride, int left, const Square& c, float unit, const Lane& my) {
   for (int i = 0; i < 2; ++i)
@@ -309,7 +315,7 @@ struct Forward {
 /// Chunks from `first` to before `last` of one head. MAP: nothing but, for each piece, what the inputs write (from a zero
 /// state) by the second team, and the linear map (from the identity, without v) by the third; `end` holds all of the head's.
 /// MAKERS: teams that prepare chunks; of two, the third team is the other one, and each takes two steps for its chunks:
-/// tiles, then pairs. That is faster where a block has a multiprocessor for itself.
+/// tiles, then pairs, and takes the last state to global memory. That is faster where a block has a multiprocessor for itself.
 template <bool MAP, int MAKERS>
 DEVICE void forward(byte* memory, const half_bits* r, const half_bits* w, const half_bits* k, const half_bits* v,
                     const half_bits* a, const half_bits* b, const byte* resets, const float* start, half_bits* y,
@@ -322,6 +328,7 @@ DEVICE void forward(byte* memory, const half_bits* r, const half_bits* w, const 
   const Place place = place_of(head, T, H, resets);
   const half_bits* inputs[6] = {r, w, k, v, a, b};
   int cut = MAP ? cuts.end(first) : last;
+  if (!MAP && states) states += (uint64)head * chunks * N * N + warp() * 16 * N;
 
   if (team() == 0 || (MAKERS == 2 && team() == 2)) {
     const int maker = team() / 2;
@@ -390,16 +397,24 @@ DEVICE void forward(byte* memory, const half_bits* r, const half_bits* w, const 
         make_inverse(to.pairs[T_INVERSE], m.square, to.tiles[0], two_to(f.a + f.b - 127), f.documents, saved, my);
       }
     };
+    const auto save_state = [&](int chunk) {
+      if (MAKERS == 2 && states && chunk >= first) copy_rows(states + (uint64)chunk * N * N, m.s[chunk & 1][warp()]);
+    };
     fetch_chunk(first + maker);
     if (MAKERS == 1) fetch_chunk(first + 1);
     for (int step = first; step < last + MAKERS - 1; ++step) {
       const bool is_mine = MAKERS == 1 || ((step - first) & 1) == maker;
       if (is_mine && step < last) make_tiles(step);
       if (MAKERS == 1) make_chunk_pairs(step);
-      else if (!is_mine && step > first) make_chunk_pairs(step - 1);
+      else if (!is_mine && step > first) {
+        save_state(step - 3);
+        make_chunk_pairs(step - 1);
+      }
       barrier<TEAMS>();
     }
+    if (maker == 0) save_state(last - 2);
     barrier<TEAMS>();  // stays until the others have read what it wrote
+    if (maker == 1) save_state(last - 1);
     return;
   }
 
@@ -410,7 +425,6 @@ DEVICE void forward(byte* memory, const half_bits* r, const half_bits* w, const 
   if (!MAP) read_state(state, start, my);
   if (is_map) set_identity(state, my);
   if (!MAP) y += place.base + (uint64)(first * L + my.g) * place.stride + warp() * 16 + my.q * 2;
-  if (!MAP && states) states += ((uint64)head * chunks + first) * N * N + warp() * 16 * N + lane() * 8;
   note_top(tops[first & 1], state);
   for (int i = 0; i < MAKERS; ++i) barrier<TEAMS>();
 
@@ -429,10 +443,10 @@ DEVICE void forward(byte* memory, const half_bits* r, const half_bits* w, const 
       half_bits* out = m.s[chunk & 1][warp()];
       for (int j = 0; j < 8; ++j)
         for (int i = 0; i < 2; ++i) at(out, (my.g + i * 8) * ROW + j * 8 + my.q * 2) = s[j][i];
-      warp_barrier();
-      for (int i = 0; i < 4; ++i)
-        *(Quad*)(states + i * 4 * N) = *(const Quad*)(out + (i * 4 + lane() / 8) * ROW + lane() % 8 * 8);
-      states += N * N;
+      if (MAKERS == 1) {
+        warp_barrier();
+        copy_rows(states + (uint64)chunk * N * N, out);
+      }
       if (thread() == 0) units[(uint64)head * chunks + chunk] = two_to(unit);
     }
 
@@ -926,32 +940,43 @@ wkv7_join(const float* maps, const float* parts, const float* first, float* star
   const Cuts cuts = {length, piece};
   const int column = thread() % N, row = thread() / N * 8, late = (chunks - 1) / length * length;
   const uint64 head = blockIdx.x, rows = blockIdx.y * 16ull * N, pieces = cuts.number(chunks - 1) + 1;
-  float x[8];
+  float x[8], next[N * N / 128];
+  const auto begin_of = [&](int at) { return reverse ? cuts.begin(at - 1) : at; };
+  const auto fetch_map = [&](int begin) {
+    const float* from = (reverse && begin >= late ? parts : maps) + ((head * pieces + cuts.number(begin)) * 2 + 1) * N * N;
+    for (int i = 0; i < N * N / 128; ++i) next[i] = from[i * 128 + thread()];
+  };
+  const int stop = reverse ? length : late;
+  int at = reverse ? chunks : 0;
   for (int i = 0; i < 8; ++i) x[i] = first ? first[head * N * N + rows + (row + i) * N + column] : 0;
-  for (int at = reverse ? chunks : 0;;) {
+  fetch_map(begin_of(at));
+  for (;;) {
     if (at % length == 0 || at == chunks) {
       const int segment = reverse ? (at - 1) / length : at / length;
       for (int i = 0; i < 8; ++i)
         starts[(head * (late / length + 1) + segment) * N * N + rows + (row + i) * N + column] = x[i];
     }
-    if (at == (reverse ? length : late)) return;
-    const int begin = reverse ? cuts.begin(at - 1) : at;
-    const float* part = parts + (head * pieces + cuts.number(begin)) * 2 * N * N;
-    const float* map = maps + (part - parts) + N * N;
-    if (reverse && begin >= late) map = part + N * N;  // Pᵀ
-    for (int i = thread(); i < N * N; i += 128) {
-      const float value = map[i];
-      if (reverse && begin < late) p[i % N][i / N] = value;
-      else p[i / N][i % N] = value;
+    if (at == stop) return;
+    const int begin = begin_of(at);
+    const bool turns = reverse && begin < late;  // later ones are Pᵀ
+    for (int i = 0; i < N * N / 128; ++i) {
+      const int p_row = 2 * i + thread() / N;
+      (turns ? p[column][p_row] : p[p_row][column]) = next[i];
     }
+    const float* part = parts + (head * pieces + cuts.number(begin)) * 2 * N * N + rows;
     for (int i = 0; i < 8; ++i) {
       state[row + i][column] = x[i];
-      x[i] = part[rows + (row + i) * N + column];
+      x[i] = part[(row + i) * N + column];
     }
-    barrier<1>();
-    for (int j = 0; j < N; ++j)
-      for (int i = 0; i < 8; ++i) x[i] += state[row + i][j] * p[j][column];
-    barrier<1>();
     at = reverse ? begin : cuts.end(at);
+    barrier<1>();
+    if (at != stop) fetch_map(begin_of(at));
+    for (int j = 0; j < N; j += 4)
+      for (int i = 0; i < 8; ++i) {
+        const Quad y = *(const Quad*)&state[row + i][j];
+        x[i] += as_float(y.x) * p[j][column] + as_float(y.y) * p[j + 1][column];
+        x[i] += as_float(y.z) * p[j + 2][column] + as_float(y.w) * p[j + 3][column];
+      }
+    barrier<1>();
   }
 }
