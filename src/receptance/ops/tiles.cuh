@@ -19,10 +19,11 @@ typedef u64 uint64;
 #ifndef EMULATED
 /// Of one team of four warps: threads 128 · team …
 DEVICE void team_barrier(int team) { asm volatile("bar.sync %0, 128;" ::"r"(team + 1) : "memory"); }
-/// Of a block of so many teams, which may come to it from different lines; __syncthreads is for all at one line.
+/// Of a block of so many teams, which may come to it from different lines: __syncthreads and bar.sync, which is
+/// barrier.sync.aligned, are for all at one line.
 template <int TEAMS>
 DEVICE void barrier() {
-  asm volatile("bar.sync 0, %0;" ::"n"(128 * TEAMS) : "memory");
+  asm volatile("barrier.sync 0, %0;" ::"n"(128 * TEAMS) : "memory");
 }
 DEVICE void await_all_but_one() { asm volatile("cp.async.wait_group 1;" ::: "memory"); }  // of the committed groups
 DEVICE word largest_of_warp(word x) { return __reduce_max_sync(0xffffffffu, x); }
