@@ -11,7 +11,8 @@
 // of two that each chunk chooses: x = x.unit · x̂. A chunk of 16 keeps decays within e^±4.9, because log w ≥ -0.6066.
 //
 // Teams of four warps work on neighbouring chunks at the same time, one barrier a step: the first prepares tiles and the
-// [L × L] matrices, the second carries the state (or its gradient) on, the third makes the gradients.
+// [L × L] matrices, the second carries the state (or its gradient) on, the third makes the gradients. Where a block has a
+// multiprocessor to itself, the forward pass has four: two that prepare, in turns, and one that makes y.
 #include "tiles.cuh"
 
 constexpr int N = 64, L = 16, WARPS = 4;
@@ -332,8 +333,8 @@ struct Forward {
 
 /// Chunks from `first` to before `last` of one head. MAP: nothing but, for each piece, what the inputs write (from a zero
 /// state) by the second team, and the linear map (from the identity, without v) by the third; `end` holds all of the head's.
-/// MAKERS: teams that prepare chunks; of two, the third team is the other one, a fourth makes y, and makers take two steps:
-/// tiles, then pairs, and takes the last state to global memory. That is faster where a block has a multiprocessor for itself.
+/// MAKERS: teams that prepare chunks. Of two, each takes two steps, tiles, then pairs, and takes a state to global memory
+/// meanwhile; a team of its own makes y. That is faster where a block has a multiprocessor for itself.
 template <bool MAP, int MAKERS>
 DEVICE void forward(byte* memory, const half_bits* r, const half_bits* w, const half_bits* k, const half_bits* v,
                     const half_bits* a, const half_bits* b, const byte* resets, const float* start, half_bits* y,
