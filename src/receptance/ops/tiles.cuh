@@ -19,8 +19,8 @@ typedef u64 uint64;
 #ifndef EMULATED
 /// Of one team of four warps: threads 128 · team …
 DEVICE void team_barrier(int team) { asm volatile("bar.sync %0, 128;" ::"r"(team + 1) : "memory"); }
-/// Of a block of so many teams, which may come to it from different lines: __syncthreads and bar.sync, which is
-/// barrier.sync.aligned, are for all at one line.
+/// Of a block of so many teams, which may come to it from different lines. __syncthreads is for all at one, and synccheck
+/// asks as much of bar.sync, which is barrier.sync.aligned.
 template <int TEAMS>
 DEVICE void barrier() {
   asm volatile("barrier.sync 0, %0;" ::"n"(128 * TEAMS) : "memory");

@@ -20,12 +20,7 @@ from receptance.ops.custom import custom_operator
 
 HEAD, CHUNK, TEAM = 64, 16, 128  # threads of a team
 # of shared memory
-BYTES = {
-    "FORWARD_BYTES": 81_920,
-    "FORWARD_FEW_BYTES": 112_192,
-    "BACKWARD_BYTES": 207_520,
-    "BACKWARD_MAPS_BYTES": 85_824,
-}
+BYTES = {"FORWARD_BYTES": 77_824, "FORWARD_FEW_BYTES": 96_000, "BACKWARD_BYTES": 207_520, "BACKWARD_MAPS_BYTES": 85_824}
 JOIN_BYTES = 4 * (HEAD * (HEAD + 1) + 16 * HEAD)
 ALONE = 132  # blocks that have a multiprocessor of a large GPU each
 MIN_SEGMENT = 8  # chunks
@@ -114,7 +109,7 @@ def _forward(
         starts = _join(kernels, cut, maps, maps, state, reverse=False)
     keep = (states, units, inverses) if is_saving else (None, None, None)
     if cut.heads * cut.segments <= ALONE:
-        walk, threads, shared = kernels.wkv7_forward_few, 4 * TEAM, BYTES["FORWARD_FEW_BYTES"]
+        walk, threads, shared = kernels.wkv7_forward_few, 3 * TEAM, BYTES["FORWARD_FEW_BYTES"]
     else:
         walk, threads, shared = kernels.wkv7_forward, 2 * TEAM, BYTES["FORWARD_BYTES"]
     walk(grid, threads, *inputs, resets, starts, y, ends, *keep, *cut.shape, shared=shared)

@@ -11,8 +11,7 @@
 // of two that each chunk chooses: x = x.unit · x̂. A chunk of 16 keeps decays within e^±4.9, because log w ≥ -0.6066.
 //
 // Teams of four warps work on neighbouring chunks at the same time, one barrier a step: the first prepares tiles and the
-// [L × L] matrices, the second carries the state (or its gradient) on, the third makes the gradients. Where a block has a
-// multiprocessor to itself, the forward pass has four: two that prepare, in turns, and one that makes y.
+// [L × L] matrices, the second carries the state (or its gradient) on, the third makes the gradients.
 #include "tiles.cuh"
 
 constexpr int N = 64, L = 16, WARPS = 4;
@@ -298,25 +297,9 @@ DEVICE int unit_of_state(const word* tops, int unit, int added) {
   return unit_exponent((int)(a > b ? a : b) + unit - 127, added);
 }
 
-/// y of a chunk: what is read out of the state, u (`solved`) and v.
-DEVICE void write_outputs(half_bits* y, int stride, int left, Square& read_out, const half_bits* pairs, const word (&solved)[4],
-                          const word (&values)[4], const Facts& f, int unit, const Lane& my) {
-  const float added = two_to(f.k + f.v - unit), erased = two_to(f.a + f.b - 127 + 4);
-  word x[4];
-  Square through_u = {}, through_v = {};
-  load_left(x, pairs + RB * PAIRS, SIDE);
-  multiply_by_left(through_u, x, solved);
-  load_left(x, pairs + RK * PAIRS, SIDE);
-  multiply_by_left(through_v, x, values);
-  if (f.documents) mask_rows<2>(read_out, f.documents, opens);
-  for (int n = 0; n < 2; ++n)
-    for (int i = 0; i < 4; ++i) read_out[n][i] += through_u[n][i] * erased + through_v[n][i] * added;
-  write_tokens(y, stride, left, read_out, two_to(f.r + unit - 127), my);
-}
-
 template <int MAKERS>
 struct Forward {
-  static constexpr int SLOTS = 2 * MAKERS;
+  static constexpr int SLOTS = MAKERS + 1;
   half_bits raw[2][6][TILE];  // of the chunk at hand and the next
   struct alignas(16) {
     half_bits tiles[5][TILE];  // a', r', b', k', v
@@ -325,22 +308,20 @@ struct Forward {
     Facts facts;
   } chunks[SLOTS];
   alignas(16) half_bits s[2][WARPS][16 * ROW];  // states on their way out
-  Quad solved[2][WARPS][32];                    // u, as the team of the state has it
-  int unit[2];                                  // of the state
   alignas(16) float square[L][L + 4];
   alignas(16) word tops[7][WARPS], state_tops[2][2][WARPS];  // exponents
 };
 
 /// Chunks from `first` to before `last` of one head. MAP: nothing but, for each piece, what the inputs write (from a zero
 /// state) by the second team, and the linear map (from the identity, without v) by the third; `end` holds all of the head's.
-/// MAKERS: teams that prepare chunks. Of two, each takes two steps, tiles, then pairs, and takes a state to global memory
-/// meanwhile; a team of its own makes y. That is faster where a block has a multiprocessor for itself.
+/// MAKERS: teams that prepare chunks; of two, the third team is the other one, and each takes two steps for its chunks:
+/// tiles, then pairs, and takes the last state to global memory. That is faster where a block has a multiprocessor for itself.
 template <bool MAP, int MAKERS>
 DEVICE void forward(byte* memory, const half_bits* r, const half_bits* w, const half_bits* k, const half_bits* v,
                     const half_bits* a, const half_bits* b, const byte* resets, const float* start, half_bits* y,
                     float* end, half_bits* states, float* units, half_bits* inverses, int T, int H, int chunks, int head,
                     int first, int last, const Cuts& cuts) {
-  constexpr int TEAMS = MAP ? 3 : 2 * MAKERS;
+  constexpr int TEAMS = MAP ? 3 : 1 + MAKERS;
   typedef Forward<MAKERS> Memory;
   Memory& m = *(Memory*)memory;
   const Lane my;
@@ -437,36 +418,13 @@ DEVICE void forward(byte* memory, const half_bits* r, const half_bits* w, const 
     return;
   }
 
-  if (!MAP) y += place.base + (uint64)(first * L + my.g) * place.stride + warp() * 16 + my.q * 2;
-  if (MAKERS == 2 && team() == 3) {
-    for (int i = 0; i < 3; ++i) barrier<TEAMS>();
-    for (int chunk = first; chunk < last; ++chunk) {
-      const auto& from = m.chunks[chunk % Memory::SLOTS];
-      State s;
-      for (int i = 0; i < 4; ++i) {
-        word x[4];
-        load_left(x, m.s[chunk & 1][warp()] + 16 * i, ROW);
-        s[2 * i][0] = x[0], s[2 * i][1] = x[1], s[2 * i + 1][0] = x[2], s[2 * i + 1][1] = x[3];
-      }
-      Square read_out = {};
-      times_state(read_out, from.tiles[1], s);
-      word values[4];
-      load_left_transposed(values, from.tiles[4] + warp() * 16, ROW);
-      const Quad u = m.solved[chunk & 1][warp()][lane()];
-      const word solved[4] = {u.x, u.y, u.z, u.w};
-      write_outputs(y, place.stride, T - chunk * L, read_out, from.pairs[0], solved, values, from.facts, m.unit[chunk & 1], my);
-      y += L * place.stride;
-      if (chunk + 1 < last) barrier<TEAMS>();
-    }
-    return;
-  }
-
   const bool is_map = MAP && team() == 2;
   word(&tops)[2][WARPS] = m.state_tops[team() - 1];
   float state[8][4] = {};  // in units of 2^unit, its columns not yet decayed by the second half of the last chunk
   int unit = 127;
   if (!MAP) read_state(state, start, my);
   if (is_map) set_identity(state, my);
+  if (!MAP) y += place.base + (uint64)(first * L + my.g) * place.stride + warp() * 16 + my.q * 2;
   note_top(tops[first & 1], state);
   for (int i = 0; i < MAKERS; ++i) barrier<TEAMS>();
 
@@ -480,8 +438,8 @@ DEVICE void forward(byte* memory, const half_bits* r, const half_bits* w, const 
     pack_state(s, state);
     Square from_state = {}, read_out = {};
     state_times(from_state, s, from.tiles[0]);
-    if (!MAP && MAKERS == 1) times_state(read_out, from.tiles[1], s);
-    if (!MAP && (MAKERS == 2 || states)) {
+    if (!MAP) times_state(read_out, from.tiles[1], s);
+    if (!MAP && states) {
       half_bits* out = m.s[chunk & 1][warp()];
       for (int j = 0; j < 8; ++j)
         for (int i = 0; i < 2; ++i) at(out, (my.g + i * 8) * ROW + j * 8 + my.q * 2) = s[j][i];
@@ -489,8 +447,7 @@ DEVICE void forward(byte* memory, const half_bits* r, const half_bits* w, const 
         warp_barrier();
         copy_rows(states + (uint64)chunk * N * N, out);
       }
-      if (thread() == 0 && states) units[(uint64)head * chunks + chunk] = two_to(unit);
-      if (thread() == 0) m.unit[chunk & 1] = unit;
+      if (thread() == 0) units[(uint64)head * chunks + chunk] = two_to(unit);
     }
 
     // u is in units of 16 · a's · the state's: no sum of 64 products overflows float16
@@ -507,12 +464,16 @@ DEVICE void forward(byte* memory, const half_bits* r, const half_bits* w, const 
     multiply(u, solved, x);
     if (!MAP) {
       as_left(solved, u);
-      if (MAKERS == 1) {
-        write_outputs(y, place.stride, T - chunk * L, read_out, from.pairs[0], solved, values, f, unit, my);
-        y += L * place.stride;
-      } else {
-        m.solved[chunk & 1][warp()][lane()] = {solved[0], solved[1], solved[2], solved[3]};
-      }
+      Square through_u = {}, through_v = {};
+      load_left(x, from.pairs[RB], SIDE);
+      multiply_by_left(through_u, x, solved);
+      load_left(x, from.pairs[RK], SIDE);
+      multiply_by_left(through_v, x, values);
+      if (f.documents) mask_rows<2>(read_out, f.documents, opens);
+      for (int n = 0; n < 2; ++n)
+        for (int i = 0; i < 4; ++i) c[n][i] = read_out[n][i] + through_u[n][i] * erased + through_v[n][i] * added;
+      write_tokens(y, place.stride, T - chunk * L, c, two_to(f.r + unit - 127), my);
+      y += L * place.stride;
     }
     as_left(solved, u, erased);
     const word share = pack(added, added);
@@ -904,8 +865,7 @@ DEVICE void backward(byte* memory, const half_bits* r, const half_bits* w, const
   }
 }
 
-static_assert(sizeof(Forward<1>) <= FORWARD_BYTES, "shared memory");
-static_assert(sizeof(Forward<2>) <= FORWARD_FEW_BYTES, "shared memory");
+static_assert(sizeof(Forward<1>) <= FORWARD_BYTES && sizeof(Forward<2>) <= FORWARD_FEW_BYTES, "shared memory");
 static_assert(sizeof(Backward) <= BACKWARD_BYTES, "shared memory");
 static_assert(sizeof(BackwardMaps) <= BACKWARD_MAPS_BYTES, "shared memory");
 
@@ -929,7 +889,7 @@ wkv7_forward(INPUTS, const byte* resets, const float* starts, half_bits* y, floa
 }
 
 /// The same for at most as many blocks as there are multiprocessors.
-extern "C" __global__ void __launch_bounds__(512, 1)
+extern "C" __global__ void __launch_bounds__(384, 1)
 wkv7_forward_few(INPUTS, const byte* resets, const float* starts, half_bits* y, float* ends, half_bits* states, float* units, half_bits* inverses, SHAPE) {
   const Segment my(chunks, length);
   forward<false, 2>((byte*)dynamic_shared(), r, w, k, v, a, b, resets, starts + my.square, y, ends + my.square, states, units,
