@@ -67,4 +67,5 @@ def _convert(kind: object, value: object, where: str) -> object:
         return float(value)
     if isinstance(kind, type) and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
         return value
-    raise ConfigError(f"{where}: expected {getattr(kind, '__name__', kind)}, found {value!r}")
+    expected = 'a list, as in ["x"]' if origin is tuple else getattr(kind, "__name__", kind)
+    raise ConfigError(f"{where}: expected {expected}, found {value!r}")

@@ -117,6 +117,7 @@ def test_overrides_and_errors_of_the_configuration(tmp_path):
         ("run.seed=-1", r"run\.seed = -1 is out of range"),
         ("data.repeat=[0]", r"data\.repeat = \(0,\) is out of range"),
         ("data.train=[]", "nothing to train on"),
+        ("data.train=y.txt", r"data\.train: expected a list, as in \[\"x\"\], found 'y\.txt'"),
     ]:
         with pytest.raises(ConfigError, match=message):
             read_config(path, [override])

@@ -22,7 +22,37 @@ def test_a_row_that_is_not_finite_is_still_json(tmp_path):
     log.write({"step": 2, "loss": 2.5})
     rows = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert rows == [{"step": 1, "loss": None}, {"step": 2, "loss": 2.5}]
-    assert Log(tmp_path / "log.jsonl", 1).rows == [{"step": 1, "loss": None}]
+    (row,) = Log(tmp_path / "log.jsonl", 1).rows
+    assert math.isnan(row["loss"])
+
+
+def test_rows_that_find_the_disk_full_are_written_with_a_later_one(tmp_path):
+    path, messages = tmp_path / "log.jsonl", []
+    log = Log(path, 0, message=messages.append)
+    log.write({"step": 1})
+    path.rename(tmp_path / "aside")
+    path.mkdir()  # nothing can be written here
+    log.write({"step": 2})
+    log.write({"step": 3})
+    path.rmdir()
+    (tmp_path / "aside").rename(path)
+    with open(path, "a") as file:
+        file.write('{"st')  # what a full disk still took
+    log.write({"step": 4})
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
+    (message,) = messages
+    assert "log.jsonl: could not be written" in message
+
+
+def test_the_log_is_never_half_rewritten(tmp_path, monkeypatch):
+    log = Log(tmp_path / "log.jsonl", 0)
+    for step in (1, 2, 3):
+        log.write({"step": step})
+    before = (tmp_path / "log.jsonl").read_text()
+    monkeypatch.setattr("os.replace", lambda *_: pytest.fail("killed"))
+    with pytest.raises(pytest.fail.Exception):
+        Log(tmp_path / "log.jsonl", 2)
+    assert (tmp_path / "log.jsonl").read_text() == before
 
 
 @pytest.mark.parametrize(
@@ -34,6 +64,8 @@ def test_a_row_that_is_not_finite_is_still_json(tmp_path):
         ([3, 1, 2], False),
         ([3, 1, 2, 0.9], False),
         ([1, 1], False),
+        ([1, math.nan, math.nan], True),
+        ([math.nan, 2, 1], False),
     ],
 )
 def test_a_run_stops_after_as_many_looks_without_improvement_as_allowed(tmp_path, looks, stops):
@@ -43,6 +75,7 @@ def test_a_run_stops_after_as_many_looks_without_improvement_as_allowed(tmp_path
         log.write({"step": 10 * i, "loss": 1.0})
         log.write({"step": 10 * i, "held_bits_per_byte": value})
     assert should_stop(run, log) is stops
+    assert should_stop(run, Log(log.path, 1000)) is stops  # as a resumed run reads it
 
 
 def test_an_early_stop_leaves_a_model_and_stays_stopped(tmp_path):

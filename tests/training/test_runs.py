@@ -96,6 +96,27 @@ def test_another_configuration_does_not_touch_a_run(tmp_path):
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == before
 
 
+def test_a_finished_run_is_not_replaced_by_another_when_its_checkpoints_are_gone(tmp_path):
+    train(configure(tmp_path), Listener())
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(ConfigError, match=r"optim\.lr = 0\.003.*0\.01"):
+        train(configure(tmp_path, "optim.lr=1e-2"), Listener())
+
+
+@pytest.mark.parametrize("name", ["data", "tokenizer", "config.json", "model", "log.jsonl"])
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path, name):
+    """`--out .` beside one's own folder data, or a run in a model's folder."""
+    mine = tmp_path / "run" / name
+    if "." not in name:
+        mine.mkdir(parents=True)
+        mine /= "mine.json"
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text('{"vocab_size": 1}')
+    with pytest.raises(ConfigError, match=f"holds {name}, which is not a run's; choose another run.out"):
+        set_up(configure(tmp_path), Listener())
+    assert mine.read_text() == '{"vocab_size": 1}'
+
+
 def test_text_prepared_for_other_settings_is_not_reused(tmp_path):
     set_up(configure(tmp_path), Listener())
     (tmp_path / "other.txt").write_text("Something else entirely. " * 200)

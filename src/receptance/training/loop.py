@@ -1,6 +1,7 @@
 """One training run: a pure function of its configuration and data, interruptible at any moment."""
 
 import json
+import os
 import shutil
 import time
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from receptance.atomic import replacing
 from receptance.baselines import BASELINES, RNN, fit_budget, save_baseline
 from receptance.checkpoint import load, save
 from receptance.data import BinIdx, documents
@@ -47,6 +49,8 @@ from receptance.training.report import (
 from receptance.training.resume import Checkpoints, saved_config
 from receptance.training.step import Step
 from receptance.training.track import trackers
+
+MADE = ("config.json", "tokenizer", "data", "checkpoints", "log.jsonl", "model", "model-ema")  # of a run's folder
 
 
 @dataclass
@@ -144,7 +148,7 @@ def train(config: TrainConfig, reporter: Reporter, sampler: Sampler | None = Non
         following = trackers(config, run.out) if is_first else []
         for tracker in following:
             stack.callback(tracker.close)
-        log = Log(run.out / "log.jsonl" if is_first else None, first, following)
+        log = Log(run.out / "log.jsonl" if is_first else None, first, following, reporter.message)
         last = take_steps(run, first, checkpoints, log, reporter, sampler)
         return finish(run, last, log, reporter, sampler)
 
@@ -260,7 +264,8 @@ def set_up(config: TrainConfig, reporter: Reporter) -> Run:
         if parallel.is_first:
             out.mkdir(parents=True, exist_ok=True)
             _drop_other_text(out, config)
-            (out / "config.json").write_text(to_json(config))
+            with replacing(out / "config.json") as file:
+                file.write(to_json(config).encode())
         tokenizer = _tokenizer(config, out, reporter)
         data, valid = open_data(config, out, tokenizer, reporter.message)
     torch.manual_seed(config.run.seed)
@@ -328,14 +333,22 @@ def release(run: Run, folder: Path, steps: int, suffix: str, log: Log, reporter:
 
 
 def _refuse_other_run(out: Path, config: TrainConfig) -> None:
-    old = saved_config(out)
-    if old is None:
+    """Raise ConfigError rather than mix with what `out` holds: a run of other settings, or anything but a run."""
+    made = _json(out / "config.json")
+    if "run" not in made and saved_config(out) is None:
+        for name in MADE:
+            if (out / name).exists():
+                raise ConfigError(f"{out} holds {name}, which is not a run's; choose another run.out")
+        return
+    finished = _json(out / "model" / "training.json").get("config")
+    old = saved_config(out) or finished  # those whose checkpoints are gone keep their model
+    if not isinstance(old, dict):
         return
     new = json.loads(to_json(config))
     defaults = json.loads(to_json(TrainConfig()))  # what a setting was before it existed
     for section, key in fixed_settings():
         value = new[section][key]
-        before = old.get(section, {}).get(key, defaults[section][key])  # type: ignore[attr-defined]
+        before = old.get(section, {}).get(key, defaults[section][key])
         if before != value:
             raise ConfigError(
                 f"{out} holds a run with {section}.{key} = {before!r}, this configuration says {value!r}; "
@@ -345,13 +358,19 @@ def _refuse_other_run(out: Path, config: TrainConfig) -> None:
 
 def _drop_other_text(out: Path, config: TrainConfig) -> None:
     """Without a checkpoint nothing is lost by tokenising anew, so text prepared for other settings goes."""
-    try:
-        old = json.loads((out / "config.json").read_text())["data"]
-    except (OSError, ValueError, KeyError):
-        old = None
-    if saved_config(out) is None and old != json.loads(to_json(config))["data"]:
+    old = _json(out / "config.json").get("data")
+    if old is not None and saved_config(out) is None and old != json.loads(to_json(config))["data"]:
         for name in ("tokenizer", "data"):
             shutil.rmtree(out / name, ignore_errors=True)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The object in a file; an empty one if there is none."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _device(name: str) -> torch.device:
@@ -384,7 +403,9 @@ def _tokenizer(config: TrainConfig, out: Path, reporter: Reporter) -> Tokenizer:
         tokenizer = open_tokenizer(data.tokenizer)
     else:
         tokenizer = open_tokenizer(Path(data.root) / data.tokenizer)
-    tokenizer.save(folder)
+    part = out / ".tokenizer.part"
+    tokenizer.save(part)
+    os.replace(part, folder)  # a run that is killed leaves a whole vocabulary or none
     return tokenizer
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
+from receptance.atomic import replacing
 from receptance.errors import ConfigError
 from receptance.models import RWKV
 from receptance.tokenizers.base import Tokenizer
@@ -47,11 +48,17 @@ class Silent:
 class Log:
     """The run's history, one JSON object a line; rows beyond the step we resume from are dropped."""
 
-    def __init__(self, path: Path | None, first: int, trackers: Sequence[Tracker] = ()):
+    def __init__(
+        self,
+        path: Path | None,
+        first: int,
+        trackers: Sequence[Tracker] = (),
+        message: Callable[[str], None] = lambda text: None,
+    ):
         """path: None writes nothing, as all processes but the first do."""
         self.path = path
         self.rows: list[Row] = []
-        self._trackers = trackers
+        self._trackers, self._message = trackers, message
         if path is None:
             return
         if first and path.exists():
@@ -61,19 +68,33 @@ class Log:
                 except ValueError:  # the line being written when the run was killed
                     continue
                 if row["step"] <= first:
-                    self.rows.append(row)
-        path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+                    self.rows.append({name: math.nan if x is None else x for name, x in row.items()})
+        with replacing(path) as file:
+            file.write("".join(map(_line, self.rows)).encode())
+        self._size, self._unwritten = path.stat().st_size, ""
 
     def write(self, row: Row) -> None:
-        """A number that is not finite becomes null: JSON knows no other."""
-        line = json.dumps({name: x if math.isfinite(x) else None for name, x in row.items()})
+        """Rows that find the disk full are written with a later one."""
         self.rows.append(row)
         if self.path is None:
             return
-        with open(self.path, "a") as file:
-            file.write(line + "\n")
+        told, self._unwritten = bool(self._unwritten), self._unwritten + _line(row)
+        try:
+            with open(self.path, "r+b") as file:
+                file.truncate(self._size)  # part of a line, if the disk was full before
+                file.seek(self._size)
+                file.write(self._unwritten.encode())
+            self._size, self._unwritten = self._size + len(self._unwritten), ""
+        except OSError as error:
+            if not told:
+                self._message(f"{self.path}: could not be written ({error.strerror}), going on; its rows follow later")
         for tracker in self._trackers:
             tracker.write(row)
+
+
+def _line(row: Row) -> str:
+    """A number that is not finite becomes null: JSON knows no other."""
+    return json.dumps({name: x if math.isfinite(x) else None for name, x in row.items()}) + "\n"
 
 
 class Meter:
@@ -164,4 +185,5 @@ def should_stop(run: "Run", log: Log) -> bool:
             if f"{name}_bits_per_byte" in row:  # a second one is the finished model's, rounded to save_dtype: no look
                 looks.setdefault(row["step"], {}).setdefault(name, row[f"{name}_bits_per_byte"])
     means = [sum(values.values()) / len(values) for values in looks.values()]
+    means = [mean if math.isfinite(mean) else math.inf for mean in means]
     return bool(patience) and len(means) > patience and min(means[-patience:]) >= min(means[:-patience])
