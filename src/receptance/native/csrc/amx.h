@@ -238,17 +238,6 @@ void widen_packed(const uint8_t* p, int64_t blocks, Halves& w, int64_t) {
   }
 }
 
-// 16 rows in a block format, `stride` bytes apart
-template <int T>
-void widen_rows(const uint8_t* p, int64_t stride, int64_t blocks, Halves& w) {
-  constexpr int KERNEL = T == Q8_0 ? Q8 : T == Q4_0 ? Q4 : T, NUMBERS = Block<T>::numbers;
-  uint8_t packed[8 * BLOCK / packed_numbers(KERNEL) * packed_bytes(KERNEL)];
-  for (int64_t u = 0; u < blocks * BLOCK / NUMBERS; u++) {
-    repack<T>(p + u * Block<T>::size, stride, packed + u * Packed<KERNEL>::size);
-  }
-  widen_packed<KERNEL>(packed, blocks, w, 0);
-}
-
 // Two vectors of 16 numbers of 16 bits, side by side: the upper parts (the first in the low halves), and what they leave over
 template <int T>
 inline void put_words(__m256i first, __m256i second, uint16_t* high, uint16_t* low) {

@@ -83,6 +83,18 @@ void tiled_packed(const Product& p, int64_t first, int64_t last, int64_t rows, f
   });
 }
 
+// 16 rows in a block format, `stride` bytes apart: packed on the way, but for bytes of Q8_0
+template <int T, class W>
+void widen_rows(const uint8_t* p, int64_t stride, int64_t blocks, W& w) {
+  constexpr int KERNEL = T == Q8_0 ? Q8 : T == Q4_0 ? Q4 : T, NUMBERS = Block<T>::numbers;
+  if constexpr (T == Q8_0 && std::is_same<W, Widened>::value) return widen_q8_0(p, stride, blocks, w);
+  uint8_t packed[8 * BLOCK / packed_numbers(KERNEL) * packed_bytes(KERNEL)];
+  for (int64_t u = 0; u < blocks * BLOCK / NUMBERS; u++) {
+    repack<T>(p + u * Block<T>::size, stride, packed + u * Packed<KERNEL>::size);
+  }
+  widen_packed<KERNEL>(packed, blocks, w, 0);
+}
+
 template <int T>
 void tiled_blocks(const Product& p, int64_t first, int64_t last, int64_t rows, float* local) {
   constexpr int KERNEL = T == Q8_0 ? Q8 : T == Q4_0 ? Q4 : T;
