@@ -182,13 +182,10 @@ void band_rows(const Product& p, int64_t first, int64_t last, int64_t rows, floa
   if (rows >= TILED) {
 #if defined(ISA_AMX)
     if (by_bytes<KERNEL>(rows)) {
-      return byte_panels<Q8, false>(p, first, last, rows, local, [&](int64_t group, const uint8_t** w, uint8_t* room) {
+      return byte_panels<Q8, false>(p, first, last, rows, local, [&](int64_t group, int64_t b, const uint8_t** w, uint8_t* room) {
         const int64_t blocks = blocks_of_group(p.w->cols, group), panels = (last - first) / PANEL;
-        for (int64_t i = 0; i < panels; i++) w[i] = room + i * blocks * Q8_BYTES;
-        for (int64_t b = 0; b < blocks; b++) {
-          uint8_t* to = room + b * Q8_BYTES;
-          bytes_of_band<T>(data + (group * 8 + b) * bytes, channels, first, panels, to, blocks * Q8_BYTES);
-        }
+        for (int64_t i = 0; b == 0 && i < panels; i++) w[i] = room + i * blocks * Q8_BYTES;
+        bytes_of_band<T>(data + (group * 8 + b) * bytes, channels, first, panels, room + b * Q8_BYTES, blocks * Q8_BYTES);
       });
     }
 #endif

@@ -136,6 +136,11 @@ constexpr int64_t TILED = 4;
 constexpr int64_t HALVED = 32;  // the same of bfloat16 (amx.h)
 
 #if defined(ISA_AMX)
+// Whether so many rows of x meet weights of this type as bfloat16, not as bytes (amx.h)
+constexpr bool in_halves(int32_t type, int64_t rows) {
+  return rows >= HALVED || type <= BF16 || ((type == Q6_K || type == PACKED_Q6_K) && rows >= 12);
+}
+
 // x = high + low, each rounded to bfloat16, halves up
 inline void into_parts(const float* x, int64_t n, XGroup* out, int64_t first) {
   const __m512i half = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi32(0xffff0000);
@@ -153,7 +158,7 @@ inline void into_parts(const float* x, int64_t n, XGroup* out, int64_t first) {
 // n numbers, whole blocks, into the blocks from `first` on; rows: how many of x the product has, with weights of this type
 void quantise(const float* x, int64_t n, int64_t rows, int32_t type, XGroup* out, int64_t first = 0) {
 #if defined(ISA_AMX)
-  if (rows >= HALVED || type <= BF16) return into_parts(x, n, out, first);
+  if (in_halves(type, rows)) return into_parts(x, n, out, first);
 #endif
   for (int64_t b = first; b < first + n / BLOCK; b++, x += BLOCK) quantise_block(x, out[b / 8], b % 8, type == Q8);
 }

@@ -52,7 +52,7 @@ template <int T, class F>
 inline void panels_of(const Product& p, int64_t first, int64_t last, int64_t rows, float* local, F widen) {
   constexpr int KIND = kind_of<T>();
 #if defined(ISA_AMX)
-  if (rows >= HALVED) {
+  if (in_halves(T, rows)) {
     return half_panels<parts_of<T>()>(p, first, last, rows, local, [&](int64_t group, Halves* w) {
       for (int64_t n = first; n < last; n += PANEL) widen(n, group, *w++);
     });
@@ -73,8 +73,8 @@ void tiled_packed(const Product& p, int64_t first, int64_t last, int64_t rows, f
   const uint8_t* data = (const uint8_t*)p.w->data;
 #if defined(ISA_AMX)
   if (by_bytes<T>(rows)) {
-    return byte_panels<T, true>(p, first, last, rows, local, [&](int64_t group, const uint8_t** w, uint8_t*) {
-      for (int64_t n = first; n < last; n += GROUP) *w++ = data + n / GROUP * bytes + group * step;
+    return byte_panels<T, true>(p, first, last, rows, local, [&](int64_t group, int64_t b, const uint8_t** w, uint8_t*) {
+      for (int64_t n = first; b == 0 && n < last; n += GROUP) *w++ = data + n / GROUP * bytes + group * step;
     });
   }
 #endif
