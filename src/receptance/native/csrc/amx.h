@@ -488,8 +488,8 @@ inline void add_dots(const uint8_t* w, int64_t b, const int32_t (*dots)[16], con
   }
 }
 
-// Panels `first`..`last`, at most four, with up to 16 rows of x; packed(group, b, w, room): block b of 256 columns of the 16 rows of
-// each panel as they lie in a packed group, there or in `room`, which has space for all. w[i]: where those of panel i begin.
+// Panels `first`..`last`, at most four, with up to 16 rows of x; packed(group, panel, b, room): where 256 columns of the panel's 16 rows
+// lie as in a packed group; if in `room`, which has space for all panels, block b of them is put there.
 //
 // Blocks of 32 columns pass from hand to hand: one becomes bytes, the second one before it meets x in tiles, and the products of the
 // fifth before are scaled and added. Nothing then waits for what was stored just before; and all that is stored on the way lies
@@ -516,11 +516,13 @@ inline void byte_panels(const Product& p, int64_t first, int64_t last, int64_t r
   uint8_t* room = (uint8_t*)(local + PANEL * MOST_ROWS);
   const bool has_rest = T == Q8 && p.q->has_rest[0];
   const uint8_t* w[3][TOGETHER] = {};
-  int8_t turn[8];  // the panel at which block b of the next 256 columns is packed
-  for (int b = 0; b < 8; b++) turn[b] = (int8_t)(b % panels);
   __builtin_memset(sums, 0, panels * PANEL * PANEL * sizeof(float));
-  const auto pack_block = [&](int64_t group, int64_t b) { packed(group, b, w[group % 3], room + group % 3 * ROOM); };
-  for (int64_t b = 0; b < blocks_of_group(cols, 0); b++) pack_block(0, b);
+  const auto pack_block = [&](int64_t group, int64_t panel, int64_t b) {
+    w[group % 3][panel] = packed(group, panel, b, room + group % 3 * ROOM);
+  };
+  for (int64_t i = 0; i < panels; i++) {
+    for (int64_t b = 0; b < blocks_of_group(cols, 0); b++) pack_block(0, i, b);
+  }
   Place next = {0, 0, 0, blocks_of_group(cols, 0), w[0][0]}, now = next, done = next;
   const auto advance = [&](Place& at) {  // whether it is another panel's
     if (++at.b < at.blocks) return false;
@@ -570,9 +572,7 @@ inline void byte_panels(const Product& p, int64_t first, int64_t last, int64_t r
       advance(now);
     }
     if (i < total) {
-      if (next.panel == turn[next.b] && next.group + 1 < ldq && next.b < blocks_of_group(cols, next.group + 1)) {
-        pack_block(next.group + 1, next.b);
-      }
+      if (next.group + 1 < ldq && next.b < blocks_of_group(cols, next.group + 1)) pack_block(next.group + 1, next.panel, next.b);
       const uint8_t* from = numbers_at(next);
       if (T != Q8) bytes_of<T>(from, numbers[i % 2]);
       for (int j = 0; IN_MEMORY && j < Packed<T>::part; j += 64) __builtin_prefetch(from + AHEAD + j, 0, 2);
