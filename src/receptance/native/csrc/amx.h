@@ -441,11 +441,6 @@ void tiled_rows(const Product& p, int64_t first, int64_t last, int64_t rows, flo
 
 // Bytes: few rows of x -----------------------------------------------------------------------------------------------------
 
-template <int T>
-constexpr bool by_bytes(int64_t rows) {
-  return rows >= 12 && rows <= PANEL && T != Q6_K;
-}
-
 // The numbers of 32 columns of 16 packed rows as signed bytes, 8 vectors of 16 rows x 4 columns, in `to`; those of Q4 16 times
 template <int T>
 inline void bytes_of(const uint8_t* numbers, uint8_t (*to)[64]) {
@@ -465,7 +460,7 @@ inline void bytes_of(const uint8_t* numbers, uint8_t (*to)[64]) {
 
 // sums[m] += what block b of 16 packed rows, w the first byte of 256 columns of them, gives with its dots [m, 16]
 template <int T, int PART>
-inline void add_dots(const uint8_t* w, int64_t b, const int32_t (*dots)[16], const XGroup* x, int64_t ldq, __m512* sums) {
+inline void add_dots(const uint8_t* w, int64_t b, const int32_t (*dots)[16], const XBlocks& x, __m512* sums) {
   constexpr bool small = Packed<T>::numbers == BLOCK;
   const uint8_t* header = small ? w + b * Packed<T>::size : w;
   __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)header)), least = scale;
@@ -481,10 +476,9 @@ inline void add_dots(const uint8_t* w, int64_t b, const int32_t (*dots)[16], con
   }
 #pragma GCC unroll 16
   for (int m = 0; m < 16; m++) {
-    const XGroup& group = x[m * ldq];
-    const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(group.scale[b]));
+    const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(x.scale[m][b]));
     sums[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_load_si512(dots[m])), both, sums[m]);
-    if (!small) sums[m] = _mm512_fnmadd_ps(least, _mm512_set1_ps(group.taken[b]), sums[m]);
+    if (!small) sums[m] = _mm512_fnmadd_ps(least, _mm512_set1_ps(x.taken[m][b]), sums[m]);
   }
 }
 
@@ -511,10 +505,11 @@ inline void byte_panels(const Product& p, int64_t first, int64_t last, int64_t r
   } on_the_way;
   auto& [dots, numbers, rest] = on_the_way;
   const int64_t cols = p.w->cols, ldq = groups_of(cols), panels = (last - first + PANEL - 1) / PANEL;
-  const int64_t stride = ldq * (int64_t)sizeof(XGroup), total = cols / BLOCK * panels;
+  const int64_t total = cols / BLOCK * panels;
+  const XBlocks* x = (const XBlocks*)p.q;
   float* sums = local;
   uint8_t* room = (uint8_t*)(local + PANEL * MOST_ROWS);
-  const bool has_rest = T == Q8 && p.q->has_rest[0];
+  const bool has_rest = T == Q8 && p.w->type == Q8;
   const uint8_t* w[3][TOGETHER] = {};
   __builtin_memset(sums, 0, panels * PANEL * PANEL * sizeof(float));
   const auto pack_block = [&](int64_t group, int64_t panel, int64_t b) {
@@ -543,8 +538,8 @@ inline void byte_panels(const Product& p, int64_t first, int64_t last, int64_t r
   int slot = 0;
   for (int64_t i = 0; i < total + TO_SUMS; i++, slot = slot == 2 ? 0 : slot + 1) {
     if (i >= TO_SUMS) {
-      add_dots<T, 0>(done.w, done.b, dots[slot], p.q + done.group, ldq, acc);
-      if (has_rest) add_dots<T, 1>(done.w, done.b, rest[slot], p.q + done.group, ldq, acc);
+      add_dots<T, 0>(done.w, done.b, dots[slot], x[done.group], acc);
+      if (has_rest) add_dots<T, 1>(done.w, done.b, rest[slot], x[done.group], acc);
       const int64_t panel = done.panel;
       if (advance(done)) {
         float *from = sums + panel * PANEL * PANEL, *to = sums + done.panel * PANEL * PANEL;
@@ -556,16 +551,15 @@ inline void byte_panels(const Product& p, int64_t first, int64_t last, int64_t r
       }
     }
     if (i >= TO_TILES && i < total + TO_TILES) {
-      const XGroup* x = p.q + now.group;
       const uint8_t* ws = T == Q8 ? numbers_at(now) : numbers[i % 2][0];
       TILE_ZERO(0);
-      TILE_LOAD(4, x->q + now.b * BLOCK, stride);
+      TILE_LOAD(4, x[now.group].q[now.b], BLOCK);
       TILE_LOAD(6, ws, 64);
       TILE_PRODUCT_BYTES(0, 4, 6);
       TILE_STORE(0, dots[slot]);
       if (has_rest) {
         TILE_ZERO(1);
-        TILE_LOAD(5, x->rest + now.b * BLOCK, stride);
+        TILE_LOAD(5, x[now.group].rest[now.b], BLOCK);
         TILE_PRODUCT_BYTES(1, 5, 6);
         TILE_STORE(1, rest[slot]);
       }

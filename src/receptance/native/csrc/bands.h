@@ -188,7 +188,7 @@ void band_rows(const Product& p, int64_t first, int64_t last, int64_t rows, floa
 #if HAS_TILES
   if (rows >= TILED) {
 #if defined(ISA_AMX)
-    if (by_bytes<KERNEL>(rows)) {
+    if (in_bytes(T, rows)) {
       return byte_panels<KERNEL, false>(p, first, last, rows, local, [&](int64_t group, int64_t i, int64_t b, uint8_t* room) {
         uint8_t* to = room + i * 8 * Packed<KERNEL>::size;
         pack_panel(first + i * GROUP, group, b, b + 1, to);

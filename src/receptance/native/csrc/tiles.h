@@ -72,7 +72,7 @@ void tiled_packed(const Product& p, int64_t first, int64_t last, int64_t rows, f
   const int64_t cols = p.w->cols, bytes = cols / Packed<T>::numbers * Packed<T>::size;
   const uint8_t* data = (const uint8_t*)p.w->data;
 #if defined(ISA_AMX)
-  if (by_bytes<T>(rows)) {
+  if (in_bytes(p.w->type, rows)) {
     return byte_panels<T, true>(p, first, last, rows, local, [&](int64_t group, int64_t i, int64_t, uint8_t*) {
       return data + (first / GROUP + i) * bytes + group * step;
     });
