@@ -625,18 +625,83 @@ inline void few_byte_rows(const Product& p, int64_t first, int64_t last, int64_t
   }
 }
 
+// Lines of outputs, as for widen_lines, with up to 16 rows of x; inputs(b): where block b of 32 columns of them lies, its rows
+// `stride` bytes apart. While a block is widened, the second one before it meets x
+template <int T, int G, class X>
+void few_lines(const Product& p, int64_t first, int64_t last, int64_t rows, const char* lines, int64_t size, int64_t apart, X inputs, int64_t stride) {
+  const WithTiles tiles(2);
+  struct alignas(64) {
+    uint16_t high[16][32], low[16][32];
+  } w[2][G];
+  alignas(64) float sums[G][16 * PANEL];
+  TILE_ZERO(0);
+  TILE_ZERO(1);
+  TILE_ZERO(2);
+  TILE_ZERO(3);
+  const int64_t blocks = p.w->cols / BLOCK;
+  for (int64_t b = 0; b < blocks + 2; b++) {
+    if (b >= 2) {
+      const char* x = inputs(b - 2);
+      TILE_LOAD(4, x, stride);
+      TILE_LOAD(5, x + InGroups::low, stride);
+#define PANEL_STEP(g)                             \
+  if constexpr (G > g) {                          \
+    TILE_LOAD(6, w[b % 2][g].high, 64);           \
+    TILE_PRODUCT(g, 4, 6);                        \
+    TILE_PRODUCT(g, 5, 6);                        \
+    if constexpr (parts_of<T>() == THREE_PRODUCTS) { \
+      TILE_LOAD(7, w[b % 2][g].low, 64);          \
+      TILE_PRODUCT(g, 4, 7);                      \
+    }                                             \
+  }
+      PANEL_STEP(0) PANEL_STEP(1) PANEL_STEP(2) PANEL_STEP(3)
+#undef PANEL_STEP
+    }
+    for (int64_t i = 0; b < blocks && i < 16; i++, lines += 2 * size) {
+#pragma GCC unroll 4
+      for (int g = 0; g < G; g++) {
+        const char* at = lines + g * apart;
+        if (g % 2 == 0) __builtin_prefetch(at + 32 * size), __builtin_prefetch(at + 33 * size);
+        put_words<T>(_mm256_loadu_si256((const __m256i*)at), _mm256_loadu_si256((const __m256i*)(at + size)), w[b % 2][g].high[i], w[b % 2][g].low[i]);
+      }
+    }
+  }
+  TILE_STORE(0, sums[0]);
+  if constexpr (G > 1) TILE_STORE(1, sums[1]);
+  if constexpr (G > 2) TILE_STORE(2, sums[2]);
+  if constexpr (G > 3) TILE_STORE(3, sums[3]);
+  for (int64_t m = 0; m < rows; m++) {
+    for (int64_t n = first; n < last; n += PANEL) put(p, m, n, last - n < PANEL ? last - n : PANEL, sums[(n - first) / PANEL] + m * PANEL);
+  }
+}
+
+template <int T, class X>
+void few_lines(const Product& p, int64_t first, int64_t last, int64_t rows, const char* lines, int64_t size, int64_t apart, X inputs, int64_t stride) {
+  switch ((last - first + PANEL - 1) / PANEL) {
+    case 1: return few_lines<T, 1>(p, first, last, rows, lines, size, apart, inputs, stride);
+    case 2: return few_lines<T, 2>(p, first, last, rows, lines, size, apart, inputs, stride);
+    case 3: return few_lines<T, 3>(p, first, last, rows, lines, size, apart, inputs, stride);
+    default: return few_lines<T, 4>(p, first, last, rows, lines, size, apart, inputs, stride);
+  }
+}
+
 // Low-rank maps: panels of plain numbers, and x as it is, brought into parts here. Whole blocks of columns
 template <int T>
 void tiled_panel(const Product& p, int64_t first, int64_t last, int64_t rows, float* local) {
   const int64_t cols = p.w->cols, bytes = offset<T>(PANEL * cols);
+  const char* data = (const char*)p.w->data + first / PANEL * bytes;
   XGroup* x = (XGroup*)(local + PANEL_FLOATS + whole_tiles(rows) * MOST_ROWS);
   const auto inputs = [&](int64_t group) {
     const int64_t n = blocks_of_group(cols, group) * BLOCK;
     for (int64_t m = 0; m < rows; m++) into_parts(p.x + m * p.ldx + group * DEPTH, n, x + m, 0);
     return x;
   };
+  if (rows <= PANEL) {
+    const auto block = [&](int64_t b) { return (const char*)((b % 8 ? x : inputs(b / 8))->high + b % 8 * BLOCK); };
+    return few_lines<T>(p, first, last, rows, data, 2 * PANEL, bytes, block, sizeof(XGroup));
+  }
   half_panels<parts_of<T>()>(p, first, last, rows, local, inputs, 1, [&](int64_t group, Halves* w) {
-    const char* from = (const char*)p.w->data + first / PANEL * bytes + offset<T>(PANEL * DEPTH * group);
-    widen_lines<T>(from, 2 * PANEL, blocks_of_group(cols, group), (last - first + PANEL - 1) / PANEL, bytes, w);
+    const int64_t panels = (last - first + PANEL - 1) / PANEL;
+    widen_lines<T>(data + offset<T>(PANEL * DEPTH * group), 2 * PANEL, blocks_of_group(cols, group), panels, bytes, w);
   });
 }

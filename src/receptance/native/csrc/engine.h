@@ -480,6 +480,9 @@ void time_mix7(Run& run, int thread, int64_t index) {
     const int64_t place = ((at + run.to[s]) * c + channel) * n;
     for (int i = 0; run.batch == 1 && i < outers; i++) product(outer[i], channel, channel + n, t, panel_of(run, thread));
     for (int64_t m = row; m < row + t; m++) prepare7(run, layer, first_layer, m * c + channel, channel, n);
+    // the state of the head that this thread may take next
+    const char* ahead = (const char*)(run.in->wkv + from + run.threads * n * n);
+    for (int64_t i = 0; run.batch > 1 && i < n * n * (int64_t)sizeof(float); i += 64) __builtin_prefetch(ahead + i, 0, 2);
     wkv7(n, t, c, run.r + o, run.decay + o, run.k + o, run.v + o, run.mixed[IN_R] + o, run.mixed[IN_W] + o, run.y + o,
          run.in->wkv + from, run.request->out->wkv + place);
     for (int64_t m = row; m < row + t; m++) {

@@ -132,6 +132,11 @@ void tiled_lines(const Product& p, int64_t first, int64_t last, int64_t rows, fl
   const int64_t size = 2 * p.w->rows;
   const char* data = (const char*)p.w->data;
 #if defined(ISA_AMX)
+  if (rows <= PANEL) {
+    const auto block = [&](int64_t b) { return (const char*)(p.q[b / 8].high + b % 8 * BLOCK); };
+    const int64_t stride = groups_of(p.w->cols) * (int64_t)sizeof(XGroup);
+    return few_lines<T>(p, first, last, rows, data + 2 * first, size, 2 * PANEL, block, stride);
+  }
   return half_panels<parts_of<T>()>(p, first, last, rows, local, [&](int64_t group, Halves* w) {
     const int64_t panels = (last - first + PANEL - 1) / PANEL;
     widen_lines<T>(data + group * DEPTH * size + 2 * first, size, blocks_of_group(p.w->cols, group), panels, 2 * PANEL, w);
