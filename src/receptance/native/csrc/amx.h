@@ -482,8 +482,8 @@ inline void add_dots(const uint8_t* w, int64_t b, const int32_t (*dots)[16], con
   }
 }
 
-// Panels `first`..`last`, at most four, with up to 16 rows of x; packed(group, panel, b, room): where 256 columns of the panel's 16 rows
-// lie as in a packed group; if in `room`, which has space for all panels, block b of them is put there.
+// Panels `first`..`last`, at most four, with up to 16 rows of x; packed(group, w, room): sets w[i] to 256 columns of the 16 rows of
+// panel i as they lie in a packed group, there or in `room`, which has space for all.
 //
 // Blocks of 32 columns pass from hand to hand: one becomes bytes, the second one before it meets x in tiles, and the products of the
 // fifth before are scaled and added. Nothing then waits for what was stored just before; and all that is stored on the way lies
@@ -512,12 +512,7 @@ inline void byte_panels(const Product& p, int64_t first, int64_t last, int64_t r
   const bool has_rest = T == Q8 && p.w->type == Q8;
   const uint8_t* w[3][TOGETHER] = {};
   __builtin_memset(sums, 0, panels * PANEL * PANEL * sizeof(float));
-  const auto pack_block = [&](int64_t group, int64_t panel, int64_t b) {
-    w[group % 3][panel] = packed(group, panel, b, room + group % 3 * ROOM);
-  };
-  for (int64_t i = 0; i < panels; i++) {
-    for (int64_t b = 0; b < blocks_of_group(cols, 0); b++) pack_block(0, i, b);
-  }
+  packed(0, w[0], room);
   Place next = {0, 0, 0, blocks_of_group(cols, 0), w[0][0]}, now = next, done = next;
   const auto advance = [&](Place& at) {  // whether it is another panel's
     if (++at.b < at.blocks) return false;
@@ -566,10 +561,11 @@ inline void byte_panels(const Product& p, int64_t first, int64_t last, int64_t r
       advance(now);
     }
     if (i < total) {
-      if (next.group + 1 < ldq && next.b < blocks_of_group(cols, next.group + 1)) pack_block(next.group + 1, next.panel, next.b);
       const uint8_t* from = numbers_at(next);
       if (T != Q8) bytes_of<T>(from, numbers[i % 2]);
       for (int j = 0; IN_MEMORY && j < Packed<T>::part; j += 64) __builtin_prefetch(from + AHEAD + j, 0, 2);
+      const int64_t group = next.group + 1;
+      if (next.panel == panels - 1 && next.b == next.blocks - 1 && group < ldq) packed(group, w[group % 3], room + group % 3 * ROOM);
       advance(next);
     }
   }

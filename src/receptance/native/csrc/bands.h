@@ -77,39 +77,9 @@ int64_t add_bands(const Matrix& w, const float* h, int64_t first, int64_t last, 
 
 // Many rows: packed on the way --------------------------------------------------------------------------------------------
 
-#if defined(ISA_AVX512)
-// 16 bytes of each of four lines: those of one place side by side
-inline __m512i four_lines(const uint8_t* p, int64_t size) {
-  const auto line = [&](int i) { return _mm_loadu_si128((const __m128i*)(p + i * size)); };
-  return _mm512_inserti32x4(_mm512_inserti32x4(_mm512_inserti32x4(_mm512_castsi128_si512(line(0)), line(1), 1), line(2), 2), line(3), 3);
-}
-inline __m512i side_by_side(__m512i lines) {
-  const __m512i by_four = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  const __m512i turned = _mm512_set4_epi32(0x0f0b0703, 0x0e0a0602, 0x0d090501, 0x0c080400);
-  return _mm512_shuffle_epi8(_mm512_permutexvar_epi32(by_four, lines), turned);
-}
-
-// Channels c..c+15 of a band as a packed block of 16 rows
-template <int T>
-inline void pack_band(const uint8_t* band, int64_t cols, int64_t c, uint8_t* to) {
-  __builtin_memcpy(to, band + 2 * c, 2 * GROUP);
-  to += 2 * GROUP;
-  const int64_t size = band_line<T>(cols);
-  const uint8_t* p = band + 2 * cols + (T == BAND_Q8_0 ? c : c / BLOCK * 16);
-  for (int k = 0; k < (T == BAND_Q8_0 ? 32 : 16); k += 4, to += 64) {
-    __m512i numbers = four_lines(p + k * size, size);
-    if (T == BAND_Q4_0) {  // hidden units k to k + 3, and in the upper halves those 16 further
-      const __m512i further = four_lines(p + (k + 16) * size, size), lower = _mm512_set1_epi8(15);
-      numbers = c % BLOCK < 16 ? _mm512_ternarylogic_epi32(lower, numbers, _mm512_slli_epi16(further, 4), 0xca)  // lower ? : 
-                               : _mm512_ternarylogic_epi32(lower, _mm512_srli_epi16(numbers, 4), further, 0xca);
-    }
-    _mm512_storeu_si512(to, side_by_side(numbers));
-  }
-}
-#else
 // v[k]: numbers of 16 channels of line k, as bytes; the interleaved result has 4 lines of each channel side by side
 inline void interleave4(const uint8_t* a, const uint8_t* b, const uint8_t* c, const uint8_t* d, uint8_t* to) {
-#if defined(ISA_AVX2)
+#if defined(ISA_AVX512) || defined(ISA_AVX2)
   const __m128i va = _mm_loadu_si128((const __m128i*)a), vb = _mm_loadu_si128((const __m128i*)b);
   const __m128i vc = _mm_loadu_si128((const __m128i*)c), vd = _mm_loadu_si128((const __m128i*)d);
   const __m128i ab = _mm_unpacklo_epi8(va, vb), cd = _mm_unpacklo_epi8(vc, vd);
@@ -124,7 +94,7 @@ inline void interleave4(const uint8_t* a, const uint8_t* b, const uint8_t* c, co
 }
 
 inline void interleave2(const uint8_t* a, const uint8_t* b, uint8_t* to) {
-#if defined(ISA_AVX2)
+#if defined(ISA_AVX512) || defined(ISA_AVX2)
   const __m128i va = _mm_loadu_si128((const __m128i*)a), vb = _mm_loadu_si128((const __m128i*)b);
   _mm_storeu_si128((__m128i*)to, _mm_unpacklo_epi8(va, vb));
   _mm_storeu_si128((__m128i*)(to + 16), _mm_unpackhi_epi8(va, vb));
@@ -159,6 +129,39 @@ inline void pack_band(const uint8_t* band, int64_t cols, int64_t c, uint8_t* to)
   }
   for (int k = 0; k < 16; k += 4) interleave4(both[k], both[k + 1], both[k + 2], both[k + 3], to + k * GROUP);
 }
+
+#if defined(ISA_AMX)
+// Channels c..c+63 of a band (or 16 or 32 less) as packed blocks of Q8, `apart` bytes from each other
+template <int T>
+inline void bytes_of_band(const uint8_t* band, int64_t cols, int64_t c, int64_t panels, uint8_t* to, int64_t apart) {
+  const int64_t size = band_line<T>(cols);
+  const uint8_t* p = band + 2 * cols + (T == BAND_Q8_0 ? c : c / 2);
+  for (int64_t i = 0; i < panels; i++) __builtin_memcpy(to + i * apart, band + 2 * (c + i * GROUP), 2 * GROUP);
+  const __mmask64 there = panels >= 4 ? ~0ull : (1ull << (GROUP * panels)) - 1;
+  const __mmask32 half = panels >= 4 ? ~0u : (1u << (GROUP / 2 * panels)) - 1;
+  const auto line = [&](const uint8_t* from) {  // numbers of 64 channels
+    if (T == BAND_Q8_0) return _mm512_maskz_loadu_epi8(there, from);
+    const __m512i both = _mm512_castsi256_si512(_mm256_maskz_loadu_epi8(half, from));
+    const __m512i twice = _mm512_shuffle_i32x4(both, both, 0x50);  // the upper halves are those of every second 16 channels
+    const __m512i shifted = _mm512_mask_srli_epi16(twice, 0xff00ff00, twice, 4);
+    return _mm512_sub_epi8(_mm512_and_si512(shifted, _mm512_set1_epi8(15)), _mm512_set1_epi8(8));
+  };
+  for (int k = 0; k < BLOCK; k += 4, p += 4 * size) {
+    for (int i = 0; i < 4; i++) __builtin_prefetch(p + i * size + 2 * band_bytes<T>(cols));
+    const __m512i v0 = line(p), v1 = line(p + size), v2 = line(p + 2 * size), v3 = line(p + 3 * size);
+    const __m512i low01 = _mm512_unpacklo_epi8(v0, v1), low23 = _mm512_unpacklo_epi8(v2, v3);
+    const __m512i high01 = _mm512_unpackhi_epi8(v0, v1), high23 = _mm512_unpackhi_epi8(v2, v3);
+    const __m512i a = _mm512_unpacklo_epi16(low01, low23), b = _mm512_unpackhi_epi16(low01, low23);      // channels 0-3, 4-7
+    const __m512i d = _mm512_unpacklo_epi16(high01, high23), e = _mm512_unpackhi_epi16(high01, high23);  // of each 16
+    const __m512i ab01 = _mm512_shuffle_i32x4(a, b, 0x44), ab23 = _mm512_shuffle_i32x4(a, b, 0xee);
+    const __m512i de01 = _mm512_shuffle_i32x4(d, e, 0x44), de23 = _mm512_shuffle_i32x4(d, e, 0xee);
+    uint8_t* out = to + 2 * GROUP + k / 4 * 64;
+    _mm512_storeu_si512(out, _mm512_shuffle_i32x4(ab01, de01, 0x88));
+    if (panels > 1) _mm512_storeu_si512(out + apart, _mm512_shuffle_i32x4(ab01, de01, 0xdd));
+    if (panels > 2) _mm512_storeu_si512(out + 2 * apart, _mm512_shuffle_i32x4(ab23, de23, 0x88));
+    if (panels > 3) _mm512_storeu_si512(out + 3 * apart, _mm512_shuffle_i32x4(ab23, de23, 0xdd));
+  }
+}
 #endif
 
 // Channels first..last (whole groups of 16) of p.w [channels, hidden units], whose data are bands
@@ -167,21 +170,11 @@ void band_rows(const Product& p, int64_t first, int64_t last, int64_t rows, floa
   constexpr int KERNEL = T == BAND_Q8_0 ? Q8 : Q4;
   const int64_t channels = p.w->rows, bytes = band_bytes<T>(channels);
   const uint8_t* data = (const uint8_t*)p.w->data;
-  // Each of so many panels asks for its share of the lines that lie so many bands ahead: they are in different pages, so that no
-  // processor sees them coming
-#if defined(ISA_AMX)
-  constexpr int64_t SHARES = 4, AHEAD_BANDS = 8;
-#elif defined(ISA_AVX512)
-  constexpr int64_t SHARES = 2, AHEAD_BANDS = 8;
-#else
-  constexpr int64_t SHARES = 1, AHEAD_BANDS = 2;
-#endif
-  const auto pack_panel = [&](int64_t n, int64_t group, int64_t from, int64_t end, uint8_t* to) {
-    const int64_t line = n / GROUP % 4, size = band_line<T>(channels), pair = n / (4 * GROUP) * (4 * GROUP);
-    for (int64_t b = from; b < end; b++) {
+  const auto pack_panel = [&](int64_t n, int64_t group, int64_t blocks, uint8_t* to) {
+    for (int64_t b = 0; b < blocks; b++) {
       const uint8_t* band = data + (group * 8 + b) * bytes;
-      const uint8_t* ahead = band + AHEAD_BANDS * bytes + 2 * channels + (T == BAND_Q8_0 ? pair : pair / 2);
-      for (int64_t k = line; line < SHARES && k < BLOCK; k += SHARES) __builtin_prefetch(ahead + k * size, 0, AHEAD_BANDS > 2 ? 2 : 3);
+      const uint8_t* ahead = band + 2 * bytes + 2 * channels + (T == BAND_Q8_0 ? n : n / 2);
+      for (int k = 0; n % (4 * GROUP) == 0 && k < BLOCK; k++) __builtin_prefetch(ahead + k * band_line<T>(channels));
       pack_band<T>(band, channels, n, to + b * Packed<KERNEL>::size);
     }
   };
@@ -189,17 +182,20 @@ void band_rows(const Product& p, int64_t first, int64_t last, int64_t rows, floa
   if (rows >= TILED) {
 #if defined(ISA_AMX)
     if (in_bytes(T, rows)) {
-      return byte_panels<KERNEL, false>(p, first, last, rows, local, [&](int64_t group, int64_t i, int64_t b, uint8_t* room) {
-        uint8_t* to = room + i * 8 * Packed<KERNEL>::size;
-        pack_panel(first + i * GROUP, group, b, b + 1, to);
-        return to;
+      return byte_panels<Q8, false>(p, first, last, rows, local, [&](int64_t group, const uint8_t** w, uint8_t* room) {
+        const int64_t blocks = blocks_of_group(p.w->cols, group), panels = (last - first) / PANEL;
+        for (int64_t i = 0; i < panels; i++) w[i] = room + i * blocks * Q8_BYTES;
+        for (int64_t b = 0; b < blocks; b++) {
+          uint8_t* to = room + b * Q8_BYTES;
+          bytes_of_band<T>(data + (group * 8 + b) * bytes, channels, first, panels, to, blocks * Q8_BYTES);
+        }
       });
     }
 #endif
     panels_of<KERNEL>(p, first, last, rows, local, [&](int64_t n, int64_t group, auto& w) {
       uint8_t packed[8 * Packed<KERNEL>::size];
       const int64_t blocks = blocks_of_group(p.w->cols, group);
-      pack_panel(n, group, 0, blocks, packed);
+      pack_panel(n, group, blocks, packed);
       widen_packed<KERNEL>(packed, blocks, w, 0);
     });
     return;
@@ -207,7 +203,7 @@ void band_rows(const Product& p, int64_t first, int64_t last, int64_t rows, floa
 #endif
   each_panel(p, first, last, rows, local + PANEL_FLOATS, [&](int64_t n, int64_t group, float* sums) {
     const int64_t blocks = blocks_of_group(p.w->cols, group);
-    pack_panel(n, group, 0, blocks, (uint8_t*)local);
+    pack_panel(n, group, blocks, (uint8_t*)local);
     packed_tiles<KERNEL>((const uint8_t*)local, blocks, p.q + group, groups_of(p.w->cols), rows, sums);
   });
 }

@@ -73,8 +73,8 @@ void tiled_packed(const Product& p, int64_t first, int64_t last, int64_t rows, f
   const uint8_t* data = (const uint8_t*)p.w->data;
 #if defined(ISA_AMX)
   if (in_bytes(p.w->type, rows)) {
-    return byte_panels<T, true>(p, first, last, rows, local, [&](int64_t group, int64_t i, int64_t, uint8_t*) {
-      return data + (first / GROUP + i) * bytes + group * step;
+    return byte_panels<T, true>(p, first, last, rows, local, [&](int64_t group, const uint8_t** w, uint8_t*) {
+      for (int64_t n = first; n < last; n += GROUP) *w++ = data + n / GROUP * bytes + group * step;
     });
   }
 #endif
