@@ -3,8 +3,9 @@
     python bench/wkv.py [wkv4 wkv6 wkv7] [--backends cuda triton] [--peers] [--out FILE]
 
 Shapes: 65,536 tokens × 32 heads of 64, cut into 64, 16, 4 and 1 sequences (wkv4: 2,048 channels, and 8 × 4,096 tokens).
-Each cell is the median of CUDA-event times over random bfloat16 inputs; the floor counts every input read once and each
-output and gradient written once at the copy bandwidth measured in the same run. A table, then one JSON line. --peers:
+Each cell is the median of CUDA-event times over random bfloat16 inputs, replayed as a CUDA graph, so that a slow host
+does not count; the floor counts every input read once and each output and gradient written once at the copy bandwidth
+measured in the same run. A table, then one JSON line. --peers (called one by one; they take much longer than the host):
 flash-linear-attention's chunked forms too (`fla-core` must be installed) and torch's causal attention, 16 heads of 128.
 A form above the limits of accuracy is not measured; a peer is, with its errors beside it.
 """
@@ -78,7 +79,7 @@ def attention(batch: int, t: int, bandwidth: float) -> dict[str, float]:
     """Causal attention of 16 heads of 128, as torch chooses it."""
     q, k, v = (torch.randn(batch, 16, t, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in "qkv")
     attend = partial(torch.nn.functional.scaled_dot_product_attention, q, k, v, is_causal=True)
-    return times(attend, [q, k, v], (4, 7), bandwidth)
+    return times(attend, [q, k, v], (4, 7), bandwidth, replays=True)
 
 
 def accuracy(op: str, backend: str) -> dict[str, float]:
@@ -96,8 +97,8 @@ def accuracy(op: str, backend: str) -> dict[str, float]:
     return {"y": errors[0], "gradient": max(errors[1:])}
 
 
-def measure(function: Callable[[], object]) -> tuple[float, float]:
-    """(median milliseconds, extra MiB at the peak)."""
+def measure(function: Callable[[], object], replays: bool) -> tuple[float, float]:
+    """(median milliseconds, extra MiB at the peak). Graphs of autograd that are alive would break the capture."""
     function()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -105,22 +106,27 @@ def measure(function: Callable[[], object]) -> tuple[float, float]:
     function()
     torch.cuda.synchronize()
     extra = (torch.cuda.max_memory_allocated() - before) / 2**20
+    if replays:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            function()
+        function = graph.replay
     return triton.testing.do_bench(function, warmup=50, rep=200, return_mode="median"), extra
 
 
 def cell(op: str, backend: str, batch: int, t: int, bandwidth: float) -> dict[str, float]:
     inputs = [x.requires_grad_() for x in draw(op, batch, t, 32, 64)]
-    return times(lambda: run(op, backend, inputs), inputs, TENSORS[op], bandwidth)
+    return times(lambda: run(op, backend, inputs), inputs, TENSORS[op], bandwidth, replays=backend != "fla")
 
 
 def times(
-    call: Callable[[], Tensor], inputs: list[Tensor], tensors: tuple[int, int], bandwidth: float
+    call: Callable[[], Tensor], inputs: list[Tensor], tensors: tuple[int, int], bandwidth: float, replays: bool
 ) -> dict[str, float]:
     with torch.no_grad():
-        forward, memory = measure(call)
-    y = call()
+        forward, memory = measure(call, replays)
+        y = call()
     gy = torch.randn_like(y)
-    both, memory_both = measure(lambda: torch.autograd.grad(call(), inputs, gy))
+    both, memory_both = measure(lambda: torch.autograd.grad(call(), inputs, gy), replays)
     reads, writes = tensors
     size = y.numel() * 2
     return {

@@ -361,6 +361,8 @@ def test_other_kinds_of_files_are_named(weights, tmp_path):
     ]:
         path.write_bytes(content)
         refused(path, message)
+    (tmp_path / "m.gguf").write_bytes(b"GGUX" + bytes(100))
+    refused(tmp_path / "m.gguf", "does not begin as a GGUF file does")
     path.unlink()
     os.mkfifo(path)
     refused(path, "not a regular file")

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from typer.testing import Result
 
 import receptance
 from receptance.checkpoint import open_checkpoint
+from receptance.cli.model_source import warnings_as_notes
 from receptance.cli.quantize import HELD_OUT
 from receptance.engine.quality import compare, log_probabilities, sensitivities
 from receptance.models import RWKV
@@ -146,6 +148,13 @@ def test_quantize_says_what_is_wrong_before_it_writes(
     assert (done.exit_code, problem in done.stderr) == (code, True), done.stderr
     assert [path.name for path in tmp_path.glob("*.gguf")] == ["there.gguf"]
     assert (tmp_path / "there.gguf").read_text() == "precious"
+
+
+def test_a_warning_is_one_note(capsys: pytest.CaptureFixture[str]) -> None:
+    with warnings_as_notes():
+        for text in ("no core", "no core", "slow"):
+            warnings.warn(text, stacklevel=1)
+    assert capsys.readouterr().err == "note: no core\nnote: slow\n"
 
 
 def test_torch_is_not_needed(tmp_path: Path) -> None:

@@ -1,6 +1,9 @@
 """The CPU engine beside the torch engine and beside itself: sizes, batches, states, types."""
 
 import multiprocessing
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -352,6 +355,13 @@ def test_a_library_of_another_version_is_refused(tmp_path):
         library.load_library(tmp_path / "_core.so")
     with pytest.raises(library.NoCoreError, match="not compiled"):
         library.load_library(tmp_path / "missing.so")
+
+
+def test_the_builder_says_in_one_line_what_is_wrong():
+    command = [sys.executable, "-m", "receptance.native.build"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "CXX": "", "PATH": ""})
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines() == ["error: no C++ compiler found (looked for $CXX, c++, g++, clang++)"]
 
 
 @pytest.mark.parametrize(

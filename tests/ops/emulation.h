@@ -307,6 +307,12 @@ inline char* dynamic_shared() { return emulated_shared; }
 // ops/tiles.cuh
 inline void await_all_but_one() { await_groups(1); }
 inline void team_barrier(int team) { emulation::wait(64 + team, true); }
+template <int TEAMS> void barrier() {  // all must come, and none may have left
+    bool all = blockDim.x == 128 * TEAMS;
+    for (unsigned i = 0; i < blockDim.x; i++) all &= !emulation::threads[i].done;
+    if (!all) fprintf(stderr, "emulation: a barrier of %d threads in a block of fewer or more\n", 128 * TEAMS), abort();
+    emulation::wait(0, true);
+}
 inline unsigned largest_of_warp(unsigned x) {
     const unsigned* all = emulation::together(x);
     for (int i = 0; i < 32; i++) x = max(x, all[i]);

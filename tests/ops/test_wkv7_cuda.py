@@ -74,9 +74,15 @@ def short_segments(monkeypatch) -> None:
     monkeypatch.setattr(module, "MIN_SEGMENT", 3)
 
 
-def test_a_row_in_segments(short_segments, heads):
-    assert module.Cut(1, 150, 1).segments == 4
+def test_a_row_in_segments(short_segments):
+    cut = module.Cut(1, 150, 1)
+    assert (cut.segments, cut.length, cut.piece, cut.pieces) == (4, 3, 2, 8)
     check(draw(1, 150, 1))
+
+
+@pytest.mark.parametrize(("scale", "g_scale"), [(100, 1), (1e-3, 1e-6), (1, 1e4)])
+def test_segments_of_any_magnitude(short_segments, scale, g_scale):
+    check(draw(1, 150, 1, scale=scale), g_scale=g_scale)
 
 
 @pytest.mark.parametrize("segmented", [False, True])

@@ -175,6 +175,8 @@ def open_file(path: Path) -> TensorSource:
         raise file.error("is a git-lfs pointer, not the weights; run `git lfs pull` in its folder")
     if start.lstrip()[:1] == b"<":
         raise file.error("is a web page, not a checkpoint; download the file itself")
+    if path.suffix == ".gguf":
+        raise file.error("does not begin as a GGUF file does; it is damaged or something else, fetch it again")
     return open_safetensors(file)  # which says what is wrong
 
 

@@ -4,7 +4,8 @@ import difflib
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -115,11 +116,18 @@ def load_runner(
         engine = "native" if device in (None, "cpu") and dtype != "float64" and prefers_native() else "torch"
     if engine == "torch" and threads is None:
         return load_model(source, dtype, device)
-    with warnings.catch_warnings(record=True) as caught:  # a person gets one line, not a place in our source
+    with warnings_as_notes():
         model: Model = load(source.path, dtype=dtype, device=device, engine=engine, threads=threads)  # type: ignore[call-overload]
-    for warning in caught:
-        note(f"note: {warning.message}")
     return model
+
+
+@contextmanager
+def warnings_as_notes() -> Iterator[None]:
+    """A person gets one line for each, not a place in our source."""
+    with warnings.catch_warnings(record=True) as caught:
+        yield
+    for text in dict.fromkeys(str(warning.message) for warning in caught):
+        note(f"note: {text}")
 
 
 def prefers_native() -> bool:

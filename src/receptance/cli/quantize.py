@@ -11,7 +11,7 @@ import typer
 from receptance.cli import options
 from receptance.cli.convert import check_target, tokenizer_fields
 from receptance.cli.errors import UsageError
-from receptance.cli.model_source import ModelSource, find_model, load_tokenizer
+from receptance.cli.model_source import ModelSource, find_model, load_tokenizer, warnings_as_notes
 from receptance.cli.terminal import table_console, write_json
 from receptance.embedded import ASSETS
 from receptance.errors import ReceptanceError
@@ -80,7 +80,8 @@ def command(
         save_gguf(target, weights, config, recipe_named(type), fields, formats=formats, progress=steps.writing)
         steps.end()
         if report:
-            found = measure(model, target, weights, config, formats, ids, sensitivity, threads, steps)
+            with warnings_as_notes():
+                found = measure(model, target, weights, config, formats, ids, sensitivity, threads, steps)
     finally:
         steps.end()  # an error has a line of its own
     if report:

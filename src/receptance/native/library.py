@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from receptance.native.build import LIBRARY, sources_hash
-
 TYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3, "int4": 4}  # enum Type
 TYPES |= {"Q8_0": 5, "Q4_0": 6, "Q4_K": 7, "Q5_K": 8, "Q6_K": 9}
 TYPES |= {"packed Q8_0": 10, "packed Q4_0": 11, "packed Q4_K": 12, "packed Q5_K": 13, "packed Q6_K": 14}
@@ -107,8 +105,11 @@ class NoCoreError(Exception):
 
 
 @cache
-def load_library(path: Path = LIBRARY) -> ctypes.CDLL:
-    """Raises NoCoreError."""
+def load_library(path: Path | None = None) -> ctypes.CDLL:
+    """None: the package's own. Raises NoCoreError."""
+    from receptance.native.build import LIBRARY, sources_hash  # only here: `python -m` runs that module as its main one
+
+    path = path or LIBRARY
     if not path.exists():
         raise NoCoreError("it was not compiled at install time; python -m receptance.native.build")
     try:

@@ -19,6 +19,12 @@ typedef u64 uint64;
 #ifndef EMULATED
 /// Of one team of four warps: threads 128 · team …
 DEVICE void team_barrier(int team) { asm volatile("bar.sync %0, 128;" ::"r"(team + 1) : "memory"); }
+/// Of a block of so many teams, which may come to it from different lines: __syncthreads and bar.sync, which is
+/// barrier.sync.aligned, are for all at one line.
+template <int TEAMS>
+DEVICE void barrier() {
+  asm volatile("barrier.sync 0, %0;" ::"n"(128 * TEAMS) : "memory");
+}
 DEVICE void await_all_but_one() { asm volatile("cp.async.wait_group 1;" ::: "memory"); }  // of the committed groups
 DEVICE word largest_of_warp(word x) { return __reduce_max_sync(0xffffffffu, x); }
 DEVICE half_bits float_to_half(float x) {
@@ -47,7 +53,6 @@ DEVICE word larger_halves(word x, word y) {  // as unsigned 16-bit integers
 }
 #endif
 
-DEVICE void barrier() { __syncthreads(); }
 DEVICE void warp_barrier() { __syncwarp(); }
 DEVICE int lane() { return threadIdx.x & 31; }
 DEVICE int warp() { return threadIdx.x >> 5 & 3; }  // of the team

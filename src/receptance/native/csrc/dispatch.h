@@ -42,6 +42,9 @@ void many_block_rows(const Product& p, int64_t first, int64_t last, int64_t rows
     const uint8_t* w = (const uint8_t*)p.w->data + n * size + group * DEPTH / NUMBERS * Block<T>::size;
     uint8_t* panel = (uint8_t*)local;
     const int64_t blocks = blocks_of_group(cols, group), units = blocks * BLOCK / NUMBERS;
+    for (int64_t r = PANEL; r < 2 * PANEL; r++) {  // the next panel: the processor does not see such short rows coming
+      for (int64_t i = 0; i < units * Block<T>::size; i += 64) __builtin_prefetch(w + r * size + i);
+    }
     for (int64_t u = 0; u < units; u++) repack<T>(w + u * Block<T>::size, size, panel + u * Packed<KERNEL>::size);
     packed_tiles<KERNEL>(panel, blocks, p.q + group, groups_of(cols), rows, sums);
   });

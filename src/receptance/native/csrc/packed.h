@@ -522,10 +522,20 @@ inline void repack_part(const uint8_t* w, int64_t stride, uint8_t* to) {
         __builtin_memcpy(to, quads[i], 64);
         continue;
       }
+#if defined(ISA_AVX2)
+      // even pairs of bytes, then odd ones: in each lane, in each half, in both
+      const __m256i order = _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15,  //
+                                             0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+      const __m256i a = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(load256(quads[i]), order), 0xd8);
+      const __m256i b = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(load256(quads[i] + 32), order), 0xd8);
+      _mm256_storeu_si256((__m256i*)to, _mm256_permute2x128_si256(a, b, 0x20));
+      _mm256_storeu_si256((__m256i*)(to + 32), _mm256_permute2x128_si256(a, b, 0x31));
+#else
       for (int r = 0; r < GROUP; r++) {
         __builtin_memcpy(to + 2 * r, quads[i] + 4 * r, 2);
         __builtin_memcpy(to + 2 * GROUP + 2 * r, quads[i] + 4 * r + 2, 2);
       }
+#endif
     }
     return;
   }

@@ -20,7 +20,7 @@ constexpr int SIDE = L + 8, PAIRS = L * SIDE;  // [L × L]
 constexpr float LOG2E = 1.4426950408889634f;
 
 enum { R, W, K, V, A, B, GY };
-enum { T_INVERSE, AK, RB, RK };
+enum { AK, RB, RK, T_INVERSE };  // by the warp that makes it
 
 /// The chunk's place in tensors [batch, T, H, N].
 struct Place {
@@ -32,6 +32,14 @@ DEVICE Place place_of(int head, int T, int H, const byte* resets) {
   const uint64 row = head / H;
   return {row * T * H * N + (head % H) * N, H * N, T, resets ? resets + row * T : nullptr};
 }
+
+/// Where a row's maps are cut: at segments of `length` chunks and at every `piece` of them. A piece is what lies between.
+struct Cuts {
+  int length, piece;
+  DEVICE int number(int chunk) const { return chunk / piece + chunk / length; }  // of its piece
+  DEVICE int begin(int chunk) const { return max(chunk / piece * piece, chunk / length * length); }
+  DEVICE int end(int chunk) const { return min((chunk / piece + 1) * piece, (chunk / length + 1) * length); }
+};
 
 /// Start copying a chunk of one input; each thread takes 16 bytes.
 DEVICE void fetch(half_bits* raw, const half_bits* x, const Place& at, int chunk) {
@@ -145,19 +153,26 @@ DEVICE void mask_documents(Square& c, word resets, bool is_late) {
 DEVICE void keep_lower(word (&x)[4], word diagonal) { x[0] &= diagonal, x[2] = 0, x[3] &= diagonal; }
 DEVICE void keep_upper(word (&x)[4], word diagonal) { x[0] &= diagonal, x[1] = 0, x[3] &= diagonal; }
 
-/// The matrices of a chunk, one a warp, as float16 and all but the inverse in their operands' units. tiles: a', r', b', k'.
-DEVICE void make_pairs(half_bits* pairs, float (&square)[L][L + 4], const half_bits* tiles, float unit, word resets, const Lane& my) {
-  Square c = {};
-  scores(c, tiles + warp() / 2 * TILE, tiles + (2 + warp() % 2) * TILE);
+/// This warp's matrix of a chunk, masked by documents. tiles: a', r', b', k'.
+DEVICE void make_scores(Square& c, const half_bits* tiles, word resets) {
+  scores(c, tiles + (warp() + 1) / 2 % 2 * TILE, tiles + (3 - warp() % 2) * TILE);
   if (resets) mask_documents(c, resets, true);
-  if (warp() != T_INVERSE) {
-    word x[4];
-    as_left(x, c);
-    keep_lower(x, warp() == AK ? my.below : my.upto);
-    half_bits* to = pairs + warp() * PAIRS + my.g * SIDE + my.q * 2;
-    at(to, 0) = x[0], at(to, 8 * SIDE) = x[1], at(to, 8) = x[2], at(to, 8 * SIDE + 8) = x[3];
-    return;
-  }
+}
+/// As float16 in its operands' units; not for the warp of the inverse.
+DEVICE void make_pairs(half_bits* pairs, const half_bits* tiles, word resets, const Lane& my) {
+  Square c = {};
+  make_scores(c, tiles, resets);
+  word x[4];
+  as_left(x, c);
+  keep_lower(x, warp() == AK ? my.below : my.upto);
+  half_bits* to = pairs + warp() * PAIRS + my.g * SIDE + my.q * 2;
+  at(to, 0) = x[0], at(to, 8 * SIDE) = x[1], at(to, 8) = x[2], at(to, 8 * SIDE + 8) = x[3];
+}
+/// The triangular inverse, in units of 1. saved: for the backward pass, or null.
+DEVICE void make_inverse(half_bits* inverse, float (&square)[L][L + 4], const half_bits* tiles, float unit, word resets,
+                         half_bits* saved, const Lane& my) {
+  Square c = {};
+  make_scores(c, tiles, resets);
   for (int n = 0; n < 2; ++n)
     for (int i = 0; i < 4; ++i) square[n * 8 + my.q * 2 + i % 2][my.g + i / 2 * 8] = c[n][i] * unit;
   warp_barrier();
@@ -170,7 +185,10 @@ DEVICE void make_pairs(half_bits* pairs, float (&square)[L][L + 4], const half_b
 #pragma unroll
     for (int i = j + 1; i < L; ++i) x[i] += square[j][i] * x[j];
   if (lane() < L)
-    for (int i = 0; i < L; ++i) pairs[i * SIDE + column] = float_to_half(x[i]);
+    for (int i = 0; i < L; ++i) inverse[i * SIDE + column] = float_to_half(x[i]);
+  if (!saved) return;
+  warp_barrier();
+  ((Quad*)saved)[lane()] = *(const Quad*)(inverse + lane() / 2 * SIDE + lane() % 2 * 8);
 }
 
 /// State rows as operands: [16 × 64], s[j] = columns 8 j … of rows g and g + 8.
@@ -249,6 +267,10 @@ DEVICE void write_state(const float (&c)[8][4], float* to, const Lane& my) {
   for (int j = 0; j < 8; ++j)
     for (int i = 0; i < 2; ++i) *(Pair*)(to + (warp() * 16 + my.g + i * 8) * N + j * 8 + my.q * 2) = {c[j][2 * i], c[j][2 * i + 1]};
 }
+DEVICE void set_identity(float (&c)[8][4], const Lane& my, float one = 1) {
+  for (int j = 0; j < 8; ++j)
+    for (int i = 0; i < 4; ++i) c[j][i] = warp() * 16 + my.g + i / 2 * 8 == j * 8 + my.q * 2 + i % 2 ? one : 0;
+}
 /// [L × 16] to this warp's columns of a tensor; `to`: at this lane's first element.
 DEVICE void write_tokens(half_bits* to, int stride, int left, const Square& c, float unit, const Lane& my) {
   for (int i = 0; i < 2; ++i)
@@ -284,21 +306,22 @@ struct Forward {
   alignas(16) word tops[7][WARPS], state_tops[2][2][WARPS];  // exponents
 };
 
-/// One segment of one head. MAP: no outputs but the end state; the second team finds what the inputs write (from a zero
-/// state), the third the segment's linear map (from the identity, without v).
+/// Chunks from `first` to before `last` of one head. MAP: nothing but, for each piece, what the inputs write (from a zero
+/// state) by the second team, and the linear map (from the identity, without v) by the third; `end` holds all of the head's.
 /// MAKERS: teams that prepare chunks; of two, the third team is the other one, and each takes two steps for its chunks:
 /// tiles, then pairs. That is faster where a block has a multiprocessor for itself.
 template <bool MAP, int MAKERS>
 DEVICE void forward(byte* memory, const half_bits* r, const half_bits* w, const half_bits* k, const half_bits* v,
                     const half_bits* a, const half_bits* b, const byte* resets, const float* start, half_bits* y,
-                    float* end, half_bits* states, float* units, int T, int H, int chunks, int length, int head,
-                    int segment, int segments) {
+                    float* end, half_bits* states, float* units, half_bits* inverses, int T, int H, int chunks, int head,
+                    int first, int last, const Cuts& cuts) {
+  constexpr int TEAMS = MAP ? 3 : 1 + MAKERS;
   typedef Forward<MAKERS> Memory;
   Memory& m = *(Memory*)memory;
   const Lane my;
   const Place place = place_of(head, T, H, resets);
   const half_bits* inputs[6] = {r, w, k, v, a, b};
-  const int first = segment * length, last = first + length < chunks ? first + length : chunks;
+  int cut = MAP ? cuts.end(first) : last;
 
   if (team() == 0 || (MAKERS == 2 && team() == 2)) {
     const int maker = team() / 2;
@@ -325,6 +348,10 @@ DEVICE void forward(byte* memory, const half_bits* r, const half_bits* w, const 
       f = facts_of(m.tops, documents);
       if (thread() == 0) to.facts = f;
       const Exponents e(raw[W], my);
+      if (MAP && chunk == cut) {
+        tail[0] = tail[1] = {0, 0};
+        cut = cuts.end(chunk);
+      }
       const word rp = power_of_two(254 - f.r), kp = power_of_two(254 - f.k), ap = power_of_two(254 - f.a);
       const word bp = power_of_two(254 - f.b), vp = power_of_two(254 - f.v);
       for (int n = 0; n < 2; ++n) {
@@ -356,7 +383,12 @@ DEVICE void forward(byte* memory, const half_bits* r, const half_bits* w, const 
         to.scale[thread()] = exp2(to.scale[thread()] + before);
         if (chunk == last - 1) to.tail[thread()] = exp2(to.tail[thread()]);
       }
-      make_pairs(to.pairs[0], m.square, to.tiles[0], two_to(f.a + f.b - 127), f.documents, my);
+      if (warp() != T_INVERSE) {
+        if (!MAP || warp() == AK) make_pairs(to.pairs[0], to.tiles[0], f.documents, my);
+      } else {
+        half_bits* saved = inverses ? inverses + ((uint64)head * chunks + chunk) * L * L : nullptr;
+        make_inverse(to.pairs[T_INVERSE], m.square, to.tiles[0], two_to(f.a + f.b - 127), f.documents, saved, my);
+      }
     };
     fetch_chunk(first + maker);
     if (MAKERS == 1) fetch_chunk(first + 1);
@@ -365,31 +397,28 @@ DEVICE void forward(byte* memory, const half_bits* r, const half_bits* w, const 
       if (is_mine && step < last) make_tiles(step);
       if (MAKERS == 1) make_chunk_pairs(step);
       else if (!is_mine && step > first) make_chunk_pairs(step - 1);
-      barrier();
+      barrier<TEAMS>();
     }
-    barrier();  // stays until the others have read what it wrote
+    barrier<TEAMS>();  // stays until the others have read what it wrote
     return;
   }
 
   const bool is_map = MAP && team() == 2;
-  const uint64 square = (uint64)((head * segments + segment) * (MAP ? 2 : 1) + is_map) * N * N;
   word(&tops)[2][WARPS] = m.state_tops[team() - 1];
   float state[8][4] = {};  // in units of 2^unit, its columns not yet decayed by the second half of the last chunk
   int unit = 127;
-  if (!MAP) read_state(state, start + square, my);
-  if (is_map)
-    for (int j = 0; j < 8; ++j)
-      for (int i = 0; i < 4; ++i) state[j][i] = warp() * 16 + my.g + i / 2 * 8 == j * 8 + my.q * 2 + i % 2;
+  if (!MAP) read_state(state, start, my);
+  if (is_map) set_identity(state, my);
   if (!MAP) y += place.base + (uint64)(first * L + my.g) * place.stride + warp() * 16 + my.q * 2;
   if (!MAP && states) states += ((uint64)head * chunks + first) * N * N + warp() * 16 * N + lane() * 8;
   note_top(tops[first & 1], state);
-  for (int i = 0; i < MAKERS; ++i) barrier();
+  for (int i = 0; i < MAKERS; ++i) barrier<TEAMS>();
 
   for (int chunk = first; chunk < last; ++chunk) {
     const auto& from = m.chunks[chunk % Memory::SLOTS];
     const Facts f = from.facts;
     const int old = unit;
-    unit = unit_of_state(tops[chunk & 1], unit, f.k + f.v - 127);
+    unit = unit_of_state(tops[chunk & 1], unit, is_map ? 0 : f.k + f.v - 127);
     scale_columns(state, from.scale, two_to(127 + old - unit), my);
     State s;
     pack_state(s, state);
@@ -443,11 +472,18 @@ DEVICE void forward(byte* memory, const half_bits* r, const half_bits* w, const 
     }
     accumulate(state, solved, from.tiles[2]);
     if (!is_map) accumulate(state, values, from.tiles[3]);
+    if (MAP && (chunk + 1 == cut || chunk + 1 == last)) {
+      scale_columns(state, from.tail, two_to(unit), my);
+      write_state(state, end + (uint64)(cuts.number(chunk) * 2 + is_map) * N * N, my);
+      set_identity(state, my, is_map);
+      unit = 127, cut = cuts.end(chunk + 1);
+    }
     note_top(tops[(chunk + 1) & 1], state);
-    barrier();
+    barrier<TEAMS>();
   }
+  if (MAP) return;
   scale_columns(state, m.chunks[(last - 1) % Memory::SLOTS].tail, two_to(unit), my);
-  write_state(state, end + square, my);
+  write_state(state, end, my);
 }
 
 struct BackwardMaps {
@@ -460,11 +496,11 @@ struct BackwardMaps {
     float s_unit;
   } chunks[3];
   struct alignas(16) {
-    half_bits pairs[4][PAIRS];
+    half_bits pairs[3][PAIRS];
     float scale[N], mid[N];       // decays of the gradient's columns: the later chunk's first half with this one's second; this one's first
   } steps[2];
-  alignas(16) float square[L][L + 4];
-  alignas(16) word tops[7][WARPS], state_tops[2][WARPS];  // exponents
+  alignas(16) half_bits inverses[4][PAIRS];  // of those at hand and the next two
+  alignas(16) word tops[7][WARPS], state_tops[2][2][WARPS];  // exponents
 };
 struct Backward : BackwardMaps {
   struct alignas(16) {  // decays from the middle to each token's start and the last one's end; to its end, inverted
@@ -511,19 +547,21 @@ DEVICE void store_transposed(half_bits* tile, const word (&x)[4], const Lane& my
   }
 }
 
-/// One segment of one head, from its last chunk to its first. MAP: only what gy sends to the segment's start state.
+/// Chunks from before `last` to `first` of one head. MAP: nothing but, for each piece, what gy sends to its start state,
+/// by the second team, and for those from chunk `mapped` on the linear map by the third; `g_starts` holds all of the head's.
 template <bool MAP>
 DEVICE void backward(byte* memory, const half_bits* r, const half_bits* w, const half_bits* k, const half_bits* v,
                      const half_bits* a, const half_bits* b, const half_bits* gy, const byte* resets,
-                     const half_bits* states, const float* units, const float* ends, const float* g_ends,
-                     half_bits* gr, half_bits* gw, half_bits* gk, half_bits* gv, half_bits* ga, half_bits* gb,
-                     float* g_starts, int T, int H, int chunks, int length, int head, int segment, int segments) {
+                     const half_bits* states, const float* units, const half_bits* inverses, const float* ends,
+                     const float* g_ends, half_bits* gr, half_bits* gw, half_bits* gk, half_bits* gv, half_bits* ga, half_bits* gb,
+                     float* g_starts, int T, int H, int chunks, int head, int first, int last, int mapped, const Cuts& cuts) {
+  constexpr int TEAMS = 3;
   Backward& m = *(Backward*)memory;
   const Lane my;
   const Place place = place_of(head, T, H, resets);
   const half_bits* inputs[7] = {r, w, k, v, a, b, gy};
-  const int first = segment * length, last = first + length < chunks ? first + length : chunks;
-  const uint64 square = (uint64)(head * segments + segment) * N * N, states_before = (uint64)head * chunks;
+  const uint64 states_before = (uint64)head * chunks;
+  int cut = MAP ? cuts.begin(last - 1) : first;
 
   if (team() == 0) {
     bool flag = false, next_flag = false;
@@ -537,6 +575,8 @@ DEVICE void backward(byte* memory, const half_bits* r, const half_bits* w, const
         half_bits* to = m.s[chunk % 5] + thread() / 8 * ROW + thread() % 8 * 8;
         for (int i = 0; i < 4; ++i) copy_async(to + i * 16 * ROW, from + i * 16 * N, true);
       }
+      if (ok && warp() == T_INVERSE)
+        copy_async(m.inverses[chunk & 3] + lane() / 2 * SIDE + lane() % 2 * 8, inverses + (states_before + chunk) * L * L + lane() * 8, true);
       commit_copies();
       flag = next_flag, next_flag = ok && reset_flag(place, chunk);
       s_unit = next_unit;
@@ -566,7 +606,7 @@ DEVICE void backward(byte* memory, const half_bits* r, const half_bits* w, const
       const word bp = power_of_two(254 - f.b), vp = power_of_two(254 - f.v), yp = power_of_two(254 - f.gy);
       for (int n = 0; n < 2; ++n) {
         const int column = warp() * 16 + n * 8 + my.q * 2;
-        const Pair later = mid[n];
+        const Pair later = MAP && chunk + 1 == cut ? Pair{0, 0} : mid[n];
         mid[n] = {-as_float(shuffle(as_word(e.start[n][0]), my.q)), -as_float(shuffle(as_word(e.start[n][1]), my.q))};
         if (my.g == 7) *(Pair*)(step.scale + column) = exp2(later + Pair{e.end[n][2], e.end[n][3]});
         if (my.g == 7) *(Pair*)(step.mid + column) = exp2(mid[n]);
@@ -586,39 +626,47 @@ DEVICE void backward(byte* memory, const half_bits* r, const half_bits* w, const
           }
         }
       }
+      if (MAP && chunk + 1 == cut) cut = cuts.begin(chunk);
       team_barrier(0);
       fetch_chunk(chunk - 2);
-      make_pairs(step.pairs[0], m.square, to.tiles[0], two_to(f.a + f.b - 127), documents, my);
-      barrier();
+      if (MAP ? warp() == RB : warp() != T_INVERSE) make_pairs(step.pairs[0], to.tiles[0], documents, my);
+      barrier<TEAMS>();
     }
-    if (!MAP) barrier();
+    if (!MAP) barrier<TEAMS>();
     return;
   }
 
-  if (team() == 1) {
+  if (team() == 1 || MAP) {
+    const bool is_map = MAP && team() == 2;
+    word(&tops)[2][WARPS] = m.state_tops[is_map];
     float g[8][4] = {};  // gradient of the state at the chunk's end, in units of 2^unit, not yet times the later chunk's first half
     int unit = 127;
     if (!MAP) {
       Pair x[8] = {};
       if (g_ends) {
-        read_state(g, g_ends + square, my);
+        read_state(g, g_ends, my);
         float end[8][4];
-        read_state(end, ends + square, my);
+        read_state(end, ends, my);
         for (int j = 0; j < 8; ++j) x[j] = {g[j][0] * end[j][0] + g[j][2] * end[j][2], g[j][1] * end[j][1] + g[j][3] * end[j][3]};
       }
       write_flow(m.chunks[(last - 1) % 3].flow[warp()], x, 1, my);
       gv += place.base + (uint64)my.g * place.stride + warp() * 16 + my.q * 2;
     }
-    note_top(m.state_tops[(last - 1) & 1], g);
-    barrier();
+    if (is_map) set_identity(g, my);
+    note_top(tops[(last - 1) & 1], g);
+    barrier<TEAMS>();
 
     for (int chunk = last - 1; chunk >= first; --chunk) {
+      if (is_map && chunk < mapped) {
+        if (chunk > first) barrier<TEAMS>();
+        continue;
+      }
       auto& from = m.chunks[chunk % 3];
       const auto& step = m.steps[chunk & 1];
       auto& to = m.found[chunk & 1];
       const Facts f = from.facts;
       const int old = unit;
-      unit = unit_of_state(m.state_tops[chunk & 1], unit, f.r + f.gy - 127);
+      unit = unit_of_state(tops[chunk & 1], unit, is_map ? 0 : f.r + f.gy - 127);
       scale_columns(g, step.scale, two_to(127 + old - unit), my);
       State gs;
       pack_state(gs, g);
@@ -627,15 +675,15 @@ DEVICE void backward(byte* memory, const half_bits* r, const half_bits* w, const
 
       // z in units of 16 · b's · the gradient's, u in units of 16 · a's · the state's
       const float given = two_to(f.r + f.gy - unit), erased = two_to(f.a + f.b - 127 + 4);
-      word grads[4], x[4], solved[4], z_left[4];
+      word grads[4] = {}, x[4], solved[4], z_left[4];
       Square c = {}, z = {};
-      load_left_transposed(grads, from.values[0] + warp() * 16, ROW);
+      if (!is_map) load_left_transposed(grads, from.values[0] + warp() * 16, ROW);
       load_right(x, step.pairs[RB], SIDE);
       multiply(c, grads, x);
       if (f.documents) mask_columns(z_state, f.documents, closes);
       combine(c, given, z_state);
       as_left(solved, c);
-      load_right(x, step.pairs[T_INVERSE], SIDE);
+      load_right(x, m.inverses[chunk & 3], SIDE);
       multiply(z, solved, x);
       if (f.documents)
         for (int j = 0; j < 8; ++j)
@@ -649,8 +697,14 @@ DEVICE void backward(byte* memory, const half_bits* r, const half_bits* w, const
         mask_tokens(shared_grads, f.documents, opens);
       }
       accumulate(g, solved, from.tiles[0]);
-      accumulate(g, shared_grads, from.tiles[1]);
-      note_top(m.state_tops[(chunk - 1) & 1], g);
+      if (!is_map) accumulate(g, shared_grads, from.tiles[1]);
+      if (MAP && (chunk == cut || chunk == first)) {
+        scale_columns(g, step.mid, two_to(unit), my);
+        write_state(g, g_starts + (uint64)(cuts.number(chunk) * 2 + is_map) * N * N, my);
+        set_identity(g, my, is_map);
+        unit = 127, cut = cuts.begin(chunk - 1);
+      }
+      note_top(tops[(chunk - 1) & 1], g);
       if (!MAP) {
         for (int j = 0; j < 8; ++j)
           for (int i = 0; i < 2; ++i) at(to.g, (warp() * 16 + my.g + i * 8) * ROW + j * 8 + my.q * 2) = gs[j][i];
@@ -679,7 +733,7 @@ DEVICE void backward(byte* memory, const half_bits* r, const half_bits* w, const
         if (f.documents) mask_columns(u_state, f.documents, opens);
         combine(q, k_unit * v_unit / s_unit, u_state);
         as_left(solved, q);
-        load_right_transposed(x, step.pairs[T_INVERSE], SIDE);
+        load_right_transposed(x, m.inverses[chunk & 3], SIDE);
         multiply(u, solved, x);
         as_left(solved, u);
         store_transposed(to.solved[1], solved, my);
@@ -695,14 +749,14 @@ DEVICE void backward(byte* memory, const half_bits* r, const half_bits* w, const
           for (int i = 0; i < 4; ++i) c[n][i] = v_state[n][i] + through_z[n][i] * erased + through_y[n][i] * given;
         write_tokens(gv + (uint64)chunk * L * place.stride, place.stride, T - chunk * L, c, k_unit * g_unit, my);
       }
-      if (!MAP || chunk > first) barrier();
+      if (!MAP || chunk > first) barrier<TEAMS>();
     }
+    if (MAP) return;
     scale_columns(g, m.steps[first & 1].mid, two_to(unit), my);
-    write_state(g, g_starts + square, my);
+    write_state(g, g_starts, my);
     return;
   }
 
-  if (MAP) return;
   // One gradient a warp: of a, r from (z, gy), (u, v) and the state; of b, k from (u, v), (z, gy) and its gradient.
   const int role = warp();
   const bool is_reader = role < 2;
@@ -718,8 +772,8 @@ DEVICE void backward(byte* memory, const half_bits* r, const half_bits* w, const
     for (int i = 0; i < 4; ++i)
       if (t + i < T) to[i * place.stride / 2] = written(x + late[i]);
   };
-  barrier();
-  barrier();
+  barrier<TEAMS>();
+  barrier<TEAMS>();
 
   for (int chunk = last - 1; chunk >= first; --chunk) {
     auto& from = m.chunks[chunk % 3];
@@ -793,7 +847,7 @@ DEVICE void backward(byte* memory, const half_bits* r, const half_bits* w, const
     m.sums[warp()][lane()] = sum;
     team_barrier(2);
     finish_decays(chunk);
-    if (chunk > first) barrier();
+    if (chunk > first) barrier<TEAMS>();
   }
 }
 
@@ -802,75 +856,102 @@ static_assert(sizeof(Backward) <= BACKWARD_BYTES, "shared memory");
 static_assert(sizeof(BackwardMaps) <= BACKWARD_MAPS_BYTES, "shared memory");
 
 #define INPUTS const half_bits *r, const half_bits *w, const half_bits *k, const half_bits *v, const half_bits *a, const half_bits *b
-#define SHAPE int T, int H, int chunks, int length
+#define SHAPE int T, int H, int chunks, int length, int piece
+
+/// What a block of the grid (heads, segments) has: its number, and chunks from first to before last.
+struct Segment {
+  uint64 square;
+  int first, last;
+  DEVICE Segment(int chunks, int length)
+      : square((uint64)(blockIdx.x * gridDim.y + blockIdx.y) * N * N), first(blockIdx.y * length), last(min(first + length, chunks)) {}
+};
 
 /// Grid (heads, segments).
 extern "C" __global__ void __launch_bounds__(256, 2)
-wkv7_forward(INPUTS, const byte* resets, const float* starts, half_bits* y, float* ends, half_bits* states, float* units, SHAPE) {
-  byte* memory = (byte*)dynamic_shared();
-  forward<false, 1>(memory, r, w, k, v, a, b, resets, starts, y, ends, states, units, T, H, chunks, length, blockIdx.x,
-                    blockIdx.y, gridDim.y);
+wkv7_forward(INPUTS, const byte* resets, const float* starts, half_bits* y, float* ends, half_bits* states, float* units, half_bits* inverses, SHAPE) {
+  const Segment my(chunks, length);
+  forward<false, 1>((byte*)dynamic_shared(), r, w, k, v, a, b, resets, starts + my.square, y, ends + my.square, states, units,
+                    inverses, T, H, chunks, blockIdx.x, my.first, my.last, {length, piece});
 }
 
 /// The same for at most as many blocks as there are multiprocessors.
 extern "C" __global__ void __launch_bounds__(384, 1)
-wkv7_forward_few(INPUTS, const byte* resets, const float* starts, half_bits* y, float* ends, half_bits* states, float* units, SHAPE) {
-  byte* memory = (byte*)dynamic_shared();
-  forward<false, 2>(memory, r, w, k, v, a, b, resets, starts, y, ends, states, units, T, H, chunks, length, blockIdx.x,
-                    blockIdx.y, gridDim.y);
+wkv7_forward_few(INPUTS, const byte* resets, const float* starts, half_bits* y, float* ends, half_bits* states, float* units, half_bits* inverses, SHAPE) {
+  const Segment my(chunks, length);
+  forward<false, 2>((byte*)dynamic_shared(), r, w, k, v, a, b, resets, starts + my.square, y, ends + my.square, states, units,
+                    inverses, T, H, chunks, blockIdx.x, my.first, my.last, {length, piece});
 }
 
-/// Grid (heads, segments); maps [heads, segments, 2, N, N]: what inputs write, then the map S → S P.
+/// Grid (heads, blocks of `piece` chunks of all segments but the last); maps [heads, pieces, 2, N, N]: what inputs write,
+/// then the map S → S P.
 extern "C" __global__ void __launch_bounds__(384, 2)
 wkv7_forward_maps(INPUTS, const byte* resets, float* maps, SHAPE) {
-  byte* memory = (byte*)dynamic_shared();
-  forward<true, 1>(memory, r, w, k, v, a, b, resets, nullptr, nullptr, maps, nullptr, nullptr, T, H, chunks, length,
-                blockIdx.x, blockIdx.y, gridDim.y);
+  const Cuts cuts = {length, piece};
+  const int first = blockIdx.y * piece, last = min(first + piece, (chunks - 1) / length * length);
+  maps += (uint64)blockIdx.x * (cuts.number(chunks - 1) + 1) * 2 * N * N;
+  forward<true, 1>((byte*)dynamic_shared(), r, w, k, v, a, b, resets, nullptr, nullptr, maps, nullptr, nullptr, nullptr, T, H,
+                   chunks, blockIdx.x, first, last, cuts);
 }
 
+/// Grid (heads, segments).
 extern "C" __global__ void __launch_bounds__(384, 1)
 wkv7_backward(INPUTS, const half_bits* gy, const byte* resets, const half_bits* states, const float* units,
-              const float* ends, const float* g_ends, half_bits* gr, half_bits* gw, half_bits* gk, half_bits* gv,
-              half_bits* ga, half_bits* gb, float* g_starts, SHAPE) {
-  byte* memory = (byte*)dynamic_shared();
-  backward<false>(memory, r, w, k, v, a, b, gy, resets, states, units, ends, g_ends, gr, gw, gk, gv, ga, gb, g_starts,
-                  T, H, chunks, length, blockIdx.x, blockIdx.y, gridDim.y);
+              const half_bits* inverses, const float* ends, const float* g_ends, half_bits* gr, half_bits* gw, half_bits* gk,
+              half_bits* gv, half_bits* ga, half_bits* gb, float* g_starts, SHAPE) {
+  const Segment my(chunks, length);
+  backward<false>((byte*)dynamic_shared(), r, w, k, v, a, b, gy, resets, states, units, inverses, ends + my.square,
+                  g_ends ? g_ends + my.square : nullptr, gr, gw, gk, gv, ga, gb, g_starts + my.square, T, H, chunks, blockIdx.x,
+                  my.first, my.last, 0, {length, piece});
 }
 
-extern "C" __global__ void __launch_bounds__(256, 1)
-wkv7_backward_maps(INPUTS, const half_bits* gy, const byte* resets, float* g_starts, SHAPE) {
-  byte* memory = (byte*)dynamic_shared();
-  backward<true>(memory, r, w, k, v, a, b, gy, resets, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr,
-                 nullptr, nullptr, nullptr, g_starts, T, H, chunks, length, blockIdx.x, blockIdx.y, gridDim.y);
+/// Grid (heads, blocks of `piece` chunks, from the last, of all segments but the first); parts [heads, pieces, 2, N, N]:
+/// what gy sends to a piece's start, then, of the last segment only, the map G → G Pᵀ.
+extern "C" __global__ void __launch_bounds__(384, 2)
+wkv7_backward_maps(INPUTS, const half_bits* gy, const byte* resets, const half_bits* inverses, float* parts, SHAPE) {
+  const Cuts cuts = {length, piece};
+  const int from = ((chunks - 1) / piece - blockIdx.y) * piece;
+  parts += (uint64)blockIdx.x * (cuts.number(chunks - 1) + 1) * 2 * N * N;
+  backward<true>((byte*)dynamic_shared(), r, w, k, v, a, b, gy, resets, nullptr, nullptr, inverses, nullptr, nullptr, nullptr,
+                 nullptr, nullptr, nullptr, nullptr, nullptr, parts, T, H, chunks, blockIdx.x, max(from, length),
+                 min(from + piece, chunks), (chunks - 1) / length * length, cuts);
 }
 
-/// Grid (heads, 4): rows of the state. Every segment's start: starts[0] = first, then state → state · P + part, where P
-/// is each segment's map, and no `first` is zeros; in reverse, from the last segment, with Pᵀ. maps and parts advance by their strides (floats).
+/// Grid (heads, 4): rows of the state. Every segment's start: starts[0] = first, then state → state · P + part over all
+/// pieces, and no `first` is zeros; in reverse, from the last segment's end, with Pᵀ. maps, parts: [heads, pieces, 2, N, N].
 extern "C" __global__ void __launch_bounds__(128)
-wkv7_join(const float* maps, int map_stride, const float* parts, int part_stride, const float* first, float* starts,
-          int segments, int reverse) {
+wkv7_join(const float* maps, const float* parts, const float* first, float* starts, int reverse, int chunks, int length, int piece) {
   byte* memory = (byte*)dynamic_shared();
   float(&p)[N][N + 1] = *(float(*)[N][N + 1])memory;
   float(&state)[16][N] = *(float(*)[16][N])(memory + sizeof p);
-  const int column = thread() % N, row = thread() / N * 8;
-  const unsigned long long head = blockIdx.x, rows = blockIdx.y * 16ull * N;
+  const Cuts cuts = {length, piece};
+  const int column = thread() % N, row = thread() / N * 8, late = (chunks - 1) / length * length;
+  const uint64 head = blockIdx.x, rows = blockIdx.y * 16ull * N, pieces = cuts.number(chunks - 1) + 1;
   float x[8];
   for (int i = 0; i < 8; ++i) x[i] = first ? first[head * N * N + rows + (row + i) * N + column] : 0;
-  for (int step = 0; step < segments; ++step) {
-    const unsigned long long at = head * segments + (reverse ? segments - 1 - step : step);
+  for (int at = reverse ? chunks : 0;;) {
+    if (at % length == 0 || at == chunks) {
+      const int segment = reverse ? (at - 1) / length : at / length;
+      for (int i = 0; i < 8; ++i)
+        starts[(head * (late / length + 1) + segment) * N * N + rows + (row + i) * N + column] = x[i];
+    }
+    if (at == (reverse ? length : late)) return;
+    const int begin = reverse ? cuts.begin(at - 1) : at;
+    const float* part = parts + (head * pieces + cuts.number(begin)) * 2 * N * N;
+    const float* map = maps + (part - parts) + N * N;
+    if (reverse && begin >= late) map = part + N * N;  // Pᵀ
     for (int i = thread(); i < N * N; i += 128) {
-      const float value = maps[at * map_stride + i];
-      if (reverse) p[i % N][i / N] = value;
+      const float value = map[i];
+      if (reverse && begin < late) p[i % N][i / N] = value;
       else p[i / N][i % N] = value;
     }
     for (int i = 0; i < 8; ++i) {
       state[row + i][column] = x[i];
-      starts[at * N * N + rows + (row + i) * N + column] = x[i];
-      x[i] = parts[at * part_stride + rows + (row + i) * N + column];
+      x[i] = part[rows + (row + i) * N + column];
     }
-    barrier();
+    barrier<1>();
     for (int j = 0; j < N; ++j)
       for (int i = 0; i < 8; ++i) x[i] += state[row + i][j] * p[j][column];
-    barrier();
+    barrier<1>();
+    at = reverse ? begin : cuts.end(at);
   }
 }
