@@ -42,21 +42,26 @@ def rounded_input(x: Array, steps: int = 127) -> Array:
     return (np.rint(parts / np.where(scale > 0, scale, 1)) * scale).reshape(x.shape)
 
 
+def is_halved(format: str, engine: str, rows: int) -> bool:
+    """Whether so many rows of x, and w, are rounded to bfloat16."""
+    return engine == "amx" and rows >= (12 if format == "Q6_K" else 32)
+
+
 def products(engine: str, w: Blocks, x: Array) -> Array:
-    """In float64, of the numbers that the core multiplies: x rounded, and w too in 32 rows and more with AMX."""
-    if engine == "amx" and len(x) >= 32:
+    """In float64, of the numbers that the core multiplies: x rounded, and with AMX w too, if there are many rows."""
+    if is_halved(w.format, engine, len(x)):
         return bfloat16(x).astype(np.float64) @ bfloat16(w.to_float()).astype(np.float64).T
     rounded = rounded_input(x, 127 * 256 if is_wide(w.format, engine) else 127)
     return rounded @ w.to_float().astype(np.float64).T
 
 
-def assert_products(found: Array, expected: Array, engine: str, *, edges: int = 0) -> None:
+def assert_products(found: Array, expected: Array, halved: bool, *, edges: int = 0) -> None:
     """edges: rows with an input at the edge between two steps, where float32 rounds to the other side.
 
-    With AMX a weight may lie there too (halfway between two numbers of 8 bits): then one output of all rows is off.
+    halved: a weight may lie there too (halfway between two numbers of 8 bits): then one output of all rows is off.
     """
     wrong = np.abs(found - expected) > 2e-5 * np.abs(expected).max()
-    if engine == "amx" and len(found) >= 32:
+    if halved:
         assert np.count_nonzero(wrong.any(0)) <= max(1, wrong.shape[1] // 50)
         assert np.abs(found - expected).max() <= 2e-3 * np.abs(expected).max()
     else:
@@ -131,7 +136,7 @@ def test_products_are_those_of_the_definition(format, rows, tokens, engine):
     x[0, 32:64] = 0  # a block without a scale
     expected = products(engine, blocks, x)
     for threads in (1, 3):
-        assert_products(multiply(engine, blocks, x, threads), expected, engine)
+        assert_products(multiply(engine, blocks, x, threads), expected, is_halved(format, engine, tokens))
 
 
 @needs_core
@@ -146,8 +151,11 @@ def test_packed_blocks_give_the_same_products(format, rows, cols, engine):
     x[0, 32:64] = 0
     x[1] = np.abs(x[1])  # sums of inputs that are far from zero
     for count in (1, 2, 3, 7, 12, 31, 135):
-        found = multiply(engine, blocks, x[:count], 3 if count > 2 else 1, packed=True)
-        assert_products(found, products(engine, blocks, x[:count]), engine, edges=count // 100)
+        found, expected = (
+            multiply(engine, blocks, x[:count], 3 if count > 2 else 1, packed=True),
+            products(engine, blocks, x[:count]),
+        )
+        assert_products(found, expected, is_halved(format, engine, count), edges=count // 100)
 
 
 @needs_core
@@ -165,10 +173,9 @@ def test_sums_of_extreme_numbers_do_not_overflow(format, engine):
         exact = x.astype(np.float64) @ blocks.to_float().astype(np.float64).T
         size = np.abs(x.astype(np.float64)) @ np.abs(blocks.to_float().astype(np.float64)).T + 1e-6
         for packed in (False, True):
-            for rows in (1, 6, 9, 40):
-                expected = (
-                    products(engine, blocks, x) if engine == "amx" and rows >= 32 else exact
-                )  # all inputs are exact
+            for rows in (1, 6, 9, 16, 40):
+                halved = is_halved(format, engine, rows)
+                expected = products(engine, blocks, x) if halved else exact  # all inputs are exact
                 found = multiply(engine, blocks, x[:rows], packed=packed)
                 assert (np.abs(found - expected[:rows]) <= 1e-5 * size[:rows]).all()
 

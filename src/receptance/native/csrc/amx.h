@@ -238,17 +238,6 @@ void widen_packed(const uint8_t* p, int64_t blocks, Halves& w, int64_t) {
   }
 }
 
-// 16 rows in a block format, `stride` bytes apart
-template <int T>
-void widen_rows(const uint8_t* p, int64_t stride, int64_t blocks, Halves& w) {
-  constexpr int KERNEL = T == Q8_0 ? Q8 : T == Q4_0 ? Q4 : T, NUMBERS = Block<T>::numbers;
-  uint8_t packed[8 * BLOCK / packed_numbers(KERNEL) * packed_bytes(KERNEL)];
-  for (int64_t u = 0; u < blocks * BLOCK / NUMBERS; u++) {
-    repack<T>(p + u * Block<T>::size, stride, packed + u * Packed<KERNEL>::size);
-  }
-  widen_packed<KERNEL>(packed, blocks, w, 0);
-}
-
 // Two vectors of 16 numbers of 16 bits, side by side: the upper parts (the first in the low halves), and what they leave over
 template <int T>
 inline void put_words(__m256i first, __m256i second, uint16_t* high, uint16_t* low) {
@@ -363,69 +352,66 @@ inline void put_turned(const Product& p, int64_t m, int64_t rows, int64_t n, int
   }
 }
 
-// Up to 16 rows of x: while 256 columns of 16 rows of w meet them, the next 256 are widened
+// Up to 16 rows of x: while 32 columns of 16 rows of w are widened, those two before them meet x. What is stored on the way lies
+// within 4 KB, as in byte_panels
 template <int T>
-void few_tiled_rows(const Product& p, int64_t first, int64_t last, int64_t rows, float* local) {
+void few_tiled_rows(const Product& p, int64_t first, int64_t last, int64_t rows) {
   const WithTiles tiles(2);
-  const int64_t stride = 2 * p.w->cols, groups = groups_of(p.w->cols), panels = (last - first + PANEL - 1) / PANEL;
+  const int64_t stride = 2 * p.w->cols, blocks = p.w->cols / BLOCK, total = (last - first + PANEL - 1) / PANEL * blocks;
   const XTile* x = (const XTile*)p.q;
   const char* data = (const char*)p.w->data;
-  Halves* w = (Halves*)local;
+  struct alignas(64) {
+    uint16_t high[16][32], low[16][32];
+  } widened[2];
   alignas(64) float sums[3][16 * PANEL];
-  const auto widen = [&](int64_t step, int64_t r) {  // a row of 256 columns, of the step's panel and group
-    const int64_t group = step % groups, n = first + step / groups * PANEL + r, row = n < last ? n : last - 1;
-    const char* from = data + row * stride + group * DEPTH * 2;
-    Halves& to = w[step % 2];
-    for (int64_t b = 0; b < blocks_of_group(p.w->cols, group); b++) {
-      __builtin_prefetch(from + b * 64 + 512);
-      if (T == BF16 && n - r + PANEL <= last) continue;
-      put_row<T>(from + b * 64, to.high[16 * b + r], to.low[16 * b + r]);
-    }
-  };
-  for (int64_t r = 0; r < 16; r++) widen(0, r);
-  for (int64_t step = 0; step < panels * groups; step++) {
-    const int64_t group = step % groups, blocks = blocks_of_group(p.w->cols, group);
-    const Halves& now = w[step % 2];
-    if (group == 0) {
-      TILE_ZERO(0);
-      TILE_ZERO(1);
-      if (T == F16) TILE_ZERO(2);
-    }
-    for (int64_t b = 0; b < 8; b++) {
-      if (b < blocks) {
-        const XTile& xs = x[group * 8 + b];
-        TILE_LOAD(4, xs.high, 64);
-        TILE_LOAD(5, xs.low, 64);
-        const int64_t n = first + step / groups * PANEL;
-        const bool as_it_lies = T == BF16 && n + PANEL <= last;
-        if (as_it_lies) TILE_LOAD(6, data + n * stride + (group * DEPTH + b * BLOCK) * 2, stride);
-        else TILE_LOAD(6, now.high[16 * b], 64);
-        TILE_PRODUCT(0, 6, 4);
-        TILE_PRODUCT(1, 6, 5);
-        if (T == F16) {
-          TILE_LOAD(7, now.low[16 * b], 64);
-          TILE_PRODUCT(2, 7, 4);
-        }
+  int64_t b = 0, n = first, column = 0, row = first;  // of the block that meets x, and of the one that is widened
+  for (int64_t i = 0; i < total + 2; i++) {
+    if (i >= 2) {
+      if (b == 0) {
+        TILE_ZERO(0);
+        TILE_ZERO(1);
+        if (T == F16) TILE_ZERO(2);
       }
-      if (step + 1 < panels * groups) widen(step + 1, 2 * b), widen(step + 1, 2 * b + 1);
+      TILE_LOAD(4, x[b].high, 64);
+      TILE_LOAD(5, x[b].low, 64);
+      if (T == BF16 && n + PANEL <= last) TILE_LOAD(6, data + n * stride + b * 64, stride);  // as it lies
+      else TILE_LOAD(6, widened[i % 2].high, 64);
+      TILE_PRODUCT(0, 6, 4);
+      TILE_PRODUCT(1, 6, 5);
+      if (T == F16) {
+        TILE_LOAD(7, widened[i % 2].low, 64);
+        TILE_PRODUCT(2, 7, 4);
+      }
+      if (++b == blocks) {
+        TILE_STORE(0, sums[0]);
+        TILE_STORE(1, sums[1]);
+        if (T == F16) TILE_STORE(2, sums[2]);
+        for (int j = 0; j < 16 * PANEL; j += 16) {
+          __m512 all = _mm512_add_ps(_mm512_load_ps(sums[0] + j), _mm512_load_ps(sums[1] + j));
+          if (T == F16) all = _mm512_add_ps(all, _mm512_load_ps(sums[2] + j));
+          _mm512_store_ps(sums[0] + j, all);
+        }
+        put_turned(p, 0, rows, n, last, sums[0]);
+        b = 0, n += PANEL;
+      }
     }
-    if (group + 1 < groups) continue;
-    TILE_STORE(0, sums[0]);
-    TILE_STORE(1, sums[1]);
-    if (T == F16) TILE_STORE(2, sums[2]);
-    for (int i = 0; i < 16 * PANEL; i += 16) {
-      __m512 all = _mm512_add_ps(_mm512_load_ps(sums[0] + i), _mm512_load_ps(sums[1] + i));
-      if (T == F16) all = _mm512_add_ps(all, _mm512_load_ps(sums[2] + i));
-      _mm512_store_ps(sums[0] + i, all);
+    if (i < total) {
+      const char* from = data + row * stride + column * 64;
+      const int64_t ahead = column + 8 < blocks ? 512 : 512 + (PANEL - 1) * stride;  // there, the next rows
+      for (int64_t r = 0; r < 16; r++) {
+        __builtin_prefetch(from + r * stride + ahead, 0, 2);
+        if (T == BF16 && row + PANEL <= last) continue;
+        put_row<T>(row + r < last ? from + r * stride : from, widened[i % 2].high[r], widened[i % 2].low[r]);
+      }
+      if (++column == blocks) column = 0, row += PANEL;
     }
-    put_turned(p, 0, rows, first + step / groups * PANEL, last, sums[0]);
   }
 }
 
 template <int T>
 void tiled_rows(const Product& p, int64_t first, int64_t last, int64_t rows, float* local) {
   if constexpr (T != Q8_0) {
-    if (rows <= PANEL) return few_tiled_rows<T>(p, first, last, rows, local);
+    if (rows <= PANEL) return few_tiled_rows<T>(p, first, last, rows);
   }
   const WithTiles tiles(2);
   Halves* w = (Halves*)local;
@@ -455,35 +441,34 @@ void tiled_rows(const Product& p, int64_t first, int64_t last, int64_t rows, flo
 
 // Bytes: few rows of x -----------------------------------------------------------------------------------------------------
 
+// The numbers of 32 columns of 16 packed rows as signed bytes, 8 vectors of 16 rows x 4 columns, in `to`; those of Q4 16 times
 template <int T>
-constexpr bool by_bytes(int64_t rows) {
-  return rows >= 12 && rows <= PANEL && T != Q6_K;
-}
-
-// The numbers of 32 columns of 16 packed rows as signed bytes, 8 vectors of 16 rows x 4 columns: where they lie, or in `to`
-template <int T>
-inline const uint8_t* bytes_of(const uint8_t* numbers, uint8_t (*to)[64]) {
-  if (T == Q8) return numbers;
+inline void bytes_of(const uint8_t* numbers, uint8_t (*to)[64]) {
   for (int j = 0; j < 4; j++) {
     __m512i low, high;
-    read_bits<T>(numbers, j, low, high);
-    if (T == Q4) low = _mm512_sub_epi8(low, _mm512_set1_epi8(8)), high = _mm512_sub_epi8(high, _mm512_set1_epi8(8));
+    if (T == Q4) {  // in the upper half of a byte, less 8
+      const __m512i both = _mm512_loadu_si512(numbers + 64 * j), upper = _mm512_set1_epi8((char)0xf0), sign = _mm512_set1_epi8((char)128);
+      low = _mm512_ternarylogic_epi32(_mm512_slli_epi16(both, 4), upper, sign, 0x6a);  // both & upper ^ sign
+      high = _mm512_ternarylogic_epi32(both, upper, sign, 0x6a);
+    } else {
+      read_bits<T>(numbers, j, low, high);
+    }
     _mm512_store_si512(to[j], low);
     _mm512_store_si512(to[j + 4], high);
   }
-  return to[0];
 }
 
 // sums[m] += what block b of 16 packed rows, w the first byte of 256 columns of them, gives with its dots [m, 16]
 template <int T, int PART>
-inline void add_dots(const uint8_t* w, int64_t b, const int32_t (*dots)[16], const XGroup* x, int64_t ldq, __m512* sums) {
+inline void add_dots(const uint8_t* w, int64_t b, const int32_t (*dots)[16], const XBlocks& x, __m512* sums) {
   constexpr bool small = Packed<T>::numbers == BLOCK;
   const uint8_t* header = small ? w + b * Packed<T>::size : w;
   __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)header)), least = scale;
   if (PART == 1) scale = _mm512_mul_ps(scale, _mm512_set1_ps(1.0f / 256));
+  if (T == Q4) scale = _mm512_mul_ps(scale, _mm512_set1_ps(1.0f / 16));
   if (!small) {
     const __m512i pair = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(header + 64 + b / 2 * 32)));
-    const __m512i own = _mm512_srai_epi32(b % 2 ? pair : _mm512_slli_epi32(pair, 16), 16);
+    const __m512i own = _mm512_srl_epi32(_mm512_sll_epi32(pair, _mm_cvtsi32_si128(b % 2 ? 0 : 16)), _mm_cvtsi32_si128(16));
     const __m128i minima = _mm_loadu_si128((const __m128i*)(header + 192 + b * GROUP));
     scale = _mm512_mul_ps(scale, _mm512_cvtepi32_ps(own));
     least = _mm512_mul_ps(_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(header + 32))),
@@ -491,81 +476,98 @@ inline void add_dots(const uint8_t* w, int64_t b, const int32_t (*dots)[16], con
   }
 #pragma GCC unroll 16
   for (int m = 0; m < 16; m++) {
-    const XGroup& group = x[m * ldq];
-    const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(group.scale[b]));
+    const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(x.scale[m][b]));
     sums[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_load_si512(dots[m])), both, sums[m]);
-    if (!small) sums[m] = _mm512_fnmadd_ps(least, _mm512_set1_ps(group.taken[b]), sums[m]);
+    if (!small) sums[m] = _mm512_fnmadd_ps(least, _mm512_set1_ps(x.taken[m][b]), sums[m]);
   }
 }
 
 // Panels `first`..`last`, at most four, with up to 16 rows of x; packed(group, w, room): sets w[i] to 256 columns of the 16 rows of
 // panel i as they lie in a packed group, there or in `room`, which has space for all.
 //
-// Panels of 256 columns are passed from hand to hand: while the numbers of one become bytes, the one before meets x in tiles, and
-// the products of the one before that are scaled and added. Nothing then waits for what was stored just before.
+// Blocks of 32 columns pass from hand to hand: one becomes bytes, the second one before it meets x in tiles, and the products of the
+// fifth before are scaled and added. Nothing then waits for what was stored just before; and all that is stored on the way lies
+// within 4 KB, since a load waits for a store before it that has the same last 12 bits of its address.
 template <int T, bool IN_MEMORY, class F>
 inline void byte_panels(const Product& p, int64_t first, int64_t last, int64_t rows, float* local, F packed) {
   const WithTiles tiles(1);
   constexpr int64_t ROOM = TOGETHER * 8 * Q8_BYTES;
   constexpr int64_t AHEAD = 8 * BLOCK / Packed<T>::numbers * Packed<T>::size;  // the next 256 columns of these rows
-  struct Job {
-    const uint8_t *w, *numbers[8];
-    const XGroup* x;
-    int64_t panel, blocks;
+  constexpr int64_t TO_TILES = 2, TO_SUMS = 5;                                 // blocks
+  struct Place {
+    int64_t panel, group, b, blocks;
+    const uint8_t* w;
   };
-  alignas(64) uint8_t numbers[2][8][8][64];
-  alignas(64) int32_t dots[2][2][8][16][16];
-  const int64_t ldq = groups_of(p.w->cols), panels = (last - first + PANEL - 1) / PANEL, jobs = ldq * panels;
-  const int64_t stride = ldq * (int64_t)sizeof(XGroup);
+  struct alignas(64) {
+    int32_t dots[3][16][16];
+    uint8_t numbers[2][8][64];
+    int32_t rest[3][16][16];
+  } on_the_way;
+  auto& [dots, numbers, rest] = on_the_way;
+  const int64_t cols = p.w->cols, ldq = groups_of(cols), panels = (last - first + PANEL - 1) / PANEL;
+  const int64_t total = cols / BLOCK * panels;
+  const XBlocks* x = (const XBlocks*)p.q;
   float* sums = local;
   uint8_t* room = (uint8_t*)(local + PANEL * MOST_ROWS);
-  const bool has_rest = T == Q8 && p.q->has_rest[0];
-  const uint8_t* w[TOGETHER];
-  Job ring[3] = {};
+  const bool has_rest = T == Q8 && p.w->type == Q8;
+  const uint8_t* w[3][TOGETHER] = {};
   __builtin_memset(sums, 0, panels * PANEL * PANEL * sizeof(float));
-  for (int64_t step = 0; step < jobs + 2; step++) {
-    Job &next = ring[step % 3], &now = ring[(step + 2) % 3], &done = ring[(step + 1) % 3];
-    next.blocks = 0;
-    if (step < jobs) {
-      const int64_t group = step / panels;
-      if (step % panels == 0) packed(group, w, room + group % 3 * ROOM);
-      next.panel = step % panels, next.w = w[next.panel], next.x = p.q + group, next.blocks = blocks_of_group(p.w->cols, group);
+  packed(0, w[0], room);
+  Place next = {0, 0, 0, blocks_of_group(cols, 0), w[0][0]}, now = next, done = next;
+  const auto advance = [&](Place& at) {  // whether it is another panel's
+    if (++at.b < at.blocks) return false;
+    at.b = 0;
+    if (++at.panel == panels) {
+      at.panel = 0;
+      if (++at.group < ldq) at.blocks = blocks_of_group(cols, at.group);
     }
-    const auto& made = dots[step % 2];
-    auto& making = dots[(step + 1) % 2];
-    float* to = sums + done.panel * PANEL * PANEL;
-    __m512 acc[16];
+    at.w = w[at.group % 3][at.panel];
+    return true;
+  };
+  const auto numbers_at = [](const Place& at) {
+    return at.w + (Packed<T>::numbers == BLOCK ? at.b * Packed<T>::size + Packed<T>::header : Packed<T>::header + at.b * Packed<T>::part);
+  };
+  __m512 acc[16];
 #pragma GCC unroll 16
-    for (int m = 0; m < 16; m++) acc[m] = _mm512_load_ps(to + m * PANEL);
-#define BLOCK_STEP(b, even)                                                                                             \
-  if (b < next.blocks) {                                                                                                \
-    const uint8_t* from = next.w + (Packed<T>::numbers == BLOCK ? b * Packed<T>::size + Packed<T>::header               \
-                                                                : Packed<T>::header + b * Packed<T>::part);             \
-    next.numbers[b] = bytes_of<T>(from, numbers[step % 2][b]);                                                          \
-    for (int i = 0; IN_MEMORY && i < Packed<T>::part; i += 64) __builtin_prefetch(from + AHEAD + i, 0, 2);              \
-  }                                                                                                                     \
-  if (b < now.blocks) {                                                                                                 \
-    TILE_ZERO(even);                                                                                                    \
-    TILE_LOAD(4, now.x->q + b * BLOCK, stride);                                                                         \
-    TILE_LOAD(6, now.numbers[b], 64);                                                                                   \
-    TILE_PRODUCT_BYTES(even, 4, 6);                                                                                     \
-    TILE_STORE(even, making[0][b]);                                                                                     \
-    if (has_rest) {                                                                                                     \
-      TILE_ZERO(3);                                                                                                     \
-      TILE_LOAD(5, now.x->rest + b * BLOCK, stride);                                                                    \
-      TILE_PRODUCT_BYTES(3, 5, 6);                                                                                      \
-      TILE_STORE(3, making[1][b]);                                                                                      \
-    }                                                                                                                   \
-  }                                                                                                                     \
-  if (b < done.blocks) {                                                                                                \
-    add_dots<T, 0>(done.w, b, made[0][b], done.x, ldq, acc);                                                            \
-    if (has_rest) add_dots<T, 1>(done.w, b, made[1][b], done.x, ldq, acc);                                              \
-  }
-    BLOCK_STEP(0, 0) BLOCK_STEP(1, 1) BLOCK_STEP(2, 0) BLOCK_STEP(3, 1) BLOCK_STEP(4, 0) BLOCK_STEP(5, 1) BLOCK_STEP(6, 0)
-    BLOCK_STEP(7, 1)
-#undef BLOCK_STEP
+  for (int m = 0; m < 16; m++) acc[m] = _mm512_setzero_ps();
+  int slot = 0;
+  for (int64_t i = 0; i < total + TO_SUMS; i++, slot = slot == 2 ? 0 : slot + 1) {
+    if (i >= TO_SUMS) {
+      add_dots<T, 0>(done.w, done.b, dots[slot], x[done.group], acc);
+      if (has_rest) add_dots<T, 1>(done.w, done.b, rest[slot], x[done.group], acc);
+      const int64_t panel = done.panel;
+      if (advance(done)) {
+        float *from = sums + panel * PANEL * PANEL, *to = sums + done.panel * PANEL * PANEL;
 #pragma GCC unroll 16
-    for (int m = 0; m < 16; m++) _mm512_store_ps(to + m * PANEL, acc[m]);
+        for (int m = 0; m < 16; m++) {
+          _mm512_store_ps(from + m * PANEL, acc[m]);
+          acc[m] = _mm512_load_ps(to + m * PANEL);
+        }
+      }
+    }
+    if (i >= TO_TILES && i < total + TO_TILES) {
+      const uint8_t* ws = T == Q8 ? numbers_at(now) : numbers[i % 2][0];
+      TILE_ZERO(0);
+      TILE_LOAD(4, x[now.group].q[now.b], BLOCK);
+      TILE_LOAD(6, ws, 64);
+      TILE_PRODUCT_BYTES(0, 4, 6);
+      TILE_STORE(0, dots[slot]);
+      if (has_rest) {
+        TILE_ZERO(1);
+        TILE_LOAD(5, x[now.group].rest[now.b], BLOCK);
+        TILE_PRODUCT_BYTES(1, 5, 6);
+        TILE_STORE(1, rest[slot]);
+      }
+      advance(now);
+    }
+    if (i < total) {
+      const uint8_t* from = numbers_at(next);
+      if (T != Q8) bytes_of<T>(from, numbers[i % 2]);
+      for (int j = 0; IN_MEMORY && j < Packed<T>::part; j += 64) __builtin_prefetch(from + AHEAD + j, 0, 2);
+      const int64_t group = next.group + 1;
+      if (next.panel == panels - 1 && next.b == next.blocks - 1 && group < ldq) packed(group, w[group % 3], room + group % 3 * ROOM);
+      advance(next);
+    }
   }
   for (int64_t m = 0; m < rows; m++) {
     for (int64_t n = first; n < last; n += PANEL) {
@@ -575,15 +577,15 @@ inline void byte_panels(const Product& p, int64_t first, int64_t last, int64_t r
   }
 }
 
-// Rows of Q8_0 as they lie, whole panels of them, with up to 16 rows of x: while the products of four blocks are made, those of the
-// four before are scaled and added
+// Rows of Q8_0 as they lie, whole panels of them, with up to 16 rows of x: while the products of a block are made, those of the third
+// before are scaled and added
 inline void few_byte_rows(const Product& p, int64_t first, int64_t last, int64_t rows) {
   const WithTiles tiles(1);
   constexpr int64_t SIZE = 2 + BLOCK;
   const int64_t blocks = p.w->cols / BLOCK, stride = blocks * SIZE;
   const XBytes* x = (const XBytes*)p.q;
-  alignas(64) int32_t dots[2][4][16][16];
-  alignas(64) float sums[16 * PANEL], scales[4][16];
+  alignas(64) int32_t dots[3][16][16];
+  alignas(64) float sums[16 * PANEL], of_rows[16];
   const __m512i row = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   const __m512i at = _mm512_mullo_epi32(_mm512_set1_epi32((int32_t)stride), row);
   for (int64_t n = first; n < last; n += PANEL) {
@@ -591,31 +593,26 @@ inline void few_byte_rows(const Product& p, int64_t first, int64_t last, int64_t
     __m512 acc[16];
 #pragma GCC unroll 16
     for (int r = 0; r < 16; r++) acc[r] = _mm512_setzero_ps();
-    for (int64_t b = 0; b < blocks + 4; b += 4) {
-      int32_t(*made)[16][16] = dots[b / 4 % 2];
-      int32_t(*before)[16][16] = dots[(b / 4 + 1) % 2];
-#define BLOCK_STEP(i, ws, xs)                                                                        \
-  if (b + i < blocks) {                                                                              \
-    const uint8_t* from = w + (b + i) * SIZE;                                                        \
-    for (int r = i % 2 * 8; r < i % 2 * 8 + 8; r++) __builtin_prefetch(from + r * stride + 768);     \
-    TILE_ZERO(i);                                                                                    \
-    TILE_LOAD(ws, from + 2, stride);                                                                 \
-    TILE_LOAD(xs, x[b + i].q, 64);                                                                   \
-    TILE_PRODUCT_BYTES(i, ws, xs);                                                                   \
-    TILE_STORE(i, made[i]);                                                                          \
-  }
-      BLOCK_STEP(0, 4, 6) BLOCK_STEP(1, 5, 7) BLOCK_STEP(2, 4, 6) BLOCK_STEP(3, 5, 7)
-#undef BLOCK_STEP
-      for (int64_t i = b - 4; b > 0 && i < b && i < blocks; i++) {
-        const __m512i words = _mm512_i32gather_epi32(at, w + i * SIZE, 1);  // the scale, and two numbers
-        float* of_rows = scales[i % 4];
+    int slot = 0;
+    for (int64_t b = 0; b < blocks + 3; b++, slot = slot == 2 ? 0 : slot + 1) {
+      const uint8_t* from = w + b * SIZE;
+      if (b >= 3) {
+        const __m512i words = _mm512_i32gather_epi32(at, from - 3 * SIZE, 1);  // the scale, and two numbers
         _mm512_store_ps(of_rows, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(words)));
-        const __m512 of_x = _mm512_load_ps(x[i].scale);
+        const __m512 of_x = _mm512_load_ps(x[b - 3].scale);
 #pragma GCC unroll 16
         for (int r = 0; r < 16; r++) {
           const __m512 both = _mm512_mul_ps(of_x, _mm512_set1_ps(of_rows[r]));
-          acc[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_load_si512(before[i % 4][r])), both, acc[r]);
+          acc[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_load_si512(dots[slot][r])), both, acc[r]);
         }
+      }
+      if (b < blocks) {
+        for (int64_t r = b % 2 * 8; r < b % 2 * 8 + 8; r++) __builtin_prefetch(from + r * stride + 768, 0, 2);
+        TILE_ZERO(0);
+        TILE_LOAD(4, from + 2, stride);
+        TILE_LOAD(6, x[b].q, 64);
+        TILE_PRODUCT_BYTES(0, 4, 6);
+        TILE_STORE(0, dots[slot]);
       }
     }
 #pragma GCC unroll 16
@@ -624,18 +621,83 @@ inline void few_byte_rows(const Product& p, int64_t first, int64_t last, int64_t
   }
 }
 
+// Lines of outputs, as for widen_lines, with up to 16 rows of x; inputs(b): where block b of 32 columns of them lies, its rows
+// `stride` bytes apart. While a block is widened, the second one before it meets x
+template <int T, int G, class X>
+void few_lines(const Product& p, int64_t first, int64_t last, int64_t rows, const char* lines, int64_t size, int64_t apart, X inputs, int64_t stride) {
+  const WithTiles tiles(2);
+  struct alignas(64) {
+    uint16_t high[16][32], low[16][32];
+  } w[2][G];
+  alignas(64) float sums[G][16 * PANEL];
+  TILE_ZERO(0);
+  TILE_ZERO(1);
+  TILE_ZERO(2);
+  TILE_ZERO(3);
+  const int64_t blocks = p.w->cols / BLOCK;
+  for (int64_t b = 0; b < blocks + 2; b++) {
+    if (b >= 2) {
+      const char* x = inputs(b - 2);
+      TILE_LOAD(4, x, stride);
+      TILE_LOAD(5, x + InGroups::low, stride);
+#define PANEL_STEP(g)                             \
+  if constexpr (G > g) {                          \
+    TILE_LOAD(6, w[b % 2][g].high, 64);           \
+    TILE_PRODUCT(g, 4, 6);                        \
+    TILE_PRODUCT(g, 5, 6);                        \
+    if constexpr (parts_of<T>() == THREE_PRODUCTS) { \
+      TILE_LOAD(7, w[b % 2][g].low, 64);          \
+      TILE_PRODUCT(g, 4, 7);                      \
+    }                                             \
+  }
+      PANEL_STEP(0) PANEL_STEP(1) PANEL_STEP(2) PANEL_STEP(3)
+#undef PANEL_STEP
+    }
+    for (int64_t i = 0; b < blocks && i < 16; i++, lines += 2 * size) {
+#pragma GCC unroll 4
+      for (int g = 0; g < G; g++) {
+        const char* at = lines + g * apart;
+        if (g % 2 == 0) __builtin_prefetch(at + 32 * size), __builtin_prefetch(at + 33 * size);
+        put_words<T>(_mm256_loadu_si256((const __m256i*)at), _mm256_loadu_si256((const __m256i*)(at + size)), w[b % 2][g].high[i], w[b % 2][g].low[i]);
+      }
+    }
+  }
+  TILE_STORE(0, sums[0]);
+  if constexpr (G > 1) TILE_STORE(1, sums[1]);
+  if constexpr (G > 2) TILE_STORE(2, sums[2]);
+  if constexpr (G > 3) TILE_STORE(3, sums[3]);
+  for (int64_t m = 0; m < rows; m++) {
+    for (int64_t n = first; n < last; n += PANEL) put(p, m, n, last - n < PANEL ? last - n : PANEL, sums[(n - first) / PANEL] + m * PANEL);
+  }
+}
+
+template <int T, class X>
+void few_lines(const Product& p, int64_t first, int64_t last, int64_t rows, const char* lines, int64_t size, int64_t apart, X inputs, int64_t stride) {
+  switch ((last - first + PANEL - 1) / PANEL) {
+    case 1: return few_lines<T, 1>(p, first, last, rows, lines, size, apart, inputs, stride);
+    case 2: return few_lines<T, 2>(p, first, last, rows, lines, size, apart, inputs, stride);
+    case 3: return few_lines<T, 3>(p, first, last, rows, lines, size, apart, inputs, stride);
+    default: return few_lines<T, 4>(p, first, last, rows, lines, size, apart, inputs, stride);
+  }
+}
+
 // Low-rank maps: panels of plain numbers, and x as it is, brought into parts here. Whole blocks of columns
 template <int T>
 void tiled_panel(const Product& p, int64_t first, int64_t last, int64_t rows, float* local) {
   const int64_t cols = p.w->cols, bytes = offset<T>(PANEL * cols);
+  const char* data = (const char*)p.w->data + first / PANEL * bytes;
   XGroup* x = (XGroup*)(local + PANEL_FLOATS + whole_tiles(rows) * MOST_ROWS);
   const auto inputs = [&](int64_t group) {
     const int64_t n = blocks_of_group(cols, group) * BLOCK;
     for (int64_t m = 0; m < rows; m++) into_parts(p.x + m * p.ldx + group * DEPTH, n, x + m, 0);
     return x;
   };
+  if (rows <= PANEL) {
+    const auto block = [&](int64_t b) { return (const char*)((b % 8 ? x : inputs(b / 8))->high + b % 8 * BLOCK); };
+    return few_lines<T>(p, first, last, rows, data, 2 * PANEL, bytes, block, sizeof(XGroup));
+  }
   half_panels<parts_of<T>()>(p, first, last, rows, local, inputs, 1, [&](int64_t group, Halves* w) {
-    const char* from = (const char*)p.w->data + first / PANEL * bytes + offset<T>(PANEL * DEPTH * group);
-    widen_lines<T>(from, 2 * PANEL, blocks_of_group(cols, group), (last - first + PANEL - 1) / PANEL, bytes, w);
+    const int64_t panels = (last - first + PANEL - 1) / PANEL;
+    widen_lines<T>(data + offset<T>(PANEL * DEPTH * group), 2 * PANEL, blocks_of_group(cols, group), panels, bytes, w);
   });
 }

@@ -181,7 +181,7 @@ void band_rows(const Product& p, int64_t first, int64_t last, int64_t rows, floa
 #if HAS_TILES
   if (rows >= TILED) {
 #if defined(ISA_AMX)
-    if (by_bytes<KERNEL>(rows)) {
+    if (in_bytes(T, rows)) {
       return byte_panels<Q8, false>(p, first, last, rows, local, [&](int64_t group, const uint8_t** w, uint8_t* room) {
         const int64_t blocks = blocks_of_group(p.w->cols, group), panels = (last - first) / PANEL;
         for (int64_t i = 0; i < panels; i++) w[i] = room + i * blocks * Q8_BYTES;

@@ -100,7 +100,7 @@ void product(const Product& p, int64_t first, int64_t last, int64_t rows, float*
   for (int64_t n = first; n < last; n += most) product_part(p, n, n + most < last ? n + most : last, rows, panel);
   if (!p.y_quantised) return;
   for (int64_t m = 0; m < rows; m++) {
-    quantise(p.y + m * p.ldy + first, last - first, rows, p.y_for, p.y_quantised + m * groups_of(p.w->rows), first / BLOCK);
+    quantise(p.y + m * p.ldy + first, last - first, rows, p.y_for, p.y_quantised, m, groups_of(p.w->rows), first / BLOCK);
   }
 }
 

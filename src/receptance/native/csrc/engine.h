@@ -171,7 +171,7 @@ void keep_shift(Run& run, int thread, const float* last, float* shift) {
 
 inline void quantise_for(Run& run, const Matrix& w, int input, int64_t m, int64_t rows) {
   const int64_t c = w.cols;
-  if (takes_blocks(w, rows)) quantise(run.mixed[input] + m * c, c, rows, w.type, run.quantised[input] + m * groups_of(c));
+  if (takes_blocks(w, rows)) quantise(run.mixed[input] + m * c, c, rows, w.type, run.quantised[input], m, groups_of(c));
 }
 
 // Channel mix ----------------------------------------------------------------------------------------------------------
@@ -271,7 +271,7 @@ inline void quantise_output(Run& run, const Matrix& output, int64_t row, int64_t
   if (!output_in_blocks(run, output) || by_tiles(output, run.rows)) return;
   const int64_t a = output.cols;
   for (int64_t m = row; m < row + t; m++) {
-    quantise(run.y + m * a + channel, n, run.rows, output.type, run.y_quantised + m * groups_of(a), channel / BLOCK);
+    quantise(run.y + m * a + channel, n, run.rows, output.type, run.y_quantised, m, groups_of(a), channel / BLOCK);
   }
 }
 
@@ -480,6 +480,9 @@ void time_mix7(Run& run, int thread, int64_t index) {
     const int64_t place = ((at + run.to[s]) * c + channel) * n;
     for (int i = 0; run.batch == 1 && i < outers; i++) product(outer[i], channel, channel + n, t, panel_of(run, thread));
     for (int64_t m = row; m < row + t; m++) prepare7(run, layer, first_layer, m * c + channel, channel, n);
+    // the state of the head that this thread may take next
+    const char* ahead = (const char*)(run.in->wkv + from + run.threads * n * n);
+    for (int64_t i = 0; run.batch > 1 && i < n * n * (int64_t)sizeof(float); i += 64) __builtin_prefetch(ahead + i, 0, 2);
     wkv7(n, t, c, run.r + o, run.decay + o, run.k + o, run.v + o, run.mixed[IN_R] + o, run.mixed[IN_W] + o, run.y + o,
          run.in->wkv + from, run.request->out->wkv + place);
     for (int64_t m = row; m < row + t; m++) {
@@ -700,7 +703,7 @@ void multiply_thread(void* context, int thread) {
   const Product& p = *job.product;
   const int64_t groups = groups_of(p.w->cols);
   if (takes_blocks(*p.w, job.rows)) {
-    for (int64_t m; (m = team_next(job.team)) < job.rows;) quantise(p.x + m * p.ldx, p.w->cols, job.rows, p.w->type, job.q + m * groups);
+    for (int64_t m; (m = team_next(job.team)) < job.rows;) quantise(p.x + m * p.ldx, p.w->cols, job.rows, p.w->type, job.q, m, groups);
     team_barrier(job.team);
   }
 #if defined(ISA_AMX)

@@ -136,6 +136,21 @@ constexpr int64_t TILED = 4;
 constexpr int64_t HALVED = 32;  // the same of bfloat16 (amx.h)
 
 #if defined(ISA_AMX)
+// Whether so many rows of x meet weights of this type as bfloat16 (amx.h), and whether as bytes in tiles
+constexpr bool in_halves(int32_t type, int64_t rows) {
+  return rows >= HALVED || type <= BF16 || ((type == Q6_K || type == PACKED_Q6_K) && rows >= 12);
+}
+constexpr bool in_bytes(int32_t type, int64_t rows) {
+  return rows >= 12 && rows <= GROUP && type >= Q8 && type <= BAND_Q4_0 && type != PACKED_Q6_K && !is_blocks(type);
+}
+
+// 256 columns of 16 rows of x for those: XGroup's fields, but blocks of all rows side by side
+struct alignas(64) XBlocks {
+  int8_t q[8][16][BLOCK], rest[8][16][BLOCK];
+  float scale[16][8], taken[16][8];
+};
+static_assert(sizeof(XBlocks) <= 16 * sizeof(XGroup), "they lie where XGroups would");
+
 // x = high + low, each rounded to bfloat16, halves up
 inline void into_parts(const float* x, int64_t n, XGroup* out, int64_t first) {
   const __m512i half = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi32(0xffff0000);
@@ -150,10 +165,23 @@ inline void into_parts(const float* x, int64_t n, XGroup* out, int64_t first) {
 }
 #endif
 
-// n numbers, whole blocks, into the blocks from `first` on; rows: how many of x the product has, with weights of this type
-void quantise(const float* x, int64_t n, int64_t rows, int32_t type, XGroup* out, int64_t first = 0) {
+// n numbers of row m, whole blocks, into the blocks from `first` on of `to` [rows, groups]; rows: how many of x the product has, with
+// weights of this type
+void quantise(const float* x, int64_t n, int64_t rows, int32_t type, XGroup* to, int64_t m, int64_t groups, int64_t first = 0) {
+  XGroup* out = to + m * groups;
 #if defined(ISA_AMX)
-  if (rows >= HALVED || type <= BF16) return into_parts(x, n, out, first);
+  if (in_halves(type, rows)) return into_parts(x, n, out, first);
+  if (in_bytes(type, rows)) {
+    for (int64_t b = first; b < first + n / BLOCK; b++, x += BLOCK) {
+      XBlocks& group = ((XBlocks*)to)[b / 8];
+      XGroup block;
+      quantise_block(x, block, 0, type == Q8);
+      __builtin_memcpy(group.q[b % 8][m], block.q, BLOCK);
+      if (type == Q8) __builtin_memcpy(group.rest[b % 8][m], block.rest, BLOCK);
+      group.scale[m][b % 8] = block.scale[0], group.taken[m][b % 8] = block.taken[0];
+    }
+    return;
+  }
 #endif
   for (int64_t b = first; b < first + n / BLOCK; b++, x += BLOCK) quantise_block(x, out[b / 8], b % 8, type == Q8);
 }

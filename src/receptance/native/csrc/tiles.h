@@ -52,7 +52,7 @@ template <int T, class F>
 inline void panels_of(const Product& p, int64_t first, int64_t last, int64_t rows, float* local, F widen) {
   constexpr int KIND = kind_of<T>();
 #if defined(ISA_AMX)
-  if (rows >= HALVED) {
+  if (in_halves(T, rows)) {
     return half_panels<parts_of<T>()>(p, first, last, rows, local, [&](int64_t group, Halves* w) {
       for (int64_t n = first; n < last; n += PANEL) widen(n, group, *w++);
     });
@@ -72,7 +72,7 @@ void tiled_packed(const Product& p, int64_t first, int64_t last, int64_t rows, f
   const int64_t cols = p.w->cols, bytes = cols / Packed<T>::numbers * Packed<T>::size;
   const uint8_t* data = (const uint8_t*)p.w->data;
 #if defined(ISA_AMX)
-  if (by_bytes<T>(rows)) {
+  if (in_bytes(p.w->type, rows)) {
     return byte_panels<T, true>(p, first, last, rows, local, [&](int64_t group, const uint8_t** w, uint8_t*) {
       for (int64_t n = first; n < last; n += GROUP) *w++ = data + n / GROUP * bytes + group * step;
     });
@@ -81,6 +81,18 @@ void tiled_packed(const Product& p, int64_t first, int64_t last, int64_t rows, f
   panels_of<T>(p, first, last, rows, local, [&](int64_t n, int64_t group, auto& w) {
     widen_packed<T>(data + n / GROUP * bytes + group * step, blocks_of_group(cols, group), w, rows > FEW ? 0 : step);
   });
+}
+
+// 16 rows in a block format, `stride` bytes apart: packed on the way, but for bytes of Q8_0
+template <int T, class W>
+void widen_rows(const uint8_t* p, int64_t stride, int64_t blocks, W& w) {
+  constexpr int KERNEL = T == Q8_0 ? Q8 : T == Q4_0 ? Q4 : T, NUMBERS = Block<T>::numbers;
+  if constexpr (T == Q8_0 && std::is_same<W, Widened>::value) return widen_q8_0(p, stride, blocks, w);
+  uint8_t packed[8 * BLOCK / packed_numbers(KERNEL) * packed_bytes(KERNEL)];
+  for (int64_t u = 0; u < blocks * BLOCK / NUMBERS; u++) {
+    repack<T>(p + u * Block<T>::size, stride, packed + u * Packed<KERNEL>::size);
+  }
+  widen_packed<KERNEL>(packed, blocks, w, 0);
 }
 
 template <int T>
@@ -120,6 +132,11 @@ void tiled_lines(const Product& p, int64_t first, int64_t last, int64_t rows, fl
   const int64_t size = 2 * p.w->rows;
   const char* data = (const char*)p.w->data;
 #if defined(ISA_AMX)
+  if (rows <= PANEL) {
+    const auto block = [&](int64_t b) { return (const char*)(p.q[b / 8].high + b % 8 * BLOCK); };
+    const int64_t stride = groups_of(p.w->cols) * (int64_t)sizeof(XGroup);
+    return few_lines<T>(p, first, last, rows, data + 2 * first, size, 2 * PANEL, block, stride);
+  }
   return half_panels<parts_of<T>()>(p, first, last, rows, local, [&](int64_t group, Halves* w) {
     const int64_t panels = (last - first + PANEL - 1) / PANEL;
     widen_lines<T>(data + group * DEPTH * size + 2 * first, size, blocks_of_group(p.w->cols, group), panels, 2 * PANEL, w);

@@ -73,19 +73,9 @@ inline void transpose8(__m256i v[8]) {
   for (int i = 0; i < 8; i++) v[i] = _mm256_castps_si256(f[i]);
 }
 
-// 16 rows in a block format, `stride` bytes apart
-template <int T>
-void widen_rows(const uint8_t* p, int64_t stride, int64_t blocks, Widened& w) {
-  constexpr int KERNEL = T == Q8_0 ? Q8 : T == Q4_0 ? Q4 : T;
-  if (T != Q8_0) {
-    uint8_t packed[8 * 288 > packed_bytes(Q6_K) ? 8 * 288 : packed_bytes(Q6_K)];
-    for (int64_t u = 0; u < blocks * BLOCK / Block<T>::numbers; u++) {
-      repack<T>(p + u * Block<T>::size, stride, packed + u * Packed<KERNEL>::size);
-    }
-    widen_packed<KERNEL>(packed, blocks, w, 0);
-    return;
-  }
-  for (int64_t b = 0; b < blocks; b++, p += Block<T>::size) {
+// 16 rows of Q8_0, `stride` bytes apart
+__attribute__((noinline)) void widen_q8_0(const uint8_t* p, int64_t stride, int64_t blocks, Widened& w) {
+  for (int64_t b = 0; b < blocks; b++, p += Block<Q8_0>::size) {
     for (int r = 0; r < GROUP; r++) {
       __builtin_prefetch(p + r * stride + 512);
       w.scale[b][r] = half_to_float(read<uint16_t>(p + r * stride)) * WIDE_UNIT;
