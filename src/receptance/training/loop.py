@@ -341,7 +341,7 @@ def _refuse_other_run(out: Path, config: TrainConfig) -> None:
                 raise ConfigError(f"{out} holds {name}, which is not a run's; choose another run.out")
         return
     finished = _json(out / "model" / "training.json").get("config")
-    old = saved_config(out) or finished  # those whose checkpoints are gone keep their model
+    old: Any = saved_config(out) or finished  # those whose checkpoints are gone keep their model
     if not isinstance(old, dict):
         return
     new = json.loads(to_json(config))
