@@ -50,9 +50,8 @@ def growth(step: Callable[[], object], steps: int) -> int:
 @pytest.mark.parametrize(("engine", "tokens"), [("native", 2_000), ("numpy", 500), ("torch", 1_000)])
 def test_a_stream_keeps_nothing_of_what_it_gave(engine: str, tokens: int) -> None:
     pieces = generate(model_of(engine), TOK, "Hi", params=ENDLESS)
-    own = (
-        60_000 if engine == "torch" else 8_000
-    )  # torch fills caches of its own meanwhile; kept tokens would be 190 bytes each
+    # torch fills caches of its own meanwhile; kept tokens would be 190 bytes each
+    own = 60_000 if engine == "torch" else 8_000
     assert growth(lambda: next(pieces), tokens) < own + 8 * tokens
 
 

@@ -151,10 +151,8 @@ def test_packed_blocks_give_the_same_products(format, rows, cols, engine):
     x[0, 32:64] = 0
     x[1] = np.abs(x[1])  # sums of inputs that are far from zero
     for count in (1, 2, 3, 7, 12, 31, 135):
-        found, expected = (
-            multiply(engine, blocks, x[:count], 3 if count > 2 else 1, packed=True),
-            products(engine, blocks, x[:count]),
-        )
+        found = multiply(engine, blocks, x[:count], 3 if count > 2 else 1, packed=True)
+        expected = products(engine, blocks, x[:count])
         assert_products(found, expected, is_halved(format, engine, count), edges=count // 100)
 
 

@@ -334,14 +334,14 @@ def release(run: Run, folder: Path, steps: int, suffix: str, log: Log, reporter:
 
 def _refuse_other_run(out: Path, config: TrainConfig) -> None:
     """Raise ConfigError rather than mix with what `out` holds: a run of other settings, or anything but a run."""
-    made = _json(out / "config.json")
-    if "run" not in made and saved_config(out) is None:
+    saved = saved_config(out)
+    if saved is None and "run" not in _json(out / "config.json"):
         for name in MADE:
             if (out / name).exists():
                 raise ConfigError(f"{out} holds {name}, which is not a run's; choose another run.out")
         return
-    finished = _json(out / "model" / "training.json").get("config")
-    old: Any = saved_config(out) or finished  # those whose checkpoints are gone keep their model
+    # a finished run whose checkpoints are gone keeps its model
+    old: Any = saved or _json(out / "model" / "training.json").get("config")
     if not isinstance(old, dict):
         return
     new = json.loads(to_json(config))
