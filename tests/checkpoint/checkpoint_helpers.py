@@ -1,7 +1,11 @@
 """Tiny random models of every version, and .pth archives made by hand."""
 
 import io
+import pickletools
+import time
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,6 +52,25 @@ def tiny_model(version: str, dtype: torch.dtype = torch.bfloat16, config: Config
 def tiny_weights(version: str = "7") -> dict[str, torch.Tensor]:
     """A state dict of one's own, free to be changed."""
     return {name: tensor.clone() for name, tensor in tiny_model(version).state_dict().items()}
+
+
+@contextmanager
+def within_a_second() -> Iterator[None]:
+    """Of this thread's processor time. A busy machine stretches even that: what takes longer is held against 30 times
+    the listing, at that moment, of as many instructions as a pickle may have: 0.07 s each on an idle core."""
+    start = time.thread_time()
+    try:
+        yield
+    finally:
+        seconds = time.thread_time() - start
+        if seconds >= 1.0:
+            start = time.thread_time()
+            for _ in pickletools.genops(b"N" * 240_000 + b"."):
+                pass
+            listing = time.thread_time() - start
+            assert seconds < 30 * listing, (
+                f"took {seconds:.1f} s of processor time, listing instructions {listing:.1f} s"
+            )
 
 
 def archive(
