@@ -1,9 +1,10 @@
 """A training step of the embedded model's shape on the CPU: the trainer's against the naive autograd loop.
 
 `python bench/train_cpu.py [--versions 4 5.2 6 7] [--out FILE]`: forward, loss, backward, clipping and AdamW in float32,
-six layers of 256 channels, 5,120 tokens of vocabulary. "naive" is the loop over time with all logits and their cross
-entropy, "chunk" has the chunked operator in its place, "trainer" the loss in blocks as well: the step that `receptance
-train` takes.
+six layers of 256 channels, 5,120 tokens of vocabulary. "naive" computes every token's products
+at once and loops over time in the recurrence, with all logits and their cross entropy; "chunk" has the chunked operator
+in its place, "trainer" the loss in blocks as well: the step that `receptance train` takes. "stepwise" runs the whole
+model token after token, as a recurrent network does that is not parallel in time.
 Where flash-linear-attention is installed (`pip install fla-core einops`), "fla" has its plain torch form in the
 operator's place: its loop for RWKV-6, for RWKV-7 its chunks, which are faster than its loop. Loss and gradients must
 agree first, or there is no report. It ends in one line of JSON.
@@ -39,7 +40,7 @@ from receptance.training.loss import language_model_loss
 from receptance.training.optim import build_optimizer, set_learning_rate
 
 VOCAB, LAYERS, WIDTH = 5_120, 6, 256
-FORMS = ("trainer", "chunk", "naive")
+FORMS = ("trainer", "chunk", "naive", "stepwise")
 
 
 class Fla:
@@ -107,6 +108,12 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         if form == "trainer":
             loss, _ = self.model.loss(self.inputs, self.targets, logit_penalty=1e-4)
+        elif form == "stepwise":
+            state, rows = None, []
+            for token in self.inputs.split(1, dim=1):
+                logits, state = self.model.forward(token, state, backend="naive")
+                rows += [logits]
+            loss = language_model_loss(torch.cat(rows, dim=1), self.targets, 1e-4)
         else:
             logits, _ = self.model.forward(self.inputs, backend=fla() if form == "fla" else form)  # type: ignore[arg-type]
             loss = language_model_loss(logits, self.targets, 1e-4)
@@ -159,14 +166,15 @@ def measure(version: str, options: argparse.Namespace, peaks: Peaks) -> dict[str
 
 
 def table(results: dict[str, dict[str, Any]]) -> None:
-    print(f"{'tokens/s':16}{'trainer':>9}{'ratio':>7}{'chunk':>9}{'ratio':>7}{'naive':>8}{'limit':>9}{'reached':>9}")
+    print(f"{'tokens/s':16}{'trainer':>9}{'chunk':>9}{'naive':>8}{'ratio':>7}{'stepwise':>9}", end="")
+    print(f"{'ratio':>7}{'limit':>8}{'reached':>8}")
     for version, result in results.items():
         for of in ("median", "best"):
-            ours, chunk, naive = (result[form][of] for form in FORMS)
+            ours, chunk, naive, stepwise = (result[form][of] for form in FORMS)
             limit = result["limit"]["tokens_per_s"]
             print(
-                f"RWKV-{version:4}{of:7}{ours:9.0f}{ours / naive:6.1f}x{chunk:9.0f}{chunk / naive:6.1f}x{naive:8.0f}"
-                f"{limit:9.0f}{ours / limit:9.0%}"
+                f"RWKV-{version:4}{of:7}{ours:9.0f}{chunk:9.0f}{naive:8.0f}{ours / naive:6.1f}x"
+                f"{stepwise:9.0f}{ours / stepwise:6.1f}x{limit:8.0f}{ours / limit:8.0%}"
             )
         if "fla" in result:
             ours, theirs = result["trainer"]["median"], result["fla"]["median"]
