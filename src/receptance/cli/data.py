@@ -30,7 +30,7 @@ Examples:
 )
 
 
-@app.command("prepare")
+@app.command("prepare", short_help="Tokenise texts into NAME.bin and NAME.idx.")
 @guarded
 def prepare(
     sources: Annotated[
@@ -86,7 +86,7 @@ def prepare(
         typer.echo(f"left out {skipped:,} bad rows; {out}.json names the first of them")
 
 
-@app.command("inspect")
+@app.command("inspect", short_help="Say what a token file holds.")
 @guarded
 def inspect(
     name: Annotated[Path, typer.Argument(metavar="NAME", help="Of NAME.bin and NAME.idx.")],
