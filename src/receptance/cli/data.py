@@ -110,7 +110,7 @@ def inspect(
     data = BinIdx(name)
     if document >= len(data):
         raise ConfigError(f"{name} has {len(data):,} documents, numbered from 0; there is no {document}")
-    facts = summary(data, name)
+    facts = summary(data)
     if as_json:
         write_json(facts)
         return
@@ -132,7 +132,7 @@ def inspect(
     write(f"{text} …\n" if len(shown) < data.sizes[document] else f"{text}\n")
 
 
-def summary(data: "BinIdx", name: Path) -> dict[str, int]:
+def summary(data: "BinIdx") -> dict[str, int]:
     import numpy as np
 
     return {
