@@ -75,8 +75,8 @@ def torch_and_devices() -> Iterator[Check]:
     try:
         import torch
     except (ImportError, OSError) as error:  # OSError: a library of it is missing
-        needed = "to train, evaluate, inspect and convert (but to GGUF), and for a GPU: pip install 'receptance[torch]'"
-        yield Check("torch", "no", f"{error}; needed {needed}")
+        needs = "train, eval, inspect, convert (except to GGUF) and GPUs need it: pip install 'receptance[torch]'"
+        yield Check("torch", "no", f"{error}; {needs}")
         return
     yield Check("torch", "ok", f"{torch.__version__}, {torch.get_num_threads()} threads")
     features = torch.backends.cpu.get_cpu_capability()
