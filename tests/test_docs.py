@@ -171,6 +171,13 @@ def test_python_uses_names_that_exist(page):
                 assert node.attr in receptance.__all__, ast.unparse(node)
 
 
+def test_names_in_the_maths_are_those_of_the_code():
+    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "src/receptance").rglob("*.py"))
+    names = re.findall(r"`(\w+_\w+)`", (ROOT / "docs/maths.md").read_text(encoding="utf-8"))
+    assert names
+    assert [name for name in names if name not in code] == []
+
+
 def anchors(page: Path) -> set[str]:
     """The fragments by which GitHub knows a page's headings."""
     text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
