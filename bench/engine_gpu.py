@@ -162,7 +162,7 @@ def prefilling(fast: GpuModel, n: int, t: int, details: bool) -> dict[str, float
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--models", nargs="+", default=list(SHAPES), help="a size, or size-version: 1.5B-v6")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64, 256, 1024])
     parser.add_argument("--no-prefill", action="store_true")

@@ -17,9 +17,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from wkv import OPS, draw
 
-from receptance.ops import wkv4, wkv6, wkv7
 from receptance.ops.wkv6 import cuda as cuda6
 from receptance.ops.wkv7 import cuda as cuda7
 
@@ -27,38 +26,34 @@ TOOLS = ["memcheck", "racecheck", "synccheck", "initcheck"]
 LIMIT = 300  # seconds a run
 
 
-def both_ways(op: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor], resets: Tensor | None = None) -> None:
-    """Results and their gradients, also of the end state."""
-    leaves = [x.requires_grad_() for x in inputs]
-    y, end = op(*leaves, resets=resets, backend="cuda")
-    results = [x for x in (y, *(end if isinstance(end, tuple) else [end])) if x.requires_grad]
-    torch.autograd.grad(results, leaves, [torch.ones_like(x) for x in results])
-
-
-def rand(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, device="cuda").to(dtype)
-
-
-def documents(t: int) -> Tensor:
+def documents(t: int) -> torch.Tensor:
     """First, adjacent, last and border tokens of chunks begin one."""
     resets = torch.zeros(1, t, dtype=torch.bool)
     resets[0, [0, 5, 6, 15, 16, 47]] = True
     return resets.cuda()
 
 
+def both_ways(op: str, t: int, size: int, dtype: torch.dtype, resets: torch.Tensor | None) -> None:
+    """Results of one head (wkv4: so many channels) and their gradients, also of the end state."""
+    inputs = [x.to(dtype) if x.dtype == torch.bfloat16 else x for x in draw(op, 1, t, 1, size)]
+    if op != "wkv4":
+        inputs.append(torch.randn(1, 1, size, size, device="cuda"))
+    leaves = [x.requires_grad_() for x in inputs]
+    y, end = OPS[op](*leaves, resets=resets, backend="cuda")
+    results = [x for x in (y, *(end if isinstance(end, tuple) else [end])) if x.requires_grad]
+    torch.autograd.grad(results, leaves, [torch.ones_like(x) for x in results])
+
+
 def run4() -> None:
     for t, channels, dtype in [(129, 6, torch.float32), (70, 64, torch.bfloat16)]:
         for resets in (None, documents(t)):
-            k, v = (rand(1, t, channels, dtype=dtype) for _ in "kv")
-            both_ways(wkv4, [-rand(channels).exp(), k, v, rand(channels)], resets)
+            both_ways("wkv4", t, channels, dtype, resets)
 
 
 def run6(n: int, in_segments: bool) -> None:
     cuda6.SHORTEST_SEGMENT = 48 if in_segments else 10**6
-    shape, t = (1, 100, 1, n), 100
-    for dtype, resets in [(torch.bfloat16, None), (torch.float16, documents(t))]:
-        r, k, v = (rand(*shape, dtype=dtype) for _ in range(3))
-        both_ways(wkv6, [r, -(rand(*shape) - 2).exp(), k, v, rand(1, n), rand(1, 1, n, n)], resets)
+    both_ways("wkv6", 100, n, torch.bfloat16, None)
+    both_ways("wkv6", 100, n, torch.float16, documents(100))
 
 
 def run7(kind: str) -> None:
@@ -66,10 +61,8 @@ def run7(kind: str) -> None:
     if kind == "many":
         cuda7.ALONE = 0
     t = 120 if kind == "segments" else 70
-    for dtype, resets in [(torch.bfloat16, None), (torch.float16, documents(t))]:
-        r, k, v, x = (rand(1, t, 1, 64) for _ in range(4))
-        w, kk = -0.6065 * torch.sigmoid(rand(1, t, 1, 64)), torch.nn.functional.normalize(x, dim=-1)
-        both_ways(wkv7, [*(x.to(dtype) for x in (r, w, k, v, -kk, 0.5 * kk)), rand(1, 1, 64, 64)], resets)
+    both_ways("wkv7", t, 64, torch.bfloat16, None)
+    both_ways("wkv7", t, 64, torch.float16, documents(t))
 
 
 CASES: dict[str, Callable[[], None]] = {"wkv4": run4}

@@ -1,6 +1,6 @@
 """What HTTP costs: texts written in a second by the bare engine and through the server, and a returning session's wait.
 
-python bench/serve_overhead.py [MODEL] [--batch 32] [--tokens 128] [--rounds 5]
+    python bench/serve_overhead.py [MODEL] [--batch 32] [--tokens 128] [--rounds 5] [--out FILE]
 
 Pairs of runs (engine, server, engine, …) on one engine, medians; the client is another process on the same cores.
 First the texts of both are compared. Ends in one JSON line.
@@ -16,6 +16,7 @@ import threading
 import time
 import urllib.request
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -58,13 +59,14 @@ while sys.stdin.readline():
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("model", nargs="?")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--long", type=int, default=10_000, help="tokens of the session that returns")
+    parser.add_argument("--out", type=Path, help="write the JSON to this file too")
     arguments = parser.parse_args()
     served = load("m", find_model(arguments.model), ServedConfig(threads=arguments.threads, slots=arguments.batch))
     config = read_config(None, [f"sessions.folder={tempfile.mkdtemp()}"])
@@ -139,7 +141,11 @@ def main() -> None:
     for name, values in waits.items():
         print(f"{name:>8} session: first token after {1000 * statistics.median(values):.1f} ms")
     report = {"bench": "serve_overhead", "batch": arguments.batch, "tokens": arguments.tokens, "speeds": medians}
-    print(json.dumps({**report, "ratios": ratios, "waits": {name: statistics.median(x) for name, x in waits.items()}}))
+    waited = {name: statistics.median(values) for name, values in waits.items()}
+    line = json.dumps({**report, "ratios": ratios, "waits": waited})
+    if arguments.out:
+        arguments.out.write_text(line + "\n")
+    print(line)
     for client in clients.values():
         client.terminate()
     server.should_exit = True

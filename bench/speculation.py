@@ -1,6 +1,6 @@
 """Drafts against none, at one text: on text that repeats itself (records, code), and on ordinary text.
 
-    python bench/speculation.py [--model rwkv7-stories] [--tokens 256] [--dtype float32]
+    python bench/speculation.py [--model rwkv7-stories] [--tokens 256] [--dtype float32] [--out FILE]
 
 The same texts are written with and without drafts, in turns. Both must have the same tokens, or nothing is reported;
 but where weights meet several rows as integers (AVX-512, AMX, 8 and 4 bits), one draw of a few hundred is another by
@@ -11,6 +11,7 @@ import argparse
 import json
 import statistics
 import time
+from pathlib import Path
 
 import receptance as rc
 from receptance.engine.core import Core
@@ -46,10 +47,11 @@ def write(core: Core, prompt: str, temperature: float, tokens: int) -> tuple[lis
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--model", default="rwkv7-stories")
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16", "int8", "int4"])
+    parser.add_argument("--out", type=Path, help="write the JSON to this file too")
     arguments = parser.parse_args()
     model, words = rc.load(arguments.model, engine="native", dtype=arguments.dtype), tokenizer(arguments.model)
     report = {}
@@ -94,7 +96,10 @@ def main() -> None:
             + ("" if same else "; a draw differed by rounding")
         )
     about = {"model": arguments.model, "dtype": model.dtype, "engine": model.engine_name, "threads": model.threads}
-    print(json.dumps({"bench": "speculation", **about, "results": report}))
+    line = json.dumps({"bench": "speculation", **about, "results": report})
+    if arguments.out:
+        arguments.out.write_text(line + "\n")
+    print(line)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """Speed of the World tokenizer on one core, beside the compiled pyrwkv-tokenizer and the reference trie of `rwkv`.
 
-    python bench/tokenizer.py [FILE.txt | FILE.jsonl | either with .xz]...
+    python bench/tokenizer.py [FILE.txt | FILE.jsonl | either with .xz]... [--out FILE]
 
 Every file is a row; without files, the source of Python's standard library. "cold" is a fresh tokenizer, "warm" one
 that has read the same text once. The ids of all three must agree, or there is no report.
 """
 
+import argparse
 import importlib.util
 import json
 import lzma
@@ -74,7 +75,11 @@ def measure(text: str, others: dict[str, Callable[[str], list[int]]]) -> dict[st
 
 
 def main() -> None:
-    texts = {Path(name).name: read(Path(name)) for name in sys.argv[1:]} or {"standard library": standard_library()}
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("files", nargs="*", type=Path)
+    parser.add_argument("--out", type=Path, help="write the JSON to this file too")
+    arguments = parser.parse_args()
+    texts = {path.name: read(path) for path in arguments.files} or {"standard library": standard_library()}
     others = peers()
     rows = {name: measure(text, others) for name, text in texts.items()}
     columns = ["megabytes", "bytes_per_token", "load_s", "cold", "warm", *others]
@@ -82,7 +87,10 @@ def main() -> None:
     print(f"{'text':32}" + "".join(f"{column:>16}" for column in columns))
     for name, row in rows.items():
         print(f"{name[:31]:32}" + "".join(f"{row[column]:16.2f}" for column in columns))
-    print(json.dumps({"bench": "tokenizer", "python": platform.python_version(), "unit": "MB/s", "texts": rows}))
+    line = json.dumps({"bench": "tokenizer", "python": platform.python_version(), "unit": "MB/s", "texts": rows})
+    if arguments.out:
+        arguments.out.write_text(line + "\n")
+    print(line)
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def optimizer_of(model: RWKV, masters: bool) -> Optimizer:
 
 
 @torch.no_grad()
-def build(name: str, sizes: tuple[str, int, int], vocab: int, dtype: torch.dtype, device: str) -> RWKV:
+def build(sizes: tuple[str, int, int], vocab: int, dtype: torch.dtype, device: str) -> RWKV:
     """Vectors by the recipe, matrices of plain noise: orthogonal ones of this size take minutes and cost the same."""
     version, n_layer, n_embd = sizes
     cls = VERSIONS[version]
@@ -205,7 +205,7 @@ def measure(name: str, sizes: tuple[str, int, int], batch: int, t: int, options:
     device, vocab = options.device, options.vocab
     result: dict[str, Any] = {}
     for precision in options.precision:
-        model = build(name, sizes, vocab, torch.float32, device)
+        model = build(sizes, vocab, torch.float32, device)
         model.recompute = None if options.recompute == "auto" else options.recompute == "on"
         tokens = torch.randint(vocab, (batch, t + 1), device=device)
         inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()

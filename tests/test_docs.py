@@ -137,6 +137,26 @@ def test_make_targets_exist(page):
     assert set(re.findall(r"`make ([\w-]+)`", text) + re.findall(r"^make ([\w-]+)", text, re.M)) <= targets
 
 
+def scripts() -> dict[str, str]:
+    """The benchmarks that can be called, and their source."""
+    texts = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "bench").glob("*.py")}
+    return {name: text for name, text in texts.items() if "def main()" in text}
+
+
+@every_page
+def test_options_of_benchmarks_exist(page):
+    for name, call in re.findall(r"bench/(\w+\.py)([^`#\n]*)", page.read_text(encoding="utf-8")):
+        for option in re.findall(r"(?<=\s)--[a-z-]+", call):
+            assert f'"{option}"' in scripts()[name], f"{page.name}: {name} {option}"
+
+
+def test_every_benchmark_and_every_page_is_listed():
+    listed = "".join(blocks(ROOT / "docs/benchmarks.md", "sh"))
+    assert [name for name in scripts() if f"bench/{name}" not in listed] == []
+    index = (ROOT / "docs/index.md").read_text(encoding="utf-8")
+    assert [page.name for page in (ROOT / "docs").glob("*.md") if f"]({page.name})" not in index] == ["index.md"]
+
+
 # Python and links ----------------------------------------------------------------------------------------------------
 
 
@@ -149,6 +169,13 @@ def test_python_uses_names_that_exist(page):
                 assert all(hasattr(module, name.name) for name in node.names), ast.unparse(node)
             elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "rc":
                 assert node.attr in receptance.__all__, ast.unparse(node)
+
+
+def test_names_in_the_maths_are_those_of_the_code():
+    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "src/receptance").rglob("*.py"))
+    names = re.findall(r"`(\w+_\w+)`", (ROOT / "docs/maths.md").read_text(encoding="utf-8"))
+    assert names
+    assert [name for name in names if name not in code] == []
 
 
 def anchors(page: Path) -> set[str]:

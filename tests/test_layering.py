@@ -1,6 +1,7 @@
 """Who may import whom: one direction only, so that a change to one room never surprises the ones below it."""
 
 import ast
+import re
 from pathlib import Path
 
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "receptance"
@@ -67,6 +68,15 @@ def test_imports_go_one_way():
         if allowed is not None:
             wrong = rooms_imported_by(path) - allowed - {room}
             assert not wrong, f"{path} imports {sorted(wrong)}; '{room}' may import only {sorted(allowed)}"
+
+
+def test_the_table_for_contributors_is_this_one():
+    text = (SOURCE.parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)(?:/|\.py)` \| .* \| (.*) \|$", text, re.M)
+    told = {room: set(re.findall(r"\w+", cell)) for room, cell in rows if room != "cli"}
+    helpers = {"errors", "atomic", "state_file", "embedded"}
+    rooms = {room: allowed - helpers for room, allowed in MAY_IMPORT.items() if allowed is not None}
+    assert told == {room: allowed for room, allowed in rooms.items() if room not in helpers}
 
 
 def test_nothing_imports_the_command_line():

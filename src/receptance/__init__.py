@@ -1,4 +1,4 @@
-"""receptance: RWKV-4, 5, 6 and 7 — train, tune, run, serve, evaluate and look inside.
+"""receptance: RWKV-4, 5, 6 and 7 — train, run, serve, evaluate and look inside.
 
 The names below are loaded on first use, so that `import receptance` stays quick and never imports torch by itself.
 """

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import Result
 
-from receptance.cli import VERBS
+from receptance.cli import GROUPS, VERBS
 
 Cli = Callable[..., Result]
 
@@ -36,6 +36,12 @@ def test_help_is_quick_and_imports_no_torch() -> None:
 
     # on a busy machine even processor time stretches: one quick start is enough
     assert any(seconds() < QUICK for _ in range(12))
+
+
+@pytest.mark.parametrize("group", ["", *GROUPS])
+def test_no_line_of_a_list_of_verbs_is_cut(cli: Cli, group: str) -> None:
+    _, listed = cli(*group.split(), "--help").stdout.split("Commands:")
+    assert "..." not in listed
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -263,7 +263,7 @@ def test_a_model_that_is_not_cached_says_how_to_get_it(cli: Cli) -> None:
     assert "receptance pull some/model" in result.stderr
 
 
-def test_names() -> None:
+def test_a_name_of_the_hub_has_an_owner_and_perhaps_a_file() -> None:
     assert parse("org/name") == ("org/name", None)
     assert parse("org/name:a/b.pth") == ("org/name", "a/b.pth")
     assert parse("name") is parse("a/b/c") is parse("a b/c") is parse("") is None

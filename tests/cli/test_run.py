@@ -117,7 +117,7 @@ def test_no_prompt_on_a_terminal_is_a_usage_error(cli: Cli, folder: Path, monkey
 
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
-def test_dtype(cli: Cli, folder: Path, dtype: str) -> None:
+def test_run_takes_types_that_only_torch_has_or_that_round(cli: Cli, folder: Path, dtype: str) -> None:
     assert cli("run", folder, "Once", "-n", "3", "--dtype", dtype).exit_code == 0
 
 

@@ -56,6 +56,15 @@ def test_convert_is_exact_both_ways(
     assert all(torch.equal(model.state_dict()[name], x) for name, x in back.items())
 
 
+def test_the_embedded_model_keeps_its_type_like_any_other(cli: Cli, tmp_path: Path) -> None:
+    assert cli("convert", "rwkv7-stories", tmp_path / "m.pth").exit_code == 0
+    written, embedded = receptance.load(tmp_path / "m.pth"), receptance.load("rwkv7-stories")
+    assert written.dtype == embedded.dtype == torch.bfloat16
+    assert all(torch.equal(embedded.state_dict()[name], x) for name, x in written.state_dict().items())
+    report = json.loads(cli("inspect", "rwkv7-stories", "--json").stdout)
+    assert {row["dtype"] for row in report["tensors"]} == {"bfloat16"}
+
+
 def test_convert_takes_the_tokenizer_along_and_the_folder_runs(cli: Cli, folder: Path, tmp_path: Path) -> None:
     cli("convert", folder, tmp_path / "hf", "--format", "hf")
     expected = cli("run", folder, "Once", "--seed", "1", "-n", "9").stdout

@@ -328,6 +328,12 @@ def test_an_event_loop_takes_many_streams_at_once(engine: Engine) -> None:
     assert len(set(texts)) == 5
 
 
+def test_an_event_loop_waits_for_whole_texts(engine: Engine) -> None:
+    (alone,) = engine.generate("Once upon a time", max_tokens=10, seed=1)
+    (awaited,) = asyncio.run(engine.agenerate("Once upon a time", max_tokens=10, seed=1))
+    assert awaited.text == alone.text
+
+
 def test_leaving_a_stream_cancels_it(engine: Engine) -> None:
     async def leave() -> Any:
         handle = await asyncio.to_thread(engine.submit, "Once", max_tokens=100_000, ignore_eos=True)

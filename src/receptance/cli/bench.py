@@ -40,7 +40,7 @@ def group() -> None:
     """
 
 
-@app.command("cpu")
+@app.command("cpu", short_help="The CPU engine: one text, prompts, batches, memory.")
 @guarded
 def cpu(
     model: Annotated[str | None, typer.Argument(metavar="MODEL", help="Path, name or org/name[:file].")] = None,
@@ -91,8 +91,8 @@ def cpu(
         typer.echo(report.as_table())
 
 
-app.command("engine")(bench_engine.command)
-app.command("serve")(bench_serve.command)
+app.command("engine", short_help="The batched engine: many texts at once.")(bench_engine.command)
+app.command("serve", short_help="A server under a given rate of requests.")(bench_serve.command)
 
 
 def first_token_seconds(model: str, dtype: str | None, threads: int | None) -> float:

@@ -5,10 +5,12 @@ from typing import Annotated
 
 import typer
 
+from receptance.cli import options
+
 
 def command(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file as for train, with [[models]].")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", show_default=False)] = None,
+    overrides: options.Overrides = None,
 ) -> None:
     """Train several models on the same data in the same order, and write one report.
 

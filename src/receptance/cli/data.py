@@ -30,7 +30,7 @@ Examples:
 )
 
 
-@app.command("prepare")
+@app.command("prepare", short_help="Tokenise texts into NAME.bin and NAME.idx.")
 @guarded
 def prepare(
     sources: Annotated[
@@ -86,7 +86,7 @@ def prepare(
         typer.echo(f"left out {skipped:,} bad rows; {out}.json names the first of them")
 
 
-@app.command("inspect")
+@app.command("inspect", short_help="Say what a token file holds.")
 @guarded
 def inspect(
     name: Annotated[Path, typer.Argument(metavar="NAME", help="Of NAME.bin and NAME.idx.")],
@@ -110,7 +110,7 @@ def inspect(
     data = BinIdx(name)
     if document >= len(data):
         raise ConfigError(f"{name} has {len(data):,} documents, numbered from 0; there is no {document}")
-    facts = summary(data, name)
+    facts = summary(data)
     if as_json:
         write_json(facts)
         return
@@ -132,7 +132,7 @@ def inspect(
     write(f"{text} …\n" if len(shown) < data.sizes[document] else f"{text}\n")
 
 
-def summary(data: "BinIdx", name: Path) -> dict[str, int]:
+def summary(data: "BinIdx") -> dict[str, int]:
     import numpy as np
 
     return {

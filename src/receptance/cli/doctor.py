@@ -75,7 +75,8 @@ def torch_and_devices() -> Iterator[Check]:
     try:
         import torch
     except (ImportError, OSError) as error:  # OSError: a library of it is missing
-        yield Check("torch", "no", f"{error}; run and chat need none, the rest does: pip install 'receptance[torch]'")
+        needs = "train, eval, inspect, convert (except to GGUF) and GPUs need it: pip install 'receptance[torch]'"
+        yield Check("torch", "no", f"{error}; {needs}")
         return
     yield Check("torch", "ok", f"{torch.__version__}, {torch.get_num_threads()} threads")
     features = torch.backends.cpu.get_cpu_capability()
@@ -127,8 +128,6 @@ def back_ends() -> Iterator[Check]:
             yield Check(f"back end {name}", "no", "this torch is not built for CUDA")
         else:
             yield Check(f"back end {name}", "ok", operators)
-    if "triton" not in names:
-        yield Check("back end triton", "no", f"not part of receptance {__version__}")
 
 
 def training() -> Iterator[Check]:

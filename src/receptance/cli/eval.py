@@ -38,7 +38,7 @@ def command(
     include: Annotated[
         Path | None, typer.Option("--include", metavar="FOLDER", help="lm-eval: only the task files of this folder.")
     ] = None,
-    limit: Annotated[int, typer.Option("--limit", metavar="N", help="Documents or questions of each file.")] = 0,
+    limit: Annotated[int, typer.Option("--limit", metavar="N", help="At most so many of each file; 0 = all.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
     tokenizer: options.TokenizerName = None,
     dtype: options.Dtype = None,

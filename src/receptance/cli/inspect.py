@@ -102,7 +102,7 @@ def describe(source: ModelSource, model: "RWKV") -> dict[str, object]:
         "stored_bytes": sum(tensor.nbytes for tensor in stored.tensors.values()),
         "has_checksums": bool(stored.records),
         "state": {name: list(x.shape) for name, x in state.items()},
-        "state_bytes": state.nbytes,
+        "state_bytes": 4 * sum(x.numel() for x in state.values()),  # as the CPU engine has it
         "fingerprint": model.fingerprint,
     }
 
@@ -171,7 +171,7 @@ def _print(summary: dict[str, object], rows: list[dict[str, object]]) -> None:
         f"{summary['parameters']:,} parameters, {summary['stored_bytes']:,} bytes stored as "
         f"{', '.join(map(str, summary['stored_dtypes']))}"  # type: ignore[call-overload]
         f"{', with checksums' if summary['has_checksums'] else ''}",
-        f"state: {summary['state_bytes']:,} bytes, whatever the length of the text",
+        f"state: {summary['state_bytes']:,} bytes in float32, whatever the length of the text",
         f"fingerprint: {summary['fingerprint']}",
     ]
     table = Table("tensor", "shape", "dtype", box=None, header_style="bold")

@@ -10,7 +10,7 @@ from receptance.cli import options
 
 def command(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file with models and tasks.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", show_default=False)] = None,
+    overrides: options.Folders = None,
     device: options.Place = "cpu",
 ) -> None:
     """Train small models on tests of memory and reasoning: recall, needles, groups, ListOps, digits, questions.

@@ -101,8 +101,6 @@ def _not_found(name: str, cached: list[str]) -> str:
 def load_model(source: ModelSource, dtype: str | None = None, device: str | None = None) -> "RWKV":
     from receptance.checkpoint import load
 
-    if dtype is None and source.kind == "embedded" and device in (None, "cpu"):
-        dtype = "float32"  # small, and half again as fast as bfloat16 on a CPU
     return load(source.path, dtype=dtype, device=device, engine="torch")
 
 
@@ -115,6 +113,8 @@ def load_runner(
     if engine is None:
         engine = "native" if device in (None, "cpu") and dtype != "float64" and prefers_native() else "torch"
     if engine == "torch" and threads is None:
+        if dtype is None and source.kind == "embedded" and device in (None, "cpu"):
+            dtype = "float32"  # small, and half again as fast as bfloat16 on a CPU
         return load_model(source, dtype, device)
     with warnings_as_notes():
         model: Model = load(source.path, dtype=dtype, device=device, engine=engine, threads=threads)  # type: ignore[call-overload]

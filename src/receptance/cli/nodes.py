@@ -10,7 +10,7 @@ from receptance.cli import options
 
 def command(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file with a graph and models.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", show_default=False)] = None,
+    overrides: options.Folders = None,
     device: options.Place = "cpu",
 ) -> None:
     """Classify the nodes of a graph from the sequences of their neighbours and compare accuracies.

@@ -34,6 +34,14 @@ Threads = Annotated[int | None, typer.Option("--threads", help="Of the native en
 TokenizerName = Annotated[
     str | None, typer.Option("--tokenizer", metavar="NAME|PATH", help="world, pile, byte, or a file; default: told.")
 ]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="SECTION.KEY=VALUE", help="Settings in place of the file's.", show_default=False),
+]
+Folders = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="out=FOLDER, root=FOLDER in place of the file's.", show_default=False),
+]
 StateFile = Annotated[Path | None, typer.Option("--state", metavar="FILE", help="Go on from a saved state.")]
 
 

@@ -81,7 +81,7 @@ def command(
         steps.end()
         if report:
             with warnings_as_notes():
-                found = measure(model, target, weights, config, formats, ids, sensitivity, threads, steps)
+                found = measure(target, weights, config, formats, ids, sensitivity, threads, steps)
     finally:
         steps.end()  # an error has a line of its own
     if report:
@@ -136,7 +136,6 @@ class Steps:
 
 
 def measure(
-    model: ModelSource,
     target: Path,
     weights: "Mapping[str, Stored]",
     config: "NativeConfig",

@@ -47,7 +47,7 @@ def command(
 
     A lone argument is the MODEL if it names one (an existing path, an embedded model, org/name, *.pth ...), else the
     PROMPT for the model inside the package. Without a PROMPT it is read from standard input. Sampling: flags win over
-    the model's model.toml, which wins over temperature 1, top-p 0.85, presence and frequency penalty 0.2.
+    the model's model.toml, which wins over 256 tokens, temperature 1, top-p 0.85, presence and frequency penalty 0.2.
 
     \b
     Examples:

@@ -5,10 +5,12 @@ from typing import Annotated
 
 import typer
 
+from receptance.cli import options
+
 
 def command(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="As for compare, with sizes and budgets.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", show_default=False)] = None,
+    overrides: options.Overrides = None,
 ) -> None:
     """Train a ladder of sizes on several budgets of tokens, and fit power laws to their losses.
 

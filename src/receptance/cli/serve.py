@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 
 
 def command(
-    words: Annotated[list[str] | None, typer.Argument(metavar="MODEL|SECTION.KEY=VALUE", show_default=False)] = None,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="MODEL|SECTION.KEY=VALUE", help="Models, and settings in place of the file's.", show_default=False
+        ),
+    ] = None,
     config: Annotated[Path | None, typer.Option("--config", "-c", metavar="FILE", help="TOML configuration.")] = None,
     host: Annotated[str | None, typer.Option("--host", help="Address; default: 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option("--port", "-p", help="Default: 8000.")] = None,

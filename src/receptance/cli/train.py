@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from receptance.cli import options
 from receptance.cli.terminal import doing
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 def command(
     config: Annotated[Path | None, typer.Argument(metavar="CONFIG", show_default=False)] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", show_default=False)] = None,
+    overrides: options.Overrides = None,
     text: Annotated[
         list[Path] | None, typer.Option(metavar="FILE", help="Train on these text or jsonl files; no CONFIG needed.")
     ] = None,

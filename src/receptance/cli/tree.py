@@ -40,7 +40,7 @@ def _receptance(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """RWKV-4, 5, 6 and 7: train, tune, run and look inside.
+    """RWKV-4, 5, 6 and 7: train, run, serve, evaluate and look inside.
 
     \b
     Examples:

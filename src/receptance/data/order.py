@@ -15,7 +15,6 @@ from receptance.errors import ConfigError
 Int64s = npt.NDArray[np.int64]
 Numbers = TypeVar("Numbers", int, npt.NDArray[Any])  # whole numbers below 2^64; arrays of uint64
 
-EPOCH = 40320  # samples in one of the community trainer's mini-epochs
 MASK = (1 << 64) - 1
 STEP = 0x9E3779B97F4A7C15  # SplitMix64's: 2^64 over the golden ratio
 ROUNDS = 8  # of the permutation's Feistel network; 4 are provably enough against far stronger tests than training

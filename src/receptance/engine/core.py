@@ -88,7 +88,7 @@ class EmbedJob:
 
 @dataclass
 class Stats:
-    """Since the start. Seconds: of the model's calls, of drawing, and of whole steps with both."""
+    """Since the start. Seconds: of the model's calls, and of drawing."""
 
     steps: int = 0
     read: int = 0  # tokens of prompts
@@ -99,7 +99,6 @@ class Stats:
     preempted: int = 0
     run_seconds: float = 0.0
     draw_seconds: float = 0.0
-    step_seconds: float = 0.0
 
 
 class Core:
@@ -224,7 +223,6 @@ class Core:
     # A step -----------------------------------------------------------------------------------------------------------
 
     def step(self) -> None:
-        clock = time.perf_counter()
         if self.scheduler.waiting:
             self._admit()
         if self._ready:
@@ -244,7 +242,6 @@ class Core:
         elif plan:
             self._run(plan)
         self.stats.steps += 1
-        self.stats.step_seconds += time.perf_counter() - clock
 
     def _admit(self) -> None:
         while (sequence := self.scheduler.candidate()) is not None:

@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from receptance.engine.params import SamplingParams
-from receptance.errors import ConfigError
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]
@@ -45,12 +44,9 @@ class ParamRows:
         def column(values: list[float], dtype: type = np.float32) -> NDArray[np.generic]:
             return np.array(values, dtype=dtype)[:, None]
 
+        for p in params:
+            p.check_bias(vocab_size)
         pairs = [(row, *pair) for row, p in enumerate(params) for pair in p.bias_pairs]
-        for _, token, _ in pairs:
-            if token >= vocab_size:
-                raise ConfigError(
-                    f"logit_bias has token id {token}, but the vocabulary's ids are 0 to {vocab_size - 1}"
-                )
         pairs += [(row, eos_id, -math.inf) for row, p in enumerate(params) if p.ignore_eos]
         rows, ids, values = zip(*pairs) if pairs else ((), (), ())
         return ParamRows(

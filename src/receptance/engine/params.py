@@ -103,6 +103,11 @@ class SamplingParams:
     def has_penalties(self) -> bool:
         return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
 
+    def check_bias(self, vocab_size: int) -> None:
+        """Raises ConfigError for a logit bias on an id that the vocabulary lacks."""
+        if self.bias_pairs and (largest := self.bias_pairs[-1][0]) >= vocab_size:  # they are sorted
+            raise ConfigError(f"logit_bias has token id {largest}, but the vocabulary's ids are 0 to {vocab_size - 1}")
+
 
 INTEGERS = {"max_tokens": (0, 10**9), "top_k": (0, 10**9), "seed": (0, 2**64 - 1), "logprobs": (0, 100)}
 NUMBERS = {

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from receptance.engine.numpy_sampling import uniform
 from receptance.engine.params import SamplingFields, SamplingParams
-from receptance.errors import ConfigError
 
 __all__ = [
     "Counts",
@@ -55,12 +54,9 @@ class ParamRows:
         def column(values: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=device)[:, None]
 
+        for p in params:
+            p.check_bias(vocab_size)
         pairs = [(row, *pair) for row, p in enumerate(params) for pair in p.bias_pairs]
-        for _, token, _ in pairs:
-            if token >= vocab_size:
-                raise ConfigError(
-                    f"logit_bias has token id {token}, but the vocabulary's ids are 0 to {vocab_size - 1}"
-                )
         pairs += [(row, eos_id, -math.inf) for row, p in enumerate(params) if p.ignore_eos]
         rows, ids, values = zip(*pairs) if pairs else ((), (), ())
         return ParamRows(

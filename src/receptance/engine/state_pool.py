@@ -31,7 +31,7 @@ class StatePool:
     def __init__(self, runner: Runner, *, host_bytes: int = 2 << 30, folder: str | Path | None = None):
         self.runner, self.host_bytes = runner, host_bytes
         self.parked_bytes = 0  # in memory
-        self.spilled = self.returned = 0  # to files, and from them
+        self.spilled = 0  # to files
         self._free = list(range(runner.slots - 1, -1, -1))
         self._memory: OrderedDict[int, Any] = OrderedDict()
         self._files: dict[int, Path] = {}
@@ -71,7 +71,6 @@ class StatePool:
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: a state that was moved out of memory cannot be read ({error})") from None
         path.unlink(missing_ok=True)
-        self.returned += 1
         self._memory[parked.key] = state
         self.parked_bytes += parked.nbytes
         self._spill(keep=parked.key)

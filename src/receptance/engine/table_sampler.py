@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from receptance.engine.numpy_sampling import Counts
 from receptance.engine.params import SamplingParams
-from receptance.errors import ConfigError
 from receptance.native.library import SampleRow
 
 ROW = np.dtype(SampleRow)
@@ -33,11 +32,7 @@ class TableSampler(ABC):
 
     def admit(self, row: int, params: SamplingParams, prompt: Sequence[int]) -> None:
         """Raises ConfigError for a bias on an id beyond the vocabulary."""
-        if params.bias_pairs and params.bias_pairs[-1][0] >= self._vocab:
-            raise ConfigError(
-                f"logit_bias has token id {params.bias_pairs[-1][0]}, "
-                f"but the vocabulary's ids are 0 to {self._vocab - 1}"
-            )
+        params.check_bias(self._vocab)
         while row >= len(self._table):
             self._table = np.concatenate([self._table, np.zeros(len(self._table), ROW)])
         self._new[row] = params, prompt

@@ -529,8 +529,6 @@ class Rule:
 Recipe = dict[str, Rule]
 
 ZERO = ("zero", 0.0)
-ADAM_BETAS = (0.9, 0.99)
-ADAM_EPS = 1e-18
 
 
 def tall_gain(rows: int, cols: int) -> float:

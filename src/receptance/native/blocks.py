@@ -46,11 +46,6 @@ class Blocks:
         numbers, size = FORMATS[self.format]
         return self.shape[0] * self.shape[1] // numbers * size
 
-    @property
-    def row_bytes(self) -> int:
-        numbers, size = FORMATS[self.format]
-        return self.shape[1] // numbers * size
-
     def rows(self, first: int, last: int) -> "Blocks":
         """Some rows, in place."""
         part = self.data.reshape(self.shape[0], -1)[first:last]

@@ -152,7 +152,7 @@ def test_a_half_precision_state():
     check_decoding(make(), 3, bound=8e-3, state_dtype=torch.float16)
 
 
-def test_bfloat16():
+def test_weights_in_bfloat16_decode_too():
     check_decoding(make(), 2, bound=5e-2, dtype=torch.bfloat16)
 
 

@@ -11,7 +11,7 @@ from receptance.ops.products import has_kernel
 pytestmark = pytest.mark.usefixtures("kernels")
 
 
-def test_padded_lengths():
+def test_prompts_are_padded_to_one_of_a_few_lengths():
     assert [padded(x) for x in (1, 8, 9, 255, 257, 512, 513)] == [8, 8, 16, 256, 512, 512, 768]
 
 

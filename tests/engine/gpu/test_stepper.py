@@ -74,5 +74,5 @@ def test_new_random_numbers_for_the_same_sequences():
     assert drawn.tolist() == stepper.sampler.draw(logits, [0], [0.7], None)
 
 
-def test_buckets():
+def test_steps_have_a_graph_for_each_power_of_two_of_rows():
     assert [bucket(x, 100) for x in (1, 2, 3, 8, 9, 100)] == [1, 2, 4, 8, 16, 100]
