@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 
 import pytest
 import torch
@@ -38,8 +37,7 @@ def configure(folder, *overrides):
         "run.ctx_len=32", "run.batch_size=8", "run.tokens=5120", "run.log_every=1", "run.save_every=5",
         "run.valid_every=10", "optim.lr=3e-3", "optim.dropout=0.1", f"run.out={folder / 'run'}", "run.device=cpu",
     ]  # fmt: skip
-    config = read_config(None, [*base, f"data.root={folder}", *overrides])
-    return replace(config, data=replace(config.data, root=str(folder), valid={"held": "text.txt"}))
+    return read_config(None, [*base, f"data.root={folder}", 'data.valid={held="text.txt"}', *overrides])
 
 
 @pytest.mark.parametrize("version", ["4", "5.2", "6", "7"])
