@@ -6,12 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
 import receptance as rc
-from receptance.errors import ConfigError
+from receptance.errors import CheckpointError, ConfigError
 from receptance.training import read_config, train
 from receptance.training.evaluate import evaluate
 from receptance.training.loop import set_up
@@ -84,6 +85,20 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path):
     train(config, listener)
     assert any("does not match its checksum" in text and "falling back" in text for text in listener.messages)
     assert any("continuing from step 15" in text for text in listener.messages)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "manifest.json"])
+def test_a_run_whose_checkpoints_are_all_damaged_is_left_as_it_is(tmp_path, name):
+    config = configure(tmp_path, "data.tokenizer=bpe", "data.vocab_size=300")
+    train(config, Listener())
+    for file in (tmp_path / "run" / "checkpoints").glob(f"*/{name}"):
+        file.write_bytes(file.read_bytes()[:-1])
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    other = replace(config, data=replace(config.data, vocab_size=310))
+    for wish in (config, other) if name == "manifest.json" else (config,):
+        with pytest.raises(CheckpointError, match=r"no checkpoint is intact .*step-00000020.*move this folder away"):
+            train(wish, Listener())
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
 
 
 def test_another_configuration_does_not_touch_a_run(tmp_path):
