@@ -43,13 +43,12 @@ class BinIdx:
         self.sizes = np.frombuffer(raw, "<i4", items, HEADER.size).astype(np.int64)
         pointers = np.frombuffer(raw, "<i8", items, HEADER.size + 4 * items)
         size = data.stat().st_size
-        if (
-            items == 0
-            or (self.sizes < 0).any()
-            or (pointers < 0).any()
-            or int((pointers + self.sizes * dtype.itemsize).max()) > size
-        ):
-            raise ConfigError(f"{idx}: the index points beyond the {size} bytes of {data.name}, or is empty")
+        if not self.sizes.any():
+            raise ConfigError(f"{idx}: the index holds no tokens")
+        if (self.sizes < 0).any() or (pointers < 0).any() or int((pointers + self.sizes * dtype.itemsize).max()) > size:
+            raise ConfigError(f"{idx}: the index points beyond the {size} bytes of {data.name}")
+        if size % dtype.itemsize or (pointers % dtype.itemsize).any():
+            raise ConfigError(f"{idx}: {data.name} or a document's place is not whole tokens of {dtype.itemsize} bytes")
         self.starts = pointers // dtype.itemsize
         self.tokens = np.memmap(data, dtype, "r")
 
