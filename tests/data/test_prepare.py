@@ -5,6 +5,7 @@ import json
 import lzma
 import os
 import random
+import resource
 import subprocess
 import sys
 import time
@@ -119,6 +120,22 @@ def test_interruptions_and_processes_leave_no_trace(tmp_path, small_pieces, proc
                 file.write(b"torn")
             assert not (tmp_path / "again.idx").exists()
     assert attempts >= 3
+    assert contents(tmp_path / "again") == contents(tmp_path / "whole")
+
+
+def test_a_full_disk_is_named_and_the_same_call_goes_on(tmp_path, small_pieces):
+    sources = write_texts(tmp_path)
+    prepare(sources, tokenizer("byte"), tmp_path / "whole")
+    largest = (tmp_path / "whole.bin").stat().st_size
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in (largest // 2, largest - 1):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            with pytest.raises(ConfigError, match=r"again\.bin\.part: could not be written .*goes on from here"):
+                prepare(sources, tokenizer("byte"), tmp_path / "again")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    prepare(sources, tokenizer("byte"), tmp_path / "again")
     assert contents(tmp_path / "again") == contents(tmp_path / "whole")
 
 

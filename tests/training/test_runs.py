@@ -139,7 +139,13 @@ def test_text_prepared_for_other_settings_is_not_reused(tmp_path):
 
 @pytest.mark.parametrize(
     "override,message",
-    [("run.device=gpu", r"run\.device = 'gpu' cannot be used"), ("run.device=cuda:77", "'cuda:77' cannot be used")],
+    [
+        ("run.device=gpu", r"run\.device = 'gpu' cannot be used"),
+        ("run.device=cuda:77", "'cuda:77' cannot be used"),
+        ("run.device=meta", "'meta' cannot be used"),
+        ("run.device=hpu", "'hpu' cannot be used"),
+        ("run.device=vulkan", r"'vulkan' cannot be used here: [^.]*aten::empty\.[^.]*$"),
+    ],
 )
 def test_an_unknown_device_is_named(tmp_path, override, message):
     with pytest.raises(ConfigError, match=message):
