@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from receptance.data import documents, prepare, read_manifest
+from receptance.data import BinIdx, documents, prepare, read_manifest
 from receptance.errors import ConfigError
 from receptance.tokenizers import tokenizer, train_bpe
 
@@ -201,6 +201,14 @@ def test_other_sources_or_settings_are_refused(tmp_path, small_pieces, is_comple
         prepare(paths, tok, tmp_path / "out")
     data = prepare(paths, tok, tmp_path / "out", restart=True)
     assert any(tok.decode(data[i][:-1].tolist()) == "one more" for i in range(len(data)))
+
+
+@pytest.mark.parametrize("call", [lambda: prepare(["a.txt"], tokenizer("byte"), "."), lambda: BinIdx(".")])
+def test_a_folder_is_no_name(tmp_path, monkeypatch, call):
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("text")
+    with pytest.raises(ConfigError, match=r"^\.: is a folder; expected the NAME"):
+        call()
 
 
 def test_two_at_once_are_refused(tmp_path, small_pieces):

@@ -19,7 +19,7 @@ from typing import IO
 
 import numpy as np
 
-from receptance.data.binidx import BinIdx, token_dtype, write_index
+from receptance.data.binidx import BinIdx, beside, token_dtype, write_index
 from receptance.data.sources import Source, bad_row, open_source
 from receptance.data.workers import Result, Workers
 from receptance.errors import ConfigError
@@ -251,7 +251,7 @@ class Files:
     def __init__(self, prefix: Path):
         self.prefix = prefix
         suffixes = (".bin", ".idx", ".json", ".bin.part", ".sizes.part", ".progress.json")
-        places = [prefix.with_name(prefix.name + suffix) for suffix in suffixes]
+        places = [beside(prefix, suffix) for suffix in suffixes]
         self.bin, self.idx, self.manifest, self.tokens, self.sizes, self.progress = places
 
     def remove(self) -> None:
