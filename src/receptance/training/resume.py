@@ -9,6 +9,7 @@ All of it is written into a temporary folder, each file synced and the manifest 
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -243,7 +244,8 @@ def _score(folder: Path) -> float | None:
         score = json.loads((folder / MANIFEST).read_text())["score"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return float(score) if isinstance(score, (int, float)) else None
+    # a NaN compares with nothing, so it would hide the best
+    return float(score) if isinstance(score, (int, float)) and math.isfinite(score) else None
 
 
 def _by_score(checkpoints: list[Path]) -> list[Path]:
