@@ -15,7 +15,7 @@ T = TypeVar("T")
 def read_toml(path: Path) -> dict[str, Any]:
     """The tables of a TOML file. Raises ConfigError when there is none, or it cannot be read as one."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -67,5 +67,6 @@ def _convert(kind: object, value: object, where: str) -> object:
         return float(value)
     if isinstance(kind, type) and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
         return value
-    expected = 'a list, as in ["x"]' if origin is tuple else getattr(kind, "__name__", kind)
+    examples: dict[object, str] = {tuple: 'a list, as in ["x"]', dict: 'a table, as in {name = "x"}'}
+    expected = examples.get(origin) or getattr(kind, "__name__", str(kind))
     raise ConfigError(f"{where}: expected {expected}, found {value!r}")

@@ -181,6 +181,17 @@ def test_the_template_is_told_by_the_name(tmp_path: Path, name: str, template: s
     assert guess_template(ModelSource(name, tmp_path / name, "path")) == template
 
 
+def test_train_takes_paths_of_any_characters(cli: Cli, tmp_path: Path) -> None:
+    folder = tmp_path / 'ü 😀 "q" \\t'
+    folder.mkdir()
+    (folder / "c.toml").write_text('[data]\ntrain = ["x.txt"]\n', encoding="utf-8-sig")  # as Windows' editors save it
+    text, out = folder / "text.txt", folder / "run"
+    shown = json.loads(cli("train", str(folder / "c.toml"), "--out", str(out), "--show").stdout)
+    assert (shown["data"]["root"], shown["run"]["out"]) == (str(folder), str(out))
+    shown = json.loads(cli("train", "--text", str(text), "--show").stdout)
+    assert shown["data"]["train"] == [str(text)]
+
+
 def test_train_plan_tells_the_memory_and_takes_no_step(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("One two three. " * 200)
     settings = ["data.tokenizer=byte", "model.n_layer=1", "model.n_embd=64", "run.ctx_len=32", "run.device=cpu"]

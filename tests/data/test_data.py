@@ -87,7 +87,13 @@ def test_a_damaged_index_is_refused(tmp_path):
     good = (tmp_path / "x.idx").read_bytes()
     assert BinIdx(tmp_path / "x")[0].tolist() == [1, 2, 3, 0]
     bad = [good[:-1], b"X" + good[1:], good[:34] + b"\xff\xff\xff\x7f" + good[38:], b""]
+    bad += [good[:34] + bytes(4) + good[38:], good[:34] + b"\1\0\0\0\1" + good[39:]]  # no tokens; at half a token
     for content in bad:
         (tmp_path / "x.idx").write_bytes(content)
         with pytest.raises(ConfigError, match=r"x\.idx"):
             BinIdx(tmp_path / "x")
+    (tmp_path / "x.idx").write_bytes(good)
+    with open(tmp_path / "x.bin", "ab") as file:
+        file.write(b"\0")
+    with pytest.raises(ConfigError, match="not whole tokens of 2 bytes"):
+        BinIdx(tmp_path / "x")

@@ -5,6 +5,7 @@ import json
 import lzma
 import os
 import random
+import resource
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from receptance.data import documents, prepare, read_manifest
+from receptance.data import BinIdx, documents, prepare, read_manifest
 from receptance.errors import ConfigError
 from receptance.tokenizers import tokenizer, train_bpe
 
@@ -122,6 +123,22 @@ def test_interruptions_and_processes_leave_no_trace(tmp_path, small_pieces, proc
     assert contents(tmp_path / "again") == contents(tmp_path / "whole")
 
 
+def test_a_full_disk_is_named_and_the_same_call_goes_on(tmp_path, small_pieces):
+    sources = write_texts(tmp_path)
+    prepare(sources, tokenizer("byte"), tmp_path / "whole")
+    largest = (tmp_path / "whole.bin").stat().st_size
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in (largest // 2, largest - 1):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            with pytest.raises(ConfigError, match=r"again\.bin\.part: could not be written .*goes on from here"):
+                prepare(sources, tokenizer("byte"), tmp_path / "again")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    prepare(sources, tokenizer("byte"), tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(tmp_path / "whole")
+
+
 def test_kill_minus_nine_and_the_command_again(tmp_path):
     """The whole program, in two processes, killed at random moments; its workers end with it."""
     rng = random.Random(2)
@@ -184,6 +201,14 @@ def test_other_sources_or_settings_are_refused(tmp_path, small_pieces, is_comple
         prepare(paths, tok, tmp_path / "out")
     data = prepare(paths, tok, tmp_path / "out", restart=True)
     assert any(tok.decode(data[i][:-1].tolist()) == "one more" for i in range(len(data)))
+
+
+@pytest.mark.parametrize("call", [lambda: prepare(["a.txt"], tokenizer("byte"), "."), lambda: BinIdx(".")])
+def test_a_folder_is_no_name(tmp_path, monkeypatch, call):
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("text")
+    with pytest.raises(ConfigError, match=r"^\.: is a folder; expected the NAME"):
+        call()
 
 
 def test_two_at_once_are_refused(tmp_path, small_pieces):

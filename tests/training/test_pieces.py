@@ -108,19 +108,32 @@ def test_overrides_and_errors_of_the_configuration(tmp_path):
         ("optim.lr=fast", "expected float, found 'fast'"),
         ("optimizer.lr=1", "unknown setting optimizer; there are data, model"),
         ("lr=1", r"expected section\.key=value"),
-        ("model.version=8", r"model\.version"),
+        ("model.version=8", r"model\.version = '8' is out of range; expected 4, .* 7, transformer, lstm or gru"),
+        ("run.precision=fp8", r"run\.precision = 'fp8' is out of range; expected auto, float32 or bfloat16"),
+        ('model.without=["x"]', r"model\.without = \('x',\) is out of range; expected small-embedding, "),
+        ("run.keep_best=held", r"run\.keep_best = 'held' must be a name in data\.valid; there is none"),
+        ("run.early_stop=2", r"run\.early_stop looks at validation texts"),
         ("model.n_layer=true", "expected int, found True"),
         ("run.batch_size=0", r"run\.batch_size = 0 is out of range"),
         ("run.log_every=0", r"run\.log_every = 0 is out of range"),
         ("model.head_size=0", r"model\.head_size = 0 is out of range"),
         ("optim.beta1=2", r"optim\.beta1 = 2\.0 is out of range"),
         ("run.seed=-1", r"run\.seed = -1 is out of range"),
+        ("run.seed=20_000_000_000_000", r"run\.seed = 20000000000000 is out of range"),
+        ("data.weights=[inf]", r"data\.weights = \(inf,\) is out of range"),
+        ("data.separator=", r"data\.separator = '' is out of range"),
+        ("data.valid.train=y.txt", "'train' cannot be the name of a validation text"),
+        ("data.valid.train-1=y.txt", "'train-1' cannot be the name of a validation text"),
+        ("data.valid=y.txt", r"data\.valid: expected a table, as in \{name = \"x\"\}, found 'y\.txt'"),
         ("data.repeat=[0]", r"data\.repeat = \(0,\) is out of range"),
         ("data.train=[]", "nothing to train on"),
         ("data.train=y.txt", r"data\.train: expected a list, as in \[\"x\"\], found 'y\.txt'"),
     ]:
         with pytest.raises(ConfigError, match=message):
             read_config(path, [override])
+    path.write_text('[data]\ntrain = ["x.txt"]\nvalid = {"../held" = "y.txt"}')
+    with pytest.raises(ConfigError, match=r"'\.\./held' cannot be the name"):
+        read_config(path)
     path.write_text("[data\n")
     with pytest.raises(ConfigError, match="not valid TOML"):
         read_config(path)

@@ -3,6 +3,7 @@
 import builtins
 import errno
 import json
+import math
 import os
 import pickle
 import random
@@ -177,6 +178,17 @@ def test_the_newest_and_the_best_stay(tmp_path):
             assert checkpoints.is_best(score) == (score in (3.0, 1.0))
         saved(checkpoints, step, seed=step, score=score)
     assert [folder.name[-1] for folder in folders(checkpoints.root)] == ["6", "5", "2"]
+
+
+def test_a_score_that_is_no_number_does_not_cost_the_best(tmp_path):
+    """A run that goes wrong after its best look."""
+    checkpoints = Checkpoints(tmp_path, Alone(), keep=2)
+    for step, score in enumerate([3.0, 1.0, math.nan, math.nan, math.inf], 1):
+        saved(checkpoints, step, seed=step, score=score)
+    assert [folder.name[-1] for folder in folders(checkpoints.root)] == ["5", "4", "2"]
+    assert checkpoints.is_best(0.5)
+    assert not checkpoints.is_best(math.nan)
+    assert checkpoints.load(*pair(), best=True).step == 2
 
 
 def test_a_checkpoint_in_the_background_is_of_the_moment_it_was_asked_for(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import receptance as rc
-from receptance.errors import ConfigError
+from receptance.errors import CheckpointError, ConfigError
 from receptance.training import read_config, train
 from receptance.training.evaluate import evaluate
 from receptance.training.loop import set_up
@@ -38,8 +38,7 @@ def configure(folder, *overrides):
         "run.ctx_len=32", "run.batch_size=8", "run.tokens=5120", "run.log_every=1", "run.save_every=5",
         "run.valid_every=10", "optim.lr=3e-3", "optim.dropout=0.1", f"run.out={folder / 'run'}", "run.device=cpu",
     ]  # fmt: skip
-    config = read_config(None, [*base, f"data.root={folder}", *overrides])
-    return replace(config, data=replace(config.data, root=str(folder), valid={"held": "text.txt"}))
+    return read_config(None, [*base, f"data.root={folder}", 'data.valid={held="text.txt"}', *overrides])
 
 
 @pytest.mark.parametrize("version", ["4", "5.2", "6", "7"])
@@ -88,6 +87,20 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path):
     assert any("continuing from step 15" in text for text in listener.messages)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "manifest.json"])
+def test_a_run_whose_checkpoints_are_all_damaged_is_left_as_it_is(tmp_path, name):
+    config = configure(tmp_path, "data.tokenizer=bpe", "data.vocab_size=300")
+    train(config, Listener())
+    for file in (tmp_path / "run" / "checkpoints").glob(f"*/{name}"):
+        file.write_bytes(file.read_bytes()[:-1])
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    other = replace(config, data=replace(config.data, vocab_size=310))
+    for wish in (config, other) if name == "manifest.json" else (config,):
+        with pytest.raises(CheckpointError, match=r"no checkpoint is intact .*step-00000020.*move this folder away"):
+            train(wish, Listener())
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
 def test_another_configuration_does_not_touch_a_run(tmp_path):
     train(configure(tmp_path), Listener())
     before = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
@@ -126,7 +139,13 @@ def test_text_prepared_for_other_settings_is_not_reused(tmp_path):
 
 @pytest.mark.parametrize(
     "override,message",
-    [("run.device=gpu", r"run\.device = 'gpu' cannot be used"), ("run.device=cuda:77", "'cuda:77' cannot be used")],
+    [
+        ("run.device=gpu", r"run\.device = 'gpu' cannot be used"),
+        ("run.device=cuda:77", "'cuda:77' cannot be used"),
+        ("run.device=meta", "'meta' cannot be used"),
+        ("run.device=hpu", "'hpu' cannot be used"),
+        ("run.device=vulkan", r"'vulkan' cannot be used here: [^.]*aten::empty\.[^.]*$"),
+    ],
 )
 def test_an_unknown_device_is_named(tmp_path, override, message):
     with pytest.raises(ConfigError, match=message):

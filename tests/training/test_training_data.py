@@ -5,7 +5,7 @@ import pytest
 import torch
 from test_runs import Listener, configure
 
-from receptance.data import prepare
+from receptance.data import BinIdxWriter, prepare
 from receptance.errors import ConfigError
 from receptance.tokenizers import tokenizer
 from receptance.training.data import open_data
@@ -110,6 +110,22 @@ def test_a_token_file_of_another_tokenizer_is_refused(tmp_path):
     (tmp_path / "a.json").unlink()
     with pytest.raises(ConfigError, match=r"holds token \d+; the tokenizer has 257 ids"):
         open_mixture(tmp_path, 'data.train=["a"]')
+
+
+def test_negative_ids_are_refused(tmp_path):
+    writer = BinIdxWriter(tmp_path / "a", 1 << 17)
+    writer.add([5, -1] * 200)
+    writer.close()
+    with pytest.raises(ConfigError, match=r"holds token -1; the tokenizer has 257 ids"):
+        open_mixture(tmp_path, 'data.train=["a"]')
+
+
+@pytest.mark.parametrize("order", ["shuffled", "cubic"])
+def test_a_source_that_is_too_short_is_named(tmp_path, order):
+    (tmp_path / "tiny.txt").write_text("x" * 50)
+    config = configure(tmp_path, 'data.train=["text.txt", "tiny.txt"]', "data.weights=[1, 1]", f"data.order={order}")
+    with pytest.raises(ConfigError, match=r"tiny\.txt: 51 tokens are too few .*lower run\.ctx_len, or .*'documents'"):
+        open_data(config, tmp_path / "run", tokenizer("byte"), print)
 
 
 def test_a_changed_text_is_noticed_and_a_missing_one_is_not_missed(tmp_path):

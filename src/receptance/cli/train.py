@@ -1,5 +1,7 @@
 """`receptance train`: a run from a TOML file, with a progress bar, continued where it stopped."""
 
+import json
+import shlex
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -50,10 +52,9 @@ def command(
         settings.insert(0, str(config))
         config = None
     if text:
-        files = ", ".join(f'"{path.resolve()}"' for path in text)
-        settings.append(f"data.train=[{files}]")
+        settings.append(f"data.train=[{', '.join(quoted(path.resolve()) for path in text)}]")
     if out is not None:
-        settings.append(f'run.out="{out}"')
+        settings.append(f"run.out={quoted(out)}")
     chosen = read_config(config, settings)
     if show:
         typer.echo(to_json(chosen))
@@ -78,8 +79,13 @@ def command(
         announce(folder)
 
 
+def quoted(path: Path) -> str:
+    """A string of TOML."""
+    return json.dumps(str(path), ensure_ascii=False)
+
+
 def announce(folder: Path) -> None:
-    typer.echo(f"finished: {folder}\ntry it: receptance run {folder} 'Once upon a time'")
+    typer.echo(f"finished: {folder}\ntry it: receptance run {shlex.quote(str(folder))} 'Once upon a time'")
 
 
 def sample(model: "RWKV", tokenizer: "Tokenizer", prompt: str, n_tokens: int) -> str:

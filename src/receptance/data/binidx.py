@@ -19,13 +19,20 @@ DTYPES: dict[int, type] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5:
 HEADER = struct.Struct("<9sQBQQ")
 
 
+def beside(prefix: Path, suffix: str) -> Path:
+    """A file of the token file called `prefix`. Raises ConfigError for a path without a name, as "." is one."""
+    if not prefix.name:
+        raise ConfigError(f"{prefix}: is a folder; expected the NAME of NAME.bin and NAME.idx")
+    return prefix.with_name(prefix.name + suffix)
+
+
 class BinIdx:
     """A memory-mapped token file. `tokens` is the whole stream, `sizes` and `starts` its documents in tokens."""
 
     def __init__(self, prefix: str | Path):
         """Raises ConfigError when a file is missing or its index does not fit its data."""
         self.prefix = Path(prefix)
-        idx, data = self.prefix.with_name(self.prefix.name + ".idx"), self.prefix.with_name(self.prefix.name + ".bin")
+        idx, data = beside(self.prefix, ".idx"), beside(self.prefix, ".bin")
         for path in (idx, data):
             if not path.is_file():
                 raise ConfigError(f"{path}: no such file; a token file is a pair NAME.bin and NAME.idx")
@@ -43,13 +50,12 @@ class BinIdx:
         self.sizes = np.frombuffer(raw, "<i4", items, HEADER.size).astype(np.int64)
         pointers = np.frombuffer(raw, "<i8", items, HEADER.size + 4 * items)
         size = data.stat().st_size
-        if (
-            items == 0
-            or (self.sizes < 0).any()
-            or (pointers < 0).any()
-            or int((pointers + self.sizes * dtype.itemsize).max()) > size
-        ):
-            raise ConfigError(f"{idx}: the index points beyond the {size} bytes of {data.name}, or is empty")
+        if not self.sizes.any():
+            raise ConfigError(f"{idx}: the index holds no tokens")
+        if (self.sizes < 0).any() or (pointers < 0).any() or int((pointers + self.sizes * dtype.itemsize).max()) > size:
+            raise ConfigError(f"{idx}: the index points beyond the {size} bytes of {data.name}")
+        if size % dtype.itemsize or (pointers % dtype.itemsize).any():
+            raise ConfigError(f"{idx}: {data.name} or a document's place is not whole tokens of {dtype.itemsize} bytes")
         self.starts = pointers // dtype.itemsize
         self.tokens = np.memmap(data, dtype, "r")
 

@@ -12,13 +12,14 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
-from receptance.data.binidx import BinIdx, token_dtype, write_index
+from receptance.data.binidx import BinIdx, beside, token_dtype, write_index
 from receptance.data.sources import Source, bad_row, open_source
 from receptance.data.workers import Result, Workers
 from receptance.errors import ConfigError
@@ -214,29 +215,33 @@ class Output:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._tokens.close()
-        self._sizes.close()
+        for file in (self._tokens, self._sizes):
+            with suppress(OSError):  # what counts has been committed
+                file.close()
 
     def append(self, tokens: np.ndarray, sizes: np.ndarray) -> None:
-        self._tokens.write(tokens.data)
-        self._sizes.write(sizes.astype("<i4").data)
+        with self._files.naming():
+            self._tokens.write(tokens.data)
+            self._sizes.write(sizes.astype("<i4").data)
 
     def repeat(self, documents: int, tokens: int) -> None:
         """Write the last so many documents once more."""
-        for file, size in ((self._tokens, tokens * self._item), (self._sizes, documents * 4)):
-            file.flush()
-            start = file.tell() - size
-            for offset in range(0, size, COPY):
-                file.write(os.pread(file.fileno(), min(COPY, size - offset), start + offset))
+        with self._files.naming():
+            for file, size in ((self._tokens, tokens * self._item), (self._sizes, documents * 4)):
+                file.flush()
+                start = file.tell() - size
+                for offset in range(0, size, COPY):
+                    file.write(os.pread(file.fileno(), min(COPY, size - offset), start + offset))
 
     def commit(self, journal: Journal, seconds: float) -> None:
         """Make all this survive, unless that was done less than `seconds` ago."""
         if time.monotonic() - self._committed < seconds:
             return
-        for file in (self._tokens, self._sizes):
-            file.flush()
-            os.fsync(file.fileno())
-        _replace(self._files.progress, asdict(journal))
+        with self._files.naming():
+            for file in (self._tokens, self._sizes):
+                file.flush()
+                os.fsync(file.fileno())
+            _replace(self._files.progress, asdict(journal))
         self._committed = time.monotonic()
 
 
@@ -246,7 +251,7 @@ class Files:
     def __init__(self, prefix: Path):
         self.prefix = prefix
         suffixes = (".bin", ".idx", ".json", ".bin.part", ".sizes.part", ".progress.json")
-        places = [prefix.with_name(prefix.name + suffix) for suffix in suffixes]
+        places = [beside(prefix, suffix) for suffix in suffixes]
         self.bin, self.idx, self.manifest, self.tokens, self.sizes, self.progress = places
 
     def remove(self) -> None:
@@ -271,6 +276,17 @@ class Files:
         counts = [Counts(**entry) for entry in saved.pop("counts")]  # type: ignore[attr-defined]
         return Journal(counts=counts, **saved)  # type: ignore[arg-type]
 
+    @contextmanager
+    def naming(self) -> Iterator[None]:
+        """Around writing: a full disk becomes an error that names the file."""
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or error
+            raise ConfigError(
+                f"{self.tokens}: could not be written ({reason}); the same command goes on from here"
+            ) from error
+
     def locked(self) -> IO[bytes]:
         """NAME.bin.part, held by this process. Raises ConfigError while another one writes it."""
         self.tokens.parent.mkdir(parents=True, exist_ok=True)
@@ -293,9 +309,10 @@ class Files:
             os.replace(self.tokens, self.bin)
         if self.bin.stat().st_size != size:
             raise ConfigError(f"{self.bin}: is not the file that {self.progress} speaks of; delete both to start over")
-        write_index(self.idx, np.fromfile(self.sizes, "<i4", journal.documents), dtype)
         manifest = {"documents": journal.documents, "tokens": journal.tokens, **asdict(journal)}
-        _replace(self.manifest, {key: manifest[key] for key in ("documents", "tokens", "settings", "counts")})
+        with self.naming():
+            write_index(self.idx, np.fromfile(self.sizes, "<i4", journal.documents), dtype)
+            _replace(self.manifest, {key: manifest[key] for key in ("documents", "tokens", "settings", "counts")})
         self.progress.unlink()
         self.remove_parts()
 

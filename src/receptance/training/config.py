@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -16,6 +17,25 @@ VERSIONS = ("4", "5.0", "5.1", "5.2", "6", "7")
 BASELINES = ("transformer", "lstm", "gru")
 IDEAS = ("small-embedding", "ln0", "zero-matrices", "decay-spread", "mix-spread", "lr-groups", "token-shift")
 HEADLESS = ("4", "lstm", "gru")
+MOST_SEED = 10**12  # with steps and ranks it must fit into the 64 bits of a generator's seed
+CHOICES = {
+    "model.version": (*VERSIONS, *BASELINES),
+    "model.without": IDEAS,
+    "data.packing": ("contiguous", "resets", "documents"),
+    "data.order": ("shuffled", "cubic"),
+    "optim.optimizer": ("adamw", "muon"),
+    "optim.schedule": ("cosine", "exponential", "linear", "wsd"),
+    "optim.decay_shape": ("linear", "1-sqrt"),
+    "run.precision": ("auto", "float32", "bfloat16"),
+    "run.weights": ("auto", "float32", "bfloat16"),
+    "run.recompute": ("auto", "on", "off"),
+    "run.cuda_graph": ("auto", "on", "off"),
+    "run.save_dtype": ("float32", "bfloat16", "float16"),
+    "run.segment_gradients": ("exact", "truncated"),
+    "run.segment_states": ("device", "cpu", "sqrt"),
+    "run.wandb_mode": ("online", "offline"),
+    "parallel.kind": ("ddp", "fsdp"),
+}
 
 
 def free(default: T) -> T:
@@ -194,7 +214,7 @@ def read_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Train
     raw = {} if path is None else read_toml(Path(path))
     folder = Path.cwd() if path is None else Path(path).resolve().parent
     root = folder / build(TrainConfig, raw, "").data.root  # that of an override is relative to where the user is
-    put(raw, f"data.root={json.dumps(str(root))}", "")
+    raw.setdefault("data", {})["root"] = str(root)
     for override in overrides:
         put(raw, override, "optim.lr=1e-3")
     config = build(TrainConfig, raw, "")
@@ -205,7 +225,6 @@ def read_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Train
 def check(config: TrainConfig) -> None:
     """Raise ConfigError for a value out of range."""
     rules = [
-        ("model.version", config.model.version, config.model.version in (*VERSIONS, *BASELINES)),
         ("model.n_layer", config.model.n_layer, config.model.n_layer >= 1),
         ("model.n_embd", config.model.n_embd, config.model.n_embd >= 2),
         ("model.head_size", config.model.head_size, config.model.version in HEADLESS or (config.model.head_size >= 1
@@ -214,22 +233,17 @@ def check(config: TrainConfig) -> None:
         ("model.wide_rate", config.model.wide_rate, config.model.version == "7" or not config.model.wide_rate),
         ("model.kv_heads", config.model.kv_heads, config.model.kv_heads >= 0
          and (config.model.version == "transformer" or config.model.kv_heads == 0)),
-        ("model.without", config.model.without, set(config.model.without) <= set(IDEAS)),
         ("model.token_shift", config.model.token_shift,
          config.model.version == "transformer" or not config.model.token_shift),
         ("data.repeat", config.data.repeat, all(count >= 1 for count in config.data.repeat)),
-        ("data.weights", config.data.weights, all(weight > 0 for weight in config.data.weights)
+        ("data.weights", config.data.weights, all(0 < weight < math.inf for weight in config.data.weights)
          and len(config.data.weights) in (0, len(config.data.train))),
         ("data.processes", config.data.processes, config.data.processes >= 1),
-        ("data.packing", config.data.packing, config.data.packing in ("contiguous", "resets", "documents")),
+        ("data.separator", config.data.separator, config.data.separator != ""),
         ("data.vocab_size", config.data.vocab_size, config.data.vocab_size >= 257),
-        ("data.order", config.data.order, config.data.order in ("shuffled", "cubic")),
-        ("optim.optimizer", config.optim.optimizer, config.optim.optimizer in ("adamw", "muon")),
         ("optim.lr", config.optim.lr, config.optim.lr > 0),
         ("optim.lr_final", config.optim.lr_final, config.optim.lr_final >= 0),
-        ("optim.schedule", config.optim.schedule, config.optim.schedule in ("cosine", "exponential", "linear", "wsd")),
         ("optim.decay_fraction", config.optim.decay_fraction, 0 <= config.optim.decay_fraction <= 1),
-        ("optim.decay_shape", config.optim.decay_shape, config.optim.decay_shape in ("linear", "1-sqrt")),
         ("optim.warmup_steps", config.optim.warmup_steps, config.optim.warmup_steps >= 0),
         ("optim.weight_decay", config.optim.weight_decay, config.optim.weight_decay >= 0),
         ("optim.weight_decay_final", config.optim.weight_decay_final,
@@ -250,13 +264,8 @@ def check(config: TrainConfig) -> None:
         ("run.batch_size", config.run.batch_size, config.run.batch_size >= 1),
         ("run.accumulate", config.run.accumulate, config.run.accumulate >= 1
          and config.run.batch_size % config.run.accumulate == 0),
-        ("run.precision", config.run.precision, config.run.precision in ("auto", "float32", "bfloat16")),
-        ("run.weights", config.run.weights, config.run.weights in ("auto", "float32", "bfloat16")),
-        ("run.recompute", config.run.recompute, config.run.recompute in ("auto", "on", "off")),
         ("run.memory", config.run.memory, config.run.memory >= 0),
-        ("run.cuda_graph", config.run.cuda_graph, config.run.cuda_graph in ("auto", "on", "off")),
-        ("run.save_dtype", config.run.save_dtype, config.run.save_dtype in ("float32", "bfloat16", "float16")),
-        ("run.seed", config.run.seed, config.run.seed >= 0),
+        ("run.seed", config.run.seed, 0 <= config.run.seed <= MOST_SEED),
         ("run.log_every", config.run.log_every, config.run.log_every >= 1),
         ("run.valid_every", config.run.valid_every, config.run.valid_every >= 1),
         ("run.valid_tokens", config.run.valid_tokens, config.run.valid_tokens >= 0),
@@ -264,23 +273,31 @@ def check(config: TrainConfig) -> None:
         ("run.save_every", config.run.save_every, config.run.save_every >= 1),
         ("run.sample_tokens", config.run.sample_tokens, config.run.sample_tokens >= 0),
         ("run.keep", config.run.keep, config.run.keep >= 2),
-        ("run.keep_best", config.run.keep_best, config.run.keep_best in (None, *config.data.valid)),
         ("run.segment_len", config.run.segment_len, config.run.segment_len >= 0),
-        ("run.segment_gradients", config.run.segment_gradients,
-         config.run.segment_gradients in ("exact", "truncated")),
-        ("run.segment_states", config.run.segment_states, config.run.segment_states in ("device", "cpu", "sqrt")),
-        ("parallel.kind", config.parallel.kind, config.parallel.kind in ("ddp", "fsdp")),
         ("parallel.shard_size", config.parallel.shard_size, config.parallel.shard_size >= 0),
         ("parallel.context", config.parallel.context, config.parallel.context >= 1),
-        ("run.wandb_mode", config.run.wandb_mode, config.run.wandb_mode in ("online", "offline")),
     ]  # fmt: skip
     if not config.data.train:
         raise ConfigError("nothing to train on: give a configuration file, or --text FILE, or data.train=[...]")
-    for section, values in asdict(config).items():
-        rules += [(f"{section}.{key}", x, math.isfinite(x)) for key, x in values.items() if isinstance(x, float)]
+    settings = {f"{section}.{key}": x for section, values in asdict(config).items() for key, x in values.items()}
+    for name, allowed in CHOICES.items():
+        value = settings[name]
+        if not set(value if isinstance(value, tuple) else (value,)) <= set(allowed):
+            raise ConfigError(
+                f"{name} = {value!r} is out of range; expected {', '.join(allowed[:-1])} or {allowed[-1]}"
+            )
+    rules += [(name, x, math.isfinite(x)) for name, x in settings.items() if isinstance(x, float)]
     for name, value, good in rules:
         if not good:
             raise ConfigError(f"{name} = {value!r} is out of range; see the defaults and limits in docs/training.md")
+    for name in config.data.valid:  # it names files beside those of the training text, and rows of the log
+        if not name or "/" in name or re.fullmatch(r"train(-\d+)?", name):
+            raise ConfigError(f"data.valid: {name!r} cannot be the name of a validation text; choose another one")
+    if config.run.keep_best not in (None, *config.data.valid):
+        names = ", ".join(config.data.valid) or "none"
+        raise ConfigError(f"run.keep_best = {config.run.keep_best!r} must be a name in data.valid; there is {names}")
+    if config.run.early_stop and not config.data.valid:
+        raise ConfigError("run.early_stop looks at validation texts: name some in data.valid")
 
 
 def to_json(config: TrainConfig) -> str:

@@ -93,7 +93,7 @@ def open_data(
     sources = []
     for i, (name, tokens) in enumerate(found):
         seed = config.run.seed if len(found) == 1 else keyed(config.run.seed, i)
-        sources.append(Source(name, tokens, _packing(config, tokens, tokenizer, seed)))
+        sources.append(Source(name, tokens, _packing(config, name, tokens, tokenizer, seed)))
     if data.weights:
         shares = [Fraction(str(weight)) for weight in data.weights]
         scale = lcm(*(share.denominator for share in shares))
@@ -160,8 +160,10 @@ def _require_tokenizer(data: BinIdx, tokenizer: Tokenizer) -> None:
         raise ConfigError(f"{data.prefix}: was made with the tokenizer {made_from.tokenizer}, data.tokenizer is {mine}")
     n = len(data.tokens)
     for start in range(0, n, max(n // LOOKED_AT, BLOCK)):
-        if (top := int(data.tokens[start : start + BLOCK].max())) >= tokenizer.vocab_size:
-            raise ConfigError(f"{data.prefix}: holds token {top}; the tokenizer has {tokenizer.vocab_size} ids")
+        block = data.tokens[start : start + BLOCK]
+        for token in (int(block.min()), int(block.max())):
+            if not 0 <= token < tokenizer.vocab_size:
+                raise ConfigError(f"{data.prefix}: holds token {token}; the tokenizer has {tokenizer.vocab_size} ids")
 
 
 def _teller(message: Message) -> Callable[[Progress], None]:
@@ -176,9 +178,12 @@ def _teller(message: Message) -> Callable[[Progress], None]:
     return tell
 
 
-def _packing(config: TrainConfig, tokens: BinIdx, tokenizer: Tokenizer, seed: int) -> Packing:
+def _packing(config: TrainConfig, name: str, tokens: BinIdx, tokenizer: Tokenizer, seed: int) -> Packing:
     data, ctx_len = config.data, config.run.ctx_len
     if data.packing == "documents":
         return Documents(tokens, ctx_len, seed, tokenizer.eos_id)
-    order = ORDERS[data.order](len(tokens.tokens), ctx_len, seed)
+    try:
+        order = ORDERS[data.order](len(tokens.tokens), ctx_len, seed)
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}; lower run.ctx_len, or set data.packing = 'documents'") from None
     return Contiguous(tokens, ctx_len, order, with_resets=data.packing == "resets")

@@ -377,9 +377,12 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"run.device = {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+        found = torch.empty(0, device=name)
+        found.cpu()  # which "meta" cannot
+        return found.device
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).splitlines()[0].split(". ")[0]  # on MPS a list of all back ends follows
+        raise ConfigError(f"run.device = {name!r} cannot be used here: {reason}") from None
 
 
 def _tokenizer(config: TrainConfig, out: Path, reporter: Reporter) -> Tokenizer:

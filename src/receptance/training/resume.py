@@ -9,6 +9,7 @@ All of it is written into a temporary folder, each file synced and the manifest 
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -104,9 +105,10 @@ class Checkpoints:
     def load(self, model: RWKV, optimizer: Optimizer, *, best: bool = False) -> Restored:
         """Put the newest intact checkpoint into model and optimizer, however it was sharded.
 
-        best: instead the intact one with the lowest score; those without a score are left out.
+        best: instead the intact one with the lowest score; those without a score are left out. Raises CheckpointError
+        when there are checkpoints and all are damaged, unless the best is asked for.
         """
-        warnings: list[str] = []
+        problems: list[str] = []
         found: Path | None = None
         manifest: dict[str, object] = {}
         if self._parallel.is_first:
@@ -115,8 +117,11 @@ class Checkpoints:
                     manifest, found = _verify(folder), folder
                     break
                 except CheckpointError as error:
-                    warnings.append(f"{error}; falling back to the one before it")
-        found, manifest, warnings = self._parallel.agree((found, manifest, warnings))
+                    problems.append(str(error))
+        found, manifest, problems = self._parallel.agree((found, manifest, problems))
+        if found is None and problems and not best:
+            raise _none_intact(self.root, "; ".join(problems))
+        warnings = [f"{problem}; falling back to the one before it" for problem in problems]
         if found is None:
             return Restored(warnings=warnings)
         if (found / SHARDS).is_dir():
@@ -191,14 +196,28 @@ def folders(root: Path) -> list[Path]:
 
 
 def saved_config(out: Path) -> dict[str, object] | None:
-    """The configuration that the newest readable checkpoint was made with."""
-    for folder in folders(out / "checkpoints"):
+    """The configuration that the newest readable checkpoint was made with; None if there is no checkpoint.
+
+    Raises CheckpointError when there are some and none is readable.
+    """
+    root = out / "checkpoints"
+    found = folders(root)
+    for folder in found:
         try:
             config = json.loads((folder / MANIFEST).read_text())["config"]
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             continue
-        return config if isinstance(config, dict) else None
+        if isinstance(config, dict):
+            return config
+    if found:
+        raise _none_intact(root, f"no {MANIFEST} in {', '.join(folder.name for folder in found)} is readable")
     return None
+
+
+def _none_intact(root: Path, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"{root}: no checkpoint is intact ({why}); put back a copy of one, or move this folder away to start over"
+    )
 
 
 def _verify(folder: Path) -> dict[str, object]:
@@ -225,7 +244,8 @@ def _score(folder: Path) -> float | None:
         score = json.loads((folder / MANIFEST).read_text())["score"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return float(score) if isinstance(score, (int, float)) else None
+    # a NaN compares with nothing, so it would hide the best
+    return float(score) if isinstance(score, (int, float)) and math.isfinite(score) else None
 
 
 def _by_score(checkpoints: list[Path]) -> list[Path]:
