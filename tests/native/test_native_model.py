@@ -226,6 +226,24 @@ def test_extreme_activations_are_quantised_soundly(scale):
     assert np.sqrt(np.mean((found - expected) ** 2)) <= 0.1 * np.sqrt(np.mean(expected**2))
 
 
+@pytest.mark.parametrize("dtype", [None, "int8", "int4"])
+@pytest.mark.parametrize("engine", engines())
+@pytest.mark.parametrize(
+    "name", ["emb.weight", "blocks.0.ln1.bias", "blocks.0.att.value.weight", "blocks.1.ffn.key.weight", "head.weight"]
+)
+def test_what_is_not_a_number_reaches_the_logits(name, engine, dtype):
+    """Damaged weights are then reported and not sampled from, in blocks of 8 and 4 bits as well."""
+    if engine == "numpy" and dtype:
+        pytest.skip("not without the core")
+    model = random_model("7")
+    model.state_dict()[name].reshape(-1)[0] = float("nan")
+    damaged = native(model, engine_name=engine, dtype=dtype)
+    expected = np.isnan(torch_logits(model, [0]))
+    for rows in 1, 5, 40:
+        found, _ = damaged.forward([[0]] * rows)
+        assert np.array_equal(np.isnan(found), np.broadcast_to(expected, found.shape))
+
+
 # Quantised weights ---------------------------------------------------------------------------------------------------
 
 # Root mean square, relative. Mostly 4e-7; but an activation at the edge between two of its 255 steps may fall to either
