@@ -155,6 +155,10 @@ def test_state_files_change_engines(tmp_path):
     other = native(random_model("7", seed=1))
     with pytest.raises(CheckpointError, match="belongs to another model"):
         State.load(tmp_path / "ours", other)
+    State({name: x.reshape(-1) for name, x in ours.items()}).save(tmp_path / "flat", fast)
+    for load, reader in (State.load, fast), (TorchState.load, model):
+        with pytest.raises(CheckpointError, match=r"flat: a state with .* needs"):
+            load(tmp_path / "flat", reader)
     data = bytearray((tmp_path / "ours").read_bytes())
     data[-5] ^= 1
     (tmp_path / "ours").write_bytes(data)
@@ -390,11 +394,12 @@ def test_the_builder_says_in_one_line_what_is_wrong():
         ([-1], {}, r"token ids must be in \[0, 61\)"),
         ([[1, 2]], {"lengths": [3]}, "lengths must be"),
         ([[1], [2]], {"state": "one row"}, "a state of 1 rows for 2 rows"),
+        ([1], {"state": {}}, "a state with {}"),
     ],
 )
 def test_wrong_input_is_refused(ids, options, words):
     model: NativeModel = native(random_model("7"))
-    if options.get("state"):
+    if options.get("state") == "one row":
         options = {"state": model.zero_state()}
     with pytest.raises(ValueError, match=words):
         model.forward(ids, **options)

@@ -139,8 +139,8 @@ class NativeModel:
 
     def check_state(self, state: State, source: str = "state") -> None:
         """Raise ValueError unless the state has this model's fields and shapes."""
-        expected = self.state_shapes(state.batch if "att_shift" in state else 1)
         found = {name: tuple(x.shape) for name, x in state.items()}
+        expected = self.state_shapes(*found.get("att_shift", ())[1:2] or (1,))
         if found != expected:
             raise ValueError(f"{source}: a state with {found}; this RWKV-{self.config.version} model needs {expected}")
 
@@ -170,7 +170,7 @@ class NativeModel:
         batch, t = ids.shape
         if not 0 <= ids.min() <= ids.max() < self.config.vocab_size:
             raise ValueError(f"token ids must be in [0, {self.config.vocab_size}), got {ids.min()}..{ids.max()}")
-        counts = np.full(batch, t) if lengths is None else np.asarray(lengths)
+        counts = np.full(batch, t) if lengths is None else np.asarray(lengths, dtype=np.int64)
         if counts.shape != (batch,) or not (counts.min() >= 0 and counts.max() <= t):
             raise ValueError(f"lengths must be [{batch}] with values in [0, {t}], got {counts.tolist()}")
         before = self._checked(state, batch)
@@ -192,9 +192,9 @@ class NativeModel:
             return self.zero_state(batch)
         if not isinstance(state, State):
             state = State(state)
+        self.check_state(state)
         if state.batch != batch:
             raise ValueError(f"a state of {state.batch} rows for {batch} rows of tokens")
-        self.check_state(state)
         return state
 
     def forward_rows(
