@@ -1,7 +1,9 @@
 """The CPU engine beside the torch engine and beside itself: sizes, batches, states, types."""
 
+import copy
 import multiprocessing
 import os
+import pickle
 import subprocess
 import sys
 
@@ -215,6 +217,40 @@ def test_a_forked_process_gets_threads_of_its_own():
     child.start()
     assert np.array_equal(queue.get(timeout=60), expected)
     child.join(60)
+
+
+@needs_core
+def test_a_process_that_forks_during_a_call_is_not_held_up():
+    model = native(random_model("7"), threads=3)
+    expected = model.forward(tokens(9))[0]
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    with model.team():  # as another thread's call has it
+        child = context.Process(target=lambda: queue.put(model.forward(tokens(9))[0]))
+        child.start()
+        try:
+            assert np.array_equal(queue.get(timeout=30), expected)
+        finally:
+            child.kill()
+
+
+@needs_core
+def test_threads_that_the_system_does_not_start_are_an_error():
+    """Their stacks find no room; a Python of its own, as the limit is one of the process."""
+    code = (
+        "import resource, receptance as rc\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))\n"
+        "rc.load('rwkv7-stories', engine='native', threads=1000)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "ConfigError: the system lets this process start no 1000 threads" in done.stderr
+
+
+def test_a_model_is_neither_copied_nor_pickled():
+    model = native(random_model("7"))
+    for make in copy.copy, copy.deepcopy, pickle.dumps:
+        with pytest.raises(TypeError, match="cannot be copied or pickled"):
+            make(model)
 
 
 @needs_core

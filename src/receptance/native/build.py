@@ -66,7 +66,8 @@ def build(library: Path = LIBRARY, *, more_flags: tuple[str, ...] = (), jobs: in
     """Compile and link the core into `library`, which is replaced only when all is well. Raises BuildError."""
     compiler = find_compiler()
     machine = platform.machine().lower()
-    isa_flags = ISA_FLAGS.get(MACHINES.get(machine, machine), {})
+    # the team alone catches: threads that the system does not start
+    own_flags = {"team": ["-fexceptions"], **ISA_FLAGS.get(MACHINES.get(machine, machine), {})}
     flags = [*FLAGS, f'-DSOURCES_HASH="{sources_hash()}"']
     import tempfile  # here, as others in this file: the library's loader imports this module too
     from concurrent.futures import ThreadPoolExecutor
@@ -77,7 +78,7 @@ def build(library: Path = LIBRARY, *, more_flags: tuple[str, ...] = (), jobs: in
             target = f"{folder}/{source.stem}.o"
             command = [compiler, *flags, "-c", str(source), "-o", target]
             try:
-                run([*command, *isa_flags.get(source.stem, []), *more_flags])
+                run([*command, *own_flags.get(source.stem, []), *more_flags])
             except BuildError as error:
                 if source.stem != "isa_amx" or not any(words in str(error) for words in UNKNOWN_FLAG):
                     raise
