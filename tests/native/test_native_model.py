@@ -16,6 +16,7 @@ from receptance.errors import CheckpointError, ConfigError
 from receptance.models import RWKV, VERSIONS
 from receptance.models import State as TorchState
 from receptance.native import NativeModel, State, library, read_config, tensor_shapes
+from receptance.native.build import find_compiler
 
 CLOSE = 2e-5  # float32 rounding, of logits around 1 to 10 after a few layers
 ODD = {  # sizes that fill no vector, no block and no group
@@ -420,6 +421,12 @@ def test_the_builder_says_in_one_line_what_is_wrong():
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "CXX": "", "PATH": ""})
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.splitlines() == ["error: no C++ compiler found (looked for $CXX, c++, g++, clang++)"]
+
+
+def test_the_compiler_may_have_arguments(monkeypatch):
+    for given, words in (sys.executable, []), (f"{sys.executable} -m cc", ["-m", "cc"]):
+        monkeypatch.setenv("CXX", given)
+        assert find_compiler() == [sys.executable, *words]
 
 
 @pytest.mark.parametrize(

@@ -51,15 +51,15 @@ class BuildError(Exception):
     """There is no compiler, or it failed; the message says which and how."""
 
 
-def find_compiler() -> str:
-    """$CXX as every build tool reads it, else the first of the usual names."""
+def find_compiler() -> list[str]:
+    """$CXX as every build tool reads it, with arguments ("ccache g++"), else the first of the usual names."""
     import shutil
 
-    names = [os.environ.get("CXX", ""), "c++", "g++", "clang++"]
-    found = next((path for name in names if name and (path := shutil.which(name))), None)
-    if found is None:
-        raise BuildError("no C++ compiler found (looked for $CXX, c++, g++, clang++)")
-    return found
+    given = os.environ.get("CXX", "")
+    for words in [given], given.split(), ["c++"], ["g++"], ["clang++"]:
+        if words and (path := shutil.which(words[0])):
+            return [path, *words[1:]]
+    raise BuildError("no C++ compiler found (looked for $CXX, c++, g++, clang++)")
 
 
 def build(library: Path = LIBRARY, *, more_flags: tuple[str, ...] = (), jobs: int | None = None) -> Path:
@@ -76,7 +76,7 @@ def build(library: Path = LIBRARY, *, more_flags: tuple[str, ...] = (), jobs: in
 
         def compile_one(source: Path) -> str:
             target = f"{folder}/{source.stem}.o"
-            command = [compiler, *flags, "-c", str(source), "-o", target]
+            command = [*compiler, *flags, "-c", str(source), "-o", target]
             try:
                 run([*command, *own_flags.get(source.stem, []), *more_flags])
             except BuildError as error:
@@ -89,7 +89,7 @@ def build(library: Path = LIBRARY, *, more_flags: tuple[str, ...] = (), jobs: in
             objects = list(pool.map(compile_one, sorted(SOURCES.glob("*.cpp"))))
         part = library.with_name(f".{library.name}.{os.getpid()}.part")
         try:
-            run([compiler, *flags, *more_flags, "-shared", *objects, "-o", str(part)])
+            run([*compiler, *flags, *more_flags, "-shared", *objects, "-o", str(part)])
             os.replace(part, library)
         finally:
             part.unlink(missing_ok=True)
