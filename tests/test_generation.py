@@ -298,6 +298,8 @@ def test_user_errors_are_named(model: RWKV, tok: Tokenizer) -> None:
         generate_batch(model, tok, ["x"], [receptance.SamplingParams()] * 2)
     with pytest.raises(GenerationError, match="a state of 2 rows for 3 prompts"):
         generate_batch(model, tok, ["x"] * 3, state=model.zero_state(2))
+    with pytest.raises(GenerationError, match="the state has 2 rows, expected one"):
+        generate(model, tok, "x", state=model.zero_state(2))
     assert generate_batch(model, tok, []) == []
 
 

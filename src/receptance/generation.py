@@ -121,6 +121,8 @@ class Generation:
         chunk: int = PREFILL_CHUNK,
         keep: bool = True,
     ):
+        if state is not None and state.batch != 1:
+            raise GenerationError(f"the state has {state.batch} rows, expected one")
         self.params = params
         self.prompt_ids = prompt_ids(model, tokenizer, prompt, state is not None)
         self.seed = new_seed() if params.seed is None else params.seed

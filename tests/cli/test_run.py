@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -134,3 +135,13 @@ def test_a_terminal_gets_no_control_codes(monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     terminal.write("a\x1b[2Jb\x9b1m\tc\n")
     assert capsys.readouterr().out == "a[2Jb1m\tc\n"
+
+
+def test_ctrl_c_ends_a_text_in_order_and_a_prompt_at_once() -> None:
+    with terminal.interruptible() as interrupted:
+        signal.raise_signal(signal.SIGINT)
+        assert interrupted()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    with terminal.interruptible(lambda: False), pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)

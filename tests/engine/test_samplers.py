@@ -1,6 +1,7 @@
 """The fast samplers give the draws of `numpy_sampling`, which tests/engine/test_sampling*.py hold to their oracles."""
 
 import random
+import threading
 
 import numpy as np
 import pytest
@@ -82,3 +83,18 @@ def test_a_row_with_nan_is_minus_one_and_others_are_not(sampler: Sampler) -> Non
     for row in range(3):
         sampler.admit(row, SamplingParams(temperature=0), [])
     assert sampler.draw(logits, [0, 1, 2], [0.5] * 3, None) == [4, -1, 5]
+
+
+def test_the_threads_of_a_model_draw_and_multiply_for_one_caller_at_a_time() -> None:
+    model = receptance.load("rwkv7-stories", engine="native", threads=2)
+    assert model.core is not None
+    sampler = CoreSampler(model.core, model.team, model.threads, VOCAB, EOS, lambda: WEIGHT)
+    for row in 0, 1:
+        sampler.admit(row, SamplingParams(), [1])
+    drawing = threading.Thread(target=sampler.draw, args=(np.zeros((2, VOCAB), np.float32), [0, 1], [0.5, 0.5], None))
+    with model.team():
+        drawing.start()
+        drawing.join(0.2)
+        assert drawing.is_alive()
+    drawing.join(30)
+    assert not drawing.is_alive()

@@ -215,6 +215,7 @@ def test_log_probabilities_are_those_of_the_raw_softmax() -> None:
         ("logit_bias", {-1: 0.0}),
         ("logit_bias", {1: math.nan}),
         ("logit_bias", {1: math.inf}),
+        ("logit_bias", {1: 1e39}),  # infinity in float32
         ("ignore_eos", 1),
     ],
 )

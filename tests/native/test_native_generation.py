@@ -4,11 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from native_helpers import needs_core
 
 import receptance as rc
-from receptance.generation import generate_batch, generate_tokens
+from receptance.generation import generate_batch, generate_tokens, prefill
 from receptance.native import NativeModel
 from receptance.tokenizers import Tokenizer
 
@@ -44,6 +45,23 @@ def test_a_text_goes_on_from_its_state(model, tok):
     again = generate_tokens(model, tok, PROMPT + head + tok.decode([go_on]), max_tokens=1, temperature=0)
     next(again)
     assert int(logits[0].argmax()) == again.ids[0]
+
+
+def test_a_long_prompt_is_read_in_pieces_between_which_ctrl_c_is_heard(model, tok, monkeypatch):
+    prompts = [[5 + i % 90 for i in range(n)] for n in (25, 7, 10)]
+    expected = [model.forward(prompt, last_only=True) for prompt in prompts]
+    true, lengths = model.forward, []
+
+    def forward(tokens, state, **options):
+        lengths.append(options["lengths"].tolist())
+        return true(tokens, state, **options)
+
+    monkeypatch.setattr(model, "forward", forward)
+    logits, state = prefill(model, prompts, chunk=10)
+    assert lengths == [[10, 7, 10], [10, 0, 0], [5, 0, 0]]
+    for row, (alone, after) in enumerate(expected):
+        assert np.array_equal(logits[row], alone)
+        assert all(np.array_equal(state.select(row)[name], x) for name, x in after.items())
 
 
 def test_rows_of_a_batch_write_what_they_write_alone(model, tok):

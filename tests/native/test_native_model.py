@@ -1,7 +1,9 @@
 """The CPU engine beside the torch engine and beside itself: sizes, batches, states, types."""
 
+import copy
 import multiprocessing
 import os
+import pickle
 import subprocess
 import sys
 
@@ -14,6 +16,7 @@ from receptance.errors import CheckpointError, ConfigError
 from receptance.models import RWKV, VERSIONS
 from receptance.models import State as TorchState
 from receptance.native import NativeModel, State, library, read_config, tensor_shapes
+from receptance.native.build import find_compiler
 
 CLOSE = 2e-5  # float32 rounding, of logits around 1 to 10 after a few layers
 ODD = {  # sizes that fill no vector, no block and no group
@@ -155,6 +158,10 @@ def test_state_files_change_engines(tmp_path):
     other = native(random_model("7", seed=1))
     with pytest.raises(CheckpointError, match="belongs to another model"):
         State.load(tmp_path / "ours", other)
+    State({name: x.reshape(-1) for name, x in ours.items()}).save(tmp_path / "flat", fast)
+    for load, reader in (State.load, fast), (TorchState.load, model):
+        with pytest.raises(CheckpointError, match=r"flat: a state with .* needs"):
+            load(tmp_path / "flat", reader)
     data = bytearray((tmp_path / "ours").read_bytes())
     data[-5] ^= 1
     (tmp_path / "ours").write_bytes(data)
@@ -214,6 +221,40 @@ def test_a_forked_process_gets_threads_of_its_own():
 
 
 @needs_core
+def test_a_process_that_forks_during_a_call_is_not_held_up():
+    model = native(random_model("7"), threads=3)
+    expected = model.forward(tokens(9))[0]
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    with model.team():  # as another thread's call has it
+        child = context.Process(target=lambda: queue.put(model.forward(tokens(9))[0]))
+        child.start()
+        try:
+            assert np.array_equal(queue.get(timeout=30), expected)
+        finally:
+            child.kill()
+
+
+@needs_core
+def test_threads_that_the_system_does_not_start_are_an_error():
+    """Their stacks find no room; a Python of its own, as the limit is one of the process."""
+    code = (
+        "import resource, receptance as rc\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))\n"
+        "rc.load('rwkv7-stories', engine='native', threads=1000)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "ConfigError: the system lets this process start no 1000 threads" in done.stderr
+
+
+def test_a_model_is_neither_copied_nor_pickled():
+    model = native(random_model("7"))
+    for make in copy.copy, copy.deepcopy, pickle.dumps:
+        with pytest.raises(TypeError, match="cannot be copied or pickled"):
+            make(model)
+
+
+@needs_core
 @pytest.mark.parametrize("scale", [0.0, 1e-40])
 def test_extreme_activations_are_quantised_soundly(scale):
     """Nothing overflows where a block holds only zeros or only subnormal numbers."""
@@ -224,6 +265,24 @@ def test_extreme_activations_are_quantised_soundly(scale):
     found, _ = native(model, dtype="int8").forward(tokens(5, 300))
     expected = torch_logits(model, tokens(5, 300))
     assert np.sqrt(np.mean((found - expected) ** 2)) <= 0.1 * np.sqrt(np.mean(expected**2))
+
+
+@pytest.mark.parametrize("dtype", [None, "int8", "int4"])
+@pytest.mark.parametrize("engine", engines())
+@pytest.mark.parametrize(
+    "name", ["emb.weight", "blocks.0.ln1.bias", "blocks.0.att.value.weight", "blocks.1.ffn.key.weight", "head.weight"]
+)
+def test_what_is_not_a_number_reaches_the_logits(name, engine, dtype):
+    """Damaged weights are then reported and not sampled from, in blocks of 8 and 4 bits as well."""
+    if engine == "numpy" and dtype:
+        pytest.skip("not without the core")
+    model = random_model("7")
+    model.state_dict()[name].reshape(-1)[0] = float("nan")
+    damaged = native(model, engine_name=engine, dtype=dtype)
+    expected = np.isnan(torch_logits(model, [0]))
+    for rows in 1, 5, 40:
+        found, _ = damaged.forward([[0]] * rows)
+        assert np.array_equal(np.isnan(found), np.broadcast_to(expected, found.shape))
 
 
 # Quantised weights ---------------------------------------------------------------------------------------------------
@@ -364,6 +423,12 @@ def test_the_builder_says_in_one_line_what_is_wrong():
     assert done.stderr.splitlines() == ["error: no C++ compiler found (looked for $CXX, c++, g++, clang++)"]
 
 
+def test_the_compiler_may_have_arguments(monkeypatch):
+    for given, words in (sys.executable, []), (f"{sys.executable} -m cc", ["-m", "cc"]):
+        monkeypatch.setenv("CXX", given)
+        assert find_compiler() == [sys.executable, *words]
+
+
 @pytest.mark.parametrize(
     "ids, options, words",
     [
@@ -372,11 +437,12 @@ def test_the_builder_says_in_one_line_what_is_wrong():
         ([-1], {}, r"token ids must be in \[0, 61\)"),
         ([[1, 2]], {"lengths": [3]}, "lengths must be"),
         ([[1], [2]], {"state": "one row"}, "a state of 1 rows for 2 rows"),
+        ([1], {"state": {}}, "a state with {}"),
     ],
 )
 def test_wrong_input_is_refused(ids, options, words):
     model: NativeModel = native(random_model("7"))
-    if options.get("state"):
+    if options.get("state") == "one row":
         options = {"state": model.zero_state()}
     with pytest.raises(ValueError, match=words):
         model.forward(ids, **options)

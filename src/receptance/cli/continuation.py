@@ -64,7 +64,7 @@ def continue_prompt(
     if echo and not as_json:
         write(text)
     try:
-        with interruptible() as interrupted:
+        with interruptible(lambda: generation.prefill_seconds > 0) as interrupted:
             for token in generation:
                 if not as_json:
                     write(token.text)

@@ -60,13 +60,16 @@ def read_stdin() -> str:
 
 
 @contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """Within it the first Ctrl-C only makes the given function true; a second one interrupts as usual."""
+def interruptible(has_begun: Callable[[], bool] = lambda: True) -> Iterator[Callable[[], bool]]:
+    """Within it the first Ctrl-C only makes the given function true; a second one interrupts as usual.
+
+    has_begun: whether there is something to end in order; before, the first one interrupts too.
+    """
     pressed = False
 
     def on_interrupt(_signal: int, _frame: FrameType | None) -> None:
         nonlocal pressed
-        if pressed:
+        if pressed or not has_begun():
             raise KeyboardInterrupt
         pressed = True
 

@@ -1,6 +1,7 @@
 """The sampler inside the C++ core (native/csrc/sample.h): rows are drawn by all threads, penalties counted in place."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,12 @@ from receptance.native.library import Core
 
 
 class CoreSampler(TableSampler):
-    """team: gives the core's threads. Logits are float32 arrays."""
+    """team: gives the core's threads for a call. Logits are float32 arrays."""
 
     def __init__(
         self,
         core: Core,
-        team: Callable[[], int],
+        team: Callable[[], AbstractContextManager[int]],
         threads: int,
         vocab: int,
         eos_id: int,
@@ -33,13 +34,14 @@ class CoreSampler(TableSampler):
     def _draw(self, logits: NDArray[np.float32], entries: NDArray[Any]) -> list[int]:
         first = logits.ctypes.data
         entries["logits"] = first if len(entries) == 1 else first + np.arange(len(entries)) * logits.strides[0]
-        self._core.library.receptance_sample(
-            self._core.engine,
-            self._team(),
-            entries.ctypes.data,
-            len(entries),
-            self._vocab,
-            self._scratch_address,
-        )
+        with self._team() as team:
+            self._core.library.receptance_sample(
+                self._core.engine,
+                team,
+                entries.ctypes.data,
+                len(entries),
+                self._vocab,
+                self._scratch_address,
+            )
         tokens: list[int] = entries["token"].tolist()
         return tokens

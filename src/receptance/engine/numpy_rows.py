@@ -21,12 +21,22 @@ Report = tuple[float | None, tuple[tuple[int, float], ...]]  # a token's log-pro
 def prefill(
     model: NativeModel, prompts: Sequence[Sequence[int]], state: State | None, chunk: int
 ) -> tuple[Floats, State]:
-    """Feed each row its own non-empty prompt: logits after the last token [B, V], state. The core cuts chunks."""
-    lengths = [len(prompt) for prompt in prompts]
-    tokens = np.zeros((len(prompts), max(lengths)), np.int64)
-    for row, prompt in zip(tokens, prompts):
-        row[: len(prompt)] = prompt
-    return model.forward(tokens, state, lengths=lengths, last_only=True)
+    """Feed each row its own non-empty prompt, `chunk` tokens at a time: logits after the last token [B, V], state.
+
+    The core has chunks of its own, but hears no Ctrl-C before it returns.
+    """
+    logits: Floats | None = None
+    for start in range(0, max(map(len, prompts)), chunk):
+        pieces = [prompt[start : start + chunk] for prompt in prompts]
+        lengths = np.array([len(piece) for piece in pieces])
+        tokens = np.zeros((len(pieces), lengths.max()), np.int64)
+        for row, piece in zip(tokens, pieces):
+            row[: len(piece)] = piece
+        new, state = model.forward(tokens, state, lengths=lengths, last_only=True)
+        logits = new if logits is None else np.where(lengths[:, None] > 0, new, logits)
+    assert logits is not None
+    assert state is not None
+    return logits, state
 
 
 def step(model: NativeModel, tokens: list[int], state: State) -> tuple[Floats, State]:

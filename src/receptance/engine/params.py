@@ -119,6 +119,7 @@ NUMBERS = {
     "repetition_penalty": (0.01, 100.0),
     "penalty_decay": (0.0, 1.0),
 }
+MAX_BIAS = 1e30  # what float32 holds together with any logit
 
 
 def _is_int(value: object) -> bool:
@@ -137,8 +138,11 @@ def _checked_bias(bias: object) -> tuple[tuple[int, float], ...]:
     for token, value in pairs.items():
         if not _is_int(token) or token < 0:
             raise ConfigError(f"logit_bias has the token id {token!r}, expected a whole number from 0")
-        if not _is_number(value) or math.isnan(value) or value == math.inf:
-            raise ConfigError(f"logit_bias of token {token} is {value!r}, expected a number, or -inf to ban the token")
+        if not _is_number(value) or not (abs(value) <= MAX_BIAS or value == -math.inf):
+            raise ConfigError(
+                f"logit_bias of token {token} is {value!r}, expected a number from {-MAX_BIAS:.0e} to {MAX_BIAS:.0e}, "
+                "or -inf to ban the token"
+            )
     return tuple(sorted((token, float(value)) for token, value in pairs.items()))
 
 

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from receptance.engine.runner import Report, Runner, Sampler, Work
 from receptance.engine.sampling import log_probabilities
 from receptance.models import RWKV, State
 from receptance.native import NoCoreError, load_core
+from receptance.native.library import new_team
 
 
 class TorchRunner(Runner):
@@ -138,9 +140,9 @@ class _HostSampler:
             from receptance.engine.core_sampler import CoreSampler
 
             core, threads = load_core(), torch.get_num_threads()
-            team = core.library.receptance_team_new(threads)
+            team = new_team(core, threads)
             weakref.finalize(self, core.library.receptance_team_free, team)
-            self._inner: Sampler = CoreSampler(core, lambda: team, threads, vocab, eos_id, weight)
+            self._inner: Sampler = CoreSampler(core, lambda: nullcontext(team), threads, vocab, eos_id, weight)
         except NoCoreError:
             self._inner = PlainSampler(vocab, eos_id, weight)
         self.admit, self.free = self._inner.admit, self._inner.free

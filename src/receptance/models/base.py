@@ -268,8 +268,8 @@ class RWKV(nn.Module):
 
     def check_state(self, state: State, source: str = "state") -> None:
         """Raise ValueError unless the state has this model's fields and shapes."""
-        expected = self.state_shapes(state.batch if "att_shift" in state else 1)
         found = {name: tuple(x.shape) for name, x in state.items()}
+        expected = self.state_shapes(*found.get("att_shift", ())[1:2] or (1,))
         if found != expected:
             raise ValueError(f"{source}: a state with {found}; this RWKV-{self.config.version} model needs {expected}")
 
@@ -349,9 +349,9 @@ class RWKV(nn.Module):
             state = self.zero_state(batch)
         elif not isinstance(state, State):
             state = State(state).to(self.device)
+        self.check_state(state)
         if state.batch != batch:
             raise ValueError(f"a state of {state.batch} rows for {batch} rows of tokens")
-        self.check_state(state)
 
         x, state = self.sequence(self.emb(tokens), state, lengths=lengths, resets=resets, backend=backend)
         return x, state, single, lengths

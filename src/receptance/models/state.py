@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from receptance.errors import CheckpointError
 from receptance.state_file import Stored, pack, read, write
 
 if TYPE_CHECKING:
@@ -107,7 +108,10 @@ class State(Mapping[str, Tensor]):
             return model.load_state(path)
         tensors = read(path, model.fingerprint)
         state = State({name: _tensor(x) for name, x in tensors.items()})
-        model.check_state(state, str(path))
+        try:
+            model.check_state(state, str(path))
+        except ValueError as error:
+            raise CheckpointError(str(error)) from None
         return state.to(model.device)
 
 

@@ -51,22 +51,23 @@ class BuildError(Exception):
     """There is no compiler, or it failed; the message says which and how."""
 
 
-def find_compiler() -> str:
-    """$CXX as every build tool reads it, else the first of the usual names."""
+def find_compiler() -> list[str]:
+    """$CXX as every build tool reads it, with arguments ("ccache g++"), else the first of the usual names."""
     import shutil
 
-    names = [os.environ.get("CXX", ""), "c++", "g++", "clang++"]
-    found = next((path for name in names if name and (path := shutil.which(name))), None)
-    if found is None:
-        raise BuildError("no C++ compiler found (looked for $CXX, c++, g++, clang++)")
-    return found
+    given = os.environ.get("CXX", "")
+    for words in [given], given.split(), ["c++"], ["g++"], ["clang++"]:
+        if words and (path := shutil.which(words[0])):
+            return [path, *words[1:]]
+    raise BuildError("no C++ compiler found (looked for $CXX, c++, g++, clang++)")
 
 
 def build(library: Path = LIBRARY, *, more_flags: tuple[str, ...] = (), jobs: int | None = None) -> Path:
     """Compile and link the core into `library`, which is replaced only when all is well. Raises BuildError."""
     compiler = find_compiler()
     machine = platform.machine().lower()
-    isa_flags = ISA_FLAGS.get(MACHINES.get(machine, machine), {})
+    # the team alone catches: threads that the system does not start
+    own_flags = {"team": ["-fexceptions"], **ISA_FLAGS.get(MACHINES.get(machine, machine), {})}
     flags = [*FLAGS, f'-DSOURCES_HASH="{sources_hash()}"']
     import tempfile  # here, as others in this file: the library's loader imports this module too
     from concurrent.futures import ThreadPoolExecutor
@@ -75,9 +76,9 @@ def build(library: Path = LIBRARY, *, more_flags: tuple[str, ...] = (), jobs: in
 
         def compile_one(source: Path) -> str:
             target = f"{folder}/{source.stem}.o"
-            command = [compiler, *flags, "-c", str(source), "-o", target]
+            command = [*compiler, *flags, "-c", str(source), "-o", target]
             try:
-                run([*command, *isa_flags.get(source.stem, []), *more_flags])
+                run([*command, *own_flags.get(source.stem, []), *more_flags])
             except BuildError as error:
                 if source.stem != "isa_amx" or not any(words in str(error) for words in UNKNOWN_FLAG):
                     raise
@@ -88,7 +89,7 @@ def build(library: Path = LIBRARY, *, more_flags: tuple[str, ...] = (), jobs: in
             objects = list(pool.map(compile_one, sorted(SOURCES.glob("*.cpp"))))
         part = library.with_name(f".{library.name}.{os.getpid()}.part")
         try:
-            run([compiler, *flags, *more_flags, "-shared", *objects, "-o", str(part)])
+            run([*compiler, *flags, *more_flags, "-shared", *objects, "-o", str(part)])
             os.replace(part, library)
         finally:
             part.unlink(missing_ok=True)

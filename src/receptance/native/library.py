@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from receptance.errors import ConfigError
+
 TYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3, "int4": 4}  # enum Type
 TYPES |= {"Q8_0": 5, "Q4_0": 6, "Q4_K": 7, "Q5_K": 8, "Q6_K": 9}
 TYPES |= {"packed Q8_0": 10, "packed Q4_0": 11, "packed Q4_K": 12, "packed Q5_K": 13, "packed Q6_K": 14}
@@ -154,3 +156,11 @@ def load_core(name: str = "") -> Core:
     if not engine:
         raise NoCoreError(f"this machine cannot run the engine {name!r}")
     return Core(library, engine, library.receptance_engine_name(engine).decode())
+
+
+def new_team(core: Core, threads: int) -> int:
+    """Threads of the core, for its functions that take them. Raises ConfigError where the system starts no so many."""
+    team = core.library.receptance_team_new(threads)
+    if not team:
+        raise ConfigError(f"the system lets this process start no {threads} threads; give fewer, such as threads=1")
+    return int(team)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from receptance.native.arrays import aligned
 from receptance.native.binding import BLOCK, GROUP, PACKED_BYTES
-from receptance.native.library import TYPES, Core, Matrix, load_core
+from receptance.native.library import TYPES, Core, Matrix, load_core, new_team
 from receptance.native.model import NativeModel
 
 READ_BYTES = 256 << 20  # more than any cache of an ordinary machine
@@ -60,7 +60,7 @@ def best(call: Callable[[], object], seconds: float) -> float:
 def limits(threads: int, seconds: float = 1.0) -> Limits:
     """Measured with the core's own products. Raises NoCoreError where it is not compiled."""
     core = load_core()
-    team = core.library.receptance_team_new(threads)
+    team = new_team(core, threads)
     try:
         wide = aligned(READ_BYTES)
         wide[:] = 0  # of its own pages, not all of the same one

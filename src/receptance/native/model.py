@@ -6,8 +6,10 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +18,7 @@ from receptance.errors import ConfigError
 from receptance.native.arrays import Array, Weights, aligned, to_float
 from receptance.native.binding import Binding, addresses, type_name
 from receptance.native.config import NativeConfig, Shapes
-from receptance.native.library import Core, CState, NoCoreError, Request, load_core
+from receptance.native.library import Core, CState, NoCoreError, Request, load_core, new_team
 from receptance.native.plain import PlainEngine
 from receptance.native.state import State
 
@@ -66,7 +68,7 @@ class NativeModel:
         self._tuned = tuned_state(weights, config)
         self._plain: PlainEngine | None = None
         self._core: Core | None = None
-        self._lock = threading.Lock()
+        self._locks: dict[int, threading.Lock] = {}
         self._scratch: tuple[int, NDArray[np.uint8]] = (0, aligned(0))
         self._results: list[Array] = []
         try:
@@ -83,13 +85,15 @@ class NativeModel:
             self.engine_name = "numpy"
             return
         self.engine_name = self._core.name
-        self._team, self._team_process = self._core.library.receptance_team_new(self.threads), os.getpid()
+        self._team, self._team_process = new_team(self._core, self.threads), os.getpid()
         self._binding = Binding(self._core, self._team, weights, config, dtype, repack=repack)
 
     def __del__(self) -> None:
         if getattr(self, "_team", None) and self._core and self._team_process == os.getpid():
             self._core.library.receptance_team_free(self._team)
-            self._team = None
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a model of the CPU engine cannot be copied or pickled; share it, or load it again")
 
     @property
     def device(self) -> str:
@@ -100,12 +104,15 @@ class NativeModel:
         """The compiled core, None where NumPy takes its place."""
         return self._core
 
-    def team(self) -> int:
-        """The core's threads, for its functions that take them; of this process, also after a fork."""
+    @contextmanager
+    def team(self) -> Iterator[int]:
+        """The core's threads, for one call of a function that takes them, which no other call has meanwhile."""
         assert self._core is not None
-        if self._team_process != os.getpid():  # a fork leaves the threads behind
-            self._team, self._team_process = self._core.library.receptance_team_new(self.threads), os.getpid()
-        return int(self._team)
+        process = os.getpid()  # a fork leaves the threads behind, and a lock that may be held
+        with self._locks.setdefault(process, threading.Lock()):
+            if self._team_process != process:
+                self._team, self._team_process = new_team(self._core, self.threads), process
+            yield self._team
 
     @property
     def is_invariant(self) -> bool:
@@ -139,8 +146,8 @@ class NativeModel:
 
     def check_state(self, state: State, source: str = "state") -> None:
         """Raise ValueError unless the state has this model's fields and shapes."""
-        expected = self.state_shapes(state.batch if "att_shift" in state else 1)
         found = {name: tuple(x.shape) for name, x in state.items()}
+        expected = self.state_shapes(*found.get("att_shift", ())[1:2] or (1,))
         if found != expected:
             raise ValueError(f"{source}: a state with {found}; this RWKV-{self.config.version} model needs {expected}")
 
@@ -170,7 +177,7 @@ class NativeModel:
         batch, t = ids.shape
         if not 0 <= ids.min() <= ids.max() < self.config.vocab_size:
             raise ValueError(f"token ids must be in [0, {self.config.vocab_size}), got {ids.min()}..{ids.max()}")
-        counts = np.full(batch, t) if lengths is None else np.asarray(lengths)
+        counts = np.full(batch, t) if lengths is None else np.asarray(lengths, dtype=np.int64)
         if counts.shape != (batch,) or not (counts.min() >= 0 and counts.max() <= t):
             raise ValueError(f"lengths must be [{batch}] with values in [0, {t}], got {counts.tolist()}")
         before = self._checked(state, batch)
@@ -192,9 +199,9 @@ class NativeModel:
             return self.zero_state(batch)
         if not isinstance(state, State):
             state = State(state)
+        self.check_state(state)
         if state.batch != batch:
             raise ValueError(f"a state of {state.batch} rows for {batch} rows of tokens")
-        self.check_state(state)
         return state
 
     def forward_rows(
@@ -251,8 +258,7 @@ class NativeModel:
         core = self._core
         assert core is not None
         chunk = int(max(min(CHUNK_ROWS, len(tokens)), len(counts)))
-        with self._lock:
-            team = self.team()
+        with self.team() as team:
             if self._scratch[0] < chunk:
                 need = core.library.receptance_scratch_bytes(core.engine, self._binding.model, chunk, self.threads)
                 self._scratch = (chunk, aligned(need))
@@ -278,13 +284,13 @@ class NativeModel:
         """An array of any content. A large one may be an earlier result that nobody has now: its pages are there."""
         if math.prod(shape) < RECYCLED:
             return np.empty(shape, np.float32)
-        with self._lock:
-            for i in range(len(self._results)):
-                x = self._results[i]
-                if x.shape == shape and sys.getrefcount(x) == 3:  # the list, `x`, the argument
-                    return x
-            made = np.empty(shape, np.float32)
-            self._results = [*self._results[1 - RECYCLED_RESULTS :], made]
+        results = self._results  # the list itself is never changed
+        for i in range(len(results)):
+            x = results[i]
+            if x.shape == shape and sys.getrefcount(x) == 3:  # the list, `x`, the argument: no other thread's
+                return x
+        made = np.empty(shape, np.float32)
+        self._results = [*results[1 - RECYCLED_RESULTS :], made]
         return made
 
     def _run_plain(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from receptance.errors import CheckpointError
 from receptance.native.arrays import Array, from_torch_or_numpy, to_float
 from receptance.state_file import Stored, pack, read, write
 
@@ -92,7 +93,10 @@ class State(Mapping[str, Array]):
         """
         tensors = read(path, model.fingerprint)
         state = State({name: floats(x) for name, x in tensors.items()})
-        model.check_state(state, str(path))
+        try:
+            model.check_state(state, str(path))
+        except ValueError as error:
+            raise CheckpointError(str(error)) from None
         return state
 
 

@@ -84,7 +84,7 @@ struct State {
 // A team of threads, which all run the same function and meet in barriers. Waiting spins for some microseconds and then
 // gives the core away: a spinning team on a busy machine would be many times slower than one thread.
 struct Team;
-Team* team_new(int threads);
+Team* team_new(int threads);  // null: the system does not start so many
 void team_free(Team*);
 int team_size(const Team*);
 void team_run(Team*, void (*work)(void* context, int thread), void* context);  // returns when all threads have

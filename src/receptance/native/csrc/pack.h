@@ -12,7 +12,7 @@ inline void plain_row(const Matrix& w, int64_t row, int64_t first, int64_t count
 uint16_t encode(const float* x, int32_t type, int32_t* q) {
   float largest = 0;
   for (int i = 0; i < BLOCK; i++) {
-    if (__builtin_fabsf(x[i]) > __builtin_fabsf(largest)) largest = x[i];
+    if (magnitude(x[i]) > magnitude(largest)) largest = x[i];
   }
   // in 4 bits the number furthest from zero, whatever its sign, becomes exactly -8
   uint16_t stored = float_to_half(type == Q8 ? __builtin_fabsf(largest) / 127 : largest / -8);
@@ -20,7 +20,7 @@ uint16_t encode(const float* x, int32_t type, int32_t* q) {
   const int32_t lowest = type == Q8 ? -127 : -8, highest = type == Q8 ? 127 : 7;
   for (int i = 0; i < BLOCK; i++) {
     float y = x[i] * inverse;
-    y = y < lowest ? lowest : y > highest ? highest : y;
+    y = y > lowest ? (y < highest ? y : highest) : lowest;
     q[i] = (int32_t)((y + 12582912.0f) - 12582912.0f) + (type == Q4 ? 8 : 0);
   }
   return stored;

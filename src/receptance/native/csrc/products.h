@@ -57,11 +57,14 @@ struct Product {
   int32_t y_for;        // for a matrix of this type
 };
 
-// One block of 32 numbers. The scale's inverse must be finite; NaN become the least integer, and sums of those must not overflow
+// One block of 32 numbers. The scale's inverse must be finite; with a NaN among them the scale is one. NaN become the least integer,
+// and sums of those must not overflow
 #if defined(ISA_AVX512)
 inline void quantise_block(const float* x, XGroup& group, int64_t b, bool with_rest) {
   const __m512 low = _mm512_loadu_ps(x), high = _mm512_loadu_ps(x + 16);
-  const float largest = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high)));
+  const __m512i all_but_sign = _mm512_set1_epi32(0x7fffffff);  // see `magnitude`
+  const __m512i first = _mm512_and_si512((__m512i)low, all_but_sign), second = _mm512_and_si512((__m512i)high, all_but_sign);
+  const float largest = bits<float>(_mm512_reduce_max_epi32(_mm512_max_epi32(first, second)));
   const float inverse = largest > 1e-30f ? 127 / largest : 0;
   group.scale[b] = largest / 127;
   const __m512 by = _mm512_set1_ps(inverse);
@@ -99,9 +102,10 @@ inline void quantise_block(const float* x, XGroup& group, int64_t b, bool with_r
 inline void quantise_block(const float* x, XGroup& group, int64_t b, bool with_rest) {
   int8_t* q = group.q + b * BLOCK;
   int16_t* wide = group.wide + b * BLOCK;
-  float largest = 0;
-#pragma omp simd reduction(max : largest)
-  for (int i = 0; i < BLOCK; i++) largest = __builtin_fabsf(x[i]) > largest ? __builtin_fabsf(x[i]) : largest;
+  int32_t most = 0;
+#pragma omp simd reduction(max : most)
+  for (int i = 0; i < BLOCK; i++) most = magnitude(x[i]) > most ? magnitude(x[i]) : most;
+  const float largest = bits<float>(most);
   const float inverse = largest > 1e-30f ? 127 / largest : 0;
   group.scale[b] = largest / 127;
   int32_t whole[BLOCK];
@@ -190,7 +194,7 @@ __attribute__((noinline)) void finish(float* y, int64_t n, int epilogue) {
   switch (epilogue) {
     case RELU2:
 #pragma omp simd
-      for (int64_t i = 0; i < n; i++) y[i] = y[i] > 0 ? y[i] * y[i] : 0;
+      for (int64_t i = 0; i < n; i++) y[i] = y[i] < 0 ? 0 : y[i] * y[i];
       break;
     case SIGMOID:
 #pragma omp simd
@@ -213,7 +217,7 @@ inline void put(const Product& p, int64_t m, int64_t n, int64_t count, float* y)
       if (p.epilogue == STORE) store(to + i, v);
       else if (p.epilogue == ADD) store(to + i, load(to + i) + v);
       else if (p.epilogue == GATED_ADD) store(to + i, load(to + i) + load(gate + i) * v);
-      else store(to + i, v > vf{} ? v * v : vf{});
+      else store(to + i, v < vf{} ? vf{} : v * v);
     }
     return;
   }

@@ -58,7 +58,12 @@ struct Team {
 Team* team_new(int threads) {
   Team* team = new Team;
   team->size = threads < 1 ? 1 : threads;
-  for (int i = 1; i < team->size; i++) team->threads.emplace_back([team, i] { team->serve(i); });
+  try {
+    for (int i = 1; i < team->size; i++) team->threads.emplace_back([team, i] { team->serve(i); });
+  } catch (...) {  // the system starts no more
+    team_free(team);
+    return nullptr;
+  }
   return team;
 }
 

@@ -94,6 +94,9 @@ struct Number {  // as an argument
   static constexpr int value = N;
 };
 
+// |x| as an integer, in the order of the numbers; a NaN is above all others
+inline int32_t magnitude(float x) { return bits<int32_t>(x) & 0x7fffffff; }
+
 // Half precision -------------------------------------------------------------------------------------------------------
 
 inline float half_to_float(uint16_t h) {
