@@ -272,10 +272,10 @@ def _decode(
             logits, state = engine.step(model, tokens, state)
             for i, row in enumerate(rows):
                 row._mark(state.select([i]))
-        if engine.has_nan(logits[:, :vocab]):
+        if engine.are_broken(logits[:, :vocab]):
             raise GenerationError(
-                "the model's logits are not numbers (NaN); are its weights damaged, or too large for its dtype? "
-                "Try float32, and check the file it came from"
+                "the model's logits are not numbers (NaN) or infinite; are its weights damaged, or too large for its "
+                "dtype? Try float32, and check the file it came from"
             )
         tokens, reports = draws.draw(logits, [uniform(row.seed, row.n_tokens) for row in rows])
         seconds = time.perf_counter() - clock

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from receptance.engine import numpy_sampling, sampling
+from receptance.engine import numpy_rows, numpy_sampling, sampling, torch_rows
 from receptance.engine.params import SamplingParams
 from receptance.errors import ConfigError
 
@@ -76,3 +76,9 @@ def test_a_bias_beyond_the_vocabulary_is_refused():
 def test_rows_can_be_left_out():
     _, (_, counts) = both([SamplingParams()] * 3, [[1], [2], [3]])
     assert counts.select([2]).seen[0].nonzero()[0].tolist() == [3]
+
+
+def test_nothing_is_drawn_from_nan_or_infinity() -> None:
+    for bad, are_broken in (np.nan, True), (np.inf, True), (-np.inf, False), (1e38, False):
+        logits = np.array([[0, 1], [2, bad]], np.float32)
+        assert numpy_rows.are_broken(logits) == torch_rows.are_broken(torch.from_numpy(logits)) == are_broken

@@ -76,9 +76,10 @@ def test_a_mask_leaves_only_its_tokens(sampler: Sampler) -> None:
         assert drawn[1] in (3, 64, 999)
 
 
-def test_a_row_with_nan_is_minus_one_and_others_are_not(sampler: Sampler) -> None:
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_row_with_nan_or_infinity_is_minus_one_and_others_are_not(sampler: Sampler, bad: float) -> None:
     logits = np.zeros((3, VOCAB), np.float32)
-    logits[1, 17] = np.nan
+    logits[1, 17] = bad
     logits[0, 4] = logits[2, 5] = 1
     for row in range(3):
         sampler.admit(row, SamplingParams(temperature=0), [])

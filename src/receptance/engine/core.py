@@ -37,8 +37,8 @@ from receptance.engine.text import Reader
 from receptance.tokenizers import Tokenizer
 
 BAD_LOGITS = (
-    "the model's logits are not numbers (NaN); are its weights damaged, or too large for its dtype? "
-    "Try float32, and check the file it came from"
+    "the model's logits are not numbers (NaN) or infinite; are its weights damaged, or too large for its "
+    "dtype? Try float32, and check the file it came from"
 )
 
 # what a draw needs: of each sequence the sampler's row, the random number, the grammar's mask

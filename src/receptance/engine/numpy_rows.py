@@ -44,8 +44,9 @@ def step(model: NativeModel, tokens: list[int], state: State) -> tuple[Floats, S
     return model.forward(np.array(tokens)[:, None], state, last_only=True)
 
 
-def has_nan(logits: Floats) -> bool:
-    return bool(np.isnan(logits).any())
+def are_broken(logits: Floats) -> bool:
+    """Whether one is NaN or +inf: nothing can be drawn then."""
+    return not bool((logits < np.inf).all())
 
 
 class Draws:

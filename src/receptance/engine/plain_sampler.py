@@ -36,7 +36,7 @@ class PlainSampler:
         drawn = []
         for i, (row, u) in enumerate(zip(rows, uniforms)):
             x = logits[i : i + 1, : self._vocab]
-            if np.isnan(x).any():
+            if not (x < np.inf).all():
                 drawn.append(-1)
                 continue
             mask = masks[i] if masks is not None else None

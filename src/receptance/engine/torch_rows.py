@@ -1,5 +1,6 @@
 """Rows of text in the torch engine: feed them, step them, draw from them. The twin of `numpy_rows`."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -36,8 +37,9 @@ def step(model: RWKV, tokens: list[int], state: State) -> tuple[Tensor, State]:
     return model.forward(torch.tensor(tokens)[:, None], state, last_only=True)
 
 
-def has_nan(logits: Tensor) -> bool:
-    return bool(logits.isnan().any())
+def are_broken(logits: Tensor) -> bool:
+    """Whether one is NaN or +inf: nothing can be drawn then."""
+    return not bool((logits < math.inf).all())
 
 
 class Draws:

@@ -131,7 +131,7 @@ inline int32_t draw_from(const float* p, int64_t n, double u) {
   return last;
 }
 
-// scratch: 3 vocab numbers. The token is -1 where a logit is not a number.
+// scratch: 3 vocab numbers. The token is -1 where a logit is not a number or +inf.
 void sample_row(SampleRow& row, int64_t vocab, float* scratch) {
   float *x = scratch, *p = scratch + vocab;
   __builtin_memcpy(x, row.logits, vocab * sizeof(float));
@@ -149,14 +149,14 @@ void sample_row(SampleRow& row, int64_t vocab, float* scratch) {
     }
   }
   float most = -__builtin_inff();
-  int32_t unordered = 0;
-#pragma omp simd reduction(max : most) reduction(| : unordered)
+  int32_t broken = 0;
+#pragma omp simd reduction(max : most) reduction(| : broken)
   for (int64_t i = 0; i < vocab; i++) {
     most = x[i] > most ? x[i] : most;
-    unordered |= x[i] != x[i];
+    broken |= !(x[i] < __builtin_inff());
   }
   row.token = -1;
-  if (unordered) return;
+  if (broken) return;
   if (row.temperature == 0 || most == -__builtin_inff()) {
     int64_t i = 0;
     while (x[i] < most) i++;
