@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import Result
@@ -16,6 +17,7 @@ from typer.testing import Result
 from receptance.cli import chat_commands as commands
 from receptance.cli import chat_session
 from receptance.cli.chat_session import ChatSession, Position, Turn
+from receptance.engine import numpy_rows
 from receptance.engine.params import SamplingParams
 from receptance.errors import ReceptanceError
 from receptance.generation import prefill
@@ -303,6 +305,22 @@ def test_ctrl_c_stops_the_reply_and_not_the_program(folder: Path, tmp_path: Path
     assert terminal.close() == 0
     assert "hello fox" in (tmp_path / "receptance" / "chat_history").read_text()
     assert (tmp_path / "receptance" / "chat_history").stat().st_mode & 0o077 == 0
+
+
+def test_ctrl_c_while_a_message_is_read_drops_it(cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    true = numpy_rows.prefill
+
+    def prefill(model: Any, prompts: Any, *rest: Any) -> Any:
+        if len(prompts[0]) > 40:
+            signal.raise_signal(signal.SIGINT)
+        return true(model, prompts, *rest)
+
+    monkeypatch.setattr(numpy_rows, "prefill", prefill)
+    done = cli("chat", folder, "-n", "3", "--engine", "native", stdin="hi\n" + "a fox " * 30 + "\n/show\n")
+    assert done.exit_code == 0
+    assert "(dropped)" in done.stderr
+    assert "hi" in done.stderr
+    assert "a fox" not in done.stdout + done.stderr
 
 
 def test_ctrl_c_ends_run_with_its_text_and_code_130(folder: Path, tmp_path: Path) -> None:

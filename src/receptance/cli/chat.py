@@ -148,18 +148,18 @@ def converse(session: "ChatSession", stats: bool) -> None:
         except (ReceptanceError, OSError) as error:  # the conversation goes on
             session.position = position
             complain(str(error))
-        except KeyboardInterrupt:  # a second Ctrl-C, in the middle of a step: as if nothing had been asked
+        except KeyboardInterrupt:  # while the message was read, or a second one: as if nothing had been asked
             session.position = position
             typer.echo("\n(dropped)", err=True)
 
 
 def answer(session: "ChatSession", text: str, stats: bool) -> None:
-    """Stream the reply to a message; Ctrl-C ends it where it is."""
+    """Stream the reply to a message; Ctrl-C ends it where it is, or drops the message while it is read."""
     from receptance.cli.continuation import speed_line
 
     reply = session.ask(text)
     shown = ""
-    with interruptible() as interrupted:
+    with interruptible(lambda: reply.prefill_seconds > 0) as interrupted:
         for token in reply:
             # a reply begins with the blank after "Assistant:"; nobody wants to see it
             piece = token.text if shown else (session.reply_prefix + token.text).lstrip()
