@@ -111,6 +111,13 @@ def test_quantize_prints_a_table_and_uses_the_text_it_is_given(cli: Cli, folder:
     assert "head.weight" in done.stdout
 
 
+def test_quantize_checks_its_threads_before_it_writes(cli: Cli, folder: Path, tmp_path: Path) -> None:
+    done = cli("quantize", folder, tmp_path / "q.gguf", "--threads", "0")
+    assert done.exit_code == 1
+    assert "threads is 0" in done.stderr
+    assert not (tmp_path / "q.gguf").exists()
+
+
 def test_a_quantised_file_can_be_quantised_again(cli: Cli, tmp_path: Path) -> None:
     assert cli("convert", "rwkv7-stories", tmp_path / "8.gguf", "--dtype", "q8_0").exit_code == 0
     done = cli(

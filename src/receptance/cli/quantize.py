@@ -62,6 +62,7 @@ def command(
     """
     from receptance.checkpoint.gguf import chosen_formats, recipe_named, save_gguf
     from receptance.checkpoint.load import open_checkpoint, verified_weights
+    from receptance.native.model import check_threads
 
     if type not in TYPES:
         raise UsageError(f"--type is {type!r}, expected one of {', '.join(TYPES)}")
@@ -69,6 +70,7 @@ def command(
         raise UsageError(f"OUT is {str(target)!r}, expected a name that ends in .gguf")
     if tokens < 2 or sensitivity < 0:
         raise UsageError("--tokens must be at least 2, and --sensitivity at least 0")
+    check_threads(threads)
     model = find_model(source)
     check_target(target, force)
     weights, config = verified_weights(open_checkpoint(model.path))

@@ -58,8 +58,7 @@ class NativeModel:
     ):
         if dtype is not None and dtype not in DTYPES:
             raise ConfigError(f"dtype {dtype!r} is unknown to the native engine; use one of {', '.join(DTYPES)}")
-        if threads is not None and not 1 <= threads <= 1024:
-            raise ConfigError(f"threads is {threads}, expected 1 to 1024")
+        check_threads(threads)
         self.config = config
         self.fingerprint = fingerprint
         self.dtype = dtype or type_name(weights["head.weight"])
@@ -324,6 +323,11 @@ def tuned_state(weights: Weights, config: NativeConfig) -> Array | None:
     if not config.time_state:
         return None
     return np.stack([to_float(weights[f"blocks.{i}.att.time_state"]) for i in range(config.n_layer)])
+
+
+def check_threads(threads: int | None) -> None:
+    if threads is not None and not 1 <= threads <= 1024:
+        raise ConfigError(f"threads is {threads}, expected 1 to 1024")
 
 
 def available_cores() -> int:
