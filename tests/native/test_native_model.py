@@ -4,6 +4,7 @@ import copy
 import multiprocessing
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -16,7 +17,7 @@ from receptance.errors import CheckpointError, ConfigError
 from receptance.models import RWKV, VERSIONS
 from receptance.models import State as TorchState
 from receptance.native import NativeModel, State, library, read_config, tensor_shapes
-from receptance.native.build import find_compiler
+from receptance.native.build import BuildError, build, find_compiler
 
 CLOSE = 2e-5  # float32 rounding, of logits around 1 to 10 after a few layers
 ODD = {  # sizes that fill no vector, no block and no group
@@ -421,6 +422,12 @@ def test_the_builder_says_in_one_line_what_is_wrong():
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "CXX": "", "PATH": ""})
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.splitlines() == ["error: no C++ compiler found (looked for $CXX, c++, g++, clang++)"]
+
+
+def test_a_compiler_that_writes_nothing_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", shutil.which("true"))
+    with pytest.raises(BuildError, match="wrote nothing"):
+        build(tmp_path / "core.so")
 
 
 def test_the_compiler_may_have_arguments(monkeypatch):

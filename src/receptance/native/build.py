@@ -90,6 +90,8 @@ def build(library: Path = LIBRARY, *, more_flags: tuple[str, ...] = (), jobs: in
         part = library.with_name(f".{library.name}.{os.getpid()}.part")
         try:
             run([*compiler, *flags, *more_flags, "-shared", *objects, "-o", str(part)])
+            if not part.exists():
+                raise BuildError(f"{compiler[0]} says that it succeeded, but wrote nothing; is it a C++ compiler?")
             os.replace(part, library)
         finally:
             part.unlink(missing_ok=True)
