@@ -1,6 +1,7 @@
 """The CPU engine beside the torch engine and beside itself: sizes, batches, states, types."""
 
 import copy
+import math
 import multiprocessing
 import os
 import pickle
@@ -17,7 +18,9 @@ from receptance.errors import CheckpointError, ConfigError
 from receptance.models import RWKV, VERSIONS
 from receptance.models import State as TorchState
 from receptance.native import NativeModel, State, library, read_config, tensor_shapes
+from receptance.native import model as model_module
 from receptance.native.build import BuildError, build, find_compiler
+from receptance.native.model import available_cores, cpu_quota
 
 CLOSE = 2e-5  # float32 rounding, of logits around 1 to 10 after a few layers
 ODD = {  # sizes that fill no vector, no block and no group
@@ -428,6 +431,22 @@ def test_a_compiler_that_writes_nothing_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", shutil.which("true"))
     with pytest.raises(BuildError, match="wrote nothing"):
         build(tmp_path / "core.so")
+
+
+def test_a_container_gets_no_more_threads_than_its_quota(tmp_path, monkeypatch):
+    own, inner = tmp_path / "own", tmp_path / "groups" / "pod" / "box"
+    assert cpu_quota(tmp_path, own) == math.inf
+    own.write_text("1:cpu:/old\n0::/pod/box\n")
+    inner.mkdir(parents=True)
+    (inner / "cpu.max").write_text("max 100000\n")
+    assert cpu_quota(tmp_path / "groups", own) == math.inf
+    (inner.parent / "cpu.max").write_text("150000 100000\n")
+    assert cpu_quota(tmp_path / "groups", own) == 1.5
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {1000, 1001, 1002}, raising=False)
+    for quota, threads in (math.inf, 3), (1.5, 2), (0.1, 1):
+        monkeypatch.setattr(model_module, "cpu_quota", lambda quota=quota: quota)
+        assert available_cores() == threads
 
 
 def test_the_compiler_may_have_arguments(monkeypatch):

@@ -331,7 +331,10 @@ def check_threads(threads: int | None) -> None:
 
 
 def available_cores() -> int:
-    """Physical cores among those that this process may use; where the system does not tell, all of its processors."""
+    """Physical cores among those that this process may use, no more than its container's quota (rounded up) keeps busy.
+
+    Where the system does not tell, all of its processors.
+    """
     try:
         cpus = os.sched_getaffinity(0)
     except AttributeError:  # not on this system
@@ -342,4 +345,22 @@ def available_cores() -> int:
             siblings.add(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text())
         except OSError:
             siblings.add(str(cpu))
-    return max(1, len(siblings))
+    return max(1, math.ceil(min(len(siblings), cpu_quota())))
+
+
+def cpu_quota(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
+    """Processors whose time a container may use: the least of its control group (version 2) and those around it."""
+    try:
+        names = [line.removeprefix("0::/") for line in own.read_text().splitlines() if line.startswith("0::/")]
+    except OSError:
+        names = []
+    quota = math.inf
+    for name in names:
+        for group in groups / name, *(groups / name).parents:
+            try:
+                microseconds, period = (group / "cpu.max").read_text().split()
+            except (OSError, ValueError):  # the outermost has none
+                continue
+            if microseconds != "max":
+                quota = min(quota, int(microseconds) / int(period))
+    return quota
