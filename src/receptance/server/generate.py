@@ -182,12 +182,7 @@ async def start(
         request = Request(
             ids, params, state, state_key, n=n, priority=priority, keep_state=keep_state, grammar=grammar, id=id
         )
-        submitting = asyncio.ensure_future(model.engine.asubmit(request))
-        try:
-            handle = await asyncio.shield(submitting)
-        except asyncio.CancelledError:  # the client has gone meanwhile
-            submitting.add_done_callback(lambda done: None if done.exception() else done.result().cancel())
-            raise
+        handle = await model.engine.asubmit(request)
     except EngineError:
         place.leave()
         raise ApiError(503, "the server is shutting down", code="shutting_down", retry_after=5) from None
