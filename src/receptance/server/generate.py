@@ -34,6 +34,7 @@ class Generation:
     deadline: float
     started: float = field(default_factory=time.perf_counter)
     first_token: float = 0.0
+    is_closed: bool = False
 
     @property
     def completions(self) -> list[Completion]:
@@ -97,11 +98,17 @@ class Generation:
         return self.completions
 
     def close(self) -> None:
+        """May be called again."""
+        if self.is_closed:
+            return
+        self.is_closed = True
+        left = "error"
         if not self.handle.is_done:
+            left = "cancelled"  # before long
             with suppress(EngineError):
                 self.handle.cancel()
         self.place.leave()
-        reasons: list[str] = [completion.finish_reason or "error" for completion in self.completions]
+        reasons: list[str] = [completion.finish_reason or left for completion in self.completions]
         self.metrics.finished(
             self.model.name, reasons, self.prompt_tokens if self.completions else 0,
             self.cached_tokens if self.completions else 0, self.completion_tokens, time.perf_counter() - self.started,
