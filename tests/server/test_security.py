@@ -330,3 +330,12 @@ def test_unknown_routes_and_methods_have_error_objects(client):
     assert client.get("/nothing").json()["error"]["type"] == "not_found_error"
     assert client.put("/v1/models").status_code == 405
     assert isinstance(httpx.Response(200), httpx.Response)
+
+
+def test_a_fault_of_our_own_has_an_error_object_that_tells_nothing(client, server, monkeypatch):
+    monkeypatch.setattr(server.app.hub.metrics, "render", lambda: 1 / 0)
+    answer = client.get("/metrics")
+    assert answer.status_code == 500
+    assert answer.json()["error"]["code"] == "internal_error"
+    assert "division" not in answer.text
+    assert answer.headers["x-request-id"]

@@ -172,6 +172,24 @@ def test_a_stopped_turn_is_kept_as_far_as_it_came(client, server):
     assert content(ask(client, id, " Then"))
 
 
+def full(_: int) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_a_full_disk_is_told_and_the_session_goes_on_when_there_is_room(client, monkeypatch):
+    id = new(client)
+    content(ask(client, id, "One."))
+    with monkeypatch.context() as patched:
+        patched.setattr("receptance.atomic.os.fsync", full)
+        answer = ask(client, id, "Two.")
+        assert answer.status_code == 500
+        assert answer.json()["error"]["code"] == "store_failed"
+        lines = ask(client, id, "Two.", stream=True).text.strip().split("\n\n")
+        assert json.loads(lines[-1].removeprefix("data: "))["error"]["code"] == "store_failed"
+    content(ask(client, id, "Three."))
+    assert [turn["user"] for turn in client.get(f"/v1/sessions/{id}").json()["turns"]] == ["One.", "Three."]
+
+
 @pytest.mark.parametrize("end", ["delete", "rewind"])
 def test_what_went_with_a_session_is_held_nowhere(config, served, end):
     """Neither its states in memory nor the prefixes that were read after them; those of a fork stay."""

@@ -42,6 +42,10 @@ def bad(message: str, param: str | None = None, code: str | None = None) -> ApiE
     return ApiError(400, message, param=param, code=code)
 
 
+def failed() -> ApiError:
+    return ApiError(500, "the server failed; its log says more", code="internal_error")
+
+
 def not_found(what: str, name: str, param: str | None = None) -> ApiError:
     return ApiError(404, f"there is no {what} {name[:200]!r}", code=f"{what}_not_found", param=param)
 
