@@ -1,5 +1,6 @@
 import asyncio
 import json
+import threading
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -347,6 +348,29 @@ def test_leaving_a_stream_cancels_it(engine: Engine) -> None:
     assert engine.load == (0, 0)
 
 
+def test_a_task_that_is_cancelled_before_its_request_began_cancels_it(engine: Engine) -> None:
+    async def leave() -> None:
+        busy = threading.Event()
+        engine._do(busy.wait)  # the engine's thread is in the midst of something
+        task = asyncio.ensure_future(engine.agenerate("Once", max_tokens=10**6, ignore_eos=True))
+        await asyncio.sleep(0.01)
+        task.cancel()
+        await asyncio.wait([task])
+        assert task.cancelled()
+        busy.set()
+
+    asyncio.run(leave())
+    engine._do(lambda: None).result(timeout=10)
+    assert engine.load == (0, 0)
+
+
+def test_a_list_with_a_wrong_prompt_leaves_nothing_running(engine: Engine) -> None:
+    with pytest.raises(GenerationError, match="token id 999999"):
+        engine.generate(["Once", [999_999]], max_tokens=10**6, ignore_eos=True)
+    engine._do(lambda: None).result(timeout=10)
+    assert engine.load == (0, 0)
+
+
 def test_scores_are_log_probabilities(engine: Engine, model: Any, tok: Tokenizer) -> None:
     pairs = [("Once upon a", " time there was"), ("Once upon a", " dog"), ("", "The end"), ("The", "")]
     for (context, continuation), scored in zip(pairs, engine.score(pairs)):
@@ -399,7 +423,38 @@ def test_what_cannot_run_is_refused_at_once(engine: Engine, model: Any) -> None:
         Request("x", n=0)
     with pytest.raises(ConfigError, match="vocabulary"):
         engine.submit("x", logit_bias={10**6: 1.0})
+    with pytest.raises(ConfigError, match="priority is 'high'"):
+        Request("x", priority="high")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="state_key"):
+        Request("x", state_key=["a"])  # type: ignore[arg-type]
     assert engine.generate("Once", max_tokens=1)[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize("wrong", [[1.5], ["a"], [[1]], 5])
+def test_what_is_neither_text_nor_ids_takes_nothing_down(engine: Engine, wrong: Any) -> None:
+    beside = engine.submit("Once", max_tokens=300, ignore_eos=True)
+    for ask in (
+        lambda: engine.score([("a", wrong)]),
+        lambda: engine.embed([wrong]),
+        lambda: engine.submit(Request(wrong)),
+    ):
+        with pytest.raises((GenerationError, ConfigError), match="ids"):
+            ask()
+    assert beside.result(timeout=30)[0].finish_reason == "length"
+
+
+def test_a_lost_file_of_a_state_ends_its_text_alone(model: Any, tok: Tokenizer, tmp_path: Path) -> None:
+    runner = make_runner(model, 1, tok)
+    core = Core(model, tok, runner, Limits(1), cache_bytes=0, host_bytes=0, folder=str(tmp_path))
+    lost = core.submit(Request("Once", SamplingParams(max_tokens=50, ignore_eos=True), priority=1))[0]
+    core.step()
+    urgent = core.submit(Request("The", SamplingParams(max_tokens=5, ignore_eos=True)))[0]
+    core.step()
+    next(tmp_path.rglob("*.state")).unlink()
+    later = core.submit(Request("A", SamplingParams(max_tokens=5, ignore_eos=True), priority=2))[0]
+    run(core)
+    assert isinstance(lost.job.completion.error, CheckpointError)
+    assert urgent.job.completion.finish_reason == later.job.completion.finish_reason == "length"
 
 
 def test_a_closed_engine_fails_what_it_had(model: Any, tok: Tokenizer) -> None:

@@ -165,6 +165,30 @@ def test_figures_are_told_by_vllms_names(client):
         assert re.search(rf'^receptance:{name}{{.*model_name="rwkv7-stories".*}} \d', text, re.M), name
 
 
+def figure(client, name, **labels):
+    found = [line for line in client.get("/metrics").text.splitlines() if line.startswith(f"receptance:{name}{{")]
+    return sum(float(line.split()[-1]) for line in found if all(f'{k}="{v}"' in line for k, v in labels.items()))
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/responses", "/api/generate"])
+def test_a_stream_is_counted_once(client, path):
+    fields = {"prompt": "Once", "input": "Once", "messages": chat()["messages"], "model": "rwkv7-stories"}
+    before = figure(client, "generation_tokens_total")
+    tokens = {"max_tokens": 5, "max_output_tokens": 5, "options": {"num_predict": 5}}
+    assert client.post(path, json={**fields, **tokens, "stream": True}).status_code == 200
+    assert figure(client, "generation_tokens_total") - before <= 5
+
+
+def test_who_leaves_is_counted_as_cancelled(server, client):
+    before = figure(client, "request_success_total", finished_reason="cancelled")
+    body = chat(stream=True, max_tokens=20_000, ignore_eos=True)
+    with server.client as leaving, leaving.stream("POST", "/v1/chat/completions", json=body) as response:
+        next(response.iter_lines())
+    server.wait_until(
+        lambda: figure(client, "request_success_total", finished_reason="cancelled") == before + 1,
+    )
+
+
 # The program ----------------------------------------------------------------------------------------------------------
 
 

@@ -203,6 +203,22 @@ def test_values_out_of_bounds_are_refused(client, fields):
     assert set(error) == {"message", "type", "code", "param"}
 
 
+@pytest.mark.parametrize(
+    ("route", "fields", "param", "message"),
+    [
+        ("chat/completions", {"stop": ["x"] * 33}, "stop", "at most 32 items"),
+        ("chat/completions", {"stop": 5}, "stop", "valid string"),
+        ("chat/completions", {"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "valid string"),
+        ("completions", {"prompt": [1, -1]}, "prompt.1", "greater than or equal to 0"),
+    ],
+)
+def test_of_a_field_of_several_kinds_the_nearest_is_told(client, route, fields, param, message):
+    error = client.post(f"/v1/{route}", json={**CHAT, **fields}).json()["error"]
+    assert error["param"] == param
+    assert error["message"].startswith(f"{param}: ")
+    assert message in error["message"]
+
+
 def test_deep_and_large_schemas_are_refused(client):
     deep: dict = {"type": "object"}
     for _ in range(40):
@@ -314,3 +330,12 @@ def test_unknown_routes_and_methods_have_error_objects(client):
     assert client.get("/nothing").json()["error"]["type"] == "not_found_error"
     assert client.put("/v1/models").status_code == 405
     assert isinstance(httpx.Response(200), httpx.Response)
+
+
+def test_a_fault_of_our_own_has_an_error_object_that_tells_nothing(client, server, monkeypatch):
+    monkeypatch.setattr(server.app.hub.metrics, "render", lambda: 1 / 0)
+    answer = client.get("/metrics")
+    assert answer.status_code == 500
+    assert answer.json()["error"]["code"] == "internal_error"
+    assert "division" not in answer.text
+    assert answer.headers["x-request-id"]

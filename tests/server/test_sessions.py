@@ -125,6 +125,24 @@ def test_the_state_is_told_in_figures(client):
     assert client.get(f"/v1/sessions/{id}/state", params={"turn": 3}).status_code == 404
 
 
+def test_a_turn_without_an_answer_is_read_and_kept(client):
+    id, twin = new(client), new(client)
+    content(ask(client, id, "A fox met a bear.", max_tokens=0))
+    assert [turn["user"] for turn in client.get(f"/v1/sessions/{id}").json()["turns"]] == ["A fox met a bear."]
+    answer = ask(client, id, "Then the bear", temperature=0)
+    assert answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
+    assert content(answer) != content(ask(client, twin, "Then the bear", temperature=0))
+
+
+def test_a_call_of_a_tool_is_kept_as_it_was_written(client):
+    id, tool = new(client), {"name": "weather", "parameters": {"properties": {"hot": {"const": True}}}}
+    tool["parameters"] |= {"type": "object", "required": ["hot"], "additionalProperties": False}
+    fields = {"tools": [{"type": "function", "function": tool}], "tool_choice": "required", "max_tokens": 100}
+    assert ask(client, id, "Weather?", **fields).json()["choices"][0]["finish_reason"] == "tool_calls"
+    (turn,) = client.get(f"/v1/sessions/{id}").json()["turns"]
+    assert turn["assistant"] == '<tool_call>{"name": "weather", "arguments": {"hot": true}}</tool_call>'
+
+
 def test_a_stream_keeps_its_turn_before_it_says_that_it_is_finished(client):
     id = new(client)
     with client.stream("POST", "/v1/chat/completions", json=body_of(id, stream=True)) as response:
@@ -152,6 +170,24 @@ def test_a_stopped_turn_is_kept_as_far_as_it_came(client, server):
     assert turn["finish_reason"] == "cancelled"
     assert 1 <= turn["completion_tokens"] < 5000
     assert content(ask(client, id, " Then"))
+
+
+def full(_: int) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_a_full_disk_is_told_and_the_session_goes_on_when_there_is_room(client, monkeypatch):
+    id = new(client)
+    content(ask(client, id, "One."))
+    with monkeypatch.context() as patched:
+        patched.setattr("receptance.atomic.os.fsync", full)
+        answer = ask(client, id, "Two.")
+        assert answer.status_code == 500
+        assert answer.json()["error"]["code"] == "store_failed"
+        lines = ask(client, id, "Two.", stream=True).text.strip().split("\n\n")
+        assert json.loads(lines[-1].removeprefix("data: "))["error"]["code"] == "store_failed"
+    content(ask(client, id, "Three."))
+    assert [turn["user"] for turn in client.get(f"/v1/sessions/{id}").json()["turns"]] == ["One.", "Three."]
 
 
 @pytest.mark.parametrize("end", ["delete", "rewind"])

@@ -10,6 +10,7 @@ from server_helpers import listening
 from receptance.cli.model_source import find_model
 from receptance.cli.serve_load import load
 from receptance.server.config import ServedConfig
+from receptance.tokenizers.chat import WORLD
 
 WORDS = {"fox": "The fox ran into the wood. ", "sea": "The ship went over the sea. ", "": None}
 
@@ -43,6 +44,15 @@ def test_two_models_answer_at_once_each_as_if_alone(config, served, tiny):
         answer = client.post("/v1/chat/completions", json={
             "session_id": id, "model": served.name, "messages": [{"role": "user", "content": "x"}]})  # fmt: skip
         assert answer.status_code == 400  # a session belongs to its model
+
+
+def test_stops_beyond_those_of_the_template_are_refused_not_dropped(config, served):
+    chatty = replace(served, template=WORLD)
+    with listening(config(), chatty) as running, running.client as client:
+        body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 3, "stop": [f"x{i}" for i in range(32)]}
+        error = client.post("/v1/chat/completions", json=body).json()["error"]
+        assert error["param"] == "stop"
+        assert "at most 32" in error["message"]
 
 
 def test_tuned_states_are_mixed_in_one_batch(config, served):

@@ -27,6 +27,7 @@ from receptance.engine.request import (
     Scored,
     Token,
     prompt_ids,
+    token_ids,
 )
 from receptance.engine.runner import Logits, Report, Runner, Work
 from receptance.engine.scheduler import Limits, Phase, Scheduler, Sequence
@@ -34,6 +35,7 @@ from receptance.engine.speculation import MOST_TEXTS, Drafter, Drafts, Record, W
 from receptance.engine.state_cache import Entry, StateCache
 from receptance.engine.state_pool import StatePool
 from receptance.engine.text import Reader
+from receptance.errors import CheckpointError
 from receptance.tokenizers import Tokenizer
 
 BAD_LOGITS = (
@@ -167,10 +169,7 @@ class Core:
     def submit_score(self, score: Score, watch: Callable[[Scored], None]) -> Sequence:
         """Put the scoring of a continuation in line. Raises GenerationError."""
         context = prompt_ids(self.model, self.tokenizer, score.context, False)
-        text = score.continuation
-        ids = self.tokenizer.encode(text) if isinstance(text, str) else list(text)
-        if ids:
-            prompt_ids(self.model, self.tokenizer, ids, True)
+        ids = token_ids(self.model, self.tokenizer, score.continuation)
         job = ScoreJob(Scored(ids, [], True), watch)
         sequence = Sequence(array("i", [*context, *ids[:-1]]), score.priority, job, prompt_length=len(context))
         self.scheduler.add(sequence)
@@ -258,8 +257,13 @@ class Core:
                     self.cache.count(entry is not None)
                 self._begin(sequence, entry)
                 continue
+            try:
+                state = self.pool.get(sequence.parked)
+            except CheckpointError as error:  # its file is lost: the others go on
+                self._fail(sequence, error)
+                continue
             slot = self.pool.take()
-            self.runner.load(slot, self.pool.get(sequence.parked))
+            self.runner.load(slot, state)
             sequence.parked = None
             self.scheduler.admit(sequence, slot, sequence.resumes)
 

@@ -247,9 +247,14 @@ class Engine:
         return handle
 
     async def asubmit(self, request: Request | Prompt, **fields: Unpack[SamplingFields]) -> Handle:
-        """`submit` without blocking the event loop."""
+        """`submit` without blocking the event loop. A cancelled task cancels the request."""
         handle, started = self._start(request, fields)
-        await asyncio.wrap_future(started)
+        try:
+            await asyncio.wrap_future(started)
+        except asyncio.CancelledError:
+            with suppress(EngineError):
+                handle.cancel()
+            raise
         return handle
 
     def check_grammar(self, grammar: Grammar) -> None:
@@ -298,8 +303,16 @@ class Engine:
         )
         if asked and isinstance(asked[0], int):
             asked = [asked]
-        handles = [self.submit(r if isinstance(r, Request) else Request(r, params)) for r in asked]
-        return [completion for handle in handles for completion in handle.result()]
+        handles: list[Handle] = []
+        try:
+            for one in asked:
+                handles.append(self.submit(one if isinstance(one, Request) else Request(one, params)))
+            return [completion for handle in handles for completion in handle.result()]
+        except BaseException:  # nobody will take the others
+            with suppress(EngineError):
+                for handle in handles:
+                    handle.cancel()
+            raise
 
     async def agenerate(self, request: Request | Prompt, **fields: Unpack[SamplingFields]) -> list[Completion]:
         """`generate` for one request, without blocking the event loop; a cancelled task cancels the request."""

@@ -4,6 +4,7 @@ import itertools
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import index
 from typing import Any, Literal, NamedTuple, overload
 
 from receptance.engine.params import SamplingParams
@@ -130,8 +131,16 @@ class Request:
             raise ConfigError(f"n is {self.n!r}, expected a whole number from 1 to 1024")
         if not isinstance(self.prompt, str) and not isinstance(self.prompt, Sequence):
             raise ConfigError(f"the prompt is {type(self.prompt).__name__}, expected text or token ids")
+        _check_priority(self.priority)
+        if not isinstance(self.state_key, str | None):
+            raise ConfigError(f"state_key is {self.state_key!r}, expected a name")
         if self.state is not None and self.state.batch != 1:
             raise ConfigError(f"the state has {self.state.batch} rows, expected one")
+
+
+def _check_priority(priority: object) -> None:
+    if not isinstance(priority, int):
+        raise ConfigError(f"priority is {priority!r}, expected a whole number")
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,6 +153,9 @@ class Score:
     context: Prompt
     continuation: Prompt
     priority: int = 0
+
+    def __post_init__(self) -> None:
+        _check_priority(self.priority)
 
 
 @dataclass(eq=False)
@@ -189,13 +201,12 @@ class Completion:
         return self.finish_reason is not None or self.error is not None
 
 
-def prompt_ids(model: Model, tokenizer: Tokenizer, prompt: Prompt, has_state: bool) -> list[int]:
-    """The tokens to feed. Raises GenerationError for ids that the model lacks, and for none after a state."""
-    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-    if not ids:
-        if has_state:
-            raise GenerationError("the prompt is empty; a state goes on only from at least one more token of text")
-        ids = [tokenizer.eos_id]  # how a document begins
+def token_ids(model: Model, tokenizer: Tokenizer, text: Prompt) -> list[int]:
+    """The tokens of a text, or its ids. Raises GenerationError for anything else, and for ids that the model lacks."""
+    try:
+        ids = tokenizer.encode(text) if isinstance(text, str) else list(map(index, text))
+    except TypeError:  # the model would fail at it, and take with it whatever it runs beside it
+        raise GenerationError(f"{str(text)[:100]!r} is neither text nor a list of token ids") from None
     vocab = model.config.vocab_size
     wrong = next((i for i in ids if not 0 <= i < vocab), None)
     if wrong is not None:
@@ -204,3 +215,11 @@ def prompt_ids(model: Model, tokenizer: Tokenizer, prompt: Prompt, has_state: bo
             f"does the tokenizer '{tokenizer.name}' belong to this model?"
         )
     return ids
+
+
+def prompt_ids(model: Model, tokenizer: Tokenizer, prompt: Prompt, has_state: bool) -> list[int]:
+    """The tokens to feed. Raises GenerationError as `token_ids` does, and for none after a state."""
+    ids = token_ids(model, tokenizer, prompt)
+    if not ids and has_state:
+        raise GenerationError("the prompt is empty; a state goes on only from at least one more token of text")
+    return ids or [tokenizer.eos_id]  # how a document begins

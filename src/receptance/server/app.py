@@ -14,7 +14,7 @@ import receptance
 from receptance.server import basics, chat, completions, http, ollama, responses, session_routes
 from receptance.server.config import DEFAULT_CONFIG_FOLDER, ServerConfig
 from receptance.server.conversations import Conversations
-from receptance.server.errors import ApiError
+from receptance.server.errors import ApiError, failed, first_fault
 from receptance.server.hub import Hub
 from receptance.server.keys import Keys, read_keys
 from receptance.server.metrics import Metrics
@@ -92,6 +92,7 @@ class Application(Guard):
         app.add_exception_handler(ApiError, _api_error)
         app.add_exception_handler(RequestValidationError, _invalid)
         app.add_exception_handler(HTTPException, _http_error)
+        app.add_exception_handler(Exception, _failed)
         self.fastapi = app
         super().__init__(app, config, keys, metrics, frozenset(route.path for route in page))
 
@@ -127,11 +128,8 @@ async def _api_error(_: Request, error: Exception) -> Response:
 
 
 async def _invalid(_: Request, error: Exception) -> Response:
-    """What pydantic found, without the value, which may be anything."""
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    where = ".".join(str(x) for x in first["loc"] if x not in ("body", "query", "path"))
-    message = f"{where}: {first['msg']}" if where else str(first["msg"])
+    where, message = first_fault(error.errors())
     return http.failure(ApiError(400, message[:500], code="invalid_value", param=where[:200] or None))
 
 
@@ -141,3 +139,8 @@ async def _http_error(_: Request, error: Exception) -> Response:
     failed = http.failure(ApiError(error.status_code, str(error.detail)[:500]))
     failed.headers.update(headers)
     return failed
+
+
+async def _failed(_: Request, error: Exception) -> Response:
+    """The error itself goes on to the log."""
+    return http.failure(failed())

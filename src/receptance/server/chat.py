@@ -12,13 +12,14 @@ from starlette.responses import Response
 
 from receptance.engine.params import SamplingParams
 from receptance.engine.request import Completion, Token
+from receptance.errors import ConfigError
 from receptance.server import conversations, generate, http
 from receptance.server.errors import ApiError, bad
 from receptance.server.generate import Generation
 from receptance.server.hub import Hub, log
 from receptance.server.names import new_id
-from receptance.server.parse import Piece, ReplyParser
-from receptance.server.prompt import Chat, make_chat, sampling
+from receptance.server.parse import CLOSE_CALL, OPEN_CALL, Piece, ReplyParser
+from receptance.server.prompt import Chat, call_text, make_chat, sampling
 from receptance.server.schemas import ChatRequest
 from receptance.server.served import ServedModel
 from receptance.server.store import Turn
@@ -75,7 +76,8 @@ class Reply:
 
     async def _keep(self) -> None:
         completion = self.generation.completions[0]
-        if self.keep is None or completion.state is None or not completion.tokens:
+        is_empty = completion.finish_reason == "cancelled" and not completion.tokens
+        if self.keep is None or completion.state is None or is_empty:
             return
         self._is_kept = True
         await self.keep(self, completion)
@@ -103,7 +105,7 @@ class Reply:
         parser = ReplyParser(self.model.template.thinks, self.chat.calls, strip=bool(self.model.template.assistant))
         parser.push(self.chat.prefix + completion.text)
         parser.finish()
-        calls = "".join(f"<tool_call>{c['function']}</tool_call>" for c in parser.calls) if not parser.content else ""
+        calls = "".join(f"{OPEN_CALL}{call_text(c['function'])}{CLOSE_CALL}" for c in parser.calls)
         return Turn(
             user=self.chat.user,
             assistant=parser.content or calls,
@@ -133,7 +135,11 @@ def chat_params(hub: Hub, request: ChatRequest, model: ServedModel) -> SamplingP
 
 
 def with_stops(params: SamplingParams, model: ServedModel) -> SamplingParams:
-    return replace(params, stop=tuple(dict.fromkeys((*model.template.stop, *params.stop_strings)))[:32])
+    """The stops of the template and the request's. Raises ApiError for more than the engine takes."""
+    try:
+        return replace(params, stop=tuple(dict.fromkeys((*model.template.stop, *params.stop_strings))))
+    except ConfigError as error:
+        raise bad(f"with those of the model's template {error}", "stop") from None
 
 
 async def begin(hub: Hub, request: ChatRequest, call: http.Call) -> Reply:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from receptance.server.served import ServedModel
 from receptance.server.store import Conflict, Full, Missing, Session, Store, Turn
 from receptance.state_file import metadata, word
 
+log = logging.getLogger("receptance.server")
 T = TypeVar("T")
 WAIT_SECONDS = 10.0  # for another turn of the same session
 
@@ -60,6 +62,10 @@ class Conversations:
             raise ApiError(409, str(error), code="session_changed") from None
         except Full as error:
             raise ApiError(429, str(error), code="too_many_sessions", retry_after=60) from None
+        except Exception:  # a full disk, a Redis that is gone
+            log.exception("the store of sessions failed")
+            message = "the store of sessions failed; the server's log says more"
+            raise ApiError(500, message, code="store_failed") from None
         finally:
             self._forget()
 

@@ -34,6 +34,7 @@ class Generation:
     deadline: float
     started: float = field(default_factory=time.perf_counter)
     first_token: float = 0.0
+    is_closed: bool = False
 
     @property
     def completions(self) -> list[Completion]:
@@ -97,11 +98,17 @@ class Generation:
         return self.completions
 
     def close(self) -> None:
+        """May be called again."""
+        if self.is_closed:
+            return
+        self.is_closed = True
+        left = "error"
         if not self.handle.is_done:
+            left = "cancelled"  # before long
             with suppress(EngineError):
                 self.handle.cancel()
         self.place.leave()
-        reasons: list[str] = [completion.finish_reason or "error" for completion in self.completions]
+        reasons: list[str] = [completion.finish_reason or left for completion in self.completions]
         self.metrics.finished(
             self.model.name, reasons, self.prompt_tokens if self.completions else 0,
             self.cached_tokens if self.completions else 0, self.completion_tokens, time.perf_counter() - self.started,
@@ -182,12 +189,7 @@ async def start(
         request = Request(
             ids, params, state, state_key, n=n, priority=priority, keep_state=keep_state, grammar=grammar, id=id
         )
-        submitting = asyncio.ensure_future(model.engine.asubmit(request))
-        try:
-            handle = await asyncio.shield(submitting)
-        except asyncio.CancelledError:  # the client has gone meanwhile
-            submitting.add_done_callback(lambda done: None if done.exception() else done.result().cancel())
-            raise
+        handle = await model.engine.asubmit(request)
     except EngineError:
         place.leave()
         raise ApiError(503, "the server is shutting down", code="shutting_down", retry_after=5) from None

@@ -8,7 +8,7 @@ from typing import Any
 
 from receptance.server import http
 from receptance.server.config import ServerConfig, is_loopback
-from receptance.server.errors import ApiError
+from receptance.server.errors import ApiError, failed
 from receptance.server.hub import log
 from receptance.server.keys import Keys
 from receptance.server.metrics import Metrics
@@ -71,9 +71,7 @@ class Guard:
         except Exception as error:
             log.exception("a request failed", extra={"request_id": request_id, "error": type(error).__name__})
             if not status:
-                await http.failure(ApiError(500, "the server failed; its log says more", code="internal_error"))(
-                    scope, receive, tell
-                )
+                await http.failure(failed())(scope, receive, tell)
         finally:
             self.active -= 1
             self.metrics.connections.dec()

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from starlette.responses import Response
 
 from receptance.server import chat, completions, http
-from receptance.server.errors import ApiError, bad
+from receptance.server.errors import ApiError, bad, first_fault
 from receptance.server.hub import Hub
 from receptance.server.schemas import ChatRequest, CompletionRequest, OllamaChat, OllamaGenerate, OllamaRequest
 
@@ -66,8 +66,7 @@ def checked(kind: Any, fields: dict[str, Any]) -> Any:
     try:
         return kind(**fields)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise bad(f"options: {'.'.join(map(str, first['loc']))}: {first['msg']}", "options") from None
+        raise bad(f"options: {first_fault(error.errors())[1]}", "options") from None
 
 
 def routes(hub: Hub, version: str) -> APIRouter:

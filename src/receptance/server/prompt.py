@@ -202,19 +202,22 @@ def plain_messages(messages: Sequence[Message]) -> list[dict[str, str]]:
         elif message.role in ("tool", "function"):
             plain.append({"role": "user", "content": f"<tool_response>\n{text}\n</tool_response>"})
         elif message.role == "assistant":
-            calls = [f"{OPEN_CALL}\n{_call_text(c.function)}\n{CLOSE_CALL}" for c in message.tool_calls or []]
+            calls = [
+                f"{OPEN_CALL}\n{call_text(c.function.model_dump())}\n{CLOSE_CALL}" for c in message.tool_calls or []
+            ]
             plain.append({"role": "assistant", "content": "\n".join(x for x in (text, *calls) if x)})
         else:
             plain.append({"role": "user", "content": text})
     return plain
 
 
-def _call_text(function: Any) -> str:
+def call_text(function: Mapping[str, str]) -> str:
+    """A call as the model writes it. function: OpenAI's, whose arguments are JSON in a string."""
     try:
-        arguments = json.loads(function.arguments)
+        arguments = json.loads(function["arguments"])
     except (ValueError, RecursionError):
-        arguments = function.arguments
-    return json.dumps({"name": function.name, "arguments": arguments}, ensure_ascii=False)
+        arguments = function["arguments"]
+    return json.dumps({"name": function["name"], "arguments": arguments}, ensure_ascii=False)
 
 
 def tool_prompt(tools: Sequence[Tool]) -> str:

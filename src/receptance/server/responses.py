@@ -13,7 +13,7 @@ from starlette.responses import Response
 from receptance.engine.request import Completion
 from receptance.server import chat, conversations, http
 from receptance.server.chat import Reply
-from receptance.server.errors import ApiError, bad
+from receptance.server.errors import ApiError, bad, first_fault
 from receptance.server.hub import Hub
 from receptance.server.names import new_id
 from receptance.server.schemas import ChatRequest, ResponsesRequest
@@ -51,8 +51,7 @@ def chat_request(body: ResponsesRequest) -> ChatRequest:
     try:
         return ChatRequest(**{name: value for name, value in fields.items() if value is not None})
     except ValidationError as error:
-        first = error.errors()[0]
-        raise bad(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise bad(first_fault(error.errors())[1]) from None
 
 
 def _message(item: dict[str, Any]) -> dict[str, Any]:
