@@ -180,6 +180,19 @@ def test_the_newest_and_the_best_stay(tmp_path):
     assert [folder.name[-1] for folder in folders(checkpoints.root)] == ["6", "5", "2"]
 
 
+def test_a_damaged_best_is_written_anew_when_its_score_is_reached_again(tmp_path):
+    checkpoints = Checkpoints(tmp_path, Alone())
+    for step, score in enumerate([3.0, 1.0], 1):
+        saved(checkpoints, step, seed=step, score=score)
+    (checkpoints.root / "step-00000002" / "model.safetensors").write_bytes(b"")
+    resumed = Checkpoints(tmp_path, Alone())
+    assert resumed.load(*pair()).step == 1
+    assert resumed.is_best(1.0)
+    saved(resumed, 2, seed=2, score=1.0)
+    assert not resumed.is_best(1.0)
+    assert resumed.load(*pair(), best=True).step == 2
+
+
 def test_a_score_that_is_no_number_does_not_cost_the_best(tmp_path):
     """A run that goes wrong after its best look."""
     checkpoints = Checkpoints(tmp_path, Alone(), keep=2)

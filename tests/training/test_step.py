@@ -2,10 +2,12 @@
 
 import copy
 import math
+import re
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_runs import Listener, configure
 
 from receptance.errors import ConfigError
@@ -133,6 +135,19 @@ def test_a_run_that_only_skips_stops_and_names_the_checkpoint(tmp_path):
     hostile = replace(config, optim=replace(config.optim, lr=5.0, lr_final=5.0, grad_clip=0.0))
     with pytest.raises(ConfigError, match=r"updates in a row were skipped .*checkpoint is .*step-000000\d\d"):
         train(hostile, Listener())
+
+
+@pytest.mark.parametrize("skip_nonfinite", ["true", "false"])
+def test_the_checkpoint_named_is_from_before_the_update_that_broke_the_weights(tmp_path, monkeypatch, skip_nonfinite):
+    """Not one of those that later steps would leave, which would also take the place of the good ones."""
+    monkeypatch.setattr("receptance.training.step.rate", lambda config, step: 1e-3 if step < 6 else 1e30)
+    config = configure(
+        tmp_path, "run.save_every=1", "run.log_every=10", "optim.max_skips=3", f"optim.skip_nonfinite={skip_nonfinite}"
+    )
+    with pytest.raises(ConfigError, match=r"by step 10; the last good checkpoint is .*step-0000000[67]\. ") as raised:
+        train(config, Listener())
+    named = re.search(r"checkpoint is (\S+)\. ", str(raised.value))[1]
+    assert all(x.abs().max() < 100 for x in load_file(f"{named}/model.safetensors").values())
 
 
 def test_the_average_of_the_weights_is_the_weighted_mean_and_leaves_the_weights_alone(tmp_path):

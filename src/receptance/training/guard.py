@@ -1,5 +1,6 @@
 """Watching losses and gradient norms on the device: an update that would do harm is skipped and counted."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,11 @@ class Verdict:
     grad_norm: float
     in_a_row: int
     skipped: int
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether the update was taken and nothing was wrong with it."""
+        return not self.in_a_row and math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 def new_statistics(device: torch.device) -> Tensor:

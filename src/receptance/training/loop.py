@@ -30,6 +30,7 @@ from receptance.training.config import HEADLESS, TrainConfig, fixed_settings, to
 from receptance.training.data import TrainingData, is_token_file, open_data, source_path
 from receptance.training.distributed import Parallel, precision
 from receptance.training.evaluate import Loss
+from receptance.training.guard import verdict
 from receptance.training.master import MasterAdamW, widen
 from receptance.training.memory import plan_memory
 from receptance.training.optim import averaged, build_optimizer
@@ -171,6 +172,7 @@ def take_steps(
     config, often = run.config, run.config.run
     step, meter = Step(run, reporter.message), Meter(run, first)
     skipped = 0.0
+    is_due = False
     done = first
     while done < config.steps and not (often.early_stop and run.parallel.agree(should_stop(run, log))):
         outcome = step(done)
@@ -188,8 +190,11 @@ def take_steps(
         if done % often.valid_every == 0 and not is_last:
             score = _score(run, look(run, done, log, reporter, sampler))
         is_best = score is not None and checkpoints.is_best(score)
-        if done % often.save_every == 0 or is_last or is_best:
+        is_due = is_due or done % often.save_every == 0
+        # one after a bad step waits: it may be the weights that are wrong, and they would take the place of good ones
+        if is_last or is_best or (is_due and verdict(outcome).is_sound):
             _save(run, done, score, checkpoints, reporter)
+            is_due = False
         meter.pause(time.perf_counter() - pause)
     checkpoints.wait()
     if done < config.steps:

@@ -18,6 +18,7 @@ from receptance.training.evaluate import Loss, evaluate
 from receptance.training.guard import verdict
 from receptance.training.metrics import flops_per_token, peak_flops, peak_memory
 from receptance.training.optim import averaged
+from receptance.training.resume import folders
 from receptance.training.step import rate
 from receptance.training.track import Tracker
 
@@ -124,7 +125,8 @@ def step_row(run: "Run", step: int, outcome: Tensor, meter: Meter) -> Row:
     """The numbers of step `step` (0-based). Raises ConfigError when the run has gone wrong for good."""
     seen = verdict(outcome)
     optim = run.config.optim
-    where = f"by step {step + 1}; {last_checkpoint(run.out)}. Lower optim.lr or raise optim.warmup_steps"
+    good = last_checkpoint(run, step + 1 - seen.in_a_row)
+    where = f"by step {step + 1}; {good}. Lower optim.lr or raise optim.warmup_steps"
     if seen.in_a_row >= optim.max_skips:
         numbers = f"loss {seen.loss:.4g}, gradient norm {seen.grad_norm:.4g}"
         raise ConfigError(f"{seen.in_a_row} updates in a row were skipped ({numbers}) {where}")
@@ -134,9 +136,14 @@ def step_row(run: "Run", step: int, outcome: Tensor, meter: Meter) -> Row:
     return row | {"grad_norm": seen.grad_norm, "skipped": seen.skipped} | meter.read(step + 1)
 
 
-def last_checkpoint(out: Path) -> str:
-    folders = sorted((out / "checkpoints").glob("step-*"))
-    return f"the last good checkpoint is {folders[-1]}" if folders else "there is no checkpoint yet"
+def last_checkpoint(run: "Run", taken: int) -> str:
+    """Name the newest one whose weights gave a sound loss; those that update `taken`, the last, made did not."""
+    found = folders(run.out / "checkpoints")
+    if run.config.optim.skip_nonfinite:
+        good = [folder for folder in found if int(folder.name.removeprefix("step-")) < taken]
+    else:
+        good = found[1:]  # which update came before the NaN is not known; the newest may be its
+    return f"the last good checkpoint is {good[0]}" if good else "there is no good checkpoint yet"
 
 
 def look(run: "Run", step: int, log: Log, reporter: Reporter, sampler: Sampler | None) -> dict[str, Loss]:

@@ -58,6 +58,7 @@ class Checkpoints:
         self.root = out / "checkpoints"
         self.keep = max(keep, MINIMUM)
         self._parallel = parallel
+        self._damaged: set[Path] = set()  # seen by `load`
         self._writer = ThreadPoolExecutor(1, "checkpoint") if in_background else None
         self._pending: Future[None] | None = None
         self._group = None
@@ -98,8 +99,8 @@ class Checkpoints:
             pending.result()
 
     def is_best(self, score: float) -> bool:
-        """Whether no checkpoint on disk has a score as low. The first process's answer."""
-        best = min((s for s in map(_score, folders(self.root)) if s is not None), default=float("inf"))
+        """Whether no checkpoint on disk has a score as low, damaged ones aside. The first process's answer."""
+        best = min(self._scores().values(), default=float("inf"))
         return self._parallel.agree(score < best)
 
     def load(self, model: RWKV, optimizer: Optimizer, *, best: bool = False) -> Restored:
@@ -118,6 +119,7 @@ class Checkpoints:
                     break
                 except CheckpointError as error:
                     problems.append(str(error))
+                    self._damaged.add(folder)
         found, manifest, problems = self._parallel.agree((found, manifest, problems))
         if found is None and problems and not best:
             raise _none_intact(self.root, "; ".join(problems))
@@ -159,6 +161,7 @@ class Checkpoints:
                 sync(path)
             shutil.rmtree(target, ignore_errors=True)
             os.replace(part, target)
+            self._damaged.discard(target)
             sync(self.root)
             self._prune()
         except (OSError, RuntimeError, SafetensorError) as error:
@@ -183,11 +186,16 @@ class Checkpoints:
             raise problem
 
     def _prune(self) -> None:
-        scores = {folder: score for folder in folders(self.root) if (score := _score(folder)) is not None}
+        scores = self._scores()
         best = min(scores, key=lambda folder: scores[folder], default=None)
         for old in folders(self.root)[self.keep :]:
             if old != best:
                 shutil.rmtree(old, ignore_errors=True)
+
+    def _scores(self) -> dict[Path, float]:
+        """Of those that have one and are not known to be damaged."""
+        intact = [folder for folder in folders(self.root) if folder not in self._damaged]
+        return {folder: score for folder in intact if (score := _score(folder)) is not None}
 
 
 def folders(root: Path) -> list[Path]:
