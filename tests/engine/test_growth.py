@@ -84,7 +84,8 @@ def test_the_engine_keeps_few_bytes_a_token(is_read: bool) -> None:
             while not is_read and len(tokens) == count:
                 time.sleep(1e-4)
 
-        assert growth(write, 1_000) < 40 * 1_000
+        held = growth(write, 1_000)
+        assert held < 40 * (len(tokens) - 200)  # the engine does not wait for who looks: it may have written more
         handle.cancel()
         assert handle.result()[0].text == "".join(token.text for token in tokens)
 
