@@ -12,7 +12,7 @@ from typing import Any, Unpack
 from receptance.engine.numpy_sampling import new_seed, uniform
 from receptance.engine.params import SamplingFields, SamplingParams
 from receptance.engine.protocols import Model, State
-from receptance.engine.request import FinishReason, GenerationError, Prompt, Token, Tokens, prompt_ids
+from receptance.engine.request import BAD_LOGITS, FinishReason, GenerationError, Prompt, Token, Tokens, prompt_ids
 from receptance.engine.text import Reader
 from receptance.tokenizers import Tokenizer
 
@@ -273,10 +273,7 @@ def _decode(
             for i, row in enumerate(rows):
                 row._mark(state.select([i]))
         if engine.are_broken(logits[:, :vocab]):
-            raise GenerationError(
-                "the model's logits are not numbers (NaN) or infinite; are its weights damaged, or too large for its "
-                "dtype? Try float32, and check the file it came from"
-            )
+            raise GenerationError(BAD_LOGITS)
         tokens, reports = draws.draw(logits, [uniform(row.seed, row.n_tokens) for row in rows])
         seconds = time.perf_counter() - clock
         for row, token, report in zip(rows, tokens, reports):

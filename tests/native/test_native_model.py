@@ -212,31 +212,32 @@ def test_threads_agree_on_which_rows_end_in_which_chunk():
         assert np.array_equal(model.forward(ids, lengths=lengths, last_only=True)[0], expected)
 
 
+def in_a_fork(call, seconds):
+    """What a call gives in a forked process."""
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=lambda: queue.put(call()))
+    child.start()
+    try:
+        return queue.get(timeout=seconds)
+    finally:
+        child.kill()
+        child.join()
+
+
 @needs_core
 def test_a_forked_process_gets_threads_of_its_own():
     model = native(random_model("7"), threads=3)
     expected = model.forward(tokens(9))[0]
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    child = context.Process(target=lambda: queue.put(model.forward(tokens(9))[0]))
-    child.start()
-    assert np.array_equal(queue.get(timeout=60), expected)
-    child.join(60)
+    assert np.array_equal(in_a_fork(lambda: model.forward(tokens(9))[0], seconds=60), expected)
 
 
 @needs_core
 def test_a_process_that_forks_during_a_call_is_not_held_up():
     model = native(random_model("7"), threads=3)
     expected = model.forward(tokens(9))[0]
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
     with model.team():  # as another thread's call has it
-        child = context.Process(target=lambda: queue.put(model.forward(tokens(9))[0]))
-        child.start()
-        try:
-            assert np.array_equal(queue.get(timeout=30), expected)
-        finally:
-            child.kill()
+        assert np.array_equal(in_a_fork(lambda: model.forward(tokens(9))[0], seconds=30), expected)
 
 
 @needs_core

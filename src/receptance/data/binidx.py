@@ -94,7 +94,7 @@ class BinIdxWriter:
     def __init__(self, prefix: str | Path, vocab_size: int):
         self.prefix = Path(prefix)
         self.dtype = token_dtype(vocab_size)
-        self._part = self.prefix.with_name(self.prefix.name + ".bin.part")
+        self._part = beside(self.prefix, ".bin.part")
         self._part.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self._part, "wb")  # noqa: SIM115
         self._sizes: list[int] = []
@@ -108,5 +108,5 @@ class BinIdxWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        os.replace(self._part, self.prefix.with_name(self.prefix.name + ".bin"))
-        write_index(self.prefix.with_name(self.prefix.name + ".idx"), np.array(self._sizes, np.int32), self.dtype)
+        os.replace(self._part, beside(self.prefix, ".bin"))
+        write_index(beside(self.prefix, ".idx"), np.array(self._sizes, np.int32), self.dtype)

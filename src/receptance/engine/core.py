@@ -18,6 +18,7 @@ from receptance.engine.numpy_sampling import new_seed, uniform
 from receptance.engine.params import SamplingParams
 from receptance.engine.protocols import Model
 from receptance.engine.request import (
+    BAD_LOGITS,
     Completion,
     FinishReason,
     GenerationError,
@@ -37,11 +38,6 @@ from receptance.engine.state_pool import StatePool
 from receptance.engine.text import Reader
 from receptance.errors import CheckpointError
 from receptance.tokenizers import Tokenizer
-
-BAD_LOGITS = (
-    "the model's logits are not numbers (NaN) or infinite; are its weights damaged, or too large for its "
-    "dtype? Try float32, and check the file it came from"
-)
 
 # what a draw needs: of each sequence the sampler's row, the random number, the grammar's mask
 Points = tuple[list[int], list[float], list[NDArray[Any] | None] | None]

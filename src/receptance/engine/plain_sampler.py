@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from receptance.engine.numpy_rows import are_broken
 from receptance.engine.numpy_sampling import Counts, ParamRows, sample
 from receptance.engine.params import SamplingParams
 
@@ -36,7 +37,7 @@ class PlainSampler:
         drawn = []
         for i, (row, u) in enumerate(zip(rows, uniforms)):
             x = logits[i : i + 1, : self._vocab]
-            if not (x < np.inf).all():
+            if are_broken(x):
                 drawn.append(-1)
                 continue
             mask = masks[i] if masks is not None else None

@@ -17,6 +17,11 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 _ids = itertools.count()
 
+BAD_LOGITS = (
+    "the model's logits are not numbers (NaN) or infinite; are its weights damaged, or too large for its "
+    "dtype? Try float32, and check the file it came from"
+)
+
 
 class GenerationError(ReceptanceError):
     """A prompt cannot be continued, or the model gives no usable probabilities."""

@@ -22,6 +22,7 @@ from receptance.data import (
     read_manifest,
     tokenizer_identity,
 )
+from receptance.data.binidx import beside
 from receptance.data.order import keyed
 from receptance.errors import ConfigError
 from receptance.tokenizers.base import Tokenizer
@@ -125,8 +126,7 @@ def _train_files(data: DataConfig, folder: Path, tokenizer: Tokenizer, message: 
 
 
 def is_token_file(data: DataConfig, name: str) -> bool:
-    path = Path(data.root) / name
-    return path.with_name(path.name + ".idx").exists()
+    return beside(Path(data.root) / name, ".idx").exists()
 
 
 def source_path(data: DataConfig, name: str) -> str:
@@ -141,7 +141,7 @@ def _open(names: Sequence[str], prefix: Path, repeat: Sequence[int], data: DataC
         _require_tokenizer(tokens, tokenizer)
         return tokens
     paths = [source_path(data, name) for name in names]
-    is_made = prefix.with_name(prefix.name + ".idx").exists()
+    is_made = beside(prefix, ".idx").exists()
     is_gone = any(not path.startswith("hf:") and not Path(path).exists() for path in paths)
     if is_made and (is_gone or read_manifest(prefix) is None):
         return BinIdx(prefix)  # the tokens are all that a run needs
